@@ -1,0 +1,244 @@
+"""The two open_clip towers, giving what DreamLIP's losses need: image, patch and sub-caption features and the logit scales.
+
+Shapes: n images, K sub-caption slots, L tokens, P patches, D embedding width. The towers are open_clip's own ``CLIP`` with its own parameter names, so
+that ``open_clip_state_dict`` is a file any open_clip program loads.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dreamlip_train.config import ModelConfig
+
+MAX_LOGIT_SCALE = math.log(100.0)
+_VISION_WITHOUT_PATCHES = ("timm_model_name", "attentional_pool")
+
+
+class BoundedBelowLog100(torch.autograd.Function):
+    """``x.clamp(0, ln 100)`` whose gradient is stopped only where it would push x further out.
+
+    A plain clamp has no gradient outside, so a scale that overshoots stays there; writing the clamped value into the parameter, as open_clip does, is lost
+    under ZeRO, whose optimizer owns an fp32 copy. With the inward gradient kept the parameter comes back by itself, at every ZeRO stage.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0.0, MAX_LOGIT_SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        # Descent moves x by -grad: a negative gradient above the bound, or a positive one below it, points outward.
+        outward = ((x >= MAX_LOGIT_SCALE) & (grad < 0)) | ((x <= 0.0) & (grad > 0))
+        return grad.masked_fill(outward, 0.0)
+
+
+def logit_multiplier(log_scale: Tensor) -> Tensor:
+    """The scalar, fp32 multiplier ``exp(log_scale)`` in [1, 100] of a one-element log-scale parameter."""
+    return BoundedBelowLog100.apply(log_scale.float()).exp().squeeze()
+
+
+class DreamLIP(nn.Module):
+    """open_clip's towers with patch features and K sub-captions an image.
+
+    ``forward(images [n,3,H,W], text [n,K,L])`` returns a dict: image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected,
+    not normalised (None with ``patches=False``); logit_scale and logit_scale_local, scalar multipliers (the latter None without a local scale). All fp32.
+    """
+
+    def __init__(self, clip: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, *, local_projection: bool, local_logit_scale: bool) -> None:
+        super().__init__()
+        self.clip = clip
+        # An attribute, not state: checkpoints do not change, and open_clip's own encode_image(normalize=True) is never called here.
+        self.clip.visual.output_tokens = True
+        self.tokenize = tokenizer
+        self.local_proj = nn.Parameter(clip.visual.proj.detach().clone()) if local_projection else None
+        # One element, not zero-dimensional: DeepSpeed cannot broadcast 0-dim parameters.
+        self.logit_scale_local = nn.Parameter(clip.logit_scale.detach().clone()) if local_logit_scale else None
+        # Not buffers: a bf16 engine would round buffers to bf16, and training would see other pixels than evaluation.
+        self.image_mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+        self.image_std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input picture in pixels."""
+        return self.clip.visual.image_size[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; P = rows * columns, row by row."""
+        return tuple(self.clip.visual.grid_size)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens a caption."""
+        return self.clip.context_length
+
+    def forward(self, images: Tensor, text: Tensor, patches: bool = True) -> dict[str, Tensor | None]:
+        image_features, patch_features = self._image_features(images, patches)
+        return {
+            "image_features": image_features,
+            "patch_features": patch_features,
+            "text_features": self._text_features(text.flatten(0, 1)).unflatten(0, text.shape[:2]),
+            "logit_scale": logit_multiplier(self.clip.logit_scale),
+            "logit_scale_local": None if self.logit_scale_local is None else logit_multiplier(self.logit_scale_local),
+        }
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit image features [n,D] and projected patch features [n,P,D] of images [n,3,H,W] (uint8, or float in [0,1])."""
+        return self._image_features(images, patches=True)
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Unit features [B,D] of token rows [B,L]."""
+        return self._text_features(crop_to_longest(tokens))
+
+    def _image_features(self, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
+            raise ValueError(f"DreamLIP: images must be [n, 3, {self.image_size}, {self.image_size}], got {tuple(images.shape)}")
+        visual = self.clip.visual
+        pixels = images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+        pixels = (pixels - self.image_mean.to(pixels.device)) / self.image_std.to(pixels.device)
+        pooled, tokens = visual(pixels.to(visual.conv1.weight.dtype))
+        image_features = F.normalize(pooled.float(), dim=-1)
+        if not patches:
+            return image_features, None
+        projection = visual.proj if self.local_proj is None else self.local_proj
+        return image_features, (tokens @ projection).float()
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        """open_clip's CLIP.encode_text for any length up to the context, without its fixed-length check."""
+        clip, length = self.clip, tokens.shape[1]
+        if length > clip.context_length:
+            raise ValueError(f"DreamLIP: text has {length} tokens a row, model.context_length is {clip.context_length}")
+        dtype = clip.transformer.get_cast_dtype()
+        x = clip.token_embedding(tokens).to(dtype) + clip.positional_embedding[:length].to(dtype)
+        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
+        x = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]  # the end token has the highest id
+        projection = clip.text_projection
+        if projection is not None:
+            x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+        return F.normalize(x.float(), dim=-1)
+
+
+def crop_to_longest(tokens: Tensor, multiple: int = 8) -> Tensor:
+    """``tokens`` [..., L] without the columns after every row's end token, kept to a multiple of ``multiple`` so that few lengths occur.
+
+    Exact for a causal tower that pools at the end token: no later position reaches it. Reads the tokens on the host: call it before they go to a GPU.
+    """
+    longest = int(tokens.argmax(dim=-1).max()) + 1 if tokens.numel() else 1
+    return tokens[..., : min(-(-longest // multiple) * multiple, tokens.shape[-1])]
+
+
+def build_model(model: ModelConfig, seed: int) -> DreamLIP:
+    """The model ``model`` describes, its new weights a function of ``seed`` alone, in fp32 on the CPU.
+
+    Raises:
+        ValueError: the name is unknown, the image tower has no patch tokens, the text tower is not a causal CLIP one, or ``pretrained`` does not fit.
+    """
+    settings = _tower_settings(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            clip = open_clip.CLIP(**settings, init_logit_scale=math.log(1 / model.init_temperature), nonscalar_logit_scale=True)
+        except TypeError as error:
+            raise ValueError(f"model.config: {error}; give open_clip's embed_dim, vision_cfg and text_cfg") from error
+    _check_towers(clip, model.name)
+    if model.pretrained:
+        load_open_clip_weights(clip, model.pretrained)
+    return DreamLIP(
+        clip,
+        open_clip.SimpleTokenizer(context_length=model.context_length),
+        local_projection=model.patch_projection == "local",
+        local_logit_scale=model.local_logit_scale,
+    )
+
+
+def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
+    """Copy an open_clip weights file into ``clip``, position embeddings resized to its picture size and context length.
+
+    Raises:
+        ValueError: the file cannot be read, holds more than tensors, or comes from another model (the first keys and shapes that differ are named).
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"model.pretrained: no file {path!r}; give an open_clip weights file")
+    try:
+        state = open_clip.factory.load_state_dict(path, weights_only=True)
+        problems = _mismatches(clip.state_dict(), state)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, StopIteration) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}") from error
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(f"model.pretrained: {path!r} comes from another model: {shown}. Give the model.name or model.config it was trained with")
+    for key in ("logit_scale", "logit_bias"):
+        if key in state:
+            state[key] = state[key].reshape(clip.state_dict()[key].shape)
+    resize_pos_embed(state, clip)
+    resize_text_pos_embed(state, clip)
+    clip.load_state_dict(state)
+
+
+def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:
+    """``model``'s towers under exactly open_clip.CLIP's keys: fp32 on the CPU, logit_scale 0-dim and within its bound, nothing train-only."""
+    state = {key: value.detach().float().cpu() for key, value in model.clip.state_dict().items()}
+    state["logit_scale"] = state["logit_scale"].reshape(()).clamp(0.0, MAX_LOGIT_SCALE)
+    return state
+
+
+def _tower_settings(model: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments of open_clip.CLIP, from model.config or open_clip's own table."""
+    settings = copy.deepcopy(model.config) or open_clip.get_model_config(model.name)
+    if settings is None:
+        raise ValueError(f"model.name: open_clip knows no {model.name!r}; `open_clip.list_models()` lists the names, or describe the towers in model.config")
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in settings]
+    if missing:
+        raise ValueError(f"model.config: {missing[0]} is missing; give open_clip's embed_dim, vision_cfg and text_cfg")
+    vision, text = settings["vision_cfg"], settings["text_cfg"]
+    without_patches = [key for key in _VISION_WITHOUT_PATCHES if vision.get(key)] or ([] if isinstance(vision.get("layers", 12), int) else ["layers"])
+    if without_patches or vision.get("final_ln_after_pool"):
+        field = (without_patches or ["final_ln_after_pool"])[0]
+        raise ValueError(
+            f"model.name: the image tower of {model.name!r} gives no normalised patch tokens (vision_cfg.{field}={vision[field]!r}); use a ViT of open_clip's own"
+        )
+    if settings.pop("custom_text", False) or "multimodal_cfg" in settings or text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise ValueError(f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; use a plain CLIP configuration such as ViT-B-16")
+    if model.config and text.get("context_length", model.context_length) != model.context_length:
+        raise ValueError(f"model.context_length: got {model.context_length}, but model.config's text_cfg.context_length is {text['context_length']}; give one of them")
+    text["context_length"] = model.context_length
+    return settings
+
+
+def _check_towers(clip: open_clip.CLIP, name: str) -> None:
+    visual, vocabulary = clip.visual, open_clip.SimpleTokenizer().vocab_size
+    if not isinstance(visual, VisionTransformer) or visual.proj is None or visual.pool_type not in ("tok", "avg"):
+        raise ValueError(f"model.name: the image tower of {name!r} gives no projected patch tokens; use a ViT whose vision_cfg.pool_type is 'tok' or 'avg'")
+    if visual.image_size[0] != visual.image_size[1]:
+        raise ValueError(f"model.config: vision_cfg.image_size must be square, got {visual.image_size}")
+    if clip.attn_mask is None or clip.text_pool_type != "argmax":
+        raise ValueError(f"model.name: the text tower of {name!r} must be causal and pooled at its end token (no_causal_mask=False, pool_type='argmax')")
+    if clip.vocab_size < vocabulary:
+        raise ValueError(f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; leave it out")
+
+
+def _mismatches(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
+    """What keeps ``given`` from loading, position counts aside: those are resized."""
+    problems = [f"{key} is missing" for key in expected if key not in given]
+    problems += [f"{key} is not in this model" for key in given if key not in expected]
+    for key in expected.keys() & given.keys():
+        want, got = tuple(expected[key].shape), tuple(given[key].shape)
+        if key.endswith("positional_embedding"):
+            want, got = want[1:], got[1:]
+        if want != got and expected[key].numel() != 1:
+            problems.append(f"{key} is {got}, this model's is {want}")
+    return sorted(problems, key=lambda problem: "positional" in problem)
