@@ -1,0 +1,66 @@
+"""Argument checks of the public functions: each error names the function, the argument, what came and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, float32 for every other."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
+    """Each named (tensor, ndim) has that many dimensions, and all share a floating dtype, a device and the last dimension."""
+    first_name, (first, _) = next(iter(features.items()))
+    for name, (tensor, ndim) in features.items():
+        if tensor.ndim != ndim:
+            raise ValueError(f"{fn}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{fn}: {name} must be a floating tensor ({', '.join(str(t)[6:] for t in FLOATS)}), got {tensor.dtype}")
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{fn}: {first_name} and {name} must share a dtype, got {first.dtype} and {tensor.dtype}; cast one of them")
+        if tensor.device != first.device:
+            raise ValueError(f"{fn}: {first_name} and {name} must be on one device, got {first.device} and {tensor.device}; move one of them")
+        if tensor.shape[-1] != first.shape[-1]:
+            raise ValueError(
+                f"{fn}: {first_name} and {name} must share their last dimension D, got {tuple(first.shape)} and {tuple(tensor.shape)}"
+            )
+
+
+def check_shared(fn: str, dims: str, a_name: str, a: tuple[int, ...], b_name: str, b: tuple[int, ...]) -> None:
+    """Two shape parts agree; ``dims`` names them."""
+    if tuple(a) != tuple(b):
+        raise ValueError(f"{fn}: {a_name} and {b_name} must share {dims}, got {tuple(a)} and {tuple(b)}")
+
+
+def check_mask(fn: str, name: str, mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """An optional mask is bool, on the features' device and of the given shape."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{fn}: {name} must be a bool tensor (True = present), got {mask.dtype}; use {name}.bool()")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{fn}: {name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"{fn}: {name} must be on {like.device} like the features, got {mask.device}")
+
+
+def check_choice(fn: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """A string option is one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{fn}: {name} must be one of {choices}, got {value!r}")
+
+
+def as_scale(fn: str, name: str, scale: Tensor | float, like: Tensor) -> Tensor:
+    """The logit multiplier as a 0-dim tensor of the accumulation dtype on the features' device; keeps its gradient."""
+    if not isinstance(scale, Tensor):
+        return torch.full((), float(scale), dtype=accumulate_dtype(like), device=like.device)
+    if scale.numel() != 1:
+        raise ValueError(f"{fn}: {name} must hold one value (pass logit_scale.exp()), got shape {tuple(scale.shape)}")
+    if scale.device != like.device:
+        raise ValueError(f"{fn}: {name} must be on {like.device} like the features, got {scale.device}")
+    return scale.reshape(()).to(accumulate_dtype(like))

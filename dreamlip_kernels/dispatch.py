@@ -1,0 +1,68 @@
+"""Which backend runs an op: an explicit request works or raises; "auto" takes the best that can run and says once what and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("dreamlip_kernels")
+
+_Check = Callable[[str], str | None]  # device type -> why the backend cannot run there, or None
+
+
+def _always(device_type: str) -> str | None:
+    return None
+
+
+# For each op, its backends from best to most portable, with the test that says whether one can run.
+_BACKENDS: dict[str, dict[str, _Check]] = {
+    "bidirectional_logsumexp": {"torch": _always},
+    "group_patches": {"torch": _always},
+}
+_announced: set[tuple[str, str, str]] = set()
+
+
+def select(op: str, x: Tensor, requested: str = "auto") -> str:
+    """The name of the backend that runs ``op`` on tensors like ``x``.
+
+    Raises:
+        ValueError: no such backend for this op.  RuntimeError: the requested backend cannot run here.
+    """
+    checks = _BACKENDS[op]
+    device = x.device.type
+    if requested != "auto":
+        if requested not in checks:
+            raise ValueError(f"{op}: unknown backend={requested!r}; choose from {['auto', *checks]}")
+        if why := checks[requested](device):
+            raise RuntimeError(f"{op}: backend={requested!r} cannot run: {why}. Use backend='auto'")
+        return requested
+    skipped = []
+    for backend, check in checks.items():
+        if (why := check(device)) is None:
+            _announce(op, device, backend, skipped)
+            return backend
+        skipped.append(f"{backend}: {why}")
+    raise RuntimeError(f"{op}: no backend can run on {device}: {'; '.join(skipped)}")
+
+
+def explain() -> str:
+    """A table of every op and backend: whether it can run on each device type here, and why not."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = [("op", "backend", "device", "runs", "why not")]
+    for op, checks in _BACKENDS.items():
+        for backend, check in checks.items():
+            for device in devices:
+                why = check(device)
+                rows.append((op, backend, device, "no" if why else "yes", why or ""))
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _announce(op: str, device: str, backend: str, skipped: list[str]) -> None:
+    if torch.compiler.is_compiling() or (op, device, backend) in _announced:
+        return
+    _announced.add((op, device, backend))
+    logger.info("%s: backend %s on %s%s", op, backend, device, f" ({'; '.join(skipped)})" if skipped else "")

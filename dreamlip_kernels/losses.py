@@ -1,0 +1,163 @@
+"""Loss modules shaped like open_clip's ClipLoss: change one line of a training loop.
+
+``ClipLoss(...)`` -> ``MultiPositiveContrastiveLoss(...)`` with text_features [N, K, D] (or [N, D]: then it equals ClipLoss),
+or ``DreamLIPLoss(...)``, which adds the sub-caption grouping term when the model also returns patch_features.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor, nn
+
+from .contrastive import multi_positive_contrastive_loss
+from .distributed import Group, rank_and_size
+from .grouping import subcaption_grouping_loss
+
+
+class _ClipLossArguments(nn.Module):
+    """Takes ClipLoss's constructor arguments: the collectives here need none of them, but a wrong world is an error."""
+
+    def __init__(self, local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group):
+        super().__init__()
+        name = type(self).__name__
+        if use_horovod:
+            raise ValueError(f"{name}: use_horovod=True is not supported; use torch.distributed")
+        actual_rank, actual_size = rank_and_size(group)
+        if (world_size, rank) != (1, 0) and (world_size, rank) != (actual_size, actual_rank):
+            raise ValueError(
+                f"{name}: rank={rank}, world_size={world_size} were given, but torch.distributed says rank {actual_rank} of {actual_size}; "
+                "initialise the process group first"
+            )
+        self.group = group
+
+
+class MultiPositiveContrastiveLoss(_ClipLossArguments):
+    """``multi_positive_contrastive_loss`` as a drop-in for open_clip's ClipLoss.
+
+    Takes ClipLoss's positional arguments (exact over ranks whatever local_loss and gather_with_grad say) and, by keyword,
+    negatives, positives, group and backend of the function. With text_features [N, D] it equals ClipLoss.
+    """
+
+    def __init__(
+        self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
+        *, negatives: str = "slot", positives: str = "mean", group: Group = None, backend: str = "auto",
+    ):  # fmt: skip
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
+        self.negatives, self.positives, self.backend = negatives, positives, backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        text_mask: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """image_features [N,D], text_features [N,K,D] or [N,D], text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}.
+
+        logit_bias is accepted and has no effect: a constant added to every logit cancels in a softmax.
+        """
+        if text_features.ndim == 2:
+            text_features = text_features[:, None]
+        loss = multi_positive_contrastive_loss(
+            image_features, text_features, logit_scale,
+            text_mask=text_mask, negatives=self.negatives, positives=self.positives, group=self.group, backend=self.backend,
+        )  # fmt: skip
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SubcaptionGroupingLoss(_ClipLossArguments):
+    """``subcaption_grouping_loss`` as a module; takes ClipLoss's positional arguments and the function's options by keyword."""
+
+    def __init__(
+        self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
+        *, threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
+        group: Group = None, backend: str = "auto",
+    ):  # fmt: skip
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
+        self.options = dict(threshold=threshold, normalization=normalization, contrast=contrast, direction=direction, backend=backend)
+
+    def forward(
+        self,
+        patch_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: bool = False,
+        *,
+        text_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """patch_features [N,P,D], text_features [N,K,D], masks [N,K] and [N,P] bool -> scalar, or {"grouping_loss": scalar}."""
+        loss = subcaption_grouping_loss(
+            patch_features, text_features, logit_scale, text_mask=text_mask, patch_mask=patch_mask, group=self.group, **self.options
+        )
+        return {"grouping_loss": loss} if output_dict else loss
+
+
+class DreamLIPLoss(_ClipLossArguments):
+    """``mpcl_weight * multi-positive contrast + grouping_weight * sub-caption grouping``, docs/math.md eq. 18.
+
+    Takes ClipLoss's positional arguments and, by keyword, the options of both functions; threshold, normalization, contrast and
+    direction belong to the grouping term. ``backend`` names one backend for both ops or is "auto".
+    """
+
+    def __init__(
+        self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
+        *, mpcl_weight: float = 1.0, grouping_weight: float = 1.0, negatives: str = "slot", positives: str = "mean",
+        threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
+        group: Group = None, backend: str = "auto",
+    ):  # fmt: skip
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
+        if mpcl_weight < 0 or grouping_weight < 0 or mpcl_weight + grouping_weight == 0:
+            raise ValueError(
+                f"DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, got {mpcl_weight} and {grouping_weight}"
+            )
+        self.mpcl_weight, self.grouping_weight = mpcl_weight, grouping_weight
+        self.contrastive = MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=backend)
+        self.grouping = SubcaptionGroupingLoss(
+            threshold=threshold, normalization=normalization, contrast=contrast, direction=direction, group=group, backend=backend
+        )
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        patch_features: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        logit_scale_local: Tensor | float | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The weighted total, or its weighted terms {"contrastive_loss", "grouping_loss"}, which open_clip's loop sums.
+
+        Args:
+            image_features: [N, D].  text_features: [N, K, D] or [N, D].  text_mask: [N, K] bool.
+            patch_features: [N, P, D], projected to D; without them there is no grouping term (said once as a warning).
+            patch_mask: [N, P] bool.  logit_scale_local: the grouping term's multiplier; None takes logit_scale.
+            logit_bias: accepted without effect, as in MultiPositiveContrastiveLoss.
+        """
+        if text_features.ndim == 2:
+            text_features = text_features[:, None]
+        terms = {}
+        if self.mpcl_weight > 0:
+            terms["contrastive_loss"] = self.mpcl_weight * self.contrastive(image_features, text_features, logit_scale, text_mask=text_mask)
+        if self.grouping_weight > 0 and patch_features is not None:
+            scale = logit_scale if logit_scale_local is None else logit_scale_local
+            terms["grouping_loss"] = self.grouping_weight * self.grouping(
+                patch_features, text_features, scale, text_mask=text_mask, patch_mask=patch_mask
+            )
+        elif self.grouping_weight > 0:
+            if not terms:
+                raise ValueError("DreamLIPLoss: patch_features is None and mpcl_weight is 0, so there is no loss; pass patch_features [N, P, D]")
+            warnings.warn(
+                "DreamLIPLoss: no patch_features were passed, so the grouping term is off; pass patch_features=[N, P, D], "
+                "or grouping_weight=0 if that is meant",
+                stacklevel=2,
+            )
+        return terms if output_dict else sum(terms.values())

@@ -1,0 +1,137 @@
+"""The oracle: every op and loss of this package in plain torch, for any dtype. The specification; a definition changes here first.
+
+Nothing here is fast and everything is materialised. It computes in the dtype it is given, so float64 inputs give the
+gold values of the tests and 16-bit inputs show what eager code of that dtype loses.
+
+N images, K sub-captions an image, D width, P patches, M rows, C columns. Equation numbers are those of docs/math.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def bidirectional_logsumexp(x: Tensor, y: Tensor, scale: Tensor | float, y_mask: Tensor | None = None, x_mask: Tensor | None = None):
+    """Row and column log-sum-exp of ``z = scale * einsum("md,kcd->kmc", x, y)``, eq. 1-2.
+
+    x [M,D], y [K,C,D], y_mask [K,C] and x_mask [M] bool (False drops the column or row: its logits are -inf) -> row [K,M], col [K,C].
+    """
+    z = scale * torch.einsum("md,kcd->kmc", x, y)
+    if y_mask is not None:
+        z = z.masked_fill(~y_mask[:, None, :], -torch.inf)
+    if x_mask is not None:
+        z = z.masked_fill(~x_mask[None, :, None], -torch.inf)
+    return _logsumexp(z, 2), _logsumexp(z, 1)
+
+
+def multi_positive_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    text_mask: Tensor | None = None,
+    negatives: str = "slot",
+    positives: str = "mean",
+    reduction: str = "mean",
+) -> Tensor:
+    """Multi-positive image-text contrast, eq. 5-7. image_features [N,D], text_features [N,K,D], text_mask [N,K] bool -> scalar, or [N,K]."""
+    n, k, _ = text_features.shape
+    valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
+    row, col = bidirectional_logsumexp(image_features, text_features.transpose(0, 1), logit_scale, valid.T)
+    row, col = row.T, col.T  # [N, K]
+    pos = logit_scale * torch.einsum("nd,nkd->nk", image_features, text_features)
+    if negatives == "all":
+        row = _logsumexp(row, 1)[:, None].expand(n, k)
+    col_term = torch.where(valid, col - pos, 0)
+    if positives == "logsum":
+        captioned = valid.any(1)
+        row_term = torch.where(captioned, row[:, 0] - _logsumexp(pos.masked_fill(~valid, -torch.inf), 1), 0)
+        return row_term.sum() / captioned.sum().clamp(min=1) / 2 + col_term.sum() / valid.sum().clamp(min=1) / 2
+    pair = (torch.where(valid, row - pos, 0) + col_term) / 2
+    return pair if reduction == "none" else pair.sum() / valid.sum().clamp(min=1)
+
+
+def patch_weights(
+    patch_features: Tensor,
+    text_features: Tensor,
+    *,
+    threshold: float | None = None,
+    normalization: str = "minmax",
+    patch_mask: Tensor | None = None,
+) -> Tensor:
+    """The weight of each patch in each sub-caption's group, eq. 9-11. patches [N,P,D], texts [N,K,D], patch_mask [N,P] bool -> [N,K,P].
+
+    Rows sum to one. Where nothing distinguishes the patches (all similarities equal, or none kept) the weights are uniform over
+    the valid patches and carry no gradient; an image without a valid patch has zero weights.
+    """
+    w = torch.einsum("nkd,npd->nkp", unit(text_features), unit(patch_features))
+    valid = torch.ones_like(w[:, :1], dtype=torch.bool) if patch_mask is None else patch_mask[:, None, :]
+    count = valid.sum(-1, keepdim=True)
+    sigma = 1 / count.clamp(min=1).to(w.dtype) if threshold is None else threshold
+    flat = count == 0
+    if normalization == "minmax":
+        lo = torch.where(flat, 0, w.masked_fill(~valid, torch.inf).amin(-1, keepdim=True))
+        hi = torch.where(flat, 0, w.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True))
+        flat = hi - lo <= flat_tolerance(w.dtype)
+        w = (w - lo) / torch.where(flat, 1, hi - lo)
+    elif normalization == "softmax":
+        w = w.masked_fill(~valid, torch.finfo(w.dtype).min).softmax(-1)
+    drop = (w < sigma) | ~valid  # not (w >= sigma): a NaN similarity must show in the result
+    score = torch.where(drop, 0, w.clamp(min=0))
+    total = score.sum(-1, keepdim=True)
+    flat = flat | (total <= 0)
+    uniform = valid.to(w.dtype) / count.clamp(min=1)
+    return torch.where(flat, uniform, score / torch.where(flat, 1, total))
+
+
+def group_patches(patch_features: Tensor, text_features: Tensor, **options) -> Tensor:
+    """One embedding a sub-caption: ``patch_weights(...) @ unit(patch_features)``, eq. 12 -> [N,K,D], not normalised. Options as patch_weights."""
+    return patch_weights(patch_features, text_features, **options) @ unit(patch_features)
+
+
+def subcaption_grouping_loss(
+    patch_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    text_mask: Tensor | None = None,
+    contrast: str = "image",
+    direction: str = "both",
+    **options,
+) -> Tensor:
+    """Contrast of each sub-caption with its own group of patches, eq. 16-17. Options as patch_weights -> scalar."""
+    group = unit(group_patches(patch_features, text_features, **options))
+    text = unit(text_features)
+    n, k, d = text.shape
+    valid = torch.ones(n, k, dtype=torch.bool, device=text.device) if text_mask is None else text_mask
+    if contrast == "image":
+        z = logit_scale * torch.einsum("nkd,nld->nkl", group, text)  # [N, K groups, K texts]
+        z = z.masked_fill(~(valid[:, :, None] & valid[:, None, :]), -torch.inf)
+        over_texts, over_groups = _logsumexp(z, 2), _logsumexp(z, 1)
+    else:
+        keep = valid.reshape(-1)
+        row, col = bidirectional_logsumexp(group.reshape(-1, d), text.reshape(1, -1, d), logit_scale, keep[None], keep)
+        over_texts, over_groups = row.reshape(n, k), col.reshape(n, k)
+    pos = logit_scale * (group * text).sum(-1)
+    t2v = torch.where(valid, over_groups - pos, 0)
+    pair = t2v if direction == "t2v" else (t2v + torch.where(valid, over_texts - pos, 0)) / 2
+    return pair.sum() / valid.sum().clamp(min=1)
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x / |x|`` along the last dimension; a zero vector stays zero and takes no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm == 0, torch.inf, norm)
+
+
+def flat_tolerance(dtype: torch.dtype) -> float:
+    """Similarities whose range is no larger than this are all equal up to rounding: 32 ulp of one, in at least float32."""
+    return 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def _logsumexp(z: Tensor, dim: int) -> Tensor:
+    # A row without a single logit has the value -inf and, unlike torch's, a gradient of zero rather than NaN.
+    empty = torch.isneginf(z).all(dim, keepdim=True)
+    out = torch.logsumexp(torch.where(empty, 0, z), dim)
+    return torch.where(empty.squeeze(dim), -torch.inf, out)
