@@ -4,12 +4,13 @@ from .contrastive import bidirectional_logsumexp, multi_positive_contrastive_los
 from .dispatch import explain
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss
 from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, SubcaptionGroupingLoss
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "DreamLIPLoss",
     "MultiPositiveContrastiveLoss",
     "SubcaptionGroupingLoss",
+    "__version__",
     "bidirectional_logsumexp",
     "explain",
     "group_patches",

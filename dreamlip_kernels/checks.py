@@ -24,7 +24,7 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
         if tensor.dtype != first.dtype:
             raise ValueError(f"{fn}: {first_name} and {name} must share a dtype, got {first.dtype} and {tensor.dtype}; cast one of them")
         if tensor.device != first.device:
-            raise ValueError(f"{fn}: {first_name} and {name} must be on one device, got {first.device} and {tensor.device}; move one of them")
+            raise ValueError(f"{fn}: {first_name} and {name} must share a device, got {first.device} and {tensor.device}; move one")
         if tensor.shape[-1] != first.shape[-1]:
             raise ValueError(
                 f"{fn}: {first_name} and {name} must share their last dimension D, got {tuple(first.shape)} and {tuple(tensor.shape)}"

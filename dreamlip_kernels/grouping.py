@@ -70,7 +70,7 @@ def patch_weights(
     normalization: str = "minmax",
     patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """The weights [N, K, P] with which ``group_patches`` pools, for looking at what each sub-caption selects. Arguments and errors as there."""
+    """The weights [N, K, P] with which ``group_patches`` pools: what each sub-caption selects. Arguments and errors as there."""
     _check("patch_weights", patch_features, text_features, threshold, normalization, patch_mask)
     wide = accumulate_dtype(patch_features)
     with torch.autocast(patch_features.device.type, enabled=False):

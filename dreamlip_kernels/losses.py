@@ -154,7 +154,9 @@ class DreamLIPLoss(_ClipLossArguments):
             )
         elif self.grouping_weight > 0:
             if not terms:
-                raise ValueError("DreamLIPLoss: patch_features is None and mpcl_weight is 0, so there is no loss; pass patch_features [N, P, D]")
+                raise ValueError(
+                    "DreamLIPLoss: patch_features is None and mpcl_weight is 0, so there is no loss; pass patch_features [N, P, D]"
+                )
             warnings.warn(
                 "DreamLIPLoss: no patch_features were passed, so the grouping term is off; pass patch_features=[N, P, D], "
                 "or grouping_weight=0 if that is meant",

@@ -35,7 +35,7 @@ def multi_positive_contrastive_loss(
     positives: str = "mean",
     reduction: str = "mean",
 ) -> Tensor:
-    """Multi-positive image-text contrast, eq. 5-7. image_features [N,D], text_features [N,K,D], text_mask [N,K] bool -> scalar, or [N,K]."""
+    """Multi-positive image-text contrast, eq. 5-7. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar, or [N,K]."""
     n, k, _ = text_features.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
     row, col = bidirectional_logsumexp(image_features, text_features.transpose(0, 1), logit_scale, valid.T)
@@ -86,7 +86,7 @@ def patch_weights(
 
 
 def group_patches(patch_features: Tensor, text_features: Tensor, **options) -> Tensor:
-    """One embedding a sub-caption: ``patch_weights(...) @ unit(patch_features)``, eq. 12 -> [N,K,D], not normalised. Options as patch_weights."""
+    """``patch_weights(...) @ unit(patch_features)``: one embedding a sub-caption, eq. 12 -> [N,K,D], not normalised."""
     return patch_weights(patch_features, text_features, **options) @ unit(patch_features)
 
 

@@ -1,0 +1,42 @@
+# demo | test | lint | bench | gpu. Each installs what it needs into .venv from constraints.txt first.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= benchmarks/out
+DEMO := data/demo
+
+.PHONY: demo test test-slow lint bench gpu install clean
+
+install: .venv/.installed
+.venv/.installed: pyproject.toml constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,log,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/dreamlip-train prepare scenes --output $(DEMO)/scenes --num-train $(or $(DEMO_TRAIN),6000) --num-val 200
+	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/train/captions.csv --images $(DEMO)/scenes/train/images --output $(DEMO)/shards/train
+	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/val/captions.csv --images $(DEMO)/scenes/val/images --masks $(DEMO)/scenes/val/masks --output $(DEMO)/shards/val
+	$(BIN)/dreamlip-train train demo --run-dir $(or $(DEMO_RUN),runs/demo) $(DEMO_FLAGS)
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-sort=name
+
+# On a machine with a CUDA device: everything this repository can say about it, into files under OUT.
+gpu:
+	mkdir -p $(OUT)
+	python3 -m pytest tests -m gpu 2>&1 | tee $(OUT)/tests.txt
+	python3 -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/benchmarks.json 2>&1 | tee $(OUT)/benchmarks.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info data runs
