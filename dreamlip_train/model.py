@@ -57,7 +57,9 @@ class DreamLIP(nn.Module):
     not normalised (None with ``patches=False``); logit_scale and logit_scale_local, scalar multipliers (the latter None without a local scale). All fp32.
     """
 
-    def __init__(self, clip: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, *, local_projection: bool, local_logit_scale: bool) -> None:
+    def __init__(
+        self, clip: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, *, local_projection: bool, local_logit_scale: bool
+    ) -> None:
         super().__init__()
         self.clip = clip
         # An attribute, not state: checkpoints do not change, and open_clip's own encode_image(normalize=True) is never called here.
@@ -180,7 +182,9 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
         raise ValueError(f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}") from error
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"model.pretrained: {path!r} comes from another model: {shown}. Give the model.name or model.config it was trained with")
+        raise ValueError(
+            f"model.pretrained: {path!r} comes from another model: {shown}. Give the model.name or model.config it was trained with"
+        )
     for key in ("logit_scale", "logit_bias"):
         if key in state:
             state[key] = state[key].reshape(clip.state_dict()[key].shape)
@@ -200,21 +204,29 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
     """The keyword arguments of open_clip.CLIP, from model.config or open_clip's own table."""
     settings = copy.deepcopy(model.config) or open_clip.get_model_config(model.name)
     if settings is None:
-        raise ValueError(f"model.name: open_clip knows no {model.name!r}; `open_clip.list_models()` lists the names, or describe the towers in model.config")
+        raise ValueError(
+            f"model.name: open_clip knows no {model.name!r}; `open_clip.list_models()` lists the names, or describe the towers in model.config"
+        )
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in settings]
     if missing:
         raise ValueError(f"model.config: {missing[0]} is missing; give open_clip's embed_dim, vision_cfg and text_cfg")
     vision, text = settings["vision_cfg"], settings["text_cfg"]
-    without_patches = [key for key in _VISION_WITHOUT_PATCHES if vision.get(key)] or ([] if isinstance(vision.get("layers", 12), int) else ["layers"])
+    without_patches = [key for key in _VISION_WITHOUT_PATCHES if vision.get(key)] or (
+        [] if isinstance(vision.get("layers", 12), int) else ["layers"]
+    )
     if without_patches or vision.get("final_ln_after_pool"):
         field = (without_patches or ["final_ln_after_pool"])[0]
         raise ValueError(
             f"model.name: the image tower of {model.name!r} gives no normalised patch tokens (vision_cfg.{field}={vision[field]!r}); use a ViT of open_clip's own"
         )
     if settings.pop("custom_text", False) or "multimodal_cfg" in settings or text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        raise ValueError(f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; use a plain CLIP configuration such as ViT-B-16")
+        raise ValueError(
+            f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; use a plain CLIP configuration such as ViT-B-16"
+        )
     if model.config and text.get("context_length", model.context_length) != model.context_length:
-        raise ValueError(f"model.context_length: got {model.context_length}, but model.config's text_cfg.context_length is {text['context_length']}; give one of them")
+        raise ValueError(
+            f"model.context_length: got {model.context_length}, but model.config's text_cfg.context_length is {text['context_length']}; give one of them"
+        )
     text["context_length"] = model.context_length
     return settings
 
@@ -222,11 +234,15 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
 def _check_towers(clip: open_clip.CLIP, name: str) -> None:
     visual, vocabulary = clip.visual, open_clip.SimpleTokenizer().vocab_size
     if not isinstance(visual, VisionTransformer) or visual.proj is None or visual.pool_type not in ("tok", "avg"):
-        raise ValueError(f"model.name: the image tower of {name!r} gives no projected patch tokens; use a ViT whose vision_cfg.pool_type is 'tok' or 'avg'")
+        raise ValueError(
+            f"model.name: the image tower of {name!r} gives no projected patch tokens; use a ViT whose vision_cfg.pool_type is 'tok' or 'avg'"
+        )
     if visual.image_size[0] != visual.image_size[1]:
         raise ValueError(f"model.config: vision_cfg.image_size must be square, got {visual.image_size}")
     if clip.attn_mask is None or clip.text_pool_type != "argmax":
-        raise ValueError(f"model.name: the text tower of {name!r} must be causal and pooled at its end token (no_causal_mask=False, pool_type='argmax')")
+        raise ValueError(
+            f"model.name: the text tower of {name!r} must be causal and pooled at its end token (no_causal_mask=False, pool_type='argmax')"
+        )
     if clip.vocab_size < vocabulary:
         raise ValueError(f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; leave it out")
 

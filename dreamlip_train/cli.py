@@ -1,0 +1,240 @@
+"""The command line: ``dreamlip-train prepare | train | eval | doctor``. Heavy packages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dreamlip_train.config import Config
+from dreamlip_train.config_file import read_config
+from dreamlip_train.recipes import RECIPES
+
+PROGRAM = "dreamlip-train"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command. Errors in what the user gave print as one message and exit with 2; anything unexpected keeps its traceback."""
+    arguments = _without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        _dispatch(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError) as error:
+        if not _raised_by_us(error):
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{rank}{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        _leave_process_group()
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """The words without the ``--local_rank=N`` or ``--local_rank N`` that launchers put before them; LOCAL_RANK says the same."""
+    while arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
+        arguments = arguments[1:] if "=" in arguments[0] else arguments[2:]
+    return arguments
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the innermost frame is this project's: a message we wrote, not a failure inside torch or DeepSpeed."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(("dreamlip_train", "dreamlip_kernels"))
+
+
+def _leave_process_group() -> None:
+    """Let the other ranks' communication end in order."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Walk COMMANDS along the first words and hand the rest to the command found there."""
+    words: list[str] = []
+    found: Any = COMMANDS
+    while isinstance(found, dict):
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_usage(words, found))
+            sys.exit(0 if arguments else 2)
+        word = arguments.pop(0)
+        if word not in found:
+            close = difflib.get_close_matches(word, found, n=3) or list(found)
+            raise ValueError(f"{' '.join([*words, ''])}{word}: no such command; did you mean {', '.join(close)}?")
+        words.append(word)
+        found = found[word]
+    found(arguments, f"{PROGRAM} {' '.join(words)}")
+
+
+def _usage(words: list[str], commands: dict[str, Any]) -> str:
+    """The commands below ``words``, one line each."""
+    lines = [f"usage: {' '.join([PROGRAM, *words])} COMMAND ...", ""]
+    for name, command in commands.items():
+        if isinstance(command, dict):
+            lines += [f"  {name + ' ' + sub:<20} {_first_line(inner)}" for sub, inner in command.items()]
+        else:
+            lines.append(f"  {name:<20} {_first_line(command)}")
+    return "\n".join([*lines, "", "Each takes --help."])
+
+
+def _first_line(command: Callable[..., Any]) -> str:
+    return (command.__doc__ or "").strip().split("\n")[0]
+
+
+@dataclass
+class TrainOptions:
+    """Train a recipe. Order of precedence: recipe, --config, flags, --deepspeed-config."""
+
+    run_dir: str
+    """Folder of the run: config.toml, metrics.jsonl, log.txt, checkpoints/, and at the end summary.json and pictures."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    resume: str = "auto"
+    """"auto" goes on from the newest whole checkpoint of the run folder, or starts. "never" insists on a new folder. A path starts from that checkpoint."""
+    config: str | None = None
+    """TOML file with any of the settings below; a run's own config.toml is one."""
+    deepspeed_config: str | None = None
+    """JSON file merged last over the DeepSpeed config."""
+
+
+def _train(arguments: list[str], program: str) -> None:
+    """Train a recipe: train RECIPE --run-dir DIR [--section.field value ...]"""
+    recipes = "\n".join(f"  {name:<20} {_first_line(recipe)}" for name, recipe in RECIPES.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {program} RECIPE --run-dir DIR [options]\n\nrecipes:\n{recipes}\n\nEvery setting: {program} RECIPE --help")
+        sys.exit(0 if arguments else 2)
+    name = arguments[0].replace("-", "_")
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=3) or list(RECIPES)
+        raise ValueError(f"{arguments[0]}: no such recipe; did you mean {', '.join(close)}?")
+    base = RECIPES[name]()
+    file = _value_of("--config", arguments)
+    if file is not None:
+        base = read_config(file, base)
+    options = tyro.cli(
+        TrainOptions, args=arguments[1:], default=TrainOptions(run_dir=tyro.MISSING, settings=base), prog=f"{program} {arguments[0]}"
+    )
+    config = options.settings
+    if options.deepspeed_config is not None:
+        config.engine.deepspeed = _read_json(options.deepspeed_config)
+    config.validate()
+    from dreamlip_train.train import train
+
+    train(config, options.run_dir, options.resume)
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value of ``--flag VALUE`` or ``--flag=VALUE``, before the full parser runs: its defaults depend on it."""
+    for position, word in enumerate(arguments):
+        if word == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "=")
+    return None
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--deepspeed-config: cannot read {path!r}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--deepspeed-config: {path!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--deepspeed-config: {path!r} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+@dataclass
+class EvalOptions:
+    """Evaluate a checkpoint on held-out shards."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder, a folder checkpoints/step-NNNNNNNN, or an open_clip weights file (with --model)."""
+    val_shards: str = ""
+    """Held-out shards; empty means those of the run."""
+    source: str = ""
+    """Caption column whose sentences are the queries; empty means the run's data.eval_source."""
+    model: str = ""
+    """open_clip model name of a weights file."""
+    max_samples: int = 0
+    """Evaluate on the first so many samples; 0 means all."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    output: str = ""
+    """Also write the numbers to this JSON file."""
+
+
+def _eval_retrieval(arguments: list[str], program: str) -> None:
+    """Text-to-image and image-to-text R@1/5/10 by long caption and by sentence"""
+    report = _evaluate(arguments, program)
+    report["localization"] = None
+    _show(report)
+
+
+def _eval_localize(arguments: list[str], program: str) -> None:
+    """How well the patches each sub-caption selects agree with the masks"""
+    report = _evaluate(arguments, program)
+    if report["localization"] is None:
+        raise ValueError("--val-shards: no sample has a mask (KEY.mask.png), so there is nothing to compare the selected patches with")
+    _show(report)
+
+
+def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
+    """The report of evaluate() for the checkpoint and shards in ``arguments``, written to --output if given."""
+    options = tyro.cli(EvalOptions, args=arguments, prog=program)
+    import torch
+
+    from dreamlip_train.checkpoint import load_for_eval
+    from dreamlip_train.config import EvalConfig
+    from dreamlip_train.evaluate import evaluate
+
+    model, config = load_for_eval(options.checkpoint, options.model)
+    data = dataclasses.replace(
+        config.data, val_shards=options.val_shards or config.data.val_shards, eval_source=options.source or config.data.eval_source
+    )
+    if not data.val_shards:
+        raise ValueError("--val-shards: the checkpoint's run had none; give held-out shards")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = EvalConfig(batch_size=options.batch_size, max_samples=options.max_samples)
+    selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
+    report = evaluate(model.to(device), data, settings, device, **selection)
+    if options.output:
+        Path(options.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _show(report: dict[str, Any]) -> None:
+    from dreamlip_train.evaluate import format_report
+
+    print(format_report(report))
+
+
+def _doctor(arguments: list[str], program: str) -> None:
+    """What this machine can run, and with a PATTERN whether those shards are sound"""
+
+    def doctor(pattern: tyro.conf.Positional[str] = "") -> None:
+        """Versions, devices and kernel backends of this machine; with a PATTERN also a check of those shards."""
+        from dreamlip_train.doctor import examine
+
+        with contextlib.suppress(BrokenPipeError):
+            print(examine(pattern))
+
+    tyro.cli(doctor, args=arguments, prog=program)
+
+
+COMMANDS: dict[str, Any] = {
+    "train": _train,
+    "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize},
+    "doctor": _doctor,
+}

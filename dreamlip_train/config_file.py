@@ -1,0 +1,97 @@
+"""Config to TOML and back: a base file sets any field, an unknown key fails with the closest names, and the resolved config can be read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from dreamlip_train.config import Config
+
+
+def read_config(path: str | Path, base: Config | None = None) -> Config:
+    """``base`` (or the defaults) with the fields that the TOML file ``path`` names.
+
+    Raises:
+        ValueError: the file is missing or not TOML, or a key or the type of a value is wrong (named as section.field).
+    """
+    try:
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config: cannot read {str(path)!r}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--config: {str(path)!r} is not TOML: {error}") from error
+    return override(base or Config(), settings)
+
+
+def override(config: Any, settings: dict[str, Any], section: str = "") -> Any:
+    """A copy of the dataclass ``config`` with the nested ``settings`` in it; a dict field is replaced, not merged."""
+    types = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in settings.items():
+        name = f"{section}.{key}" if section else key
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=3) or sorted(types)
+            raise ValueError(f"{name}: no such setting; did you mean {', '.join(f'{section}.{c}' if section else c for c in close)}?")
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}: got {value!r}; it is a section, write [{name}]")
+            changes[key] = override(getattr(config, key), value, name)
+        else:
+            changes[key] = _checked(value, types[key], name)
+    return dataclasses.replace(config, **changes)
+
+
+def _checked(value: Any, expected: Any, name: str) -> Any:
+    """``value`` as TOML gives it in the type of its field: lists become tuples, whole numbers floats."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{name}: got {value!r}; choose from {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) != len(value):
+            raise ValueError(f"{name}: got {value!r}; give {len(inner)} values")
+        return tuple(_checked(item, kind, name) for item, kind in zip(value, inner, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: item if arguments[1] is Any else _checked(item, arguments[1], name) for key, item in value.items()}
+    kinds = [kind for kind in (arguments or (expected,)) if kind is not type(None)] if origin not in (tuple, dict) else []
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if any(type(value) is kind for kind in kinds):
+        return value
+    wanted = getattr(expected, "__name__", str(expected)) if not arguments else str(expected)
+    raise ValueError(f"{name}: got {value!r}; it must be {wanted}")
+
+
+def format_config(config: Config) -> str:
+    """``config`` as TOML, every field of every section; a field that is None is left out."""
+    lines = []
+    for section, fields in config.to_dict().items():
+        lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in fields.items() if value is not None), ""]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # JSON's strings, numbers and booleans are TOML's.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """{"section.field": (old value, new value)} of every field whose value changed."""
+    before, after = old.to_dict(), new.to_dict()
+    return {
+        f"{section}.{key}": (before[section][key], value)
+        for section, fields in after.items()
+        for key, value in fields.items()
+        if before[section][key] != value
+    }

@@ -1,0 +1,65 @@
+"""The DeepSpeed config of a run: each of its settings from one field of ours, the user's additions checked and merged last."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from dreamlip_train.config import EngineConfig, OptimConfig
+
+# DeepSpeed accepts unknown top-level keys silently, so a typing error would be a setting that never acts.
+_DEEPSPEED_KEYS = (
+    "activation_checkpointing", "aio", "amp", "autotuning", "check_overflow", "checkpoint", "comms_logger", "communication_data_type",
+    "csv_monitor", "data_types", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "gradient_allreduce_op",
+    "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients", "sparse_gradients", "steps_per_print", "tensorboard",
+    "torch_autocast", "wall_clock_breakdown", "wandb", "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+_SET_ELSEWHERE = {
+    "train_batch_size": "engine.batch_size",
+    "train_micro_batch_size_per_gpu": "engine.batch_size",
+    "gradient_accumulation_steps": "engine.batch_size (accumulating the loss would shrink its negatives)",
+    "gradient_clipping": "optim.grad_clip_norm",
+    "optimizer": "the optim section",
+    "scheduler": "optim.lr, optim.warmup_steps and optim.final_lr_fraction",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "zero_allow_untested_optimizer": "nothing: it is always on",
+}
+
+
+def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
+    """The DeepSpeed config of these settings, ``engine.deepspeed`` merged over it.
+
+    Raises:
+        ValueError: ``engine.deepspeed`` has a key DeepSpeed does not know, or one that another field already sets.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": engine.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip_norm,
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if engine.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    if engine.precision == "amp_bf16":
+        # An empty list of "safe" modules keeps the gradient reduction in fp32, as open_clip's amp_bf16 has it.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    for key in engine.deepspeed:
+        if key in _SET_ELSEWHERE:
+            raise ValueError(f"engine.deepspeed: {key!r} is set by {_SET_ELSEWHERE[key]}; take it out of the DeepSpeed config")
+        if key not in _DEEPSPEED_KEYS:
+            close = difflib.get_close_matches(key, (*_DEEPSPEED_KEYS, *_SET_ELSEWHERE), n=3) or list(_DEEPSPEED_KEYS)
+            raise ValueError(f"engine.deepspeed: unknown key {key!r}; did you mean {', '.join(close)}?")
+    for section, key, field in (("zero_optimization", "stage", "engine.zero_stage"), ("torch_autocast", "enabled", "engine.precision")):
+        if key in engine.deepspeed.get(section, {}):
+            raise ValueError(f"engine.deepspeed: {section}.{key} is set by {field}; take it out of the DeepSpeed config")
+    return _merge(config, engine.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged

@@ -1,0 +1,121 @@
+"""Named training recipes: each returns a whole Config, every number with its source.
+
+The paper (DreamLIP, ECCV 2024) gives the models, 224 px, context 77, 32 epochs, temperature 0.07 and K = 10, but no batch size, learning rate, decay or
+loss weights. Those are FLAIR's (CVPR 2025), trained on the same captions, so the large recipes are reconstructions. Batch sizes are a rank's, for 8 ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dreamlip_train.config import Config, DataConfig, EngineConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+
+# The paper's main tables train on the raw caption and ShareGPT4V's short and long ones.
+_PAPER_SOURCES = ("raw_caption", "shortSV_captions", "longSV_captions")
+
+
+def demo() -> Config:
+    """A small ViT on the built-in scenes: minutes on two CPU cores."""
+    return Config(
+        data=DataConfig(shards="data/demo/shards/train", val_shards="data/demo/shards/val", num_sub_captions=6, workers=1),
+        model=ModelConfig(
+            name="demo",
+            config={
+                "embed_dim": 128,
+                "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
+                "text_cfg": {"width": 128, "heads": 4, "layers": 3},
+            },
+            context_length=32,
+        ),
+        loss=LossConfig(),
+        optim=OptimConfig(lr=1e-3, warmup_steps=40, weight_decay=0.05),
+        engine=EngineConfig(batch_size=128, steps=350, precision="fp32", zero_stage=1, log_every=10, save_every_steps=100, keep_last=2),
+        eval=EvalConfig(batch_size=100),
+    )
+
+
+def cc3m_vitb32() -> Config:
+    """ViT-B/32 on CC3M: global batch 1024."""
+    return _large("ViT-B-32", batch_size=128, weight_decay=0.5)
+
+
+def cc3m_vitb16() -> Config:
+    """ViT-B/16 on CC3M: global batch 1024."""
+    return _large("ViT-B-16", batch_size=128, weight_decay=0.5)
+
+
+def cc12m_vitb32() -> Config:
+    """ViT-B/32 on CC12M: global batch 6144."""
+    return _large("ViT-B-32", batch_size=768, weight_decay=0.5)
+
+
+def cc12m_vitb16() -> Config:
+    """ViT-B/16 on CC12M: global batch 6144."""
+    return _large("ViT-B-16", batch_size=768, weight_decay=0.5)
+
+
+def yfcc15m_vitb32() -> Config:
+    """ViT-B/32 on YFCC15M: global batch 6144."""
+    return _large("ViT-B-32", batch_size=768, weight_decay=0.5)
+
+
+def yfcc15m_vitb16() -> Config:
+    """ViT-B/16 on YFCC15M: global batch 6144."""
+    return _large("ViT-B-16", batch_size=768, weight_decay=0.5)
+
+
+def merged30m_vitb32() -> Config:
+    """ViT-B/32 on CC3M + CC12M + YFCC15M: global batch 6144."""
+    return _large("ViT-B-32", batch_size=768, weight_decay=0.2)
+
+
+def merged30m_vitb16() -> Config:
+    """ViT-B/16 on CC3M + CC12M + YFCC15M: global batch 6144."""
+    return _large("ViT-B-16", batch_size=768, weight_decay=0.2)
+
+
+def _large(model: str, *, batch_size: int, weight_decay: float) -> Config:
+    return Config(
+        data=DataConfig(
+            num_sub_captions=10,  # paper: K = 10
+            sampling="uniform",  # paper, eq. 4 (the released code draws the raw caption first: "raw_first")
+            caption_sources=_PAPER_SOURCES,
+            crop_scale=(0.9, 1.0),  # DreamLIP's released default
+            workers=8,
+            shuffle_buffer=5000,
+        ),
+        model=ModelConfig(name=model, context_length=77, init_temperature=0.07),  # paper
+        loss=LossConfig(threshold=None),  # paper, section 3.3: sigma = 1 / number of patches; loss weights unpublished, so 1 and 1
+        optim=OptimConfig(
+            lr=5e-4,
+            beta1=0.9,
+            beta2=0.98,
+            eps=1e-8,
+            weight_decay=weight_decay,
+            warmup_steps=2000,
+            final_lr_fraction=0.0,  # FLAIR
+        ),
+        engine=EngineConfig(
+            batch_size=batch_size,  # FLAIR: 1024 on CC3M, 6144 elsewhere, over 8 ranks
+            epochs=32,  # paper and FLAIR
+            precision="amp_bf16",
+            zero_stage=1,
+            grad_checkpointing=batch_size > 256,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        demo,
+        cc3m_vitb32,
+        cc3m_vitb16,
+        cc12m_vitb32,
+        cc12m_vitb16,
+        yfcc15m_vitb32,
+        yfcc15m_vitb16,
+        merged30m_vitb32,
+        merged30m_vitb16,
+    )
+}

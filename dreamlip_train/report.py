@@ -1,0 +1,73 @@
+"""The end of a run: held-out numbers, ``summary.json``, ``curves.png``, ``grouping.png`` and a printed table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamlip_kernels.dispatch import select
+from dreamlip_train.config import Config
+from dreamlip_train.data import val_samples
+from dreamlip_train.evaluate import evaluate, format_report
+from dreamlip_train.model import DreamLIP
+from dreamlip_train.runlog import RunLog
+
+_PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")
+
+
+def backends(requested: str, device: torch.device) -> dict[str, str]:
+    """The backend each op of the losses will take on ``device``.
+
+    Raises:
+        ValueError: no op knows ``requested``.  RuntimeError: it cannot run here.
+    """
+    probe = torch.empty(1, device=device)
+    return {op: select(op, probe, requested) for op in ("bidirectional_logsumexp", "group_patches")}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose behaviour a run depends on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def final_report(
+    model: DreamLIP, config: Config, run_dir: Path, log: RunLog, facts: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Evaluate on data.val_shards where given, draw the pictures, write summary.json (``facts`` and the numbers), print the table."""
+    from dreamlip_train.plots import plot_curves, plot_grouping
+
+    summary = dict(facts)
+    selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
+    if config.data.val_shards:
+        report = evaluate(model, config.data, config.eval, device, **selection)
+        summary |= report
+        recall = report["retrieval"]["long_caption"]
+        log.row({"step": facts["steps"], **report}, f"held-out R@1 {recall['t2i']['r_at_1']:.1f} / {recall['i2t']['r_at_1']:.1f}")
+        if config.loss.grouping_weight > 0:
+            samples = val_samples(config.data, image_size=model.image_size)
+            plot_grouping(model, samples, run_dir / "grouping.png", **selection)
+    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    write_json(run_dir / "summary.json", summary)
+    if config.data.val_shards:
+        log.message(format_report(report))
+    log.message(f"{facts['steps']} steps in {facts['seconds']:.0f} s; everything is in {run_dir}")
+    return summary
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace ``path`` at once, so that a crash leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
