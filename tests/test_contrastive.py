@@ -1,0 +1,284 @@
+"""bidirectional_logsumexp and the contrastive loss against the float64 oracle, and the promises of the tiled backend."""
+
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_and_grads, worst_of
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import contrastive, reference
+
+# (M, C, K, D): one pair; tiny and odd; aligned; primes over tile edges; one of realistic shape.
+SHAPES = [(1, 1, 1, 8), (3, 7, 2, 8), (64, 128, 3, 96), (127, 65, 8, 512), (252, 507, 3, 123), (256, 256, 8, 768)]
+MODES = [("slot", "mean"), ("all", "mean"), ("all", "logsum")]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of about 16 x 16, so that small inputs cross many tile edges."""
+    monkeypatch.setattr(contrastive, "_TILE_LOGITS", {"cpu": 2**8})
+
+
+@pytest.mark.parametrize("m, c, k, d", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_logsumexp(m, c, k, d, dtype, scale):
+    x, y = clip_like(max(m, c), k, d, dtype)
+    x, y, s = x[:m], y[:c].transpose(0, 1), torch.tensor(scale)
+    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s)  # noqa: E731
+    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s.to(x.dtype))  # noqa: E731
+    assert_no_worse_than_torch("row, col, dx, dy, dscale", *three_ways(op, oracle, (x, y, s)))
+
+
+@pytest.mark.parametrize("masked", ["some", "slot", "all"])
+def test_logsumexp_masks(small_tiles, masked):
+    x, y = clip_like(37, 3, 16)
+    y, s = y.transpose(0, 1), torch.tensor(14.3)
+    gen = torch.Generator().manual_seed(1)
+    y_mask, x_mask = torch.rand(3, 37, generator=gen) > 0.4, torch.rand(37, generator=gen) > 0.3
+    if masked == "slot":
+        y_mask[1] = False
+    if masked == "all":
+        y_mask[:] = False
+    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, y_mask=y_mask, x_mask=x_mask)  # noqa: E731
+    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, y_mask, x_mask)  # noqa: E731
+    if masked == "all":
+        row, col, *grads = value_and_grads(op, (x, y, s))
+        assert torch.isneginf(row).all() and torch.isneginf(col).all()
+        assert all((g == 0).all() for g in grads)
+    else:
+        assert_no_worse_than_torch(masked, *three_ways(op, oracle, (x, y, s)))
+
+
+@pytest.mark.parametrize("m, c, k, d", [(1, 1, 1, 8), (33, 70, 3, 12)])
+def test_tiles_meet_without_seams(small_tiles, m, c, k, d):
+    x, y = clip_like(max(m, c), k, d)
+    x, y, s = x[:m], y[:c].transpose(0, 1), torch.tensor(14.3)
+    assert_no_worse_than_torch("tiles", *three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s)))
+
+
+@pytest.mark.parametrize("case", ["anti-aligned at scale 100", "not normalised", "scale 1000", "scale 0"])
+def test_any_finite_input_is_right(case):
+    x, y = clip_like(24, 2, 32)
+    scale = {"scale 1000": 1000.0, "anti-aligned at scale 100": 100.0, "scale 0": 0.0}.get(case, 3.0)
+    if case.startswith("anti"):
+        y = -x[:, None].expand(-1, 2, -1).roll(1, 0)
+    if case == "not normalised":
+        x, y = 40 * x, 7 * y
+    y, s = y.transpose(0, 1), torch.tensor(scale)
+    if case == "scale 0":  # dx is exactly 0 there, so only the rest can be compared
+        got, low, gold = three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s))
+        assert (got[2] == 0).all() and (got[3] == 0).all()
+        return assert_no_worse_than_torch(case, *([v[i] for i in (0, 1, 4)] for v in (got, low, gold)))
+    assert_no_worse_than_torch(case, *three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s)))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "offset", "strided D"])
+def test_any_strides(layout):
+    x, y = clip_like(20, 3, 16)
+    y = y.transpose(0, 1)
+    if layout == "transposed":
+        x = x.T.contiguous().T
+    if layout == "expanded":
+        y = y[:1].expand(3, -1, -1)
+    if layout == "offset":
+        x, y = torch.cat([x, x])[3:23], torch.cat([y, y], 1)[:, 5:25]
+    if layout == "strided D":
+        x, y = x.repeat_interleave(2, -1)[:, ::2], y.repeat_interleave(2, -1)[..., ::2]
+    s = torch.tensor(14.3)
+    upstream = torch.ones(()).expand(3, 20)  # stride 0
+    row, col = dk.bidirectional_logsumexp(x.requires_grad_(), y.requires_grad_(), s)
+    grads = torch.autograd.grad((row, col), (x, y), (upstream, upstream))
+    gold_in = [t.detach().double().requires_grad_() for t in (x, y)]
+    gold = torch.autograd.grad(reference.bidirectional_logsumexp(*gold_in, 14.3), gold_in, (upstream.double(),) * 2)
+    for got, expected in zip(grads, gold, strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_each_requires_grad_subset(needs):
+    x, y = clip_like(9, 2, 8)
+    y, s = y.transpose(0, 1), torch.tensor(5.0)
+    inputs = [t.detach().requires_grad_(bool(n)) for t, n in zip((x, y, s), needs, strict=True)]
+    total = lambda out: out[0].sum() + 2 * out[1].sum()  # noqa: E731
+    wanted = [t for t in inputs if t.requires_grad]
+    got = torch.autograd.grad(total(dk.bidirectional_logsumexp(*inputs)), wanted)
+    expected = torch.autograd.grad(total(reference.bidirectional_logsumexp(*inputs)), wanted)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("negatives, positives", MODES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_loss(negatives, positives, masked, dtype, scale):
+    mask = None
+    if masked:
+        mask = torch.rand(41, 5, generator=torch.Generator().manual_seed(2)) > 0.4
+        mask[3], mask[:, 4] = False, False
+    options = dict(text_mask=mask, negatives=negatives, positives=positives)
+    op = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, **options)  # noqa: E731
+    oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), **options)  # noqa: E731
+    draws = [three_ways(op, oracle, (*clip_like(41, 5, 24, dtype, seed), torch.tensor(scale))) for seed in range(6)]
+    assert_no_worse_than_torch("loss and gradients", *worst_of(draws))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_pair_losses(masked):
+    image, text = clip_like(13, 3, 8)
+    mask = torch.rand(13, 3, generator=torch.Generator().manual_seed(2)) > 0.4 if masked else None
+    op = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, text_mask=mask, reduction="none")  # noqa: E731
+    oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s, text_mask=mask, reduction="none")  # noqa: E731
+    assert_no_worse_than_torch("pairs", *three_ways(op, oracle, (image, text, torch.tensor(14.3))))
+    if masked:
+        assert (dk.multi_positive_contrastive_loss(image, text, 14.3, text_mask=mask, reduction="none")[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("negatives, positives", MODES)
+def test_nothing_present_is_zero_with_zero_gradients(negatives, positives):
+    for n, mask in ((6, torch.zeros(6, 2, dtype=torch.bool)), (0, None)):
+        image, text = torch.randn(n, 4), torch.randn(n, 2, 4)
+        op = lambda i, t, s, m=mask: dk.multi_positive_contrastive_loss(  # noqa: E731
+            i, t, s, text_mask=m, negatives=negatives, positives=positives
+        )
+        loss, *grads = value_and_grads(op, (image, text, torch.tensor(3.0)))
+        assert loss == 0
+        assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(masked):
+    image, text = clip_like(5, 3, 4, torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]]).bool() if masked else None
+    inputs = [t.requires_grad_() for t in (image, text, torch.tensor(4.0, dtype=torch.float64))]
+    for negatives, positives in MODES:
+        assert torch.autograd.gradcheck(
+            lambda i, t, s, n=negatives, p=positives: dk.multi_positive_contrastive_loss(i, t, s, text_mask=mask, negatives=n, positives=p),
+            inputs,
+        )
+
+
+def test_opcheck():
+    x, y = clip_like(6, 2, 8)
+    y, y_mask = y.transpose(0, 1), torch.ones(2, 6, dtype=torch.bool)
+    scale = torch.tensor(3.0, requires_grad=True)
+    for mask in (None, y_mask):
+        args = (x.clone().requires_grad_(), y.clone().requires_grad_(), scale, None, mask, "torch")
+        torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
+    pair = (x.clone().requires_grad_(), y.clone().requires_grad_())
+    torch.library.opcheck(torch.ops.dreamlip_kernels.paired_dot.default, pair)
+
+
+def test_compiles_whole():
+    image, text = clip_like(12, 3, 8)
+    mask = torch.rand(12, 3) > 0.3
+    fn = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, text_mask=mask, negatives="all")  # noqa: E731
+    inputs = (image, text, torch.tensor(7.0))
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(value_and_grads(compiled, inputs), value_and_grads(fn, inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_autocast_does_not_touch_the_logits():
+    image, text = clip_like(32, 3, 64)
+    fn = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s)  # noqa: E731
+    plain = value_and_grads(fn, (image, text, torch.tensor(100.0)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = value_and_grads(fn, (image, text, torch.tensor(100.0)))
+    assert under[0].dtype == torch.float32
+    for got, expected in zip(under, plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_repeats_are_bit_equal():
+    image, text = clip_like(300, 4, 64)
+    fn = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, negatives="all")  # noqa: E731
+    first, second = (value_and_grads(fn, (image, text, torch.tensor(50.0))) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nan_features_show_in_the_loss():
+    image, text = clip_like(8, 2, 4)
+    image[3, 1] = torch.nan
+    assert dk.multi_positive_contrastive_loss(image, text, 3.0).isnan()
+
+
+MEMORY_SCRIPT = """
+    import resource, torch, dreamlip_kernels as dk
+    def peak():  # MB, of the whole process so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def step(n):
+        image = torch.nn.functional.normalize(torch.randn(n, 128), dim=-1).requires_grad_()
+        text = torch.nn.functional.normalize(torch.randn(n, 8, 128), dim=-1).requires_grad_()
+        before = peak()
+        loss = dk.multi_positive_contrastive_loss(image, text, torch.tensor(14.3, requires_grad=True), negatives={negatives!r})
+        torch.autograd.grad(loss, (image, text))
+        return peak() - before
+    step(64)  # the first call loads libraries
+    print(step(8192))
+"""
+
+
+@pytest.mark.parametrize("negatives", ["slot", "all"])
+def test_memory_stays_below_the_logits(negatives):
+    """N=8192, K=8, D=128: forward and backward add under 400 MB; the logits alone would be 2.1 GB."""
+    script = textwrap.dedent(MEMORY_SCRIPT).format(negatives=negatives)
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 400, f"{out.strip()} MB"
+
+
+def test_no_slower_than_the_per_slot_loop():
+    """N=2048, K=8, D=512, forward and backward, against K open_clip losses in the same run (ours takes about 0.6 of the time)."""
+    image, text = clip_like(2048, 8, 512)
+    labels = torch.arange(2048)
+
+    def loop(image, text, scale):
+        total = 0
+        for k in range(8):
+            per_image, per_text = scale * image @ text[:, k].T, scale * text[:, k] @ image.T
+            total = total + (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        return total / 8
+
+    def seconds(fn):
+        start = time.process_time()
+        value_and_grads(fn, (image, text, torch.tensor(14.3)))
+        return time.process_time() - start
+
+    torch.use_deterministic_algorithms(False)  # its NaN filling of empties is the suite's, not the user's
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with CPU time of one thread, whatever else the machine is doing stays out of the ratio
+    pairs = [(seconds(dk.multi_positive_contrastive_loss), seconds(loop)) for _ in range(2)]
+    torch.set_num_threads(threads)
+    ours, theirs = (min(times) for times in zip(*pairs, strict=True))
+    assert ours <= theirs, f"ours {ours:.3f} s, loop {theirs:.3f} s"
+
+
+BAD = [
+    (dict(image=torch.randn(4, 3)), "share their last dimension D"),
+    (dict(image=torch.randn(5, 8)), "must share N"),
+    (dict(image=torch.randn(4, 8).double()), "share a dtype"),
+    (dict(image=torch.ones(4, 8, dtype=torch.long)), "floating"),
+    (dict(text=torch.randn(4, 8)), "3 dimensions"),
+    (dict(image=torch.randn(4, 8, device="meta")), "share a device"),
+    (dict(scale=torch.ones(2)), "one value"),
+    (dict(text_mask=torch.ones(4, 2)), "bool"),
+    (dict(text_mask=torch.ones(2, 4).bool()), "shape"),
+    (dict(negatives="everything"), "negatives must be one of"),
+    (dict(positives="logsum"), "needs negatives='all'"),
+    (dict(positives="logsum", negatives="all", reduction="none"), "needs positives='mean'"),
+    (dict(backend="quantum"), "unknown backend='quantum'"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(change, message):
+    arguments = dict(image=torch.randn(4, 8), text=torch.randn(4, 2, 8), scale=3.0) | change
+    image, text, scale = (arguments.pop(name) for name in ("image", "text", "scale"))
+    with pytest.raises(ValueError, match=message):
+        dk.multi_positive_contrastive_loss(image, text, scale, **arguments)

@@ -1,0 +1,151 @@
+"""Losses over 2, 3 and 4 gloo ranks equal the single-process float64 oracle: values, all gradients, the scale's included."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from numerics import clip_like
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import reference
+
+N, K, P, D = 12, 3, 9, 8  # N divides by 2, 3 and 4
+
+
+def global_case():
+    image, text = clip_like(N, K, D, torch.float64)
+    patches = torch.randn(N, P, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.rand(N, K, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask[0], mask[5:8] = False, False  # an image without captions; with W = 4, a third of a rank's
+    return image, text, patches, mask
+
+
+MODES = (("slot", "mean"), ("all", "mean"), ("all", "logsum"))
+SCOPES = (("image", "both"), ("image", "t2v"), ("batch", "both"), ("batch", "t2v"))
+CASES = [dict(loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)]
+CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
+
+
+def run_case(module, case, image, text, patches, mask):
+    case = dict(case)
+    kind, masked = case.pop("loss"), case.pop("masked")
+    inputs = [t.clone().requires_grad_() for t in (image, text, patches, torch.tensor(9.0, dtype=torch.float64))]
+    options = dict(text_mask=mask if masked else None, **case)
+    if kind == "contrastive":
+        loss = module.multi_positive_contrastive_loss(inputs[0], inputs[1], inputs[3], **options)
+    else:
+        loss = module.subcaption_grouping_loss(inputs[2], inputs[1], inputs[3], **options)
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return loss.detach(), grads
+
+
+def spawn(worker, world, *args):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(worker, args=(world, port, *args), nprocs=world, start_method="fork")
+
+
+def join(rank, world, port):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+
+
+def equality_worker(rank, world, port):
+    join(rank, world, port)
+    n = N // world
+    own = slice(rank * n, (rank + 1) * n)
+    whole = global_case()
+    for case in CASES:
+        expected_loss, expected_grads = run_case(reference, case, *whole)
+        loss, grads = run_case(dk, case, *(t[own] for t in whole))
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss / world, expected_loss, atol=1e-12, rtol=1e-12, msg=f"{case}: loss")
+        scale = grads[3].clone()
+        dist.all_reduce(scale)
+        # Averaging over ranks, as DDP and ZeRO do, gives the global gradient of parameters: a feature's is then 1/W of what its rank has.
+        for name, got, expected in zip(("image", "text", "patches"), grads, expected_grads, strict=False):
+            torch.testing.assert_close(got / world, expected[own], atol=1e-12, rtol=1e-10, msg=f"{case}: d{name}")
+        torch.testing.assert_close(scale / world, expected_grads[3], atol=1e-12, rtol=1e-10, msg=f"{case}: dscale")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_equal_to_one_process(world):
+    spawn(equality_worker, world)
+
+
+def unequal_worker(rank, world, port):
+    join(rank, world, port)
+    image, text, patches, mask = (t[: 4 - (rank == 1)] for t in global_case())
+    with pytest.raises(ValueError, match=r"N \(images a rank\) must be the same on every rank, got \[4, 3, 4\]"):
+        dk.multi_positive_contrastive_loss(image, text, 3.0)
+    with pytest.raises(ValueError, match="must be the same on every rank"):
+        dk.subcaption_grouping_loss(patches, text, 3.0)
+    image, text, patches, mask = global_case()
+    with pytest.raises(ValueError, match="text_mask"):
+        dk.multi_positive_contrastive_loss(image, text, 3.0, text_mask=mask if rank == 0 else None)
+    with pytest.raises(ValueError, match=f"rank {rank} of 3"):
+        dk.DreamLIPLoss(rank=rank, world_size=7)
+    dist.destroy_process_group()
+
+
+def test_unequal_batches_raise_on_every_rank():
+    """A rank with a smaller last batch: an error everywhere, not a hang."""
+    spawn(unequal_worker, 3)
+
+
+def subgroup_worker(rank, world, port):
+    """Two data-parallel groups of two: each is its own world."""
+    join(rank, world, port)
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine, place = groups[rank // 2], rank % 2
+    whole = global_case()
+    expected_loss, expected_grads = run_case(reference, CASES[0], *whole)
+    own = slice(place * N // 2, (place + 1) * N // 2)
+    loss, grads = run_case(dk, {**CASES[0], "group": mine}, *(t[own] for t in whole))
+    dist.all_reduce(loss, group=mine)
+    torch.testing.assert_close(loss / 2, expected_loss, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(grads[0] / 2, expected_grads[0][own], atol=1e-12, rtol=1e-10)
+    dist.destroy_process_group()
+
+
+def test_groups_are_respected():
+    spawn(subgroup_worker, 4)
+
+
+def counting_worker(rank, world, port):
+    """Images travel once each way, captions never: the collectives of a step and their sizes."""
+    join(rank, world, port)
+    calls = []
+
+    def counted(name, size_of):
+        real = getattr(dist, name)
+
+        def wrapper(*args, **kwargs):
+            calls.append((name, size_of(*args).numel()))
+            return real(*args, **kwargs)
+
+        setattr(dist, name, wrapper)
+
+    counted("all_gather_into_tensor", lambda out, *_: out)
+    counted("reduce_scatter_tensor", lambda out, whole, *_: whole)
+    counted("all_reduce", lambda x, *_: x)
+    whole = global_case()
+    n = N // world
+    run_case(dk, CASES[0], *(t[rank * n : (rank + 1) * n] for t in whole))
+    agreement = ("all_gather_into_tensor", 4 * world)
+    assert calls == [
+        agreement,
+        ("all_gather_into_tensor", N * D),  # images
+        ("all_reduce", K * N), ("all_reduce", K * N),  # row log-sum-exp: MAX, then SUM
+        ("all_gather_into_tensor", K * N),  # its upstream
+        ("reduce_scatter_tensor", N * D),  # the images' gradients
+    ]  # fmt: skip
+    dist.destroy_process_group()
+
+
+def test_only_images_travel():
+    spawn(counting_worker, 2)

@@ -1,0 +1,225 @@
+"""group_patches, patch_weights and the grouping loss against the float64 oracle, and the defined degenerate cases."""
+
+import pytest
+import torch
+from numerics import assert_no_worse_than_torch, three_ways, value_and_grads, worst_of
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import grouping, reference
+
+# (N, P, K, D): one of everything; tiny; B/32's and B/16's grids, with and without a class token; the widths of real towers.
+SHAPES = [(1, 1, 1, 8), (3, 49, 3, 96), (4, 196, 8, 512), (2, 197, 1, 768), (5, 16, 8, 8)]
+
+
+def region_like(n, p, k, d, dtype=torch.float32, threshold=None, normalization="minmax", first_seed=0):
+    """Patches [n, p, d] near k region directions and captions [n, k, d] near the same; no similarity lies on the threshold."""
+    for seed in range(first_seed, first_seed + 100):
+        gen = torch.Generator().manual_seed(seed)
+        regions = torch.randn(n, k, d, generator=gen)
+        owner = torch.randint(k, (n, p, 1), generator=gen).expand(-1, -1, d)
+        patches = (3 * torch.gather(regions, 1, owner) + 2 * torch.randn(n, p, d, generator=gen)).to(dtype)
+        texts = (2 * regions + torch.randn(n, k, d, generator=gen)).to(dtype)
+        if _margin(patches.double(), texts.double(), threshold, normalization) > 1e-6:
+            return patches, texts
+    raise AssertionError("no case found with a margin around the threshold")
+
+
+def _margin(patches, texts, threshold, normalization):
+    # One rounding error there would flip a patch in or out: a jump that no tolerance can describe.
+    w = torch.einsum("nkd,npd->nkp", reference.unit(texts), reference.unit(patches))
+    if normalization == "minmax" and w.shape[-1] > 1:
+        w = (w - w.amin(-1, keepdim=True)) / (w.amax(-1, keepdim=True) - w.amin(-1, keepdim=True))
+    if normalization == "softmax":
+        w = w.softmax(-1)
+    return 1.0 if w.shape[-1] == 1 else (w - (1 / w.shape[-1] if threshold is None else threshold)).abs().min().item()
+
+
+def compare(name, op, oracle, inputs):
+    """For 16-bit inputs the bar is the float32 oracle, rounded at the end: at 16 bits the oracle itself flips patches."""
+    if inputs[0].dtype in (torch.float32, torch.float64):
+        return assert_no_worse_than_torch(name, *three_ways(op, oracle, inputs))
+    dtype = inputs[0].dtype
+    low = tuple(v.to(dtype) for v in value_and_grads(oracle, [x.float() for x in inputs]))
+    assert_no_worse_than_torch(name, value_and_grads(op, inputs), low, value_and_grads(oracle, [x.double() for x in inputs]))
+
+
+@pytest.mark.parametrize("n, p, k, d", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
+def test_group_patches(n, p, k, d, dtype, normalization):
+    patches, texts = region_like(n, p, k, d, dtype, normalization=normalization)
+    op = lambda x, t: dk.group_patches(x, t, normalization=normalization)  # noqa: E731
+    oracle = lambda x, t: reference.group_patches(x, t, normalization=normalization)  # noqa: E731
+    if p == 1:  # nothing to choose from: the value is the patch, its caption has no gradient
+        assert (value_and_grads(op, (patches, texts))[2] == 0).all()
+        op, oracle = (lambda x, f=f: f(x, texts.to(x.dtype)) for f in (op, oracle))
+        return compare("pooled, dx", op, oracle, (patches,))
+    compare("pooled, dx, dt", op, oracle, (patches, texts))
+
+
+@pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5, 0.9, -1.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_thresholds_and_patch_masks(monkeypatch, normalization, threshold, padded):
+    monkeypatch.setattr(grouping, "_CHUNK_VALUES", {"cpu": 2 * 49 * 16})  # two images a chunk
+    patches, texts = region_like(5, 49, 4, 16, torch.float64, threshold if threshold > 0 else None, normalization)
+    mask = torch.rand(5, 49, generator=torch.Generator().manual_seed(1)) > 0.3 if padded else None
+    options = dict(threshold=threshold, normalization=normalization, patch_mask=mask)
+    op = lambda x, t: dk.group_patches(x, t, **options)  # noqa: E731
+    oracle = lambda x, t: reference.group_patches(x, t, **options)  # noqa: E731
+    got, expected = value_and_grads(op, (patches, texts)), value_and_grads(oracle, (patches, texts))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, atol=1e-12, rtol=1e-10)
+    if padded:
+        assert (got[1][~mask] == 0).all(), "padding patches take no gradient"
+
+
+@pytest.mark.parametrize(
+    "case", ["one patch", "constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_cases_are_defined(case, dtype):
+    patches, texts = region_like(3, 9, 2, 16, dtype)
+    options = {}
+    if case == "one patch":
+        patches = patches[:, :1]
+    if case == "constant patches":
+        patches = patches[:, :1].repeat(1, 9, 1)
+    if case == "nothing kept":
+        options["threshold"] = 1.5
+    if case == "zero text":
+        texts = torch.zeros_like(texts)
+    if case == "tie at the minimum":
+        w = reference.unit(texts) @ reference.unit(patches).mT
+        patches = patches.clone()
+        patches[:, 0] = 2 * patches[0:3, w[:, 0].argmin(-1)[0]]
+    if case == "no valid patch":
+        options["patch_mask"] = torch.tensor([[True] * 9, [False] * 9, [True] * 9])
+    if case == "zero patch":
+        patches = patches.clone()
+        patches[:, 4] = 0
+    got = value_and_grads(lambda x, t: dk.group_patches(x, t, **options), (patches, texts))
+    gold = value_and_grads(lambda x, t: reference.group_patches(x, t, **options), (patches.double(), texts.double()))
+    for g, e in zip(got, gold, strict=True):
+        assert torch.isfinite(g).all()
+        torch.testing.assert_close(g.double(), e, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=1e-4)
+    uniform = {"one patch", "constant patches", "nothing kept", "zero text"}
+    if case in uniform:
+        expected = reference.unit(patches).mean(1, keepdim=True).expand(-1, 2, -1)
+        torch.testing.assert_close(got[0], expected, atol=1e-6, rtol=1e-5)
+        assert (got[2] == 0).all(), "uniform weights carry no gradient to the captions"
+    if case == "no valid patch":
+        assert (got[0][1] == 0).all() and (got[1][1] == 0).all()
+
+
+def test_weights_are_what_the_op_pools_with():
+    patches, texts = region_like(3, 49, 4, 32)
+    for normalization in grouping.NORMALIZATIONS:
+        weights = dk.patch_weights(patches, texts, normalization=normalization)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4))
+        expected = dk.group_patches(patches, texts, normalization=normalization)
+        torch.testing.assert_close(weights @ reference.unit(patches), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("contrast", ["image", "batch"])
+@pytest.mark.parametrize("direction", ["both", "t2v"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_loss(contrast, direction, masked, scale):
+    mask = None
+    if masked:
+        mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(4)) > 0.4
+        mask[2], mask[3] = False, torch.tensor([1, 0, 0, 0, 0]).bool()
+    options = dict(text_mask=mask, contrast=contrast, direction=direction)
+    op = lambda x, t, s: dk.subcaption_grouping_loss(x, t, s, **options)  # noqa: E731
+    oracle = lambda x, t, s: reference.subcaption_grouping_loss(x, t, s, **options)  # noqa: E731
+    draws = [three_ways(op, oracle, (*region_like(6, 25, 5, 24, first_seed=100 * i), torch.tensor(scale))) for i in range(6)]
+    assert_no_worse_than_torch("loss", *worst_of(draws))
+
+
+def test_masked_captions_change_nothing_and_take_no_gradient():
+    patches, texts = region_like(4, 16, 3, 8)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
+    for contrast in ("image", "batch"):
+        op = lambda x, t, c=contrast: dk.subcaption_grouping_loss(x, t, 5.0, text_mask=mask, contrast=c)  # noqa: E731
+        garbled = torch.where(mask[..., None], texts, 100 * torch.randn_like(texts))
+        first, second = value_and_grads(op, (patches, texts)), value_and_grads(op, (patches, garbled))
+        torch.testing.assert_close(first[0], second[0])
+        assert (second[2][~mask] == 0).all()
+        none = dk.subcaption_grouping_loss(patches, texts, 5.0, text_mask=torch.zeros_like(mask), contrast=contrast)
+        assert none == 0
+
+
+def test_gradcheck():
+    patches, texts = region_like(3, 9, 3, 6, torch.float64)
+    scale = torch.tensor(4.0, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (patches, texts, scale)]
+    for contrast in ("image", "batch"):
+        for normalization in grouping.NORMALIZATIONS:
+            fn = lambda x, t, s, c=contrast, n=normalization: dk.subcaption_grouping_loss(x, t, s, contrast=c, normalization=n)  # noqa: E731
+            assert torch.autograd.gradcheck(fn, inputs)
+
+
+def test_opcheck_and_compile():
+    patches, texts = (t.requires_grad_() for t in region_like(3, 9, 2, 8))
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    for threshold, patch_mask in ((None, None), (0.3, mask)):
+        args = (patches, texts, threshold, "minmax", patch_mask, "torch")
+        torch.library.opcheck(torch.ops.dreamlip_kernels.group_patches.default, args)
+    fn = lambda x, t: dk.subcaption_grouping_loss(x, t, 9.0, contrast="batch")  # noqa: E731
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(value_and_grads(compiled, (patches, texts)), value_and_grads(fn, (patches, texts)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_autocast_changes_nothing():
+    inputs = region_like(3, 16, 3, 32)
+    fn = lambda x, t: dk.subcaption_grouping_loss(x, t, 50.0)  # noqa: E731
+
+    def forward_under_autocast(x, t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return fn(x, t)
+
+    plain, under = value_and_grads(fn, inputs), value_and_grads(forward_under_autocast, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
+
+
+def test_strides_and_empty_batch():
+    patches, texts = region_like(4, 9, 3, 8)
+    same = dk.group_patches(patches, texts)
+    torch.testing.assert_close(dk.group_patches(patches.transpose(1, 2).contiguous().transpose(1, 2), texts), same)
+    torch.testing.assert_close(dk.group_patches(patches, texts.transpose(0, 1).contiguous().transpose(0, 1)), same)
+    assert dk.group_patches(patches[:0], texts[:0]).shape == (0, 3, 8)
+    assert dk.subcaption_grouping_loss(patches[:0], texts[:0], 3.0) == 0
+
+
+def test_nan_features_show():
+    patches, texts = region_like(3, 9, 2, 8)
+    bad_patches, bad_texts = patches.clone(), texts.clone()
+    bad_patches[1, 2, 3], bad_texts[1, 0, 0] = torch.nan, torch.nan
+    assert dk.group_patches(bad_patches, texts)[1].isnan().any()
+    assert dk.group_patches(patches, bad_texts)[1, 0].isnan().any()
+    assert dk.subcaption_grouping_loss(patches, bad_texts, 3.0).isnan()
+
+
+BAD = [
+    (dict(patches=torch.randn(4, 9, 7)), "share their last dimension D"),
+    (dict(patches=torch.randn(5, 9, 8)), "must share N"),
+    (dict(patches=torch.randn(4, 9, 8).half()), "share a dtype"),
+    (dict(patches=torch.randn(4, 8)), "3 dimensions"),
+    (dict(patch_mask=torch.ones(4, 8).bool()), "patch_mask must have shape"),
+    (dict(patch_mask=torch.ones(4, 9)), "patch_mask must be a bool"),
+    (dict(normalization="max"), "normalization must be one of"),
+    (dict(threshold="high"), "threshold must be a number"),
+    (dict(backend="abacus"), "unknown backend='abacus'"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(change, message):
+    arguments = dict(patches=torch.randn(4, 9, 8), texts=torch.randn(4, 2, 8)) | change
+    patches, texts = arguments.pop("patches"), arguments.pop("texts")
+    with pytest.raises(ValueError, match=message):
+        dk.group_patches(patches, texts, **arguments)
+    with pytest.raises(ValueError, match=message):
+        dk.subcaption_grouping_loss(patches, texts, 1.0, **arguments)

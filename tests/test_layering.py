@@ -1,0 +1,75 @@
+"""Who may import whom, read from the source: the arrows of the architecture point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = {
+    "reference": {"torch"},
+    "checks": {"torch"},
+    "dispatch": {"torch"},
+    "distributed": {"torch"},
+    "contrastive": {"torch", ".dispatch", ".checks", ".distributed"},
+    "grouping": {"torch", ".dispatch", ".checks", ".distributed", ".contrastive", ".reference"},
+    "losses": {"torch", ".contrastive", ".grouping", ".distributed"},
+    "version": set(),
+    "__init__": {".contrastive", ".dispatch", ".grouping", ".losses", ".version"},
+}
+# Heavy dependencies of the trainer, each behind the files that wrap it.
+TRAINER_ONLY_IN = {
+    "deepspeed": {"engine", "checkpoint"},
+    "open_clip": {"model", "evaluate", "export"},
+    "webdataset": {"data", "prepare", "shards"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages, and relative modules with their dot, that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {f".{node.module}"} if node.module else {f".{alias.name}" for alias in node.names}
+    return found
+
+
+def standard(name: str) -> bool:
+    import sys
+
+    return name in sys.stdlib_module_names or name == "__future__"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dreamlip_kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_only_to_the_right(path):
+    assert path.stem in KERNELS, f"{path.name} has no place in the layering; add it to the table"
+    extra = {name for name in imports(path) if not standard(name)} - KERNELS[path.stem]
+    assert not extra, f"{path.name} may not import {sorted(extra)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dreamlip_train").glob("*.py")), ids=lambda p: p.stem)
+def test_trainer_uses_public_names_and_wraps_heavy_dependencies(path):
+    names = imports(path)
+    for package, files in TRAINER_ONLY_IN.items():
+        assert package not in names or path.stem in files, f"{package} belongs into {sorted(files)}, not {path.name}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        for module in modules:
+            public = not module.startswith("dreamlip_kernels.") or module == "dreamlip_kernels.dispatch"
+            assert public, f"{path.name} imports {module}: the trainer uses public names only"
+
+
+@pytest.mark.parametrize("folder", ["dreamlip_kernels", "dreamlip_train"])
+def test_a_file_holds_one_idea(folder):
+    long = {p.name: n for p in (ROOT / folder).glob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long, f"split these: {long}"

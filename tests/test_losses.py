@@ -1,0 +1,111 @@
+"""The loss modules: a one-line swap for the real open_clip ClipLoss, and the weighted terms its training loop sums."""
+
+import warnings
+
+import open_clip
+import pytest
+import torch
+from numerics import clip_like, value_and_grads
+from open_clip.loss import ClipLoss
+
+import dreamlip_kernels as dk
+
+OPEN_CLIP_ARGUMENTS = dict(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False)
+
+
+@pytest.fixture
+def features():
+    image, text = clip_like(12, 4, 16)
+    patches = torch.randn(12, 9, 16, generator=torch.Generator().manual_seed(0))
+    return image, text, patches
+
+
+@pytest.mark.parametrize("module", [dk.MultiPositiveContrastiveLoss, dk.DreamLIPLoss])
+@pytest.mark.parametrize("output_dict", [False, True])
+@pytest.mark.filterwarnings("ignore:DreamLIPLoss")
+def test_one_line_swap_for_clip_loss(module, output_dict):
+    """What open_clip_train does: model -> dict -> ``loss(**model_out, output_dict=True)`` -> sum of the values."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg=dict(image_size=32, patch_size=16, width=32, head_width=16, layers=1),
+        text_cfg=dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1),
+        output_dict=True,
+    )
+    images, tokens = torch.randn(6, 3, 32, 32), torch.randint(1, 63, (6, 8))
+    grads = []
+    for loss_module in (ClipLoss(**OPEN_CLIP_ARGUMENTS), module(**OPEN_CLIP_ARGUMENTS)):
+        out = loss_module(**model(images, tokens), output_dict=output_dict)
+        total = sum(out.values()) if output_dict else out
+        grads.append((total.detach(), *torch.autograd.grad(total, tuple(model.parameters()))))
+        if output_dict:
+            assert set(out) == {"contrastive_loss"}
+    for theirs, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_positional_arguments_are_clip_loss_s():
+    for module in (dk.MultiPositiveContrastiveLoss, dk.DreamLIPLoss, dk.SubcaptionGroupingLoss):
+        module(True, True, False, 0, 1, False)
+
+
+def test_dreamlip_loss_is_the_weighted_sum(features):
+    image, text, patches = features
+    mask = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)) > 0.3
+    module = dk.DreamLIPLoss(mpcl_weight=0.5, grouping_weight=2.0, negatives="all", threshold=0.3, contrast="batch", direction="t2v")
+    options = dict(patch_features=patches, text_mask=mask)
+    terms = module(image, text, 10.0, output_dict=True, logit_scale_local=5.0, **options)
+    expected = {
+        "contrastive_loss": 0.5 * dk.multi_positive_contrastive_loss(image, text, 10.0, text_mask=mask, negatives="all"),
+        "grouping_loss": 2.0
+        * dk.subcaption_grouping_loss(patches, text, 5.0, text_mask=mask, threshold=0.3, contrast="batch", direction="t2v"),
+    }
+    assert set(terms) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(terms[name], expected[name])
+    torch.testing.assert_close(module(image, text, 10.0, logit_scale_local=5.0, **options), sum(expected.values()))
+    shared = module(image, text, 10.0, output_dict=True, **options)["grouping_loss"]
+    assert shared != terms["grouping_loss"], "without logit_scale_local the grouping term takes logit_scale"
+
+
+def test_gradients_reach_every_input(features):
+    module = dk.DreamLIPLoss()
+    image, text, patches = features
+    fn = lambda i, t, p, s, sl: module(i, t, s, patch_features=p, logit_scale_local=sl)  # noqa: E731
+    _, *grads = value_and_grads(fn, (image, text, patches, torch.tensor(10.0), torch.tensor(7.0)))
+    assert all(g.abs().max() > 1e-6 for g in grads)
+
+
+def test_no_patch_features_is_said_once(features):
+    image, text, _ = features
+    module = dk.DreamLIPLoss()
+    with pytest.warns(UserWarning, match="no patch_features"):
+        loss = module(image, text, 10.0)
+    torch.testing.assert_close(loss, dk.multi_positive_contrastive_loss(image, text, 10.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dk.DreamLIPLoss(grouping_weight=0)(image, text, 10.0)
+    with pytest.raises(ValueError, match="patch_features"):
+        dk.DreamLIPLoss(mpcl_weight=0)(image, text, 10.0)
+
+
+def test_logit_bias_cancels(features):
+    image, text, _ = features
+    module = dk.MultiPositiveContrastiveLoss()
+    assert module(image, text, 10.0, torch.tensor(-3.0)) == module(image, text, 10.0)
+
+
+def test_logit_scale_of_shape_one_gets_its_gradient(features):
+    image, text, _ = features
+    scale = torch.tensor([10.0], requires_grad=True)
+    dk.MultiPositiveContrastiveLoss()(image, text, scale).backward()
+    assert scale.grad.shape == (1,) and scale.grad.abs() > 1e-6
+
+
+def test_bad_construction_is_named():
+    with pytest.raises(ValueError, match="use_horovod"):
+        dk.MultiPositiveContrastiveLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="world_size=4"):
+        dk.DreamLIPLoss(rank=1, world_size=4)
+    with pytest.raises(ValueError, match="grouping_weight"):
+        dk.DreamLIPLoss(grouping_weight=-1)

@@ -1,0 +1,173 @@
+"""The oracle against nested Python loops that transcribe docs/math.md, and against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from dreamlip_kernels import reference
+
+
+def unit(v):
+    return v / v.norm()
+
+
+def lse(values):
+    values = [float(v) for v in values]
+    if not values:
+        return -math.inf
+    top = max(values)
+    return top + math.log(sum(math.exp(v - top) for v in values))
+
+
+def random_case(n=5, k=3, p=6, d=4, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)  # noqa: E731
+    mask = torch.rand(n, k, generator=gen) > 0.3
+    mask[0], mask[1] = False, True
+    return make(n, d), make(n, k, d), make(n, p, d), mask
+
+
+def test_bidirectional_logsumexp_against_loops():
+    x, text, _, mask = random_case()
+    y, y_mask = text.transpose(0, 1), mask.T
+    x_mask = torch.tensor([True, False, True, True, True])
+    row, col = reference.bidirectional_logsumexp(x, y, 1.7, y_mask, x_mask)
+    for k in range(3):
+        for i in range(5):
+            expected = lse([1.7 * x[i] @ y[k, j] for j in range(5) if y_mask[k, j] and x_mask[i]])
+            assert row[k, i].item() == pytest.approx(expected, abs=1e-12)
+        for j in range(5):
+            expected = lse([1.7 * x[i] @ y[k, j] for i in range(5) if y_mask[k, j] and x_mask[i]])
+            assert col[k, j].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("negatives, positives", [("slot", "mean"), ("all", "mean"), ("all", "logsum")])
+@pytest.mark.parametrize("masked", [False, True])
+def test_contrastive_loss_against_loops(negatives, positives, masked):
+    image, text, _, mask = random_case()
+    n, k = mask.shape
+    mask = mask if masked else torch.ones_like(mask)
+    s = 2.3
+    z = [[[float(s * image[i] @ text[j, c]) for c in range(k)] for j in range(n)] for i in range(n)]
+    row_terms, col_terms = [], []
+    for i in range(n):
+        valid = [c for c in range(k) if mask[i, c]]
+        everything = [z[i][j][c] for j in range(n) for c in range(k) if mask[j, c]]
+        if positives == "logsum" and valid:
+            row_terms.append(lse(everything) - lse([z[i][i][c] for c in valid]))
+        for c in valid:
+            if positives == "mean":
+                candidates = everything if negatives == "all" else [z[i][j][c] for j in range(n) if mask[j, c]]
+                row_terms.append(lse(candidates) - z[i][i][c])
+            col_terms.append(lse([z[j][i][c] for j in range(n)]) - z[i][i][c])
+    expected = sum(row_terms) / len(row_terms) / 2 + sum(col_terms) / len(col_terms) / 2
+    got = reference.multi_positive_contrastive_loss(
+        image, text, s, text_mask=mask if masked else None, negatives=negatives, positives=positives
+    )
+    assert got.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_per_slot_loss_is_the_mean_of_clip_losses():
+    image, text, _, _ = random_case()
+    labels = torch.arange(len(image))
+    clip = [
+        (torch.nn.functional.cross_entropy(image @ text[:, k].T, labels) + torch.nn.functional.cross_entropy(text[:, k] @ image.T, labels))
+        / 2
+        for k in range(text.shape[1])
+    ]
+    torch.testing.assert_close(reference.multi_positive_contrastive_loss(image, text, 1.0), torch.stack(clip).mean())
+
+
+def test_reduction_none_averages_to_the_loss_and_is_zero_where_masked():
+    image, text, _, mask = random_case()
+    pairs = reference.multi_positive_contrastive_loss(image, text, 1.3, text_mask=mask, reduction="none")
+    assert pairs.shape == mask.shape
+    assert (pairs[~mask] == 0).all()
+    torch.testing.assert_close(pairs.sum() / mask.sum(), reference.multi_positive_contrastive_loss(image, text, 1.3, text_mask=mask))
+
+
+def test_identical_embeddings_give_log_n():
+    image, text = torch.ones(6, 4).double(), torch.ones(6, 3, 4).double()
+    assert reference.multi_positive_contrastive_loss(image, text, 5.0).item() == pytest.approx(math.log(6))
+    pooled = reference.multi_positive_contrastive_loss(image, text, 5.0, negatives="all").item()
+    assert pooled == pytest.approx((math.log(18) + math.log(6)) / 2)
+
+
+@pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_group_patches_against_loops(normalization, threshold, padded):
+    _, text, patches, _ = random_case(seed=3)
+    n, p, _ = patches.shape
+    patch_mask = torch.ones(n, p, dtype=torch.bool)
+    if padded:
+        patch_mask[:, -2:] = False
+        patch_mask[2, 0] = False
+    got = reference.group_patches(
+        patches, text, threshold=threshold, normalization=normalization, patch_mask=patch_mask if padded else None
+    )
+    for i in range(n):
+        valid = [m for m in range(p) if patch_mask[i, m]]
+        sigma = 1 / len(valid) if threshold is None else threshold
+        for k in range(text.shape[1]):
+            w = {m: float(unit(text[i, k]) @ unit(patches[i, m])) for m in valid}
+            if normalization == "minmax":
+                lo, hi = min(w.values()), max(w.values())
+                w = {m: (v - lo) / (hi - lo) for m, v in w.items()}
+            elif normalization == "softmax":
+                total = sum(math.exp(v) for v in w.values())
+                w = {m: math.exp(v) / total for m, v in w.items()}
+            kept = {m: max(v, 0.0) for m, v in w.items() if v >= sigma}
+            if sum(kept.values()) == 0:
+                kept = dict.fromkeys(valid, 1.0)
+            expected = sum(v / sum(kept.values()) * unit(patches[i, m]) for m, v in kept.items())
+            torch.testing.assert_close(got[i, k], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("contrast", ["image", "batch"])
+@pytest.mark.parametrize("direction", ["both", "t2v"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouping_loss_against_loops(contrast, direction, masked):
+    _, text, patches, mask = random_case(seed=5)
+    n, k = mask.shape
+    mask = mask if masked else torch.ones_like(mask)
+    s = 3.1
+    group = reference.group_patches(patches, text)
+    pairs = [(i, c) for i in range(n) for c in range(k) if mask[i, c]]
+    z = lambda a, b: float(s * unit(group[a]) @ unit(text[b]))  # noqa: E731
+    terms = []
+    for a in pairs:
+        rivals = [b for b in pairs if contrast == "batch" or b[0] == a[0]]
+        t2v = lse([z(b, a) for b in rivals]) - z(a, a)
+        v2t = lse([z(a, b) for b in rivals]) - z(a, a)
+        terms.append(t2v if direction == "t2v" else (t2v + v2t) / 2)
+    got = reference.subcaption_grouping_loss(patches, text, s, text_mask=mask if masked else None, contrast=contrast, direction=direction)
+    assert got.item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+
+
+def test_an_image_with_one_caption_contributes_nothing_within_itself():
+    _, text, patches, _ = random_case()
+    mask = torch.zeros(5, 3, dtype=torch.bool)
+    mask[:, 1] = True
+    assert reference.subcaption_grouping_loss(patches, text, 7.0, text_mask=mask).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_planted_groups_are_found():
+    """Each caption equals one patch direction: with a high threshold its group is exactly that patch."""
+    patches = torch.eye(8, dtype=torch.float64)[None].repeat(2, 1, 1)
+    text = 3 * torch.eye(8, dtype=torch.float64)[[1, 4, 6]][None].repeat(2, 1, 1)
+    weights = reference.patch_weights(patches, text, threshold=0.5)
+    assert weights.argmax(-1).tolist() == [[1, 4, 6]] * 2
+    torch.testing.assert_close(weights.max(-1).values, torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_everything_masked_is_zero_with_zero_gradient():
+    image, text, patches, _ = (t.requires_grad_() if t.is_floating_point() else t for t in random_case())
+    none = torch.zeros(5, 3, dtype=torch.bool)
+    losses = [reference.multi_positive_contrastive_loss(image, text, 9.0, text_mask=none, negatives=m) for m in ("slot", "all")]
+    losses += [reference.subcaption_grouping_loss(patches, text, 9.0, text_mask=none, contrast=c) for c in ("image", "batch")]
+    for loss in losses:
+        assert loss.item() == 0
+        for grad in torch.autograd.grad(loss, (image, text, patches), allow_unused=True):
+            assert grad is None or (grad == 0).all()
