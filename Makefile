@@ -30,13 +30,13 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-sort=name
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds
 
 # On a machine with a CUDA device: everything this repository can say about it, into files under OUT.
 gpu:
 	mkdir -p $(OUT)
 	python3 -m pytest tests -m gpu 2>&1 | tee $(OUT)/tests.txt
-	python3 -m pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/benchmarks.json 2>&1 | tee $(OUT)/benchmarks.txt
+	python3 -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-json=$(OUT)/benchmarks.json 2>&1 | tee $(OUT)/benchmarks.txt
 
 clean:
 	rm -rf .venv build dist *.egg-info data runs
