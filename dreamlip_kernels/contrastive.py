@@ -290,7 +290,7 @@ def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col):
             dx[rows].addmm_(g, y[k, cols].to(g.dtype))
             dy_k[cols].addmm_(g.T, x_wide[rows])
         dy[k] = dy_k.mul_(scale)
-    dscale = (x_wide * dx).sum()
+    dscale = (x_wide * dx).sum(dtype=torch.float64).to(scale.dtype)
     return dx.mul_(scale).to(x.dtype), dy, dscale
 
 
