@@ -196,6 +196,10 @@ class Config:
             "loss.grouping_weight", self.loss.grouping_weight,
             'with data.num_sub_captions=1 the within-image contrast has no negatives; give more sub-captions, loss.contrast="batch", or weight 0',
         )
+        unused = self.loss.grouping_weight == 0
+        why = "only the grouping loss uses it, and loss.grouping_weight is 0"
+        _require(not (unused and self.model.local_logit_scale), "model.local_logit_scale", True, f"{why}; set it to False")
+        _require(not (unused and self.model.patch_projection == "local"), "model.patch_projection", "local", f'{why}; use "shared"')
         _require(self.optim.lr > 0, "optim.lr", self.optim.lr, "give a rate > 0")
         _require(self.optim.warmup_steps >= 0, "optim.warmup_steps", self.optim.warmup_steps, "0 means no warm-up")
         _require(self.optim.grad_clip_norm >= 0, "optim.grad_clip_norm", self.optim.grad_clip_norm, "0 turns clipping off")
@@ -204,6 +208,9 @@ class Config:
         for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps"):
             _require(getattr(self.engine, name) >= 1, f"engine.{name}", getattr(self.engine, name), "give at least 1")
         _require(not (self.engine.compile and self.engine.zero_stage == 3), "engine.compile", True, "torch.compile does not run with engine.zero_stage=3; use stage 0, 1 or 2")
+        _require(0 <= self.optim.final_lr_fraction <= 1, "optim.final_lr_fraction", self.optim.final_lr_fraction, "give a fraction in [0, 1]")
+        needs_shards = self.eval.every_steps == 0 or bool(self.data.val_shards)
+        _require(needs_shards, "eval.every_steps", self.eval.every_steps, "it evaluates on data.val_shards, which is empty")
         _require(self.eval.batch_size >= 1, "eval.batch_size", self.eval.batch_size, "give at least 1")
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
         "train_micro_batch_size_per_gpu": engine.batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip_norm,
-        "zero_optimization": {"stage": engine.zero_stage},
+        # DeepSpeed's 5e8 elements would be one 2 GB buffer, and a model of this size would be reduced in one piece after backward instead of during it.
+        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": 25_000_000},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }

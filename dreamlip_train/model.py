@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +132,13 @@ class DreamLIP(nn.Module):
         return F.normalize(x.float(), dim=-1)
 
 
-def crop_to_longest(tokens: Tensor, multiple: int = 8) -> Tensor:
-    """``tokens`` [..., L] without the columns after every row's end token, kept to a multiple of ``multiple`` so that few lengths occur.
+def crop_to_longest(tokens: Tensor) -> Tensor:
+    """``tokens`` [..., L] without the columns after every row's end token.
 
     Exact for a causal tower that pools at the end token: no later position reaches it. Reads the tokens on the host: call it before they go to a GPU.
     """
     longest = int(tokens.argmax(dim=-1).max()) + 1 if tokens.numel() else 1
-    return tokens[..., : min(-(-longest // multiple) * multiple, tokens.shape[-1])]
+    return tokens[..., :longest]
 
 
 def build_model(model: ModelConfig, seed: int) -> DreamLIP:
@@ -177,7 +176,7 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
     try:
         state = open_clip.factory.load_state_dict(path, weights_only=True)
         problems = _mismatches(clip.state_dict(), state)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, StopIteration) as error:
+    except Exception as error:  # torch's reader raises whatever the bytes lead it to
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}") from error
     if problems:

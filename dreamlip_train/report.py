@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dreamlip_kernels.dispatch import select
 from dreamlip_train.config import Config
 from dreamlip_train.data import val_samples
 from dreamlip_train.evaluate import evaluate, format_report
 from dreamlip_train.model import DreamLIP
 from dreamlip_train.runlog import RunLog
-
-_PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")
-
-
-def backends(requested: str, device: torch.device) -> dict[str, str]:
-    """The backend each op of the losses will take on ``device``.
-
-    Raises:
-        ValueError: no op knows ``requested``.  RuntimeError: it cannot run here.
-    """
-    probe = torch.empty(1, device=device)
-    return {op: select(op, probe, requested) for op in ("bidirectional_logsumexp", "group_patches")}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose behaviour a run depends on; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def final_report(

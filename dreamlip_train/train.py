@@ -19,10 +19,12 @@ from dreamlip_train import checkpoint
 from dreamlip_train.config import Config
 from dreamlip_train.config_file import format_config
 from dreamlip_train.data import train_loader
+from dreamlip_train.deepspeed_config import deepspeed_config
+from dreamlip_train.doctor import backends, versions
 from dreamlip_train.engine import StepResult, build_engine, evaluation_model, init_distributed, learning_rate, move_batch, train_step
 from dreamlip_train.evaluate import evaluate
 from dreamlip_train.model import build_model
-from dreamlip_train.report import backends, final_report, versions
+from dreamlip_train.report import final_report
 from dreamlip_train.runlog import RunLog, Stopwatch, memory_gb
 
 
@@ -37,6 +39,7 @@ def train(config: Config, run_dir: str | Path, resume: str = "auto") -> dict[str
         RuntimeError: a checkpoint could not be written, or engine.max_nonfinite_steps steps in a row were not finite.
     """
     config.validate()
+    deepspeed_config(config.engine, config.optim)  # refuses what DeepSpeed would ignore, before anything is built
     if not config.data.shards:
         raise ValueError(
             "data.shards: is empty; give the training shards, such as --data.shards 'shards/*.tar' (`dreamlip-train prepare` makes them)"

@@ -1,0 +1,66 @@
+"""``dreamlip-train doctor``: versions, devices, kernel backends, and whether shards can be read, as text to paste into a report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+import dreamlip_kernels
+from dreamlip_kernels.dispatch import select
+
+_PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")
+
+
+def backends(requested: str, device: torch.device) -> dict[str, str]:
+    """The backend each op of the losses will take on ``device``.
+
+    Raises:
+        ValueError: no op knows ``requested``.  RuntimeError: it cannot run here.
+    """
+    probe = torch.empty(1, device=device)
+    return {op: select(op, probe, requested) for op in ("bidirectional_logsumexp", "group_patches")}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose behaviour a run depends on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def examine(pattern: str = "") -> str:
+    """What this machine offers a run, as text; with ``pattern`` also the findings of ``prepare validate`` on those shards.
+
+    Raises:
+        ValueError: ``pattern`` matches no shard.
+    """
+    parts = [
+        "versions\n" + "\n".join(f"  {name:<18} {version}" for name, version in versions().items()),
+        "devices\n" + "\n".join(f"  {line}" for line in _devices()),
+        "kernel backends\n" + "\n".join(f"  {line}" for line in dreamlip_kernels.explain().splitlines()),
+    ]
+    if pattern:
+        parts.append(f"shards {pattern}\n" + _shards(pattern))
+    return "\n\n".join(parts)
+
+
+def _devices() -> list[str]:
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    lines = [f"CPU: {len(os.sched_getaffinity(0))} cores for this process, {gigabytes:.0f} GB memory"]
+    lines += [f"disk here: {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free"]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        lines.append(f"cuda:{index}: {found.name}, {found.total_memory / 1e9:.0f} GB, compute capability {found.major}.{found.minor}")
+    if not torch.cuda.is_available():
+        built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        lines.append(f"no CUDA device (torch is {built_for}): runs use the CPU and gloo")
+    return lines

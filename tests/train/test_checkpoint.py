@@ -1,0 +1,176 @@
+"""Checkpoints: exact resume, survival of crashes and full disks, and refusal of what does not fit."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import STEPS, clean_environment, run_steps, tiny_config, tiny_engine
+
+from dreamlip_train.checkpoint import Progress, complete_checkpoints, find_checkpoint, load, load_for_eval, newest, save
+from dreamlip_train.engine import evaluation_model
+from dreamlip_train.model import open_clip_state_dict
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "amp_bf16"), (0, "bf16")])
+def test_resumed_losses_are_bitwise_the_uninterrupted_ones(tmp_path, stage, precision):
+    config = tiny_config(stage, precision)
+    engine = tiny_engine(config)
+    run_steps(engine, config, 0, 4)
+    save(engine, tmp_path, config, Progress(step=4, epoch=1, position=1, skipped_steps=2))
+    torch_next = torch.rand(3)
+    uninterrupted = run_steps(engine, config, 4, STEPS)
+
+    config.engine.seed = 5  # other initial weights: everything must come from the checkpoint
+    fresh = tiny_engine(config)
+    torch.manual_seed(99)
+    progress, changed = load(fresh, newest(tmp_path), config)
+    assert (progress.step, progress.epoch, progress.position, progress.skipped_steps) == (4, 1, 1, 2)
+    assert changed == {"engine.seed": (0, 5)}
+    assert torch.equal(torch.rand(3), torch_next)
+    assert run_steps(fresh, config, 4, STEPS) == uninterrupted
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
+def test_evaluation_loads_the_weights_of_every_stage(tmp_path, stage, precision):
+    config = tiny_config(stage, precision)
+    engine = tiny_engine(config)
+    run_steps(engine, config, 0, 2)
+    path = save(engine, tmp_path / "checkpoints", config, Progress(step=2))
+    for given in (tmp_path, path):
+        loaded, loaded_config = load_for_eval(given)
+        assert loaded_config.to_dict() == config.to_dict() and not loaded.training
+        with evaluation_model(engine, config.model) as model:
+            for (name, got), (_, trained) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+                # the checkpoint has the fp32 master weights, a bf16 engine only their rounding
+                torch.testing.assert_close(got, trained.float(), atol=0, rtol=0 if precision == "fp32" else 2**-8, msg=name)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    config = tiny_config()
+    engine = tiny_engine(config)
+    for step in (2, 4, 6, 4):
+        save(engine, tmp_path, config, Progress(step=step))
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000006", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["step-00000004", "step-00000006"]
+    assert (tmp_path / "latest").read_text() == "step-00000004"
+
+
+CRASH = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from tiny import run_steps, tiny_config, tiny_engine
+from dreamlip_train import checkpoint
+config = tiny_config()
+engine = tiny_engine(config)
+run_steps(engine, config, 0, 2)
+checkpoint.save(engine, Path(sys.argv[1]), config, checkpoint.Progress(step=2))
+run_steps(engine, config, 2, 4)
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(checkpoint.os if sys.argv[2] == "rename" else checkpoint, sys.argv[2], die)
+checkpoint.save(engine, Path(sys.argv[1]), config, checkpoint.Progress(step=4))
+"""
+
+
+@pytest.mark.parametrize("moment", ["_phase_two", "rename"])
+def test_killed_while_saving_the_previous_checkpoint_is_used(tmp_path, moment):
+    """Between DeepSpeed's files and the manifest, and between the manifest and the final name."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH, str(tmp_path), moment, str(here)],
+        cwd=here.parents[1],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert (tmp_path / "step-00000004.partial").is_dir()
+    assert newest(tmp_path).name == "step-00000002"
+    config = tiny_config()
+    engine = tiny_engine(config)
+    progress, _ = load(engine, newest(tmp_path), config)
+    run_steps(engine, config, progress.step, 4)
+    save(engine, tmp_path, config, Progress(step=4))
+    assert newest(tmp_path).name == "step-00000004" and not list(tmp_path.glob("*.partial"))
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    config = tiny_config()
+    engine = tiny_engine(config)
+    save(engine, tmp_path, config, Progress(step=2))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))  # writing more fails, as on a full disk
+    try:
+        with pytest.raises(RuntimeError, match=r"step-00000004 could not be written.*step-00000002 is complete; make room.*--resume auto"):
+            save(engine, tmp_path, config, Progress(step=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert newest(tmp_path).name == "step-00000002"
+
+
+def test_a_file_cut_short_makes_a_checkpoint_incomplete(tmp_path):
+    config = tiny_config()
+    engine = tiny_engine(config)
+    for step in (2, 4):
+        save(engine, tmp_path / "checkpoints", config, Progress(step=step))
+    broken = tmp_path / "checkpoints" / "step-00000004"
+    with (broken / "zero_pp_rank_0_mp_rank_00_optim_states.pt").open("r+b") as file:
+        file.truncate(1000)
+    assert find_checkpoint(tmp_path).name == "step-00000002"
+    with pytest.raises(ValueError, match="step-00000004 is not a complete checkpoint"):
+        find_checkpoint(broken)
+
+
+def test_a_checkpoint_that_does_not_fit_names_the_field(tmp_path):
+    config = tiny_config()
+    engine = tiny_engine(config)
+    path = save(engine, tmp_path, config, Progress(step=2))
+    for section, field, value in (
+        ("model", "name", "other"),
+        ("model", "patch_projection", "local"),
+        ("engine", "zero_stage", 2),
+        ("engine", "batch_size", 4),
+    ):
+        other = tiny_config()
+        setattr(getattr(other, section), field, value)
+        with pytest.raises(ValueError, match=rf"{section}.{field}: .*step-00000002 was written with"):
+            load(engine, path, other)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"world_size": 4}))
+    with pytest.raises(ValueError, match="was written by 4 ranks, this run has 1; resume with as many ranks"):
+        load(engine, path, config)
+
+
+def test_changed_optimizer_settings_win_over_the_checkpoints(tmp_path):
+    config = tiny_config()
+    engine = tiny_engine(config)
+    run_steps(engine, config, 0, 1)
+    path = save(engine, tmp_path, config, Progress(step=1))
+    config.optim.weight_decay = 0.5
+    fresh = tiny_engine(config)
+    load(fresh, path, config)
+    assert [group["weight_decay"] for group in fresh.optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_open_clip_file_needs_its_model_name(tmp_path):
+    config = tiny_config()
+    engine = tiny_engine(config)
+    torch.save({"state_dict": open_clip_state_dict(engine.module)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="--model: say which open_clip model"):
+        load_for_eval(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="comes from another model"):
+        load_for_eval(tmp_path / "x.pt", "ViT-B-32")
+    run = save(engine, tmp_path / "checkpoints", config, Progress(step=2))
+    with pytest.raises(ValueError, match="leave --model out"):
+        load_for_eval(run, "ViT-B-32")
+    with pytest.raises(ValueError, match="no file or folder"):
+        load_for_eval(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        load_for_eval(tmp_path / "checkpoints")

@@ -1,0 +1,77 @@
+"""Impossible settings are refused by name before anything is built; a TOML file is checked like the command line."""
+
+import pytest
+
+from dreamlip_train.config import Config
+from dreamlip_train.config_file import differences, format_config, override, read_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"data": {"num_sub_captions": 0}}, "data.num_sub_captions"),
+        ({"data": {"merged_num": 0}}, "data.merged_num"),
+        ({"data": {"workers": -1}}, "data.workers"),
+        ({"data": {"crop_scale": [0.9, 1.1]}}, "data.crop_scale"),
+        ({"data": {"max_bad_fraction": 2}}, "data.max_bad_fraction"),
+        ({"data": {"source_weights": {"raw_caption": -1.0}}}, "data.source_weights"),
+        ({"data": {"caption_sources": ["longSV_captions"], "source_weights": {"raw_caption": 1.0}}}, "data.source_weights"),
+        ({"model": {"context_length": 2}}, "model.context_length"),
+        ({"model": {"init_temperature": 0.001}}, "model.init_temperature"),
+        ({"loss": {"mpcl_weight": 0, "grouping_weight": 0}}, "loss.mpcl_weight"),
+        ({"loss": {"positives": "logsum"}}, "loss.positives"),
+        ({"data": {"num_sub_captions": 1}}, "loss.grouping_weight"),
+        ({"loss": {"grouping_weight": 0}}, "model.local_logit_scale"),
+        ({"loss": {"grouping_weight": 0}, "model": {"local_logit_scale": False, "patch_projection": "local"}}, "model.patch_projection"),
+        ({"optim": {"lr": 0}}, "optim.lr"),
+        ({"engine": {"batch_size": 0}}, "engine.batch_size"),
+        ({"engine": {"epochs": 0}}, "engine.epochs"),
+        ({"engine": {"keep_last": 0}}, "engine.keep_last"),
+        ({"engine": {"compile": True, "zero_stage": 3}}, "engine.compile"),
+        ({"eval": {"every_steps": 10}}, "eval.every_steps"),
+    ],
+)
+def test_impossible_settings_name_the_field(settings, field):
+    with pytest.raises(ValueError, match=rf"^{field}: got"):
+        override(Config(), settings).validate()
+
+
+def test_the_defaults_are_possible():
+    Config().validate()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlrr = 1", r"optim.lrr: no such setting; did you mean optim.lr\b"),
+        ("[optm]\nlr = 1", r"optm: no such setting; did you mean optim\b"),
+        ("optim = 1", r"optim: got 1; it is a section, write \[optim\]"),
+        ("[optim]\nlr = 'fast'", "optim.lr: got 'fast'; it must be float"),
+        ("[engine]\nzero_stage = 5", "engine.zero_stage: got 5; choose from 0, 1, 2, 3"),
+        ("[engine]\nsteps = 1.5", "engine.steps: got 1.5; it must be int"),
+        ("[engine]\ncompile = 1", "engine.compile: got 1; it must be bool"),
+        ("[data]\ncrop_scale = [1.0]", r"data.crop_scale: got \[1.0\]; give 2 values"),
+        ("[data]\ncaption_sources = 'raw_caption'", "data.caption_sources: got 'raw_caption'; it must be tuple"),
+        ("[data\n", "is not TOML"),
+    ],
+)
+def test_wrong_keys_and_types_in_a_file_are_named(tmp_path, text, message):
+    (tmp_path / "base.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path / "base.toml")
+    with pytest.raises(ValueError, match="cannot read"):
+        read_config(tmp_path / "missing.toml")
+
+
+def test_a_written_config_reads_back_the_same(tmp_path):
+    config = Config()
+    config.data.shards = 'a "quoted" \\ path é 日本/{00..11}.tar'
+    config.data.caption_sources, config.data.source_weights = ("raw_caption", "longSV_captions"), {"longSV_captions": 2.0}
+    config.model.config = {"embed_dim": 8, "vision_cfg": {"image_size": 64, "mlp_ratio": 4.0}, "text_cfg": {"pool_type": "argmax"}}
+    config.optim.lr, config.loss.threshold = 1e-7, 0.5
+    config.engine.deepspeed = {"zero_optimization": {"overlap_comm": True}}
+    (tmp_path / "config.toml").write_text(format_config(config), encoding="utf-8")
+    read = read_config(tmp_path / "config.toml")
+    assert read == config and differences(config, read) == {}
+    read.optim.lr = 2.0
+    assert differences(config, read) == {"optim.lr": (1e-7, 2.0)}

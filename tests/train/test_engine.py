@@ -1,0 +1,191 @@
+"""The DeepSpeed engine against plain torch, at every ZeRO stage and precision, and what happens to values that are not finite."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import STEPS, batch, clean_environment, run_steps, tiny_config, tiny_engine, tiny_model
+
+from dreamlip_kernels import DreamLIPLoss
+from dreamlip_train.config import EngineConfig, OptimConfig
+from dreamlip_train.deepspeed_config import deepspeed_config
+from dreamlip_train.engine import evaluation_model, learning_rate, move_batch, parameter_groups, train_step
+from dreamlip_train.model import build_model
+
+
+@pytest.fixture(scope="module")
+def torch_losses():
+    """The trajectory of plain torch: AdamW, clipping and the same rates."""
+    config = tiny_config()
+    model, loss_fn = build_model(config.model, config.engine.seed), DreamLIPLoss()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.98), eps=1e-8)
+    losses = []
+    for step in range(STEPS):
+        data = batch(step)
+        loss = loss_fn(**model(data["images"], data["text"]), text_mask=data["text_mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, config.optim)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_follows_plain_torch(stage, torch_losses):
+    config = tiny_config(stage)
+    assert run_steps(tiny_engine(config), config, 0, STEPS) == pytest.approx(torch_losses, abs=1e-5)
+    assert torch_losses[-1] < torch_losses[0]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "amp_bf16"), (1, "amp_bf16"), (3, "amp_bf16"), (0, "bf16"), (1, "bf16"), (3, "bf16")])
+def test_16_bit_precisions_stay_near_fp32(stage, precision, torch_losses):
+    config = tiny_config(stage, precision)
+    assert run_steps(tiny_engine(config), config, 0, 4) == pytest.approx(torch_losses[:4], abs=0.1)
+
+
+def test_bf16_without_zero_takes_no_hidden_first_step():
+    """DeepSpeed's bf16 ZeRO-0 optimizer steps once with zero gradients to allocate its state: weights decayed once more, Adam's bias correction began at 2."""
+    first_losses = []
+    for stage in (0, 1):
+        config = tiny_config(stage, "bf16")
+        first_losses.append(run_steps(tiny_engine(config), config, 0, 3))
+    assert first_losses[0] == pytest.approx(first_losses[1], abs=2e-3)
+
+
+def test_two_ranks_train_as_one_process(tmp_path, torch_losses):
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path / "losses.json"),
+    ]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage, losses in json.loads((tmp_path / "losses.json").read_text()).items():
+        assert losses == pytest.approx(torch_losses, abs=1e-5), f"ZeRO-{stage}"
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "amp_bf16"), (3, "fp32")])
+def test_values_that_are_not_finite_leave_the_weights_alone(stage, precision):
+    config = tiny_config(stage, precision)
+    engine = tiny_engine(config)
+    loss_fn = DreamLIPLoss()
+    run_steps(engine, config, 0, 2)
+    good = move_batch(batch(2), engine.device)
+    with evaluation_model(engine, config.model) as model:
+        before = {name: p.clone() for name, p in model.named_parameters()}
+
+    bad_pixel = {**good, "images": good["images"].float() / 255}
+    bad_pixel["images"][3, 0, 0, 0] = math.nan
+    result = train_step(engine, loss_fn, bad_pixel, 1e-3)
+    assert not result.applied and not math.isfinite(float(sum(result.losses.values())))
+
+    def blow_up(**features):
+        losses = loss_fn(**features)
+        features["image_features"].register_hook(lambda grad: grad * math.inf)
+        return losses
+
+    result = train_step(engine, blow_up, good, 1e-3)
+    assert not result.applied and math.isfinite(float(sum(result.losses.values())))
+    with evaluation_model(engine, config.model) as model:
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert run_steps(engine, config, 2, 4)[1] > 0  # and training goes on
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_logit_scale_stays_bounded_and_returns(stage):
+    config = tiny_config(stage)
+    config.model = tiny_model(init_temperature=0.01)
+    engine = tiny_engine(config)
+    data = move_batch(batch(0), engine.device)
+    multipliers = []
+    for sign in (-1,) * 4 + (1,) * 8:
+        result = train_step(engine, lambda sign=sign, **f: {"loss": sign * f["logit_scale"] + 0 * f["image_features"].sum()}, data, 0.01)
+        multipliers.append(result.scales["logit_scale"].item())
+    assert max(multipliers) <= 100.001
+    assert multipliers[-1] < 97
+
+
+def test_gradient_norm_is_reported_alike():
+    norms = []
+    for stage in (0, 2, 3):
+        config = tiny_config(stage)
+        engine = tiny_engine(config)
+        norms.append(train_step(engine, DreamLIPLoss(), move_batch(batch(0), engine.device), 1e-3).grad_norm)
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+def test_without_grouping_no_patch_features_are_made():
+    config = tiny_config()
+    config.model = tiny_model(local_logit_scale=False)
+    engine = tiny_engine(config)
+    loss_fn = DreamLIPLoss(grouping_weight=0)
+    result = train_step(engine, loss_fn, move_batch(batch(0), engine.device), 1e-3, patches=False)
+    assert set(result.losses) == {"contrastive_loss"} and set(result.scales) == {"logit_scale"}
+
+
+def test_learning_rate_is_linear_then_cosine():
+    optim = OptimConfig(lr=1.0, warmup_steps=4, final_lr_fraction=0.1)
+    rates = [learning_rate(step, 12, optim) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.55) and rates[12] == pytest.approx(0.1)
+    assert learning_rate(0, 10, OptimConfig(lr=1.0, warmup_steps=0)) == 1.0
+
+
+def test_only_matrices_decay():
+    model = build_model(tiny_model(), seed=0)
+    decayed, plain = parameter_groups(model, 0.2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed_names, plain_names = ({names[id(p)] for p in group["params"]} for group in (decayed, plain))
+    assert decayed["weight_decay"] == 0.2 and plain["weight_decay"] == 0.0
+    assert decayed_names | plain_names == set(names.values()) and not decayed_names & plain_names
+    assert {"clip.visual.proj", "clip.token_embedding.weight", "clip.positional_embedding"} <= decayed_names
+    assert {"clip.logit_scale", "logit_scale_local", "clip.ln_final.weight", "clip.visual.class_embedding"} <= plain_names
+    assert not [name for name in decayed_names if name.endswith("bias") or "ln_" in name]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'; did you mean zero_optimization"),
+        ({"train_batch_size": 4}, "'train_batch_size' is set by engine.batch_size"),
+        ({"gradient_accumulation_steps": 4}, "would shrink its negatives"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by the optim section"),
+        ({"fp16": {"enabled": True}}, "'fp16' is set by engine.precision"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is set by engine.zero_stage"),
+    ],
+)
+def test_deepspeed_settings_are_checked(extra, message):
+    with pytest.raises(ValueError, match=f"engine.deepspeed: .*{message}"):
+        deepspeed_config(EngineConfig(deepspeed=extra), OptimConfig())
+
+
+def test_deepspeed_settings_are_merged_last():
+    config = deepspeed_config(
+        EngineConfig(zero_stage=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}}), OptimConfig(grad_clip_norm=0.5)
+    )
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} and config["gradient_clipping"] == 0.5
+
+
+def test_a_key_deepspeed_refuses_is_a_named_error():
+    config = tiny_config()
+    config.engine.deepspeed = {"zero_optimization": {"reduce_bucket": 5}}
+    with pytest.raises(ValueError, match=r"(?s)engine.deepspeed: DeepSpeed refuses the config.*reduce_bucket"):
+        tiny_engine(config)
+
+
+def test_grad_checkpointing_changes_nothing(torch_losses):
+    config = tiny_config(grad_checkpointing=True)
+    assert run_steps(tiny_engine(config), config, 0, 3) == pytest.approx(torch_losses[:3], abs=1e-5)

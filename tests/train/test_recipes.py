@@ -1,0 +1,34 @@
+"""Every recipe is a whole, possible config."""
+
+import pytest
+
+from dreamlip_train.config_file import format_config, override
+from dreamlip_train.model import build_model
+from dreamlip_train.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_survive_their_file(name, tmp_path):
+    import tomllib
+
+    config = RECIPES[name]()
+    config.validate()
+    assert override(type(config)(), tomllib.loads(format_config(config))).to_dict() == config.to_dict()
+    assert RECIPES[name].__doc__
+
+
+def test_the_papers_settings_hold_in_every_large_recipe():
+    for name, recipe in RECIPES.items():
+        if name != "demo":
+            config = recipe()
+            assert (config.engine.epochs, config.data.num_sub_captions, config.model.context_length) == (32, 10, 77)
+            assert (config.optim.lr, config.optim.beta2, config.optim.warmup_steps) == (5e-4, 0.98, 2000)
+            assert config.engine.batch_size * 8 == (1024 if name.startswith("cc3m") else 6144)
+            assert config.optim.weight_decay == (0.2 if name.startswith("merged") else 0.5)
+
+
+def test_the_demo_model_is_small_and_has_a_patch_grid():
+    config = RECIPES["demo"]()
+    model = build_model(config.model, seed=0)
+    assert model.image_size == 64 and model.grid == (8, 8)
+    assert sum(p.numel() for p in model.parameters()) < 20e6
