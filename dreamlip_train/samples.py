@@ -1,0 +1,77 @@
+"""One raw sample to what a batch or an evaluation needs: its image decoded and cropped, its sub-captions drawn or split."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from torch import Tensor
+
+from dreamlip_train.captions import LONG, caption_pool, sample_sub_captions, split_sub_captions
+from dreamlip_train.config import DataConfig
+from dreamlip_train.images import ImageError, decode_image, random_resized_crop, resize_center_crop
+from dreamlip_train.shards import image_of, record_of
+
+
+class BadSample(Exception):
+    """A sample that is left out; ``args[0]`` is the reason it is counted under, ``args[1]`` the detail."""
+
+
+def prepare_sample(sample: dict[str, Any], data: DataConfig, image_size: int, salt: str) -> tuple[str, Tensor, list[str]]:
+    """A raw sample's key, crop [3, S, S] uint8 and drawn sub-captions (at most K); ``salt`` and the key seed every draw.
+
+    Raises:
+        BadSample: no image, a damaged image, unreadable captions, or none.
+    """
+    key = sample["key"]
+    rng = random.Random(f"{salt}-{key}")
+    pool = caption_pool(_record(sample), data.caption_sources, data.splitter)
+    drawn = sample_sub_captions(
+        pool, data.num_sub_captions, rng, sampling=data.sampling, source_weights=data.source_weights, merged_num=data.merged_num
+    )
+    if not drawn:
+        raise BadSample("no captions", f"none in {', '.join(data.caption_sources) or 'any caption column'}")
+    image = random_resized_crop(_image(sample), image_size, data.crop_scale, rng)
+    return key, image, drawn
+
+
+def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dict[str, Any]:
+    """What ``data.val_samples`` yields for one raw sample.
+
+    Raises:
+        BadSample: no image, a damaged image or mask, or unreadable captions.
+    """
+    record = _record(sample)
+    candidates = (split_sub_captions(record.get(source), data.splitter) for source in (data.eval_source, *LONG))
+    raw = split_sub_captions(record.get("raw_caption"), data.splitter)
+    mask = None
+    if "mask.png" in sample:
+        mask = resize_center_crop(_decoded(sample["mask.png"], "damaged mask")[:1], image_size, nearest=True)[0]
+    return {
+        "key": sample["key"],
+        "image": resize_center_crop(_image(sample), image_size),
+        "sentences": next((sentences for sentences in candidates if sentences), []),
+        "raw": " ".join(raw) or None,
+        "mask": mask,
+    }
+
+
+def _record(sample: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return record_of(sample)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("unreadable captions", str(error)) from error
+
+
+def _image(sample: dict[str, Any]) -> Tensor:
+    data = image_of(sample)
+    if data is None:
+        raise BadSample("no image", f"members {sorted(set(sample) - {'key'})}")
+    return _decoded(data, "damaged image")
+
+
+def _decoded(data: bytes, reason: str) -> Tensor:
+    try:
+        return decode_image(data)
+    except ImageError as error:
+        raise BadSample(reason, str(error)) from error
