@@ -26,16 +26,14 @@ Sampling = Literal["uniform", "raw_first"]
 _MISSING = frozenset({"", "nan", "none", "null"})
 
 # A full stop after these never ends a sentence.
-_TITLES = frozenset("mr mrs ms mx dr prof rev hon gen col capt lt sgt mt e.g i.e eg ie vs cf viz approx est".split())
+_TITLES = frozenset(["mr", "mrs", "ms", "mx", "dr", "prof", "rev", "hon", "gen", "col", "capt", "lt", "sgt", "mt", "e.g", "i.e", "eg", "ie", "vs", "cf", "viz", "approx", "est"])
 # A full stop after these is inside the sentence when a number follows ("No. 5", "Fig. 2").
-_BEFORE_NUMBER = frozenset("no nos nr fig figs vol pp p pg".split())
+_BEFORE_NUMBER = frozenset(["no", "nos", "nr", "fig", "figs", "vol", "pp", "p", "pg"])
 # These can end a sentence or not ("an Inc. logo", "by Apple Inc. The logo ..."): what follows decides.
-_MAYBE_LAST = frozenset("etc inc ltd co corp jr sr st ave blvd rd dept ft jan feb mar apr jun jul aug sept sep oct nov dec al".split())
+_MAYBE_LAST = frozenset(["etc", "inc", "ltd", "co", "corp", "jr", "sr", "st", "ave", "blvd", "rd", "dept", "ft", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sept", "sep", "oct", "nov", "dec", "al"])
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]$|^[A-Z]$")
 _SENTENCE_STARTERS = frozenset(
-    "a an the this that these those it its there here he she they we you his her their our in on at to from with behind above below beside "
-    "under near next over around inside outside across some several many most all both each another one two three four five six "
-    "and but so as while when overall additionally also meanwhile however".split()
+    ["a", "an", "the", "this", "that", "these", "those", "it", "its", "there", "here", "he", "she", "they", "we", "you", "his", "her", "their", "our", "in", "on", "at", "to", "from", "with", "behind", "above", "below", "beside", "under", "near", "next", "over", "around", "inside", "outside", "across", "some", "several", "many", "most", "all", "both", "each", "another", "one", "two", "three", "four", "five", "six", "and", "but", "so", "as", "while", "when", "overall", "additionally", "also", "meanwhile", "however"]
 )
 
 _ALWAYS = re.compile(r"\n|</s>")

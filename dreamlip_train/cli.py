@@ -233,7 +233,77 @@ def _doctor(arguments: list[str], program: str) -> None:
     tyro.cli(doctor, args=arguments, prog=program)
 
 
+@dataclass
+class ScenesOptions:
+    """Render the built-in demo world: pictures, masks and DreamLIP's caption columns."""
+
+    output: str
+    """Folder for train/ and val/, each with images/, masks/ and captions.csv."""
+    num_train: int = 6000
+    """Training scenes."""
+    num_val: int = 200
+    """Held-out scenes."""
+    seed: int = 0
+    """Another seed, another world."""
+
+
+def _prepare_scenes(arguments: list[str], program: str) -> None:
+    """Render the built-in demo world: --output DIR"""
+    options = tyro.cli(ScenesOptions, args=arguments, prog=program)
+    from dreamlip_train.scenes import prepare_scenes
+
+    prepare_scenes(options.output, options.num_train, options.num_val, options.seed)
+
+
+@dataclass
+class FolderOptions:
+    """Turn a caption table and a folder of images into shards and a manifest.json. A killed run goes on where it stopped."""
+
+    captions: str
+    """CSV, TSV or parquet with "Image Path" and DreamLIP's caption columns."""
+    images: str
+    """Folder of images, searched in depth."""
+    output: str
+    """Folder for the shards."""
+    masks: str | None = None
+    """Folder of label maps STEM.png: value j is the region that sentence j of each long caption describes."""
+    shard_size: int = 1000
+    """Rows a shard."""
+
+
+def _prepare_folder(arguments: list[str], program: str) -> None:
+    """A caption table and a folder of images into shards: --captions FILE --images DIR --output DIR"""
+    options = tyro.cli(FolderOptions, args=arguments, prog=program)
+    from dreamlip_train.model import count_tokens
+    from dreamlip_train.prepare import prepare_folder
+
+    prepare_folder(
+        options.captions, options.images, options.output, masks=options.masks, shard_size=options.shard_size, count_tokens=count_tokens
+    )
+
+
+@dataclass
+class ValidateOptions:
+    """Check existing shards and index them in manifest.json; the shards are not touched."""
+
+    pattern: tyro.conf.Positional[str]
+    """Shards: a folder, a glob or a brace pattern."""
+    allow_pipe: bool = False
+    """Permit "pipe:" URLs, which run shell commands."""
+
+
+def _prepare_validate(arguments: list[str], program: str) -> None:
+    """Check and index existing shards (img2dataset, FLAIR, open_clip): PATTERN"""
+    options = tyro.cli(ValidateOptions, args=arguments, prog=program)
+    from dreamlip_train.caption_statistics import format_summary
+    from dreamlip_train.model import count_tokens
+    from dreamlip_train.shard_check import validate_shards
+
+    print(format_summary(options.pattern, validate_shards(options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe)))
+
+
 COMMANDS: dict[str, Any] = {
+    "prepare": {"scenes": _prepare_scenes, "folder": _prepare_folder, "validate": _prepare_validate},
     "train": _train,
     "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize},
     "doctor": _doctor,

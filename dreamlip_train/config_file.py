@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import tomllib
 import typing
 from pathlib import Path
 from typing import Any, Literal
+
+import tomllib
 
 from dreamlip_train.config import Config
 

@@ -12,6 +12,8 @@ import torch
 
 import dreamlip_kernels
 from dreamlip_kernels.dispatch import select
+from dreamlip_train.caption_statistics import format_summary
+from dreamlip_train.shard_check import validate_shards
 
 _PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")
 
@@ -49,7 +51,7 @@ def examine(pattern: str = "") -> str:
         "kernel backends\n" + "\n".join(f"  {line}" for line in dreamlip_kernels.explain().splitlines()),
     ]
     if pattern:
-        parts.append(f"shards {pattern}\n" + _shards(pattern))
+        parts.append(format_summary(pattern, validate_shards(pattern, index=False)))
     return "\n\n".join(parts)
 
 

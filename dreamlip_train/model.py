@@ -7,6 +7,7 @@ that ``open_clip_state_dict`` is a file any open_clip program loads.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,16 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
     resize_pos_embed(state, clip)
     resize_text_pos_embed(state, clip)
     clip.load_state_dict(state)
+
+
+@functools.cache
+def _tokenizer() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer()
+
+
+def count_tokens(text: str) -> int:
+    """CLIP tokens of a text, start and end included, before any truncation."""
+    return len(_tokenizer().encode(text)) + 2
 
 
 def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns, format_summary, write_json
+from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns, write_json
 from dreamlip_train.captions import caption_pool
 from dreamlip_train.images import ImageError, decode_image
 from dreamlip_train.processes import map_bounded
@@ -14,8 +14,10 @@ from dreamlip_train.progress import Progress
 from dreamlip_train.shards import MANIFEST, ShardError, image_of, list_shards, local_folder, read_shard, record_of
 
 
-def validate_shards(pattern: str, *, count_tokens: CountTokens | None = None, allow_pipe: bool = False) -> dict[str, Any]:
-    """Check every sample of the shards, write a manifest.json into each of their folders, and return the whole as one manifest.
+def validate_shards(
+    pattern: str, *, count_tokens: CountTokens | None = None, allow_pipe: bool = False, index: bool = True
+) -> dict[str, Any]:
+    """Check every sample of the shards, write a manifest.json into each of their folders (``index``), and return the whole as one manifest.
 
     The shards are not touched. A manifest's "samples" of a shard counts all that have an image, for the trainer to compare with what it
     reads; "captions" describe the usable ones, "bad" names the rest.
@@ -40,10 +42,9 @@ def validate_shards(pattern: str, *, count_tokens: CountTokens | None = None, al
             listed[Path(shard).name] = entry
             progress.update(f"{done} of {len(shards)} shards, {total.samples} samples, {total.bad_count} findings")
     for folder, (counts, listed) in folders.items():
-        if folder is not None:
+        if folder is not None and index:
             write_json(folder / MANIFEST, {"format": 1, **counts.summary(), "shards": listed})
     manifest = {"format": 1, **total.summary(), "shards": {name: entry for _, listed in folders.values() for name, entry in listed.items()}}
-    print(format_summary(pattern, manifest))
     if total.samples == 0:
         raise ValueError(f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}")
     return manifest

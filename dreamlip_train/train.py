@@ -59,6 +59,7 @@ def train(config: Config, run_dir: str | Path, resume: str = "auto") -> dict[str
         rank=rank,
         world_size=world_size,
         seed=config.engine.seed,
+        quarantine=run_dir / "quarantine.jsonl",
     )
     total_steps = config.engine.steps or config.engine.epochs * loader.steps_per_epoch
     engine = build_engine(model, config.engine, config.optim, device)
