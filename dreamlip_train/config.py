@@ -23,7 +23,8 @@ class DataConfig:
     num_sub_captions: int = 8
     """K: sub-captions drawn for each image and step. An image with fewer has masked slots, never repeats."""
     sampling: Literal["uniform", "raw_first"] = "uniform"
-    """"uniform": K draws without replacement from [raw, shorts, sentences] (paper eq. 4). "raw_first": slot 0 is the raw caption, K-1 drawn from the rest (the release)."""
+    """"uniform": K draws without replacement from [raw, shorts, sentences] (paper eq. 4). "raw_first": the raw caption and K-1 draws from the rest (the
+    release)."""
     caption_sources: tuple[str, ...] = ()
     """Columns to draw from, such as ("raw_caption", "shortSV_captions", "longSV_captions"); empty means every caption column a sample has."""
     source_weights: dict[str, float] = field(default_factory=dict)
@@ -182,18 +183,31 @@ class Config:
         unused = [name for name in weighted if sources and name not in sources]
         _require(not unused, "data.source_weights", unused, f"these columns are not in data.caption_sources {sources}")
         _require(self.model.context_length >= 4, "model.context_length", self.model.context_length, "give at least 4 tokens")
-        _require(self.model.init_temperature >= 0.01, "model.init_temperature", self.model.init_temperature, "logit scales are bounded by 100, so give at least 0.01")
+        _require(
+            self.model.init_temperature >= 0.01,
+            "model.init_temperature",
+            self.model.init_temperature,
+            "logit scales stop at 100: give 0.01 or more",
+        )
         _require(self.loss.mpcl_weight >= 0, "loss.mpcl_weight", self.loss.mpcl_weight, "give a weight >= 0")
         _require(self.loss.grouping_weight >= 0, "loss.grouping_weight", self.loss.grouping_weight, "give a weight >= 0")
-        _require(self.loss.mpcl_weight + self.loss.grouping_weight > 0, "loss.mpcl_weight", 0, "both loss weights are 0: nothing would be trained")
+        _require(
+            self.loss.mpcl_weight + self.loss.grouping_weight > 0,
+            "loss.mpcl_weight",
+            0,
+            "both loss weights are 0: nothing would be trained",
+        )
         _require(
             self.loss.positives == "mean" or self.loss.negatives == "all",
-            "loss.positives", self.loss.positives, 'the sum inside the log needs loss.negatives="all"',
+            "loss.positives",
+            self.loss.positives,
+            'the sum inside the log needs loss.negatives="all"',
         )
         grouping_only = self.loss.grouping_weight > 0 and self.loss.contrast == "image"
         _require(
             not (grouping_only and self.data.num_sub_captions == 1),
-            "loss.grouping_weight", self.loss.grouping_weight,
+            "loss.grouping_weight",
+            self.loss.grouping_weight,
             'with data.num_sub_captions=1 the within-image contrast has no negatives; give more sub-captions, loss.contrast="batch", or weight 0',
         )
         unused = self.loss.grouping_weight == 0
@@ -207,8 +221,15 @@ class Config:
         _require(self.engine.steps > 0 or self.engine.epochs > 0, "engine.epochs", self.engine.epochs, "give engine.epochs or engine.steps")
         for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps"):
             _require(getattr(self.engine, name) >= 1, f"engine.{name}", getattr(self.engine, name), "give at least 1")
-        _require(not (self.engine.compile and self.engine.zero_stage == 3), "engine.compile", True, "torch.compile does not run with engine.zero_stage=3; use stage 0, 1 or 2")
-        _require(0 <= self.optim.final_lr_fraction <= 1, "optim.final_lr_fraction", self.optim.final_lr_fraction, "give a fraction in [0, 1]")
+        _require(
+            not (self.engine.compile and self.engine.zero_stage == 3),
+            "engine.compile",
+            True,
+            "does not run with engine.zero_stage=3; use stage 0, 1 or 2",
+        )
+        _require(
+            0 <= self.optim.final_lr_fraction <= 1, "optim.final_lr_fraction", self.optim.final_lr_fraction, "give a fraction in [0, 1]"
+        )
         needs_shards = self.eval.every_steps == 0 or bool(self.data.val_shards)
         _require(needs_shards, "eval.every_steps", self.eval.every_steps, "it evaluates on data.val_shards, which is empty")
         _require(self.eval.batch_size >= 1, "eval.batch_size", self.eval.batch_size, "give at least 1")
