@@ -36,8 +36,6 @@ def main(arguments: list[str] | None = None) -> None:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"{rank}{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        _leave_process_group()
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
@@ -51,13 +49,6 @@ def _raised_by_us(error: BaseException) -> bool:
     """Whether the innermost frame is this project's: a message we wrote, not a failure inside torch or DeepSpeed."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(("dreamlip_train", "dreamlip_kernels"))
-
-
-def _leave_process_group() -> None:
-    """Let the other ranks' communication end in order."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _dispatch(arguments: list[str]) -> None:

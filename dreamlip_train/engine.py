@@ -5,6 +5,7 @@ DeepSpeed is imported inside the functions, so that the command line answers qui
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -56,6 +57,7 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     _share_cores(on_gpu)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
@@ -67,7 +69,8 @@ def _share_cores(on_gpu: bool) -> None:
     """
     set_by_user = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if not on_gpu and not set_by_user:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        # torchrun's name, the deepspeed launcher's name
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 

@@ -1,0 +1,206 @@
+"""Whole runs on the built-in scenes: from the command line to the report, interrupted and resumed, launched on two ranks, and failing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import clean_environment
+
+from dreamlip_train import cli
+
+BASE = """
+[data]
+num_sub_captions = 3
+workers = 1
+shuffle_buffer = 16
+[model]
+name = "tiny"
+context_length = 16
+[model.config]
+embed_dim = 32
+vision_cfg = {image_size = 32, patch_size = 8, width = 32, layers = 2, head_width = 16}
+text_cfg = {width = 32, heads = 2, layers = 2}
+[optim]
+warmup_steps = 2
+[engine]
+batch_size = 8
+steps = 6
+log_every = 1
+save_every_steps = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Shards of 64 training and 12 held-out scenes, made by the commands a user types, and base.toml."""
+    folder = tmp_path_factory.mktemp("scenes")
+    cli.main(["prepare", "scenes", "--output", str(folder), "--num-train", "64", "--num-val", "12"])
+    for split in ("train", "val"):
+        source = folder / split
+        words = ["--captions", str(source / "captions.csv"), "--images", str(source / "images"), "--masks", str(source / "masks")]
+        cli.main(["prepare", "folder", *words, "--output", str(folder / "shards" / split), "--shard-size", "16"])
+    (folder / "base.toml").write_text(BASE)
+    return folder
+
+
+def train_words(scenes: Path, run: Path, *extra: str) -> list[str]:
+    shards = ["--data.shards", str(scenes / "shards/train"), "--data.val-shards", str(scenes / "shards/val")]
+    return ["train", "demo", "--run-dir", str(run), "--config", str(scenes / "base.toml"), *shards, *extra]
+
+
+@pytest.fixture(scope="module")
+def run(scenes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    cli.main(train_words(scenes, folder, "--eval.every-steps", "4"))
+    return folder
+
+
+def rows(run: Path) -> dict[int, dict]:
+    """The training rows of metrics.jsonl by step, the last of each."""
+    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row}
+
+
+def test_a_run_leaves_what_the_documentation_lists(run):
+    for name in (
+        "config.toml",
+        "log.txt",
+        "curves.png",
+        "grouping.png",
+        "summary.json",
+        "checkpoints/step-00000003",
+        "checkpoints/step-00000006",
+    ):
+        assert (run / name).exists(), name
+    logged = rows(run)
+    assert sorted(logged) == [1, 2, 3, 4, 5, 6]
+    fields = {
+        "loss",
+        "contrastive_loss",
+        "grouping_loss",
+        "logit_scale",
+        "logit_scale_local",
+        "lr",
+        "grad_norm",
+        "images_per_s",
+        "data_wait",
+        "memory",
+        "epoch",
+    }
+    assert fields <= logged[6].keys()
+    assert logged[6]["loss"] == pytest.approx(logged[6]["contrastive_loss"] + logged[6]["grouping_loss"])
+    assert 0 <= logged[6]["data_wait"] <= 1
+    first_line = (run / "log.txt").read_text().splitlines()[0]
+    for part in ("CPU", "ZeRO-1", "bidirectional_logsumexp=torch", "8 x 1 = 8 images a step", "checkpoints in"):
+        assert part in first_line
+    evaluated = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "retrieval" in row]
+    assert [row["step"] for row in evaluated] == [4, 6]
+
+
+def test_the_summary_has_every_number(run):
+    summary = json.loads((run / "summary.json").read_text())
+    for kind in ("long_caption", "sentence"):
+        for way in ("t2i", "i2t"):
+            assert {"r_at_1", "r_at_5", "r_at_10"} <= summary["retrieval"][kind][way].keys()
+    assert summary["localization"]["pointing"].keys() == {"value", "chance"}
+    assert (summary["steps"], summary["samples"], summary["ranks"], summary["device"]) == (6, 12, 1, "cpu")
+    assert summary["backends"] == {"bidirectional_logsumexp": "torch", "group_patches": "torch"}
+    assert {"python", "torch", "deepspeed", "open_clip_torch"} <= summary["versions"].keys() and summary["seconds"] > 0
+
+
+def test_a_resumed_run_repeats_the_losses_to_the_bit(scenes, run, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    lines = (again / "metrics.jsonl").read_text()
+    (again / "metrics.jsonl").write_text(lines[: len(lines) // 2].rsplit("\n", 1)[0] + '\n{"step": 4, "lo')  # a crash cut this line off
+    cli.main(train_words(scenes, again, "--eval.every-steps", "4"))
+    assert "resumed from" in (again / "log.txt").read_text()
+    for step in (4, 5, 6):
+        for name in ("loss", "contrastive_loss", "grouping_loss", "lr", "grad_norm"):
+            assert rows_after_cut(again)[step][name] == rows(run)[step][name], (step, name)
+    assert json.loads((again / "summary.json").read_text())["retrieval"] == json.loads((run / "summary.json").read_text())["retrieval"]
+
+
+def rows_after_cut(run: Path) -> dict[int, dict]:
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "loss" in row:
+            found[row["step"]] = row
+    return found
+
+
+def test_a_finished_run_is_evaluated_again_and_nothing_else(scenes, run, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    (again / "summary.json").unlink()
+    cli.main(train_words(scenes, again))
+    assert json.loads((again / "summary.json").read_text())["steps"] == 6
+    assert sorted(rows(again)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_never_does_not_overwrite(scenes, run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main(train_words(scenes, run, "--resume", "never"))
+    assert "already holds a run; give another folder, go on with --resume auto, or delete it" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_in_the_same_folder_is_refused(scenes, run, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(train_words(scenes, run, "--model.patch-projection", "local"))
+    assert "model.patch_projection: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["retrieval", "localize"])
+def test_eval_reads_the_run_folder(run, command, capsys, tmp_path):
+    cli.main(["eval", command, str(run), "--output", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    assert ("long caption, text to image" in printed) and (("top patch inside the region" in printed) == (command == "localize"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert json.loads((tmp_path / "out.json").read_text())["retrieval"] == summary["retrieval"]
+
+
+def test_a_diverging_run_stops_and_names_its_samples(scenes, tmp_path, capsys):
+    words = train_words(
+        scenes,
+        tmp_path / "run",
+        "--optim.lr",
+        "1e30",
+        "--engine.max-nonfinite-steps",
+        "2",
+        "--engine.steps",
+        "9",
+        "--engine.save-every-steps",
+        "1",
+    )
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert "engine.max_nonfinite_steps: 2 steps in a row were not finite" in capsys.readouterr().err
+    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == 2 and len(skipped[0]["keys"]) == 8
+    assert (tmp_path / "run/checkpoints/step-00000001/manifest.json").is_file()
+
+
+def test_unknown_shards_are_named_before_anything_is_written(scenes, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(train_words(scenes, tmp_path / "run", "--data.shards", str(tmp_path / "none*.tar")))
+    assert "data.shards: " in capsys.readouterr().err
+
+
+def test_the_deepspeed_launcher_runs_the_same_words_on_two_ranks(scenes, run, tmp_path):
+    words = train_words(scenes, tmp_path / "run", "--engine.batch-size", "4", "--engine.zero-stage", "2")
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module", "dreamlip_train"]
+    done = subprocess.run(launcher + words, env=clean_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["ranks"], summary["steps"], summary["samples"]) == (2, 6, 12)
+    assert sorted(rows(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+    assert rows(tmp_path / "run")[1]["loss"] == pytest.approx(rows(run)[1]["loss"], abs=1.0)
