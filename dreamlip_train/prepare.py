@@ -103,13 +103,15 @@ class ImageIndex:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.paths: set[str] = set()
         self.by_name: dict[str, list[str]] = defaultdict(list)
         for parent, _, names in os.walk(folder):
             below = os.path.relpath(parent, folder)
             for name in names:
                 if name.rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS:
                     path = name if below == "." else f"{below}/{name}"
-                    for alias in {path, name, name.rsplit(".", 1)[0]}:
+                    self.paths.add(path)
+                    for alias in (name, name.rsplit(".", 1)[0]):
                         self.by_name[alias].append(path)
 
     def find(self, value: str) -> str:
@@ -120,7 +122,9 @@ class ImageIndex:
         """
         path = unquote(urlsplit(value).path) if "://" in value else value
         name = PurePosixPath(path.replace("\\", "/"))
-        for alias in (str(name), name.name, name.stem):
+        if str(name) in self.paths:
+            return str(name)
+        for alias in (name.name, name.stem):
             matches = self.by_name.get(alias, [])
             if len(matches) == 1:
                 return matches[0]

@@ -1,0 +1,249 @@
+"""The training loader: whole epochs, exact resume, disjoint ranks, and every bad sample counted by name."""
+
+import json
+import os
+
+import pytest
+import torch
+from shard_files import jpeg, record, sample, tokenize, write_index, write_shards, write_tar
+
+from dreamlip_train.config import DataConfig
+from dreamlip_train.data import train_loader, val_samples
+
+
+def loader(folder, *, workers=0, batch_size=8, rank=0, world_size=1, seed=0, quarantine=None, **data):
+    config = DataConfig(shards=str(folder), workers=workers, num_sub_captions=3, shuffle_buffer=20, **data)
+    return train_loader(
+        config, image_size=16, tokenize=tokenize, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, quarantine=quarantine
+    )
+
+
+def keys(batches):
+    return [key for batch in batches for key in batch["keys"]]
+
+
+def same(a, b):
+    return a["keys"] == b["keys"] and all(torch.equal(a[name], b[name]) for name in ("images", "text", "text_mask"))
+
+
+def test_batches_are_as_described(tmp_path):
+    batches = list(loader(write_shards(tmp_path, [20, 20])).epoch(0))
+    assert len(batches) == 5
+    batch = batches[0]
+    assert set(batch) == {"images", "text", "text_mask", "keys"}
+    assert batch["images"].shape == (8, 3, 16, 16) and batch["images"].dtype == torch.uint8
+    assert batch["text"].shape == (8, 3, 12) and batch["text"].dtype == torch.int64
+    assert batch["text_mask"].all() and batch["text_mask"].dtype == torch.bool
+
+
+def test_an_epoch_has_every_sample_once(tmp_path):
+    write_shards(tmp_path, [20, 20, 24])
+    for workers in (0, 1):
+        found = keys(loader(tmp_path, workers=workers).epoch(0))
+        assert sorted(found) == [f"{i:06d}" for i in range(64)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resume_is_exact_after_any_number_of_batches(tmp_path, workers):
+    made = loader(write_shards(tmp_path, [20, 31, 17, 26, 9]), workers=workers)
+    whole = list(made.epoch(2))
+    assert len(whole) == made.steps_per_epoch >= 11
+    for start in (1, 4, 7, len(whole) - 1, len(whole)):
+        rest = list(made.epoch(2, start_step=start))
+        assert len(rest) == len(whole) - start
+        assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True)), f"workers {workers}, start {start}"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_with_bad_samples_on_the_way(tmp_path, workers):
+    """Skipping does not decode, so what was found broken before the stop comes from the quarantine file."""
+    write_shards(tmp_path, [24, 24, 24])
+    for shard in range(3):
+        members = [
+            m
+            for i in range(24)
+            for m in (sample(f"{shard}{i:03d}", i) if i % 5 else [(f"{shard}{i:03d}.jpg", b"\xff\xd8 no"), (f"{shard}{i:03d}.json", b"{}")])
+        ]
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
+    quarantine = tmp_path / "quarantine.jsonl"
+    options = dict(workers=workers, quarantine=quarantine, max_bad_fraction=1.0)
+    whole = list(loader(tmp_path, **options).epoch(0))
+    assert quarantine.exists()
+    for start in (1, 3, 6):
+        rest = list(loader(tmp_path, **options).epoch(0, start_step=start))
+        assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True)), start
+
+
+def test_epochs_and_seeds_differ_and_repeat(tmp_path):
+    write_shards(tmp_path, [20, 20])
+    orders = {(seed, epoch): tuple(keys(loader(tmp_path, seed=seed).epoch(epoch))) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(set(orders.values())) == 4
+    assert orders[0, 1] == tuple(keys(loader(tmp_path).epoch(1)))
+    first, second = next(loader(tmp_path).epoch(0)), next(loader(tmp_path).epoch(0))
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("world_size, workers", [(2, 0), (2, 1), (3, 1)])
+def test_ranks_are_disjoint_and_complete(tmp_path, world_size, workers):
+    write_shards(tmp_path, [16] * 6)
+    per_rank = [loader(tmp_path, rank=r, world_size=world_size, workers=workers) for r in range(world_size)]
+    assert len({made.steps_per_epoch for made in per_rank}) == 1
+    found = [key for made in per_rank for key in keys(made.epoch(0))]
+    assert sorted(found) == [f"{i:06d}" for i in range(96)]
+
+
+def test_ranks_take_the_same_number_of_steps_in_every_epoch(tmp_path):
+    """A rank that stopped early would leave the others waiting in a collective."""
+    write_shards(tmp_path, [9, 40, 12, 33, 8, 8, 21])
+    per_rank = [loader(tmp_path, rank=r, world_size=3) for r in range(3)]
+    steps = per_rank[0].steps_per_epoch
+    for epoch in range(12):
+        assert [len(list(made.epoch(epoch))) for made in per_rank] == [steps] * 3
+
+
+def test_more_workers_than_shards_is_no_error(tmp_path):
+    assert len(keys(loader(write_shards(tmp_path, [32]), workers=2).epoch(0))) == 32
+
+
+def test_missing_captions_are_masked_slots_never_repeats(tmp_path):
+    write_tar(tmp_path / "00000.tar", [m for i in range(8) for m in sample(f"{i}", i, raw_caption="only one")])
+    write_index(tmp_path, [8])
+    (batch,) = loader(tmp_path).epoch(0)
+    assert batch["text_mask"].tolist() == [[True, False, False]] * 8
+    assert torch.equal(batch["text"][0, 1:], tokenize(["", ""]))
+
+
+def test_txt_alone_is_a_raw_caption(tmp_path):
+    write_tar(tmp_path / "00000.tar", [m for i in range(8) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.txt", b"a dog"))])
+    write_index(tmp_path, [8])
+    (batch,) = loader(tmp_path).epoch(0)
+    assert torch.equal(batch["text"][0, 0], tokenize(["a dog"])[0])
+
+
+BROKEN = {
+    "damaged image": [("bad.jpg", b"\xff\xd8\xff\xe0 not a picture"), ("bad.json", json.dumps(record("bad")).encode())],
+    "no captions": sample("bad", 1, raw_caption=None, longSV_captions="nan"),
+    "unreadable captions": [("bad.jpg", jpeg(1)), ("bad.json", b'{"raw_caption": ')],
+    "no image": [("bad.json", json.dumps(record("bad")).encode())],
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_bad_samples_are_counted_and_named(tmp_path, reason, caplog):
+    write_tar(tmp_path / "00000.tar", [m for i in range(17) for m in (sample(f"{i:03d}", i) if i != 9 else BROKEN[reason])])
+    write_index(tmp_path, [16 if reason == "no image" else 17])  # an index counts images
+    made = loader(tmp_path, quarantine=tmp_path / "q.jsonl")
+    assert len(keys(made.epoch(0))) == 16
+    assert made.bad.counts == {reason: 1}
+    assert "00000.tar: bad" in str(made.bad) and "bad" in caplog.text
+    assert json.loads((tmp_path / "q.jsonl").read_text())["key"] == "bad"
+
+
+def test_a_poisoned_member_is_never_executed(tmp_path):
+    """webdataset's .decode() unpickles .pyd members; here a member is bytes."""
+    poison = b"cos\nsystem\n(S'touch " + str(tmp_path / "executed").encode() + b"'\ntR."
+    write_tar(tmp_path / "00000.tar", [m for i in range(8) for m in [*sample(f"{i}", i), (f"{i}.pyd", poison), (f"{i}.pkl", poison)]])
+    write_index(tmp_path, [8])
+    assert len(keys(loader(tmp_path).epoch(0))) == 8
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_silent_half_shard_is_counted(tmp_path):
+    write_shards(tmp_path, [24, 24])
+    data = (tmp_path / "00000.tar").read_bytes()
+    half = len(data) // 2 // 512 * 512
+    (tmp_path / "00000.tar").write_bytes(data[:half] + b"\0" * (len(data) - half))
+    made = loader(tmp_path, batch_size=6, max_bad_fraction=1.0)
+    list(made.epoch(0))
+    assert made.bad.counts["missing from its shard"] >= 10
+    assert "00000.tar" in str(made.bad)
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"", None])
+def test_an_unreadable_shard_costs_only_itself(tmp_path, content):
+    write_shards(tmp_path, [24, 24])
+    data = (tmp_path / "00001.tar").read_bytes()
+    (tmp_path / "00001.tar").write_bytes(data[: len(data) // 2 + 300] if content is None else content)
+    made = loader(tmp_path, max_bad_fraction=1.0)
+    assert set(f"{i:06d}" for i in range(24)) <= set(keys(made.epoch(0)))
+    assert made.bad.total >= 1 and "00001.tar" in str(made.bad)
+
+
+def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path):
+    members = [m for i in range(256) for m in (sample(f"{i:03d}", i) if i % 4 else [(f"{i:03d}.jpg", b"x"), (f"{i:03d}.json", b"{}")])]
+    write_tar(tmp_path / "00000.tar", members)
+    write_index(tmp_path, [256])
+    with pytest.raises(
+        RuntimeError, match=r"data.max_bad_fraction: .* of .* samples could not be used \(limit 5%\): .* x no captions, such as .*00000.tar"
+    ):
+        for epoch in range(3):
+            list(loader(tmp_path).epoch(epoch))
+
+
+def test_a_shard_without_any_caption_is_a_clear_error(tmp_path):
+    write_tar(tmp_path / "00000.tar", [m for i in range(16) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", b'{"width": 3}'))])
+    write_index(tmp_path, [16])
+    with pytest.raises(RuntimeError, match=r"data.shards: no usable sample in .*00000.tar: 16 x no captions"):
+        list(loader(tmp_path).epoch(0))
+
+
+def test_without_an_index_the_samples_are_counted_and_it_is_said(tmp_path, caplog):
+    write_shards(tmp_path, [12, 13], index=False)
+    assert sum(loader(tmp_path).counts) == 25
+    assert "prepare validate" in caplog.text
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 12, "00001.tar": 13}')
+    caplog.clear()
+    assert sum(loader(tmp_path).counts) == 25 and not caplog.text
+
+
+PATTERNS = {
+    "": "is empty",
+    "nothing/*.tar": "matches no shard",
+    "pipe:cat x.tar": "runs a shell command",
+    "{folder}/00000.tar::{folder}": "named more than once",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bad_patterns_are_named(tmp_path, pattern):
+    write_shards(tmp_path, [8])
+    with pytest.raises(ValueError, match="data.shards: .*" + PATTERNS[pattern]):
+        loader(pattern.replace("{folder}", str(tmp_path)))
+
+
+def test_patterns(tmp_path):
+    write_shards(tmp_path / "a", [8, 8, 8])
+    write_shards(tmp_path / "b", [8])
+    pattern = f"{tmp_path}/a/{{00000..00001}}.tar::{tmp_path}/b"
+    assert [os.path.relpath(s, tmp_path) for s in loader(pattern).shards] == ["a/00000.tar", "a/00001.tar", "b/00000.tar"]
+    piped = loader(f"pipe:cat {tmp_path}/a/00002.tar", allow_pipe=True)
+    assert len(keys(piped.epoch(0))) == 8
+
+
+def test_impossible_splits_name_the_field(tmp_path):
+    write_shards(tmp_path, [8])
+    with pytest.raises(ValueError, match="data.shards: 1 shards for 2 ranks"):
+        loader(tmp_path, world_size=2)
+    with pytest.raises(ValueError, match="engine.batch_size: .* 9 samples"):
+        loader(tmp_path, batch_size=9)
+
+
+def test_held_out_samples(tmp_path):
+    members = [
+        *sample("0", 0, raw_caption="web text", longIB_captions="From IB. Two."),
+        *sample("1", 1, longSV_captions=["listed one", "listed two"], longIB_captions="From IB."),
+        ("2.jpg", b"broken"), ("2.json", b"{}"),
+        *sample("3", 3, raw_caption="no long caption"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "00000.tar", members)
+    config = DataConfig(val_shards=str(tmp_path))
+    found = list(val_samples(config, image_size=16))
+    assert [(s["key"], s["sentences"], s["raw"]) for s in found] == [
+        ("0", ["From IB.", "Two."], "web text"),
+        ("1", ["listed one", "listed two"], None),
+        ("3", [], "no long caption"),
+    ]
+    assert found[0]["image"].shape == (3, 16, 16) and found[0]["mask"] is None
+    assert [s["key"] for s in val_samples(config, image_size=16, max_samples=2)] == ["0", "1"]
+    with pytest.raises(ValueError, match="data.val_shards"):
+        list(val_samples(DataConfig(), image_size=16))

@@ -1,0 +1,261 @@
+"""prepare: users' files to shards, restartable, every bad row counted and named; existing shards validated and indexed."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from photos import PHOTOS, write_photos
+from shard_files import jpeg, record, sample, tokenize, write_shards, write_tar
+
+from dreamlip_train.captions import CAPTION_COLUMNS
+from dreamlip_train.config import DataConfig
+from dreamlip_train.data import train_loader
+from dreamlip_train.prepare import prepare_folder
+from dreamlip_train.shard_check import validate_shards
+
+
+def count_tokens(text):
+    return len(text.split()) + 2
+
+
+def table(folder, rows, name="captions.csv", header=None):
+    path = folder / name
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header or ["Image Path", *CAPTION_COLUMNS])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def row(image, text="A dog runs. The sea is blue."):
+    return {"Image Path": image, "raw_caption": f"raw {image}", "longSV_captions": text}
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    for i in range(10):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    (folder / "deep" / "x.jpg").write_bytes(jpeg(11))
+    return folder
+
+
+def members(shard):
+    with tarfile.open(shard) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar}
+
+
+def test_real_photographs_from_table_to_batch(tmp_path):
+    captions, photos = write_photos(tmp_path / "in")
+    manifest = prepare_folder(captions, photos, tmp_path / "out", count_tokens=count_tokens)
+    count = manifest["samples"]
+    assert 4 <= count <= len(PHOTOS) and not manifest["bad"]
+    described = manifest["captions"]["longSV_captions"]
+    assert (
+        described["samples"] == count
+        and 2 <= described["sentences_mean"] <= 5
+        and described["tokens_mean"] > described["sentence_tokens_mean"]
+    )
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+    first = members(tmp_path / "out" / "00000.tar")
+    assert first["000000000.jpg"] == (photos / "astronaut.jpg").read_bytes(), "images are copied as they are"
+    config = DataConfig(shards=str(tmp_path / "out"), num_sub_captions=4, workers=0)
+    made = train_loader(config, image_size=64, tokenize=tokenize, batch_size=count)
+    (batch,) = made.epoch(0)
+    assert batch["images"].shape == (count, 3, 64, 64) and batch["text_mask"].all() and made.bad.total == 0
+
+
+def test_images_are_found_by_path_url_name_or_stem(tmp_path, images):
+    rows = [row("0.jpg"), row("http://host/a/b/1.jpg?w=3"), row("elsewhere/2.jpg"), row("3.png"), row("deep/x.jpg"), row("4")]
+    manifest = prepare_folder(table(tmp_path, rows), images, tmp_path / "out")
+    assert manifest["samples"] == 6, manifest["bad"]
+
+
+def test_bad_rows_are_counted_and_named_and_the_rest_is_kept(tmp_path, images):
+    (images / "8.jpg").write_bytes(jpeg(8)[:300])
+    (images / "deep" / "9.jpg").write_bytes(jpeg(9))
+    rows = [
+        row("0.jpg"),
+        row("0.jpg"),
+        row("missing.jpg"),
+        row("8.jpg"),
+        row("9.jpg"),
+        {"Image Path": "1.jpg"},
+        row("2.jpg", "nan"),
+        {"Image Path": "", "raw_caption": "x"},
+    ]
+    rows[6]["raw_caption"] = ""
+    path = table(tmp_path, rows)
+    with path.open("a") as file:
+        file.write("too,few\r\n")
+    manifest = prepare_folder(path, images, tmp_path / "out")
+    assert manifest["samples"] == 1 + 1  # 0.jpg, and 9.jpg: its relative path is exact
+    bad = {reason: (entry["count"], entry["examples"][0]) for reason, entry in manifest["bad"].items()}
+    assert bad["duplicate image"] == (1, "row 2: duplicate image '0.jpg'")
+    assert bad["image not found"][0] == 2 and "row 3" in bad["image not found"][1]
+    assert bad["damaged image"][0] == 1 and "8.jpg" in bad["damaged image"][1]
+    assert bad["no captions"][0] == 2 and "row 6" in bad["no captions"][1]
+    assert bad["malformed row"][0] == 1 and "2 fields, the header has 8" in bad["malformed row"][1]
+
+
+def test_an_ambiguous_name_is_not_guessed(tmp_path, images):
+    (images / "deep" / "y.jpg").write_bytes(jpeg(1))
+    (images / "other").mkdir()
+    (images / "other" / "y.jpg").write_bytes(jpeg(2))
+    manifest = prepare_folder(table(tmp_path, [row("0.jpg"), row("http://h/y.jpg")]), images, tmp_path / "out")
+    assert "matches 2 images" in manifest["bad"]["image not found"]["examples"][0]
+
+
+def test_dirty_tables_are_read(tmp_path, images):
+    """A byte-order mark, quotes, newlines inside a cell, NULs, bytes that are no UTF-8, further columns."""
+    header = "\ufeff" + ",".join(["Image Path", *CAPTION_COLUMNS, "licence"]) + "\r\n"
+    cells = ["0.jpg", '"a ""quoted"" word"', "", '"First line.\nSecond line."', "", "", "", "", "CC0"]
+    data = header.encode() + ",".join(cells).encode() + b"\r\n" + b"1.jpg,caf\xe9\0 scene,,,,,,,\r\n"
+    path = tmp_path / "captions.csv"
+    path.write_bytes(data)
+    assert prepare_folder(path, images, tmp_path / "out")["samples"] == 2
+    tar = members(tmp_path / "out" / "00000.tar")
+    first, second = (json.loads(tar[f"00000000{i}.json"]) for i in (0, 1))
+    assert (
+        first["raw_caption"] == 'a "quoted" word' and first["longIB_captions"] == "First line.\nSecond line." and first["licence"] == "CC0"
+    )
+    assert second["raw_caption"].startswith("caf") and "\0" not in second["raw_caption"]
+
+
+def test_parquet_equals_csv(tmp_path, images):
+    rows = [row(f"{i}.jpg") for i in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**r, "shortIB_captions": None} for r in rows]), tmp_path / "t.parquet")
+    prepare_folder(tmp_path / "t.parquet", images, tmp_path / "a")
+    prepare_folder(table(tmp_path, rows), images, tmp_path / "b")
+    assert (tmp_path / "a" / "00000.tar").read_bytes() == (tmp_path / "b" / "00000.tar").read_bytes()
+
+
+def test_masks_travel(tmp_path, images):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "1.png").write_bytes(b"png bytes")
+    manifest = prepare_folder(table(tmp_path, [row("0.jpg"), row("1.jpg")]), images, tmp_path / "out", masks=tmp_path / "masks")
+    assert manifest["masks"] == 1
+    assert members(tmp_path / "out" / "00000.tar")["000000001.mask.png"] == b"png bytes"
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*.tar")} | {"manifest": (folder / "manifest.json").read_bytes()}
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(300):
+        (images / f"{i}.jpg").write_bytes(jpeg(i, 300))
+    captions = table(tmp_path, [row(f"{i}.jpg") for i in range(300)])
+    job = dict(shard_size=10)
+    prepare_folder(captions, images, tmp_path / "whole", **job)
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: (os.setpgrp(), prepare_folder(captions, images, tmp_path / "killed", **job))
+    )
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "killed").glob("*.tar"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*.tar")}
+    assert 4 <= len(finished) < 30 and not (tmp_path / "killed" / "manifest.json").exists(), "killed too late to show anything"
+    prepare_folder(captions, images, tmp_path / "killed", **job)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    kept = [name for name, stamp in finished.items() if (tmp_path / "killed" / name).stat().st_mtime_ns == stamp]
+    assert len(kept) >= len(finished) - 2, "finished shards are not written again"
+
+
+def test_another_job_does_not_touch_what_is_there(tmp_path, images):
+    captions = table(tmp_path, [row("0.jpg")])
+    prepare_folder(captions, images, tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(ValueError, match="--output: .* shards of another table, folder or shard size"):
+        prepare_folder(captions, images, tmp_path / "out", shard_size=7)
+    write_tar(tmp_path / "foreign" / "a.tar", sample("k"))
+    with pytest.raises(ValueError, match="that this command did not write"):
+        prepare_folder(captions, images, tmp_path / "foreign")
+    assert files(tmp_path / "out") == before
+
+
+BAD_INPUT = {
+    "columns": (lambda d: table(d, [{"url": "x", "text": "y"}], header=["url", "text"]), "needs the column 'Image Path' and at least one of raw_caption.* it has 'url', 'text'"),
+    "delimiter": (lambda d: (d / "c.csv").write_text("Image Path;raw_caption\n0.jpg;a\n") and d / "c.csv", "needs the column"),
+    "empty": (lambda d: (d / "c.csv").write_text("") or d / "c.csv", "is empty"),
+    "missing": (lambda d: d / "none.csv", "--captions: no file"),
+    "format": (lambda d: (d / "c.xls").write_text("x") and d / "c.xls", "neither .csv, .tsv nor .parquet"),
+    "not parquet": (lambda d: (d / "c.parquet").write_text("x") and d / "c.parquet", "not a readable parquet"),
+    "no row": (lambda d: table(d, []), "gave a sample: it has no rows"),
+    "no usable row": (lambda d: table(d, [row("missing.jpg")]), "1 x image not found, such as row 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_tables_are_clear_errors(tmp_path, images, case):
+    make, message = BAD_INPUT[case]
+    with pytest.raises(ValueError, match=message):
+        prepare_folder(make(tmp_path), images, tmp_path / "out")
+
+
+def test_no_image_folder_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="--images: no folder"):
+        prepare_folder(table(tmp_path, [row("0.jpg")]), tmp_path / "none", tmp_path / "out")
+
+
+def test_validate_indexes_existing_shards_without_touching_them(tmp_path):
+    img2dataset = [m for i in range(6) for m in sample(f"{i}", i, **record(f"{i}"), url="http://x", status="success")]
+    flair = [m for i in range(6, 10) for m in sample(f"{i}", i, longSV_captions=["One.", "Two.", "Three."])]
+    open_clip = [m for i in range(10, 14) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.txt", b"a dog"))]
+    for n, content in enumerate((img2dataset, flair, open_clip)):
+        write_tar(tmp_path / f"{n:05d}.tar", content)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.tar")}
+    manifest = validate_shards(str(tmp_path), count_tokens=count_tokens)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.tar")} == before
+    assert manifest["samples"] == 14 and not manifest["bad"]
+    assert [entry["samples"] for entry in manifest["shards"].values()] == [6, 4, 4]
+    assert manifest["captions"]["longSV_captions"]["samples"] == 10 and manifest["captions"]["raw_caption"]["samples"] == 10
+    assert json.loads((tmp_path / "manifest.json").read_text())["samples"] == 14
+
+
+def test_validate_names_what_a_trainer_would_trip_over(tmp_path):
+    content = [
+        *sample("good", 1), *sample("chars", 2, raw_caption="x", longSV_captions=list("A dog runs")),
+        ("broken.jpg", b"\xff\xd8 x"), ("broken.json", b'{"raw_caption": "a"}'),
+        ("json.jpg", jpeg(3)), ("json.json", b"{"), *sample("empty", 4, raw_caption=""),
+        ("alone.json", b"{}"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", content)
+    write_tar(tmp_path / "b.tar", sample("good", 5))
+    (tmp_path / "c.tar").write_text("<html>404</html>")
+    manifest = validate_shards(str(tmp_path))
+    assert manifest["samples"] == 3
+    for reason, name in {
+        "caption stored as characters": "chars: longSV_captions", "damaged image": "broken", "unreadable captions": "json", "no captions": "empty",
+        "no image": "alone", "duplicate key": "good", "shard could not be read to its end": "c.tar",
+    }.items():  # fmt: skip
+        entry = manifest["bad"][reason]
+        assert entry["count"] == 1 and name in entry["examples"][0], reason
+
+
+def test_validate_without_a_usable_sample_is_an_error(tmp_path):
+    write_tar(tmp_path / "a.tar", sample("k", 0, width=3))
+    with pytest.raises(ValueError, match="no sample of .* is usable: 1 x no captions"):
+        validate_shards(str(tmp_path))
+    with pytest.raises(ValueError, match="PATTERN: .* matches no shard"):
+        validate_shards(str(tmp_path / "none*.tar"))
+
+
+def test_the_loader_takes_its_counts_from_the_manifest(tmp_path, caplog):
+    write_shards(tmp_path, [8, 8], index=False)
+    validate_shards(str(tmp_path))
+    made = train_loader(DataConfig(shards=str(tmp_path), workers=0), image_size=16, tokenize=tokenize, batch_size=4)
+    assert made.counts == [8, 8] and made.steps_per_epoch == 4 and not caplog.text
