@@ -7,7 +7,14 @@ import random
 import torch
 from torch import Tensor, nn
 
-COLORS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40), "pink": (235, 120, 190), "teal": (20, 160, 160)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (40, 70, 220),
+    "yellow": (230, 210, 40),
+    "pink": (235, 120, 190),
+    "teal": (20, 160, 160),
+}
 SIDE, GRID = 64, (8, 8)
 PLACES = {"the upper left": (0, 0), "the upper right": (0, 32), "the lower left": (32, 0), "the lower right": (32, 32)}
 

@@ -1,0 +1,54 @@
+"""Pictures are drawn, are not blank, and show the numbers and patches they are given."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from planted import PlantedModel, planted_sample
+
+from dreamlip_train.plots import plot_curves, plot_grouping
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(float)
+
+
+def metrics(path, steps, loss=lambda s: 5 - s / 100):
+    rows = [
+        {"step": s, "epoch": 0, "loss": loss(s), "contrastive_loss": loss(s) - 1, "grouping_loss": 1.0, "logit_scale": 14.3, "lr": 1e-3,
+         "grad_norm": 1.0, "images_per_s": 100 + s, "data_wait": 0.1, "memory": 1.0}
+        for s in steps
+    ]  # fmt: skip
+    scores = {way: {"r_at_1": 12.0, "r_at_5": 30.0, "r_at_10": 50.0} for way in ("t2i", "i2t")}
+    rows.append({"step": steps[-1], "retrieval": {"long_caption": scores, "sentence": scores}})
+    path.write_text("\n".join(json.dumps(row) for row in rows) + '\n{"step": 99, "los')  # a crash cut the last line
+    return path
+
+
+def test_curves(tmp_path):
+    plot_curves(metrics(tmp_path / "a.jsonl", range(10, 200, 10)), tmp_path / "a.png")
+    plot_curves(metrics(tmp_path / "b.jsonl", range(10, 200, 10), loss=lambda s: 5.0), tmp_path / "b.png")
+    a, b = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
+    assert min(a.shape[:2]) > 300 and a.std() > 10
+    assert a.shape == b.shape and np.abs(a - b).max() > 50, "another loss draws another curve"
+
+
+def test_curves_without_a_step_is_a_clear_error(tmp_path):
+    (tmp_path / "m.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no line with a step"):
+        plot_curves(tmp_path / "m.jsonl", tmp_path / "m.png")
+
+
+def test_grouping_lights_the_patches_that_are_selected(tmp_path):
+    samples = [planted_sample(seed) for seed in range(3)]
+    plot_grouping(PlantedModel(), iter(samples), tmp_path / "right.png", threshold=0.6)
+    plot_grouping(PlantedModel(mirrored=True), iter(samples), tmp_path / "mirrored.png", threshold=0.6)
+    right, mirrored = pixels(tmp_path / "right.png"), pixels(tmp_path / "mirrored.png")
+    assert right.shape == mirrored.shape and right.std() > 20
+    assert np.abs(right - mirrored).mean() > 1, "another selection is another picture"
+
+
+def test_grouping_without_sentences_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="sentence"):
+        plot_grouping(PlantedModel(), iter([{**planted_sample(0), "sentences": []}]), tmp_path / "x.png")
