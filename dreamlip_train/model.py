@@ -227,7 +227,7 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
     if without_patches or vision.get("final_ln_after_pool"):
         field = (without_patches or ["final_ln_after_pool"])[0]
         raise ValueError(
-            f"model.name: the image tower of {model.name!r} gives no normalised patch tokens (vision_cfg.{field}={vision[field]!r}); use a ViT of open_clip's own"
+            f"model.name: the image tower of {model.name!r} gives no patch tokens after its norm (vision_cfg.{field}={vision[field]!r}); use a plain ViT"
         )
     if settings.pop("custom_text", False) or "multimodal_cfg" in settings or text.get("hf_model_name") or text.get("hf_tokenizer_name"):
         raise ValueError(

@@ -166,7 +166,7 @@ def test_files_that_are_not_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (ModelConfig(name="RN50"), r"model.name: .* no normalised patch tokens \(vision_cfg.layers"),
+        (ModelConfig(name="RN50"), r"model.name: .* no patch tokens after its norm \(vision_cfg.layers"),
         (ModelConfig(name="ViT-B-16-SigLIP"), "vision_cfg.timm_model_name"),
         (ModelConfig(name="coca_ViT-B-32"), "vision_cfg.attentional_pool"),
         (ModelConfig(name="roberta-ViT-B-32"), "text tower of 'roberta-ViT-B-32' is not CLIP's own"),

@@ -18,7 +18,26 @@ TOWERS = {
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
     "text_cfg": {"width": 32, "heads": 2, "layers": 2},
 }
-WORDS = "red green blue small large round square star moon left right above below near a the two three".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "small",
+    "large",
+    "round",
+    "square",
+    "star",
+    "moon",
+    "left",
+    "right",
+    "above",
+    "below",
+    "near",
+    "a",
+    "the",
+    "two",
+    "three",
+]
 GLOBAL_BATCH, K, STEPS = 8, 3, 8
 
 
