@@ -89,7 +89,14 @@ def test_values_that_are_not_finite_leave_the_weights_alone(stage, precision):
 
     bad_pixel = {**good, "images": good["images"].float() / 255}
     bad_pixel["images"][3, 0, 0, 0] = math.nan
-    result = train_step(engine, loss_fn, bad_pixel, 1e-3)
+    backward_ran = []
+
+    def watched(**features):
+        features["image_features"].register_hook(backward_ran.append)
+        return loss_fn(**features)
+
+    result = train_step(engine, watched, bad_pixel, 1e-3)
+    assert not backward_ran  # skipped before it could poison anything
     assert not result.applied and not math.isfinite(float(sum(result.losses.values())))
 
     def blow_up(**features):
