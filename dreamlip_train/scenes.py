@@ -23,7 +23,7 @@ from .captions import CAPTION_COLUMNS
 
 Split = Literal["train", "val"]
 
-RADII = {"small": 10.0, "medium": 13.5, "large": 18.0}
+RADII = {"small": 12.5, "medium": 15.5, "large": 19.5}
 """Object radius in pixels of a 96-pixel picture."""
 PLACES = ("upper left", "upper middle", "upper right", "middle left", "center", "middle right", "lower left", "lower middle", "lower right")
 
