@@ -17,7 +17,15 @@ from typing import Any, Literal, NamedTuple
 RAW = "raw_caption"
 SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
-CAPTION_COLUMNS = (RAW, "shortIB_captions", "longIB_captions", "shortSV_captions", "longSV_captions", "shortLLA_captions", "longLLA_captions")
+CAPTION_COLUMNS = (
+    RAW,
+    "shortIB_captions",
+    "longIB_captions",
+    "shortSV_captions",
+    "longSV_captions",
+    "shortLLA_captions",
+    "longLLA_captions",
+)
 """DreamLIP's caption columns, in the order of its CSV files."""
 
 Splitter = Literal["sentence", "official"]
@@ -26,14 +34,18 @@ Sampling = Literal["uniform", "raw_first"]
 _MISSING = frozenset({"", "nan", "none", "null"})
 
 # A full stop after these never ends a sentence.
-_TITLES = frozenset(["mr", "mrs", "ms", "mx", "dr", "prof", "rev", "hon", "gen", "col", "capt", "lt", "sgt", "mt", "e.g", "i.e", "eg", "ie", "vs", "cf", "viz", "approx", "est"])
+_TITLES = frozenset("mr mrs ms mx dr prof rev hon gen col capt lt sgt mt e.g i.e eg ie vs cf viz approx est".split())
 # A full stop after these is inside the sentence when a number follows ("No. 5", "Fig. 2").
-_BEFORE_NUMBER = frozenset(["no", "nos", "nr", "fig", "figs", "vol", "pp", "p", "pg"])
+_BEFORE_NUMBER = frozenset("no nos nr fig figs vol pp p pg".split())
 # These can end a sentence or not ("an Inc. logo", "by Apple Inc. The logo ..."): what follows decides.
-_MAYBE_LAST = frozenset(["etc", "inc", "ltd", "co", "corp", "jr", "sr", "st", "ave", "blvd", "rd", "dept", "ft", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sept", "sep", "oct", "nov", "dec", "al"])
+_MAYBE_LAST = frozenset("etc inc ltd co corp jr sr st ave blvd rd dept ft jan feb mar apr jun jul aug sept sep oct nov dec al".split())
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]$|^[A-Z]$")
 _SENTENCE_STARTERS = frozenset(
-    ["a", "an", "the", "this", "that", "these", "those", "it", "its", "there", "here", "he", "she", "they", "we", "you", "his", "her", "their", "our", "in", "on", "at", "to", "from", "with", "behind", "above", "below", "beside", "under", "near", "next", "over", "around", "inside", "outside", "across", "some", "several", "many", "most", "all", "both", "each", "another", "one", "two", "three", "four", "five", "six", "and", "but", "so", "as", "while", "when", "overall", "additionally", "also", "meanwhile", "however"]
+    (
+        "a an the this that these those it its there here he she they we you his her their our in on at to from with behind above below beside "
+        "under near next over around inside outside across some several many most all both each another one two three four five six "
+        "and but so as while when overall additionally also meanwhile however"
+    ).split()
 )
 
 _ALWAYS = re.compile(r"\n|</s>")
@@ -52,7 +64,12 @@ class SubCaption(NamedTuple):
 
 def is_character_split(value: Any) -> bool:
     """Whether a caption was stored as a list of its characters: more than three items, none longer than one character."""
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 3 and all(isinstance(c, str) and len(c) <= 1 for c in value)
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 3
+        and all(isinstance(c, str) and len(c) <= 1 for c in value)
+    )
 
 
 def split_sub_captions(text: str | Sequence[str] | float | None, splitter: Splitter = "sentence") -> list[str]:

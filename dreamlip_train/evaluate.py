@@ -118,7 +118,9 @@ def mask_to_regions(mask: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
         grid: (rows, columns) of patches. Pixels beyond a whole number of patches are dropped, as the patch embedding drops them.
     """
     if mask.ndim != 2 or mask.shape[0] < grid[0] or mask.shape[1] < grid[1]:
-        raise ValueError(f"mask_to_regions: mask must be [H, W] with at least one pixel a patch of the {grid} grid, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask_to_regions: mask must be [H, W] with at least one pixel a patch of the {grid} grid, got {tuple(mask.shape)}"
+        )
     patch_size = (mask.shape[0] // grid[0], mask.shape[1] // grid[1])
     labels = torch.arange(1, count + 1, device=mask.device)
     share = nn.functional.avg_pool2d((mask[None] == labels[:, None, None]).float(), patch_size).flatten(1)  # [count, P]
@@ -323,7 +325,9 @@ def _require_finite(name: str, features: Tensor, keys: Sequence[str] | None = No
     bad = (~torch.isfinite(features)).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
         of = f"samples {sorted({keys[row] for row in bad})[:5]}" if keys else f"rows {bad[:5]}"
-        raise ValueError(f"{name}: NaN or infinite values in {len(bad)} of {len(features)} rows, first in {of}; check the weights and those inputs")
+        raise ValueError(
+            f"{name}: NaN or infinite values in {len(bad)} of {len(features)} rows, first in {of}; check the weights and those inputs"
+        )
 
 
 def _percent(values: Tensor) -> float:

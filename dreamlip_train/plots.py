@@ -147,7 +147,9 @@ def plot_grouping(
     with eval_mode(model), torch.no_grad():
         _, patch_nPD, text_KD = encode_batch(model, shown, next(model.parameters()).device)
         if patch_nPD is None:
-            raise ValueError("plot_grouping: the model gives no patch features, so nothing is selected; train with loss.grouping_weight > 0")
+            raise ValueError(
+                "plot_grouping: the model gives no patch features, so nothing is selected; train with loss.grouping_weight > 0"
+            )
         weights_KP = [weights.cpu() for weights in sub_caption_weights(patch_nPD, text_KD, threshold, normalization)]
     with plt.rc_context(_STYLE | {"axes.grid": False}):
         figure = _draw_rows(shown, weights_KP, model.grid)

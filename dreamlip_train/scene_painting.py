@@ -66,7 +66,7 @@ def coverage(shape: str, center: tuple[float, float], radius: float, angle: floa
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     canvas = Image.new("L", (size * _OVERSAMPLE, size * _OVERSAMPLE))
     draw = ImageDraw.Draw(canvas)
-    for fill, outline in zip((255, 0), shape_polygons(shape)):
+    for fill, outline in zip((255, 0), shape_polygons(shape), strict=False):
         draw.polygon([tuple(p) for p in ((outline @ turn) * radius + center) * _OVERSAMPLE], fill=fill)
     return np.asarray(canvas.reduce(_OVERSAMPLE), np.float32) / 255
 
@@ -165,7 +165,9 @@ def place(image: Array, surface: Array, cover: Array, center: tuple[float, float
     shadow = np.roll(np.asarray(shadow, np.float32) / 255, (round(-dy * shift), round(-dx * shift)), axis=(0, 1))
     image = image * (1 - 0.5 * shadow * (1 - cover))[..., None]
     toward = ((x - center[0]) * dx + (y - center[1]) * dy) / radius
-    inner = np.asarray(Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.12 * radius + 0.5)), np.float32) / 255
+    inner = (
+        np.asarray(Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.12 * radius + 0.5)), np.float32) / 255
+    )
     shade = (0.94 + 0.16 * toward) * (0.72 + 0.28 * np.clip(inner * 1.6 - 0.5, 0, 1))
     gloss = 0.22 * np.exp(-(((x - center[0]) / radius - 0.45 * dx) ** 2 + ((y - center[1]) / radius - 0.45 * dy) ** 2) / 0.09)
     lit = surface * shade[..., None] + gloss[..., None]
@@ -174,6 +176,8 @@ def place(image: Array, surface: Array, cover: Array, center: tuple[float, float
 
 def develop(image: Array, rng: np.random.Generator) -> Image.Image:
     """The picture as a camera would give it: exposure, mild blur, sensor noise, 8 bits."""
-    image = image * np.float32(rng.uniform(0.9, 1.08)) + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0.005, 0.02))
+    image = image * np.float32(rng.uniform(0.9, 1.08)) + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(
+        rng.uniform(0.005, 0.02)
+    )
     picture = Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8))
     return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))

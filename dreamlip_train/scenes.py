@@ -34,42 +34,102 @@ _SIZE_WORDS = {
     "LLA": {"small": "small", "medium": "medium", "large": "large"},
 }
 _SHAPE_WORDS = {
-    "IB": {"disc": "disc", "square": "square", "triangle": "triangle", "star": "star", "ring": "ring", "heart": "heart", "cross": "cross", "crescent": "crescent"},
-    "SV": {
-        "disc": "round disc", "square": "square tile", "triangle": "triangle", "star": "five-pointed star",
-        "ring": "ring", "heart": "heart", "cross": "cross", "crescent": "crescent moon",
+    "IB": {
+        "disc": "disc",
+        "square": "square",
+        "triangle": "triangle",
+        "star": "star",
+        "ring": "ring",
+        "heart": "heart",
+        "cross": "cross",
+        "crescent": "crescent",
     },
-    "LLA": {"disc": "circle", "square": "box", "triangle": "pyramid", "star": "star", "ring": "hoop", "heart": "heart shape", "cross": "plus sign", "crescent": "moon shape"},
+    "SV": {
+        "disc": "round disc",
+        "square": "square tile",
+        "triangle": "triangle",
+        "star": "five-pointed star",
+        "ring": "ring",
+        "heart": "heart",
+        "cross": "cross",
+        "crescent": "crescent moon",
+    },
+    "LLA": {
+        "disc": "circle",
+        "square": "box",
+        "triangle": "pyramid",
+        "star": "star",
+        "ring": "hoop",
+        "heart": "heart shape",
+        "cross": "plus sign",
+        "crescent": "moon shape",
+    },
 }
 _TEXTURE_WORDS = {
-    "IB": {"plain": "plain", "striped": "striped", "dotted": "dotted", "checkered": "checkered", "speckled": "speckled", "fading": "fading"},
-    "SV": {
-        "plain": "with a smooth surface", "striped": "with stripes", "dotted": "with polka dots", "checkered": "with a checkered pattern",
-        "speckled": "with tiny speckles", "fading": "with a color gradient",
+    "IB": {
+        "plain": "plain",
+        "striped": "striped",
+        "dotted": "dotted",
+        "checkered": "checkered",
+        "speckled": "speckled",
+        "fading": "fading",
     },
-    "LLA": {"plain": "solid", "striped": "striped", "dotted": "spotted", "checkered": "checkered", "speckled": "speckled", "fading": "gradient"},
+    "SV": {
+        "plain": "with a smooth surface",
+        "striped": "with stripes",
+        "dotted": "with polka dots",
+        "checkered": "with a checkered pattern",
+        "speckled": "with tiny speckles",
+        "fading": "with a color gradient",
+    },
+    "LLA": {
+        "plain": "solid",
+        "striped": "striped",
+        "dotted": "spotted",
+        "checkered": "checkered",
+        "speckled": "speckled",
+        "fading": "gradient",
+    },
 }
 _PLACE_WORDS = {
-    "IB": {p: f"in the {p}" for p in PLACES} | {"middle left": "on the left", "middle right": "on the right", "upper middle": "at the top", "lower middle": "at the bottom"},
+    "IB": {p: f"in the {p}" for p in PLACES}
+    | {"middle left": "on the left", "middle right": "on the right", "upper middle": "at the top", "lower middle": "at the bottom"},
     "SV": {p: f"in the {p} of the picture" for p in PLACES},
     "LLA": {p: f"at the {p.replace('upper', 'top').replace('lower', 'bottom')} of the image" for p in PLACES},
 }
 _LONG_FORMS = {
     "IB": ("A {size} {texture} {color} {shape} is {place}.", "There is a {size} {color} {texture} {shape} {place}."),
     "SV": ("{Place}, there is a {size} {color} {shape} {texture}.", "A {size} {color} {shape} {texture} can be seen {place}."),
-    "LLA": ("The image shows a {texture} {color} {shape}, {size} in size, {place}.", "{Place} sits a {size} {color} {shape} that looks {texture}."),
+    "LLA": (
+        "The image shows a {texture} {color} {shape}, {size} in size, {place}.",
+        "{Place} sits a {size} {color} {shape} that looks {texture}.",
+    ),
 }
 _SHORT_FORMS = {
     "IB": ("a {color} {shape} and other objects on {ground}", "{number} objects on {ground}, one is a {color} {shape}"),
-    "SV": ("A {color} {shape} and a {color2} {shape2} are shown on {ground}.", "The picture has {number} things, among them a {color} {shape}."),
+    "SV": (
+        "A {color} {shape} and a {color2} {shape2} are shown on {ground}.",
+        "The picture has {number} things, among them a {color} {shape}.",
+    ),
     "LLA": ("An image of a {color} {shape} next to a {color2} {shape2}.", "{number} colorful objects placed on {ground}."),
 }
 _RAW_FORMS = (
-    "a photo of some things", "stock photo: objects on {ground}", "{color} {shape} and more", "still life with {number} objects",
-    "image {serial}", "colorful shapes on {ground} - free download", "{color} things, close up",
+    "a photo of some things",
+    "stock photo: objects on {ground}",
+    "{color} {shape} and more",
+    "still life with {number} objects",
+    "image {serial}",
+    "colorful shapes on {ground} - free download",
+    "{color} things, close up",
 )
 _GROUND_WORDS = {
-    "wall": "a plain wall", "meadow": "a meadow", "beach": "a beach", "table": "a wooden table", "bricks": "a brick wall", "concrete": "concrete", "night": "a night sky",
+    "wall": "a plain wall",
+    "meadow": "a meadow",
+    "beach": "a beach",
+    "table": "a wooden table",
+    "bricks": "a brick wall",
+    "concrete": "concrete",
+    "night": "a night sky",
 }
 _NUMBER_WORDS = {3: "three", 4: "four", 5: "five"}
 
@@ -103,7 +163,8 @@ def compose_scene(rng: np.random.Generator, image_size: int = 96) -> Scene:
     colors = rng.choice(list(painting.COLORS), count, replace=False)
     background = str(rng.choice(painting.BACKGROUNDS))
     while True:
-        objects = tuple(_compose_object(rng, str(color), int(cell), image_size) for color, cell in zip(colors, rng.choice(9, count, replace=False)))
+        cells = rng.choice(9, count, replace=False)
+        objects = tuple(_compose_object(rng, str(color), int(cell), image_size) for color, cell in zip(colors, cells, strict=True))
         if not _any_touch(objects):
             return Scene(background, objects, image_size)
 
@@ -127,7 +188,9 @@ def caption_scene(scene: Scene, rng: np.random.Generator, serial: int = 0) -> di
     captions = {CAPTION_COLUMNS[0]: _fill(rng.choice(_RAW_FORMS), scene, rng, "IB", serial)}
     for speaker in ("IB", "SV", "LLA"):
         captions[f"short{speaker}_captions"] = _fill(rng.choice(_SHORT_FORMS[speaker]), scene, rng, speaker, serial)
-        captions[f"long{speaker}_captions"] = " ".join(_describe(thing, speaker, str(rng.choice(_LONG_FORMS[speaker]))) for thing in scene.objects)
+        captions[f"long{speaker}_captions"] = " ".join(
+            _describe(thing, speaker, str(rng.choice(_LONG_FORMS[speaker]))) for thing in scene.objects
+        )
     return captions
 
 
@@ -165,7 +228,9 @@ def prepare_scenes(output: str | Path, num_train: int = 6000, num_val: int = 200
             writer = csv.DictWriter(file, ["Image Path", *CAPTION_COLUMNS])
             writer.writeheader()
             writer.writerows(rows)
-        summary[split] = {"samples": count} | {name: str(folder / name) for name in ("images", "masks")} | {"captions": str(folder / "captions.csv")}
+        summary[split] = (
+            {"samples": count} | {name: str(folder / name) for name in ("images", "masks")} | {"captions": str(folder / "captions.csv")}
+        )
     print(f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output} ({time.monotonic() - started:.0f} s)")
     return summary
 
@@ -192,14 +257,19 @@ def _compose_object(rng: np.random.Generator, color: str, cell: int, image_size:
 
 
 def _any_touch(objects: tuple[SceneObject, ...]) -> bool:
-    return any(np.hypot(a.center[0] - b.center[0], a.center[1] - b.center[1]) < 1.06 * (a.radius + b.radius) for i, a in enumerate(objects) for b in objects[:i])
+    pairs = ((a, b) for i, a in enumerate(objects) for b in objects[:i])
+    return any(np.hypot(a.center[0] - b.center[0], a.center[1] - b.center[1]) < 1.06 * (a.radius + b.radius) for a, b in pairs)
 
 
 def _describe(thing: SceneObject, speaker: str, form: str) -> str:
     place = _PLACE_WORDS[speaker][thing.place]
     return form.format(
-        size=_SIZE_WORDS[speaker][thing.size], color=thing.color, texture=_TEXTURE_WORDS[speaker][thing.texture],
-        shape=_SHAPE_WORDS[speaker][thing.shape], place=place, Place=place[0].upper() + place[1:],
+        size=_SIZE_WORDS[speaker][thing.size],
+        color=thing.color,
+        texture=_TEXTURE_WORDS[speaker][thing.texture],
+        shape=_SHAPE_WORDS[speaker][thing.shape],
+        place=place,
+        Place=place[0].upper() + place[1:],
     )
 
 
@@ -207,6 +277,11 @@ def _fill(form: str, scene: Scene, rng: np.random.Generator, speaker: str, seria
     first, second = (scene.objects[i] for i in rng.choice(len(scene.objects), 2, replace=False))
     words = _SHAPE_WORDS[speaker]
     return form.format(
-        color=first.color, shape=words[first.shape], color2=second.color, shape2=words[second.shape],
-        ground=_GROUND_WORDS[scene.background], number=_NUMBER_WORDS[len(scene.objects)], serial=serial,
+        color=first.color,
+        shape=words[first.shape],
+        color2=second.color,
+        shape2=words[second.shape],
+        ground=_GROUND_WORDS[scene.background],
+        number=_NUMBER_WORDS[len(scene.objects)],
+        serial=serial,
     )
