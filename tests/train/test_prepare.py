@@ -188,7 +188,7 @@ def test_another_job_does_not_touch_what_is_there(tmp_path, images):
 
 
 BAD_INPUT = {
-    "columns": (lambda d: table(d, [{"url": "x", "text": "y"}], header=["url", "text"]), "needs the column 'Image Path' and at least one of raw.* it has 'url', 'text'"),
+    "columns": (lambda d: table(d, [{"url": "x"}], header=["url", "text"]), "needs the column 'Image Path' and at least one of raw.* it has 'url', 'text'"),
     "delimiter": (lambda d: (d / "c.csv").write_text("Image Path;raw_caption\n0.jpg;a\n") and d / "c.csv", "needs the column"),
     "empty": (lambda d: (d / "c.csv").write_text("") or d / "c.csv", "is empty"),
     "missing": (lambda d: d / "none.csv", "--captions: no file"),
