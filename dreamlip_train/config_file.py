@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import tomllib
 import typing
 from pathlib import Path
 from typing import Any, Literal
-
-import tomllib
 
 from dreamlip_train.config import Config
 
