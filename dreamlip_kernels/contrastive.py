@@ -51,7 +51,7 @@ def bidirectional_logsumexp(
     check_features(fn, x=(x, 2), y=(y, 3))
     check_mask(fn, "y_mask", y_mask, y.shape[:2], y)
     check_mask(fn, "x_mask", x_mask, x.shape[:1], x)
-    return _bidirectional_logsumexp(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, dispatch.select(fn, x, backend))
+    return _bidirectional_logsumexp(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, -1, dispatch.select(fn, x, backend))
 
 
 def multi_positive_contrastive_loss(
@@ -111,9 +111,11 @@ def multi_positive_contrastive_loss(
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     text_KND = text_features.transpose(0, 1)
     mask_KN = None if text_mask is None else text_mask.T
-    row, col = bidirectional_logsumexp(all_gather_rows(image_features, group), text_KND, scale, y_mask=mask_KN, backend=backend)
+    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend)
+    own_first = rank_and_size(group)[0] * n  # pair (own_first + j, j) of the rectangle is a positive
+    row, col = _bidirectional_logsumexp(all_gather_rows(image_features, group), text_KND, scale, None, mask_KN, own_first, chosen)
     row = all_reduce_logsumexp(row, group)  # [K, n]: this rank's images over the world's captions
-    pos = scale * _paired_dot(image_features, text_KND)  # [K, n]
+    pos = scale * _paired_dot(image_features, text_KND, chosen != "torch")  # [K, n]
     if negatives == "all":
         row = _logsumexp_slots(row).expand_as(pos)
     col_term = _where(mask_KN, col - pos)
@@ -155,14 +157,15 @@ def _logsumexp_slots(z: Tensor) -> Tensor:
 
 @torch.library.custom_op("dreamlip_kernels::bidirectional_logsumexp", mutates_args=())
 def _bidirectional_logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, backend: str
+    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, diagonal: int, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """``diagonal`` >= 0 says that the pairs (diagonal + j, j) are positives, whose large gradient a 16-bit backend adds apart."""
     with torch.autocast(x.device.type, enabled=False):
         return _FORWARD[backend](x, y, scale, x_mask, y_mask)
 
 
 @_bidirectional_logsumexp.register_fake
-def _(x, y, scale, x_mask, y_mask, backend):
+def _(x, y, scale, x_mask, y_mask, diagonal, backend):
     k, c, _ = y.shape
     dtype = accumulate_dtype(x)
     return x.new_empty(k, x.shape[0], dtype=dtype), x.new_empty(k, c, dtype=dtype)
@@ -179,42 +182,54 @@ def _bidirectional_logsumexp_backward(
     col: Tensor,
     d_row: Tensor,
     d_col: Tensor,
+    diagonal: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return _BACKWARD[backend](x, y, scale, x_mask, y_mask, row, col, d_row, d_col)
+        return _BACKWARD[backend](x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal)
 
 
 @_bidirectional_logsumexp_backward.register_fake
-def _(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, backend):
+def _(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal, backend):
     return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, scale, x_mask, y_mask, ctx.backend = inputs
+    x, y, scale, x_mask, y_mask, ctx.diagonal, ctx.backend = inputs
     ctx.save_for_backward(x, y, scale, x_mask, y_mask, *output)
 
 
 def _backward(ctx, d_row, d_col):
-    dx, dy, dscale = _bidirectional_logsumexp_backward(*ctx.saved_tensors, d_row, d_col, ctx.backend)
-    return dx, dy, dscale, None, None, None
+    dx, dy, dscale = _bidirectional_logsumexp_backward(*ctx.saved_tensors, d_row, d_col, ctx.diagonal, ctx.backend)
+    return dx, dy, dscale, None, None, None, None
 
 
 _bidirectional_logsumexp.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("dreamlip_kernels::paired_dot", mutates_args=())
-def _paired_dot(x: Tensor, y: Tensor) -> Tensor:
-    """``torch.einsum("nd,knd->kn", x.float(), y.float())`` without a float copy of y: x [N,D], y [K,N,D] -> [K,N] float32."""
-    x = x.to(accumulate_dtype(x))
+def _paired_dot(x: Tensor, y: Tensor, rounded: bool) -> Tensor:
+    """``torch.einsum("nd,knd->kn", x.float(), y.float())`` without a float copy of y: x [N,D], y [K,N,D] -> [K,N] float32.
+
+    ``rounded`` rounds float32 inputs to the 11 bits of float16, as a backend does that computes the log-sum-exps so: the same
+    rounding in a positive and in the sum that contains it cancels in the loss.
+    """
+    round_ = _eleven_bits if rounded and x.dtype == torch.float32 else (lambda v: v)
+    x = round_(x.to(accumulate_dtype(x)))
     out = x.new_empty(y.shape[:2])
     for k in range(y.shape[0]):
-        torch.sum(x * y[k], dim=-1, out=out[k])
+        torch.sum(x * round_(y[k]), dim=-1, out=out[k])
     return out
 
 
+def _eleven_bits(v: Tensor) -> Tensor:
+    # Dekker's splitting: float16's significand without its range.
+    shifted = v * (2**13 + 1)
+    return shifted - (shifted - v)
+
+
 @_paired_dot.register_fake
-def _(x, y):
+def _(x, y, rounded):
     return x.new_empty(y.shape[:2], dtype=accumulate_dtype(x))
 
 
@@ -234,8 +249,8 @@ def _(x, y, d_out):
 
 
 _paired_dot.register_autograd(
-    lambda ctx, d_out: _paired_dot_backward(*ctx.saved_tensors, d_out),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, d_out: (*_paired_dot_backward(*ctx.saved_tensors, d_out), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
 )
 
 
@@ -273,7 +288,7 @@ def _forward_torch(x, y, scale, x_mask, y_mask):
     return row, col
 
 
-def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col):
+def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal):
     x_wide = x.to(scale.dtype)
     x_scaled = x_wide * scale
     dx = torch.zeros_like(x_wide)
@@ -294,5 +309,17 @@ def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col):
     return dx.mul_(scale).to(x.dtype), dy, dscale
 
 
-_FORWARD = {"torch": _forward_torch}
-_BACKWARD = {"torch": _backward_torch}
+def _forward_triton(x, y, scale, x_mask, y_mask):
+    from . import contrastive_triton
+
+    return contrastive_triton.forward(x, y, scale, x_mask, y_mask)
+
+
+def _backward_triton(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal):
+    from . import contrastive_triton
+
+    return contrastive_triton.backward(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal)
+
+
+_FORWARD = {"torch": _forward_torch, "triton": _forward_triton}
+_BACKWARD = {"torch": _backward_torch, "triton": _backward_triton}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -10,16 +12,27 @@ from torch import Tensor
 
 logger = logging.getLogger("dreamlip_kernels")
 
-_Check = Callable[[str], str | None]  # device type -> why the backend cannot run there, or None
+_Check = Callable[[str, torch.dtype], str | None]  # device type and dtype -> why the backend cannot run there, or None
 
 
-def _always(device_type: str) -> str | None:
+def _always(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-# For each op, its backends from best to most portable, with the test that says whether one can run.
+def _triton(device: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "it computes in 16 bits; float64 needs backend='torch'"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 in the environment for Triton's interpreter"
+    return None
+
+
+# For each op, its backends in the order in which "auto" prefers them, with the test that says whether one can run.
+# Triton comes after torch until it has been timed, and its tests marked gpu have passed, on a device.
 _BACKENDS: dict[str, dict[str, _Check]] = {
-    "bidirectional_logsumexp": {"torch": _always},
+    "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
     "group_patches": {"torch": _always},
 }
 _announced: set[tuple[str, str, str]] = set()
@@ -32,16 +45,16 @@ def select(op: str, x: Tensor, requested: str = "auto") -> str:
         ValueError: no such backend for this op.  RuntimeError: the requested backend cannot run here.
     """
     checks = _BACKENDS[op]
-    device = x.device.type
+    device, dtype = x.device.type, x.dtype
     if requested != "auto":
         if requested not in checks:
             raise ValueError(f"{op}: unknown backend={requested!r}; choose from {['auto', *checks]}")
-        if why := checks[requested](device):
+        if why := checks[requested](device, dtype):
             raise RuntimeError(f"{op}: backend={requested!r} cannot run: {why}. Use backend='auto'")
         return requested
     skipped = []
     for backend, check in checks.items():
-        if (why := check(device)) is None:
+        if (why := check(device, dtype)) is None:
             _announce(op, device, backend, skipped)
             return backend
         skipped.append(f"{backend}: {why}")
@@ -55,7 +68,7 @@ def explain() -> str:
     for op, checks in _BACKENDS.items():
         for backend, check in checks.items():
             for device in devices:
-                why = check(device)
+                why = check(device, torch.float32)
                 rows.append((op, backend, device, "no" if why else "yes", why or ""))
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

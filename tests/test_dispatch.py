@@ -14,7 +14,7 @@ from dreamlip_kernels import dispatch
 
 @pytest.fixture
 def a_backend_that_cannot_run(monkeypatch):
-    checks = {"fast": lambda device: "it needs a moon", **dispatch._BACKENDS["group_patches"]}
+    checks = {"fast": lambda device, dtype: "it needs a moon", **dispatch._BACKENDS["group_patches"]}
     monkeypatch.setitem(dispatch._BACKENDS, "group_patches", checks)
     monkeypatch.setattr(dispatch, "_announced", set())
 

@@ -1,0 +1,168 @@
+"""The Triton kernels themselves, run by Triton's interpreter on the CPU, against the float64 oracle.
+
+float32 inputs are computed in float16, so the bar is the oracle on float16-rounded inputs: what the rounding alone costs, twice over.
+"""
+
+import pytest
+import torch
+from numerics import clip_like, value_and_grads
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import dispatch, reference
+
+pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
+
+
+# numpy warns of the overflow that raises the flag; that is the case being tested.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def rounded(v):
+    return v.half().double() if v.dtype == torch.float32 and v.ndim > 1 else v.double()
+
+
+def close(name, op, oracle, draws):
+    """Largest error over the draws, at most twice that of the float64 oracle on float16-rounded inputs, plus G's own rounding.
+
+    Several draws, because the scale's gradient is one number, left over where large terms cancel.
+    """
+    got = [value_and_grads(op, inputs) for inputs in draws]
+    gold = [value_and_grads(oracle, [v.double() for v in inputs]) for inputs in draws]
+    low = [value_and_grads(oracle, [rounded(v) for v in inputs]) for inputs in draws]
+    for i, (g, lo, go) in enumerate(zip(*(map(torch.stack, zip(*way, strict=True)) for way in (got, low, gold)), strict=True)):
+        finite = torch.isfinite(go)
+        assert torch.equal(torch.isfinite(g), finite), f"{name}[{i}]: infinities differ"
+        largest = go[finite].abs().max().item()
+        error = (g.double() - go)[finite].abs().max().item()
+        # 2^-9: G and the inputs are rounded to 11 bits, a gradient is a sum of such terms of either sign.
+        bound = 2 * (lo - go)[finite].abs().max().item() + 2**-9 * largest
+        assert error <= bound, f"{name}[{i}]: error {error:.2e} exceeds {bound:.2e} (largest {largest:.2e})"
+
+
+def compare(make, scale, **masks):
+    """``make(seed)`` -> x, y."""
+    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks)  # noqa: E731
+    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))  # noqa: E731
+    close("row, col, dx, dy, dscale", op, oracle, [(*make(seed), torch.tensor(scale)) for seed in range(4)])
+
+
+@pytest.mark.parametrize("m, c, k, d", [(1, 1, 1, 8), (3, 7, 2, 8), (33, 70, 3, 13), (64, 64, 1, 32), (96, 65, 2, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_logsumexp(m, c, k, d, dtype, scale):
+    def make(seed):
+        x, y = clip_like(max(m, c), k, d, dtype, seed)
+        return x[:m], y[:c].transpose(0, 1)
+
+    compare(make, scale)
+
+
+@pytest.mark.parametrize("slot", ["some", "a whole slot"])
+def test_masks(slot):
+    gen = torch.Generator().manual_seed(1)
+    y_mask = (torch.rand(45, 3, generator=gen) > 0.4).T  # not contiguous, as the loss passes it
+    if slot != "some":
+        y_mask = y_mask.clone()
+        y_mask[1] = False
+    x_mask = torch.rand(45, generator=gen) > 0.3
+
+    def make(seed):
+        x, y = clip_like(45, 3, 20, seed=seed)
+        return x, y.transpose(0, 1)
+
+    compare(make, 14.3, y_mask=y_mask, x_mask=x_mask)
+
+
+@pytest.mark.parametrize("case", ["opposed at scale 100", "not normalised", "scale 1000", "large and small"])
+def test_the_flagged_fallback_is_right(case):
+    """Sums that leave float32's range at the fixed offset: the flag sends everything to the exact kernels."""
+    scale = {"opposed at scale 100": 100.0, "scale 1000": 1000.0}.get(case, 3.0)
+
+    def make(seed):
+        x, y = clip_like(40, 2, 24, seed=seed)
+        y = y.transpose(0, 1)
+        if case.startswith("opposed"):
+            y = -x[None].expand(2, -1, -1).roll(1, 1).contiguous()
+        if case == "not normalised":
+            x, y = 40 * x, 7 * y
+        if case == "large and small":
+            x, y = 3e4 * x, 1e-4 * y
+        return x, y
+
+    compare(make, scale)
+
+
+def test_strides_are_any():
+    def make(seed):
+        x, y = clip_like(40, 2, 24, seed=seed)
+        return x.T.contiguous().T, y.transpose(0, 1).repeat_interleave(2, -1)[..., ::2]
+
+    compare(make, 14.3)
+
+
+@pytest.mark.parametrize("negatives, positives", [("slot", "mean"), ("all", "mean"), ("all", "logsum")])
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_with_its_positives_kept_out_of_the_rounded_gradient(negatives, positives, masked):
+    mask = (torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) > 0.4) if masked else None
+    options = dict(text_mask=mask, negatives=negatives, positives=positives)
+    op = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton", **options)  # noqa: E731
+    oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s, **options)  # noqa: E731
+    close("loss", op, oracle, [(*clip_like(40, 3, 24, seed=seed), torch.tensor(30.0)) for seed in range(4)])
+
+
+def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
+    """A nearly certain positive has p - 1 far below float16's step at 1: the gradient is several times better with it added apart."""
+    from dreamlip_kernels import contrastive
+
+    image, text = clip_like(32, 2, 32, noise=0.6)
+    inputs = (image, text, torch.tensor(20.0))
+    gold = value_and_grads(lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s), [v.double() for v in inputs])
+
+    def error():
+        got = value_and_grads(lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton"), inputs)
+        return max((g.double() - e).abs().max() / e.abs().max() for g, e in zip(got[1:3], gold[1:3], strict=True))
+
+    apart = error()
+    real = contrastive._BACKWARD["triton"]
+    monkeypatch.setitem(contrastive._BACKWARD, "triton", lambda *arguments: real(*arguments[:-1], -1))
+    assert apart < 0.02 and apart < error() / 3
+
+
+def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
+    from dreamlip_kernels import contrastive_triton
+
+    x, y = clip_like(300, 2, 16)
+    whole = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
+    monkeypatch.setattr(contrastive_triton, "WORKSPACE_BYTES", 2**15)
+    assert contrastive_triton._chunks(300, 300, 2) == (128, 128) and contrastive_triton._chunks(900, 100, 2)[0] < 900
+    parts = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
+
+
+def test_empty_inputs():
+    row, col = dk.bidirectional_logsumexp(torch.randn(0, 8), torch.randn(2, 5, 8), 1.0, backend="triton")
+    assert row.shape == (2, 0) and torch.isneginf(col).all()
+
+
+def test_float64_is_refused_by_name():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: it computes in 16 bits"):
+        dk.bidirectional_logsumexp(x, x[None], 1.0, backend="triton")
+
+
+def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="needs a CUDA device, or TRITON_INTERPRET=1"):
+        dispatch.select("bidirectional_logsumexp", torch.zeros(1), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("negatives", ["slot", "all"])
+def test_on_a_device(dtype, negatives):
+    inputs = [(*(v.cuda() for v in clip_like(1111, 5, 512, dtype, seed)), torch.tensor(50.0, device="cuda")) for seed in range(2)]
+    op = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton", negatives=negatives)  # noqa: E731
+    first, second = value_and_grads(op, inputs[0]), value_and_grads(op, inputs[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "not deterministic"
+    close("loss", op, lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s, negatives=negatives), inputs)
