@@ -13,6 +13,13 @@ from dreamlip_kernels import dispatch, reference
 pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 
 
+@pytest.fixture(autouse=True)
+def where_it_runs(request):
+    on_device = request.node.get_closest_marker("gpu") is not None
+    if torch.cuda.is_available() and not on_device:
+        pytest.skip("with a CUDA device the kernels are compiled, and test_on_a_device runs them there")
+
+
 # numpy warns of the overflow that raises the flag; that is the case being tested.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
