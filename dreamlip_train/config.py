@@ -43,6 +43,8 @@ class DataConfig:
     """Permit "pipe:" shard URLs, which run shell commands."""
     max_bad_fraction: float = 0.05
     """Training stops when more than this fraction of the samples seen could not be read."""
+    stall_seconds: int = 900
+    """Training stops, naming the shard, when loader workers give no batch for so long; 0 waits for ever."""
     eval_source: str = "longSV_captions"
     """Column whose sentences are the queries of evaluation; the first long column a sample has where it is missing."""
 
@@ -174,6 +176,7 @@ class Config:
         _require(self.data.merged_num >= 1, "data.merged_num", self.data.merged_num, "1 means single sentences")
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "0 loads in the training process")
         _require(self.data.shuffle_buffer >= 1, "data.shuffle_buffer", self.data.shuffle_buffer, "1 turns shuffling off")
+        _require(self.data.stall_seconds >= 0, "data.stall_seconds", self.data.stall_seconds, "0 waits for ever")
         low, high = self.data.crop_scale
         _require(0 < low <= high <= 1, "data.crop_scale", self.data.crop_scale, "give 0 < low <= high <= 1")
         _require(0 <= self.data.max_bad_fraction <= 1, "data.max_bad_fraction", self.data.max_bad_fraction, "give a fraction in [0, 1]")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dreamlip_kernels import patch_weights
 from dreamlip_train.config import DataConfig, EvalConfig, Normalization
-from dreamlip_train.data import val_samples
+from dreamlip_train.held_out import val_samples
 
 KS = (1, 5, 10)
 _TILE_ELEMENTS = 2**24  # similarities held at once: 64 MB in float32

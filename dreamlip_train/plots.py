@@ -135,7 +135,7 @@ def plot_grouping(
 
     Args:
         model: DreamLIP (model.py) with patch features.
-        samples: what data.val_samples yields; only as many as are drawn are read.
+        samples: what held_out.val_samples yields; only as many as are drawn are read.
         threshold, normalization: of the patch selection; pass the run's loss.threshold and loss.normalization.
     Raises:
         ValueError: no sample has a sentence, or the model gives no patch features.

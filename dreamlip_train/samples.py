@@ -36,7 +36,7 @@ def prepare_sample(sample: dict[str, Any], data: DataConfig, image_size: int, sa
 
 
 def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dict[str, Any]:
-    """What ``data.val_samples`` yields for one raw sample.
+    """What ``held_out.val_samples`` yields for one raw sample.
 
     Raises:
         BadSample: no image, a damaged image or mask, or unreadable captions.

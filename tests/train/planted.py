@@ -20,7 +20,7 @@ PLACES = {"the upper left": (0, 0), "the upper right": (0, 32), "the lower left"
 
 
 def planted_sample(seed: int, objects: int = 3) -> dict:
-    """A sample as data.val_samples yields it: `objects` squares of different colours on grey, one to a quarter of the picture."""
+    """A sample as held_out.val_samples yields it: `objects` squares of different colours on grey, one to a quarter of the picture."""
     rng = random.Random(seed)
     image = (torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 12 + 122).to(torch.uint8)
     mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)

@@ -1,14 +1,18 @@
 """The training loader: whole epochs, exact resume, disjoint ranks, and every bad sample counted by name."""
 
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 
 import pytest
 import torch
 from shard_files import jpeg, record, sample, tokenize, write_index, write_shards, write_tar
 
 from dreamlip_train.config import DataConfig
-from dreamlip_train.data import train_loader, val_samples
+from dreamlip_train.data import train_loader
+from dreamlip_train.held_out import val_samples
 
 
 def loader(folder, *, workers=0, batch_size=8, rank=0, world_size=1, seed=0, quarantine=None, **data):
@@ -30,7 +34,8 @@ def test_batches_are_as_described(tmp_path):
     batches = list(loader(write_shards(tmp_path, [20, 20])).epoch(0))
     assert len(batches) == 5
     batch = batches[0]
-    assert set(batch) == {"images", "text", "text_mask", "keys"}
+    assert set(batch) == {"images", "text", "text_mask", "keys", "shards"}
+    assert {os.path.basename(shard) for shard in batch["shards"]} <= {"00000.tar", "00001.tar"}
     assert batch["images"].shape == (8, 3, 16, 16) and batch["images"].dtype == torch.uint8
     assert batch["text"].shape == (8, 3, 12) and batch["text"].dtype == torch.int64
     assert batch["text_mask"].all() and batch["text_mask"].dtype == torch.bool
@@ -49,7 +54,7 @@ def test_resume_is_exact_after_any_number_of_batches(tmp_path, workers):
     whole = list(made.epoch(2))
     assert len(whole) == made.steps_per_epoch >= 11
     for start in (1, 4, 7, len(whole) - 1, len(whole)):
-        rest = list(made.epoch(2, start_step=start))
+        rest = list(made.epoch(2, made.after(start)))
         assert len(rest) == len(whole) - start
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True)), f"workers {workers}, start {start}"
 
@@ -70,7 +75,8 @@ def test_resume_is_exact_with_bad_samples_on_the_way(tmp_path, workers):
     whole = list(loader(tmp_path, **options).epoch(0))
     assert quarantine.exists()
     for start in (1, 3, 6):
-        rest = list(loader(tmp_path, **options).epoch(0, start_step=start))
+        made = loader(tmp_path, **options)
+        rest = list(made.epoch(0, made.after(start)))
         assert all(same(a, b) for a, b in zip(whole[start:], rest, strict=True)), start
 
 
@@ -101,8 +107,47 @@ def test_ranks_take_the_same_number_of_steps_in_every_epoch(tmp_path):
         assert [len(list(made.epoch(epoch))) for made in per_rank] == [steps] * 3
 
 
-def test_more_workers_than_shards_is_no_error(tmp_path):
-    assert len(keys(loader(write_shards(tmp_path, [32]), workers=2).epoch(0))) == 32
+def test_nothing_but_the_remainder_is_left_out(tmp_path):
+    """Shards of unequal size, readers that share one: an epoch is floor(samples / global batch) steps on every rank, no sample twice."""
+    counts = [9, 40, 12, 33, 8, 8, 21]
+    write_shards(tmp_path, counts)
+    for world_size, workers in ((1, 2), (2, 3), (3, 1)):
+        per_rank = [loader(tmp_path, rank=r, world_size=world_size, workers=workers, batch_size=4) for r in range(world_size)]
+        found = [key for made in per_rank for key in keys(made.epoch(3))]
+        assert len(found) == len(set(found)) == sum(counts) // (4 * world_size) * 4 * world_size
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_readers_go_on_with_the_samples_nobody_has_read(tmp_path, workers):
+    """Two changes of ranks and workers in one epoch, the global batch staying 12."""
+    counts = [9, 40, 12, 33, 8, 8, 21]
+    write_shards(tmp_path, counts)
+    found, past = [], []
+    for ranks, workers_now, steps in ((3, 1, 3), (2, workers, 4), (1, 3, None)):
+        per_rank = [loader(tmp_path, rank=r, world_size=ranks, workers=workers_now, batch_size=12 // ranks) for r in range(ranks)]
+        for made in per_rank:
+            found += keys(itertools.islice(made.epoch(1, past), steps))
+        past += per_rank[0].after(steps or 0)
+    assert len(found) == len(set(found)) == sum(counts) // 12 * 12
+
+
+def test_a_stuck_reader_is_named_with_its_shard(tmp_path):
+    write_shards(tmp_path, [16, 16])
+    (tmp_path / "00001.tar").unlink()
+    os.mkfifo(tmp_path / "00001.tar")  # opens, and never gives a byte
+    made = loader(tmp_path, workers=2, stall_seconds=2)
+    with pytest.raises(RuntimeError, match=r"data.stall_seconds: no batch for 2 s: worker \d has read nothing from .*00001.tar for \d+ s"):
+        list(made.epoch(0))
+
+
+def test_a_worker_that_was_killed_is_an_error_that_says_what_to_do(tmp_path):
+    write_shards(tmp_path, [40, 40])
+    batches = loader(tmp_path, workers=1, batch_size=2).epoch(0)
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"data.workers: .*(killed|exited unexpectedly).*lower data.workers or data.shuffle_buffer"):
+        list(batches)
 
 
 def test_missing_captions_are_masked_slots_never_repeats(tmp_path):
@@ -222,8 +267,10 @@ def test_patterns(tmp_path):
 
 def test_impossible_splits_name_the_field(tmp_path):
     write_shards(tmp_path, [8])
-    with pytest.raises(ValueError, match="data.shards: 1 shards for 2 ranks"):
+    with pytest.raises(ValueError, match="data.workers: 1 shards for 2 ranks x 1 workers = 2 readers; use --data.workers 1"):
         loader(tmp_path, world_size=2)
+    with pytest.raises(ValueError, match="data.workers: 1 shards for 1 ranks x 2 workers = 2 readers"):
+        loader(tmp_path, workers=2)
     with pytest.raises(ValueError, match="engine.batch_size: .* 9 samples"):
         loader(tmp_path, batch_size=9)
 

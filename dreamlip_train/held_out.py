@@ -1,0 +1,46 @@
+"""Held-out shards in, samples for evaluation out: one after another, in file order, nothing drawn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from dreamlip_train.config import DataConfig
+from dreamlip_train.data import BadCounts
+from dreamlip_train.samples import BadSample, val_sample
+from dreamlip_train.shards import ShardError, list_shards, read_shard
+
+logger = logging.getLogger("dreamlip_train")
+
+
+def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> Iterator[dict[str, Any]]:
+    """Held-out samples in file order, for evaluation.
+
+    Yields:
+        {"key": str, "image": uint8 [3, S, S], "sentences": the sub-captions of data.eval_source or, where it is missing, of the first long
+        caption the sample has, "raw": str or None, "mask": uint8 [S, S] label map of the same geometry, or None}
+
+    Raises:
+        ValueError: data.val_shards is empty or matches nothing.
+    """
+    bad = BadCounts()
+    given = 0
+    for shard in list_shards(data.val_shards, allow_pipe=data.allow_pipe, field="data.val_shards"):
+        for sample in _held_out(shard, bad):
+            if max_samples and given >= max_samples:
+                break
+            try:
+                yield val_sample(sample, data, image_size)
+                given += 1
+            except BadSample as error:
+                bad.add({"shard": shard, "key": sample["key"], "reason": error.args[0], "detail": error.args[1]})
+    if bad.total:
+        logger.warning("held-out samples left out: %s", bad)
+
+
+def _held_out(shard: str, bad: BadCounts) -> Iterator[dict[str, Any]]:
+    try:
+        yield from read_shard(shard)
+    except ShardError as error:
+        bad.add({"shard": shard, "key": "", "reason": "shard could not be read to its end", "detail": str(error)})
