@@ -7,12 +7,10 @@ streams.py says who reads what, readers.py does it in the workers; here are the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dreamlip_train.config import DataConfig
+from dreamlip_train.quarantine import BadCounts, read_quarantine
 from dreamlip_train.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
 from dreamlip_train.shards import list_shards, sample_counts
 from dreamlip_train.streams import Layout, batches_of_worker, plan
@@ -29,30 +28,6 @@ from dreamlip_train.streams import Layout, batches_of_worker, plan
 logger = logging.getLogger("dreamlip_train")
 
 _JUDGED_AFTER = 200  # samples seen before data.max_bad_fraction can stop a run: a first bad sample is no rate
-
-
-@dataclass
-class BadCounts:
-    """Samples left out so far: ``counts`` by reason, and the first few of each as "shard: key (detail)"."""
-
-    seen: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """Samples left out for any reason."""
-        return sum(self.counts.values())
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Count one entry of a worker."""
-        self.counts[entry["reason"]] += entry.get("count", 1)
-        examples = self.examples.setdefault(entry["reason"], [])
-        if len(examples) < 5:
-            examples.append(f"{entry['shard']}: {entry['key']} ({entry['detail']})")
-
-    def __str__(self) -> str:
-        return "; ".join(f"{count} x {reason}, such as {self.examples[reason][0]}" for reason, count in self.counts.most_common())
 
 
 def train_loader(
@@ -136,7 +111,12 @@ class TrainLoader:
         dataset = ReaderDataset(make, self.layout.workers, begun % self.layout.workers, self.heartbeats)
         waits = {"prefetch_factor": 4, "timeout": self.data.stall_seconds} if self.data.workers else {}
         loader = DataLoader(
-            dataset, batch_size=None, num_workers=self.data.workers, worker_init_fn=start_worker, pin_memory=torch.cuda.is_available(), **waits
+            dataset,
+            batch_size=None,
+            num_workers=self.data.workers,
+            worker_init_fn=start_worker,
+            pin_memory=torch.cuda.is_available(),
+            **waits,
         )
         batches = iter(loader)
         for _ in range(begun, steps):
@@ -181,7 +161,7 @@ class _MakeReader:
 
     def __init__(self, loader: TrainLoader, epoch: int, streams: list[Any], begun: int, steps: int) -> None:
         self.loader, self.epoch, self.streams, self.begun, self.steps = loader, epoch, streams, begun, steps
-        self.known_bad = _read_quarantine(loader.quarantine)
+        self.known_bad = read_quarantine(loader.quarantine)
 
     def __call__(self, worker: int, beat: Callable[[str], None]) -> tuple[Reader, int]:
         loader, workers = self.loader, len(self.streams)
@@ -192,14 +172,3 @@ class _MakeReader:
             salt=f"{loader.seed}-{self.epoch}", known_bad=self.known_bad, beat=beat,
         )  # fmt: skip
         return reader, all_ - done
-
-
-def _read_quarantine(path: Path | None) -> set[tuple[str, str]]:
-    if path is None or not path.exists():
-        return set()
-    known = set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a crash cut it off
-            entry = json.loads(line)
-            known.add((entry["shard"], entry["key"]))
-    return known

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dreamlip_train.config import DataConfig
+from dreamlip_train.quarantine import BadCounts
 from dreamlip_train.samples import BadSample, prepare_sample
 from dreamlip_train.shards import ShardError, image_of, read_shard
 from dreamlip_train.streams import Piece
@@ -148,10 +149,12 @@ class Reader:
                 if take == 0:
                     return
             if usable == 0:
-                found = "; ".join(sorted({f"{entry['reason']}, such as {entry['shard']}: {entry['key']}" for entry in self.bad}))
+                found = BadCounts()
+                for entry in self.bad:
+                    found.add(entry)
                 names = [shard for shard, *_ in self.order.stretch(piece.start, piece.stop)]
                 raise NoUsableSampleError(
-                    f"data.shards: no usable sample in a reader's part of {', '.join(names)}: {found or 'all are in the quarantine file'}"
+                    f"data.shards: no usable sample in {', '.join(names)} (a reader's part): {found if self.bad else 'all are in the quarantine file'}"
                 )
 
     def _raw(self, piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -178,7 +181,9 @@ class Reader:
             if given < last - first:
                 self._note(shard, "", "missing from its shard", f"{last - first - given} of {last} listed samples", last - first - given)
             if surplus and to_end:
-                self._note(shard, "", "more samples than its index lists", f"over {last}; index it again with `dreamlip-train prepare validate`")
+                self._note(
+                    shard, "", "more samples than its index lists", f"over {last}; index it again with `dreamlip-train prepare validate`"
+                )
 
     def _note(self, shard: str, key: str, reason: str, detail: str, count: int = 1) -> None:
         if (shard, key) not in self.known_bad:
@@ -206,7 +211,9 @@ class ReaderDataset(IterableDataset):
     ``make(worker, beat)`` gives a reader and how many batches it has left. An error in what the user gave travels as an item {"error": message}.
     """
 
-    def __init__(self, make: Callable[[int, Callable[[str], None]], tuple[Reader, int]], workers: int, first: int, beats: Heartbeats) -> None:
+    def __init__(
+        self, make: Callable[[int, Callable[[str], None]], tuple[Reader, int]], workers: int, first: int, beats: Heartbeats
+    ) -> None:
         self.make, self.workers, self.first, self.beats = make, workers, first, beats
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dreamlip_train.config import Config
-from dreamlip_train.held_out import val_samples
 from dreamlip_train.evaluate import evaluate, format_report
+from dreamlip_train.held_out import val_samples
 from dreamlip_train.model import DreamLIP
 from dreamlip_train.runlog import RunLog
 

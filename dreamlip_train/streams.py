@@ -3,7 +3,7 @@
     the epoch's samples, shards permuted:   0 ............................................. total
     dealt in equal stretches to readers:    | rank 0 worker 0 | rank 0 worker 1 | rank 1 worker 0 | .. | remainder |
 
-Pure arithmetic: an epoch's plan follows from the number of its samples and the layouts that have read it so far, so a resumed run needs to remember nothing else.
+Pure arithmetic: an epoch's plan follows from the number of its samples and the layouts that have read it so far; a resumed run remembers nothing else.
 """
 
 from __future__ import annotations

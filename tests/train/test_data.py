@@ -228,7 +228,7 @@ def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path):
 def test_a_shard_without_any_caption_is_a_clear_error(tmp_path):
     write_tar(tmp_path / "00000.tar", [m for i in range(16) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", b'{"width": 3}'))])
     write_index(tmp_path, [16])
-    with pytest.raises(RuntimeError, match=r"data.shards: no usable sample in .*00000.tar: 16 x no captions"):
+    with pytest.raises(RuntimeError, match=r"data.shards: no usable sample in .*00000.tar .*: 16 x no captions"):
         list(loader(tmp_path).epoch(0))
 
 
@@ -271,7 +271,7 @@ def test_impossible_splits_name_the_field(tmp_path):
         loader(tmp_path, world_size=2)
     with pytest.raises(ValueError, match="data.workers: 1 shards for 1 ranks x 2 workers = 2 readers"):
         loader(tmp_path, workers=2)
-    with pytest.raises(ValueError, match="engine.batch_size: .* 9 samples"):
+    with pytest.raises(ValueError, match="engine.batch_size: 9 x 1 ranks = 9 images a step, but 1 shards have 8 samples"):
         loader(tmp_path, batch_size=9)
 
 

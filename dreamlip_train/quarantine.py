@@ -1,0 +1,46 @@
+"""What a run could not use: counted by reason, and remembered by file and key in quarantine.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class BadCounts:
+    """Samples left out so far: ``counts`` by reason, and the first few of each as "shard: key (detail)"."""
+
+    seen: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Samples left out for any reason."""
+        return sum(self.counts.values())
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Count one entry of a worker."""
+        self.counts[entry["reason"]] += entry.get("count", 1)
+        examples = self.examples.setdefault(entry["reason"], [])
+        if len(examples) < 5:
+            examples.append(f"{entry['shard']}: {entry['key']} ({entry['detail']})")
+
+    def __str__(self) -> str:
+        return "; ".join(f"{count} x {reason}, such as {self.examples[reason][0]}" for reason, count in self.counts.most_common())
+
+
+def read_quarantine(path: Path | None) -> set[tuple[str, str]]:
+    """(shard, key) of every sample that a run has left out so far."""
+    if path is None or not path.exists():
+        return set()
+    known = set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a crash cut it off
+            entry = json.loads(line)
+            known.add((entry["shard"], entry["key"]))
+    return known
