@@ -61,6 +61,18 @@ def select(op: str, x: Tensor, requested: str = "auto") -> str:
     raise RuntimeError(f"{op}: no backend can run on {device}: {'; '.join(skipped)}")
 
 
+def why(op: str, x: Tensor, requested: str = "auto") -> str:
+    """Why ``select`` takes the backend it takes, in a few words."""
+    if requested != "auto":
+        return "requested"
+    skipped = []
+    for backend, check in _BACKENDS[op].items():
+        if (reason := check(x.device.type, x.dtype)) is None:
+            break
+        skipped.append(f"{backend}: {reason}")
+    return f"auto, since {'; '.join(skipped)}" if skipped else "auto, the first in order"
+
+
 def explain() -> str:
     """A table of every op and backend: whether it can run on each device type here, and why not."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or absent: saved in two phases around DeepSpeed's writer, found again by their manifests, resumed exactly.
+"""Checkpoints that are whole or absent: saved in two phases around DeepSpeed's writer, resumed exactly, also on another number of ranks.
 
-``RUN/checkpoints/step-00001000/`` holds DeepSpeed's files, ``config.toml`` and ``manifest.json`` (step, ranks, every file's size). A folder is written as
-``step-....partial`` and renamed when everything is on disk, so a crash or a full disk leaves the checkpoints before it as they were. DeepSpeed's own
-``latest`` file appears before the other ranks have written, so resuming goes by the manifests.
+All ranks write ``step-NNNNNNNN.partial``; when every one of them has succeeded, rank 0 gives it a manifest and its name (checkpoint_files.py). A crash or a
+full disk leaves the checkpoints before it as they were.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
-import os
 import random
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,171 +22,221 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dreamlip_train.config import Config, ModelConfig
-from dreamlip_train.config_file import differences, format_config, read_config
-from dreamlip_train.model import DreamLIP, build_model
-
-# Other values of these need other tensors in the checkpoint, or give the steps so far another meaning.
-_FIXED = (
-    "model.name", "model.config", "model.context_length", "model.patch_projection", "model.local_logit_scale",
-    "engine.zero_stage", "engine.precision", "engine.batch_size",
+from dreamlip_train.checkpoint_files import (
+    commit,
+    complete_checkpoints,
+    describe,
+    files_of,
+    find_checkpoint,
+    read_manifest,
+    refuse_foreign_pickles,
+    step_folder,
 )  # fmt: skip
+from dreamlip_train.config import Config, ModelConfig
+from dreamlip_train.config_file import format_config, read_config
+from dreamlip_train.model import DreamLIP, build_model
+from dreamlip_train.streams import Layout
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written, on every rank alike; those before it are untouched."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: ``step`` steps done, ``position`` of them in epoch ``epoch``; steps skipped for non-finite values; seconds trained."""
+    """Where a run stands: ``step`` steps done, ``position`` of them in epoch ``epoch`` by the readers in ``layouts``; what was skipped for non-finite
+    values; seconds trained."""
 
     step: int = 0
     epoch: int = 0
     position: int = 0
+    layouts: list[Layout] = field(default_factory=list)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    skipped_keys: list[str] = field(default_factory=list)
+    skipped_samples: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
 
+    def advance(self, layout: Layout, steps_per_epoch: int) -> None:
+        """Count one step that the readers of ``layout`` have read."""
+        if not self.layouts or not self.layouts[-1].same_readers(layout):
+            self.layouts.append(layout)
+        last = self.layouts[-1]
+        self.layouts[-1] = Layout(last.ranks, last.workers, last.batch_size, last.steps + 1)
+        self.step += 1
+        self.position += 1
+        if self.position == steps_per_epoch:
+            self.epoch, self.position, self.layouts = self.epoch + 1, 0, []
 
-def save(engine: Any, folder: Path, config: Config, progress: Progress) -> Path:
+
+def save(engine: Any, folder: Path, config: Config, progress: Progress, data: str = "") -> Path:
     """Write ``folder``/step-NNNNNNNN on all ranks, then drop all but the newest engine.keep_last. Collective.
 
+    Args:
+        data: the loader's fingerprint, which a resume compares.
     Raises:
-        RuntimeError: the files could not be written; every earlier checkpoint is still complete.
+        SaveError: a rank could not write; every earlier checkpoint is still complete, and nothing else has changed.
     """
-    final = folder / f"step-{progress.step:08d}"
+    final = step_folder(folder, progress.step)
     partial = final.with_name(final.name + ".partial")
     try:
         _phase_one(engine, partial, progress)
-        if dist.get_rank() == 0:
-            _phase_two(partial, final, config, progress)
-    except (OSError, RuntimeError) as error:
-        usable = newest(folder)
-        keep = f"{usable} is complete" if usable else "there is no earlier checkpoint"
+        _phase_two(partial, final, config, progress, data)
+    except SaveError as error:
         free = shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0
-        raise RuntimeError(
-            f"checkpoint {final} could not be written: {error} ({free:.1f} GB free). {keep}; make room and start again with --resume auto"
-        ) from error
-    dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        usable = next(iter(complete_checkpoints(folder)), None)
+        keep = f"{usable} is complete" if usable else "there is no earlier checkpoint"
+        dist.barrier()
+        raise SaveError(f"checkpoint {final} could not be written: {error} ({free:.1f} GB free). {keep}") from error
     if dist.get_rank() == 0:
         for old in complete_checkpoints(folder)[config.engine.keep_last :]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
     return final
 
 
 def _phase_one(engine: Any, partial: Path, progress: Progress) -> None:
     """DeepSpeed's files, and each rank's random state, under a name that no resume looks at."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
+    with _together():
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     random_states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(random_states, _random_state())
     client_state = {"progress": asdict(progress), "random": random_states}
-    engine.save_checkpoint(str(partial.parent), tag=partial.name, client_state=client_state, save_latest=False)
+    with _together() as errors, _errors_kept(engine, errors):
+        engine.save_checkpoint(str(partial.parent), tag=partial.name, client_state=client_state, save_latest=False)
 
 
-def _phase_two(partial: Path, final: Path, config: Config, progress: Progress) -> None:
-    """Everything to disk, the manifest last, then the name that counts."""
+def _phase_two(partial: Path, final: Path, config: Config, progress: Progress, data: str) -> None:
+    """Everything to disk and hashed, each rank its share of the files; then the manifest and the name."""
     text = format_config(config)
-    (partial / "config.toml").write_text(text, encoding="utf-8")
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with _together():
+        if rank == 0:
+            (partial / "config.toml").write_text(text, encoding="utf-8")
+    entries: list[Any] = [None] * ranks
+    with _together():
+        names = files_of(partial)
+        mine = describe(partial, names[rank::ranks])
+    dist.all_gather_object(entries, mine)
     manifest = {
-        "format": 1,
-        "step": progress.step,
-        "world_size": dist.get_world_size(),
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "files": {str(path.relative_to(partial)): path.stat().st_size for path in files},
-    }
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*files, partial / "manifest.json", partial):
-        _to_disk(path)
-    replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    latest = final.with_name("latest.tmp")
-    latest.write_text(final.name, encoding="utf-8")
-    os.replace(latest, final.with_name("latest"))
-    _to_disk(final.parent)
+        "format": 2, "step": progress.step, "world_size": ranks, "batch_size": config.engine.batch_size, "data": data,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "files": {k: v for part in entries for k, v in sorted(part.items())},
+    }  # fmt: skip
+    with _together():
+        if rank == 0:
+            commit(partial, final, manifest)
 
 
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def _together() -> Iterator[list[Exception]]:
+    """A block that fails on all ranks if it fails on one: errors raised in it, or put into its list, become one SaveError everywhere."""
+    errors: list[Exception] = []
     try:
-        os.fsync(handle)
+        yield errors
+    except (OSError, RuntimeError) as error:
+        errors.append(error)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, f"{type(errors[0]).__name__}: {errors[0]}" if errors else None)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
+    if failed:
+        raise SaveError(failed[0])
+
+
+@contextlib.contextmanager
+def _errors_kept(engine: Any, errors: list[Exception]) -> Iterator[None]:
+    """DeepSpeed's file writers, their errors kept in ``errors``: a rank that left its save_checkpoint early would leave the others in a barrier."""
+
+    def careful(write: Callable[..., Any]) -> Callable[..., None]:
+        def wrapper(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        return wrapper
+
+    writer = engine.checkpoint_engine
+    writer.save, engine._copy_recovery_script = careful(writer.save), careful(engine._copy_recovery_script)
+    try:
+        yield
     finally:
-        os.close(handle)
+        del writer.save, engine._copy_recovery_script
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in ``folder``, newest first: those whose manifest lists only files that are there in full."""
-    return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if is_complete(path)), reverse=True)
+def load(engine: Any, checkpoint: Path, seed: int = 0) -> Progress:
+    """Restore weights, optimizer and random state; return where the run stood. Collective.
 
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint's manifest is there with its size."""
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return False
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items())
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``, or None."""
-    return next(iter(complete_checkpoints(folder)), None)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path``, a run folder or a checkpoint folder, stands for.
+    On another number of ranks than the checkpoint's, ``engine`` must have been built with ``resized=True``, and the random states start anew.
 
     Raises:
-        ValueError: there is none, or it is incomplete.
+        ValueError: a file holds more than a checkpoint's data, or no weights DeepSpeed can read.
     """
-    if (path / "manifest.json").is_file() or path.name.startswith("step-"):
-        if not is_complete(path):
-            raise ValueError(
-                f"{path} is not a complete checkpoint: files of its manifest.json are missing or cut short; give an earlier one"
-            )
-        return path
-    found = newest(path / "checkpoints")
-    if found is None:
-        raise ValueError(f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip file")
-    return found
-
-
-def load(engine: Any, checkpoint: Path, config: Config) -> tuple[Progress, dict[str, tuple[Any, Any]]]:
-    """Restore weights, optimizer and random state; return where the run stood and the settings that changed since.
-
-    Raises:
-        ValueError: the checkpoint is of another model, precision, ZeRO stage, batch size or number of ranks.
-    """
-    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    changed = differences(read_config(checkpoint / "config.toml"), config)
-    for name in _FIXED:
-        if name in changed:
-            old, new = changed[name]
-            raise ValueError(f"{name}: {checkpoint} was written with {old!r}, this run has {new!r}; use its value, or another --run-dir")
-    ranks = dist.get_world_size()
-    if manifest["world_size"] != ranks:
-        raise ValueError(f"{checkpoint} was written by {manifest['world_size']} ranks, this run has {ranks}; resume with as many ranks")
+    refuse_foreign_pickles(checkpoint)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    resized = read_manifest(checkpoint)["world_size"] != ranks
+    source = _universal(checkpoint) if resized and _has_shards(checkpoint) else checkpoint
     settings = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
-    loaded, client_state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+    loaded, client_state = engine.load_checkpoint(str(source.parent), tag=source.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise ValueError(f"{checkpoint} holds no weights DeepSpeed can read; give an earlier checkpoint")
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(own)  # the checkpoint's weight decay and betas would otherwise silently win over the config's
-    _set_random_state(client_state["random"][dist.get_rank()])
-    return Progress(**client_state["progress"]), changed
+        # The checkpoint's weight decay and betas would silently win over the config's; ZeRO-3's universal loading gives all groups those of the first.
+        group.update(own)
+    if source is not checkpoint:
+        _own_step_counters(engine)
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(source, ignore_errors=True)
+    if resized:
+        torch.manual_seed(seed + rank)
+    else:
+        _set_random_state(client_state["random"][rank])
+    progress = Progress(**client_state["progress"])
+    progress.layouts = [Layout(**layout) for layout in progress.layouts]
+    return progress
+
+
+def _has_shards(checkpoint: Path) -> bool:
+    """Whether the optimizer state is split over ranks. ZeRO-0 writes it whole, and any number of ranks can read it."""
+    return any("optim_states" in name for name in files_of(checkpoint))
+
+
+def _universal(checkpoint: Path) -> Path:
+    """DeepSpeed's rank-independent form of the checkpoint, beside it."""
+    folder = checkpoint.with_name(checkpoint.name + ".universal")
+    with _together():
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+            done = subprocess.run(
+                [*command, "--input_folder", str(checkpoint), "--output_folder", str(folder)], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks: {done.stderr.strip()[-500:]}")
+            (folder.parent / "latest_universal").unlink(missing_ok=True)
+    return folder
+
+
+def _own_step_counters(engine: Any) -> None:
+    """ZeRO-3's universal loading gives all parameters one Adam step tensor, which each of them would then advance."""
+    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    kind, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -212,6 +262,7 @@ def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Con
     if not path.is_dir():
         raise ValueError(f"no file or folder {str(path)!r}; give a run folder, a checkpoint folder or an open_clip file")
     checkpoint = find_checkpoint(path)
+    refuse_foreign_pickles(checkpoint)
     config = read_config(checkpoint / "config.toml")
     # The weights follow; the file they once started from may be gone.
     config.model.pretrained = ""

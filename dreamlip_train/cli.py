@@ -92,6 +92,8 @@ class TrainOptions:
     settings: Annotated[Config, tyro.conf.arg(name="")]
     resume: str = "auto"
     """"auto" goes on from the newest whole checkpoint of the run folder, or starts. "never" insists on a new folder. A path starts from that checkpoint."""
+    accept_changes: bool = False
+    """Go on from a checkpoint although settings of the recipe (data draws, loss, optimizer) differ from its own."""
     config: str | None = None
     """TOML file with any of the settings below; a run's own config.toml is one."""
     deepspeed_config: str | None = None
@@ -121,7 +123,7 @@ def _train(arguments: list[str], program: str) -> None:
     config.validate()
     from dreamlip_train.train import train
 
-    train(config, options.run_dir, options.resume)
+    train(config, options.run_dir, options.resume, options.accept_changes)
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

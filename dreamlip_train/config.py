@@ -139,10 +139,14 @@ class EngineConfig:
     """Steps between lines of metrics.jsonl."""
     save_every_steps: int = 1000
     """Steps between checkpoints; the last step is always saved."""
+    save_every_minutes: float = 30.0
+    """A checkpoint is also saved when the last one is this old; 0 goes by steps alone."""
     keep_last: int = 3
     """Newest checkpoints kept."""
     max_nonfinite_steps: int = 10
     """Stop after this many skipped steps in a row whose loss or gradients were not finite."""
+    wandb_project: str = ""
+    """Weights & Biases project to log to as well (needs the wandb package); empty logs to files and TensorBoard only."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Merged last over the DeepSpeed config (set by --deepspeed-config FILE); unknown keys are refused."""
 
@@ -224,6 +228,7 @@ class Config:
         _require(self.engine.steps > 0 or self.engine.epochs > 0, "engine.epochs", self.engine.epochs, "give engine.epochs or engine.steps")
         for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps"):
             _require(getattr(self.engine, name) >= 1, f"engine.{name}", getattr(self.engine, name), "give at least 1")
+        _require(self.engine.save_every_minutes >= 0, "engine.save_every_minutes", self.engine.save_every_minutes, "0 goes by steps alone")
         _require(
             not (self.engine.compile and self.engine.zero_stage == 3),
             "engine.compile",

@@ -11,21 +11,22 @@ from pathlib import Path
 import torch
 
 import dreamlip_kernels
-from dreamlip_kernels.dispatch import select
+from dreamlip_kernels.dispatch import select, why
 from dreamlip_train.caption_statistics import format_summary
 from dreamlip_train.shard_check import validate_shards
 
 _PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")
 
 
-def backends(requested: str, device: torch.device) -> dict[str, str]:
-    """The backend each op of the losses will take on ``device``.
+def backends(requested: str, device: torch.device, *, reasons: bool = False) -> dict[str, str]:
+    """The backend each op of the losses will take on ``device``, with ``reasons`` followed by why.
 
     Raises:
         ValueError: no op knows ``requested``.  RuntimeError: it cannot run here.
     """
     probe = torch.empty(1, device=device)
-    return {op: select(op, probe, requested) for op in ("bidirectional_logsumexp", "group_patches")}
+    chosen = {op: select(op, probe, requested) for op in ("bidirectional_logsumexp", "group_patches")}
+    return {op: f"{backend} ({why(op, probe, requested)})" for op, backend in chosen.items()} if reasons else chosen
 
 
 def versions() -> dict[str, str]:

@@ -94,11 +94,16 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
     return optim.lr * (optim.final_lr_fraction + (1 - optim.final_lr_fraction) * cosine)
 
 
-def build_engine(model: DreamLIP, engine: EngineConfig, optim: OptimConfig, device: torch.device) -> Any:
-    """``deepspeed.initialize`` of ``model`` with AdamW; the process group must exist (``init_distributed``)."""
+def build_engine(model: DreamLIP, engine: EngineConfig, optim: OptimConfig, device: torch.device, *, resized: bool = False) -> Any:
+    """``deepspeed.initialize`` of ``model`` with AdamW; the process group must exist (``init_distributed``).
+
+    ``resized``: it will load a checkpoint that another number of ranks wrote.
+    """
     import deepspeed
 
     config = deepspeed_config(engine, optim)
+    if resized and (engine.zero_stage > 0):
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     if engine.grad_checkpointing:
         model.clip.set_grad_checkpointing()
     model.to(device)

@@ -8,7 +8,7 @@ Shapes: N images, M texts, D embedding width, P patches, Q sub-captions that hav
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -21,6 +21,12 @@ from dreamlip_train.config import DataConfig, EvalConfig, Normalization
 from dreamlip_train.held_out import val_samples
 
 KS = (1, 5, 10)
+
+
+class StoppedError(Exception):
+    """An evaluation that was asked to stop."""
+
+
 _TILE_ELEMENTS = 2**24  # similarities held at once: 64 MB in float32
 
 
@@ -191,6 +197,7 @@ def evaluate(
     *,
     threshold: float | None = None,
     normalization: Normalization = "minmax",
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Retrieval and patch localisation over data.val_shards.
 
@@ -200,11 +207,13 @@ def evaluate(
     Args:
         model: DreamLIP (model.py), already on `device`.
         threshold, normalization: of the patch selection; pass the run's loss.threshold and loss.normalization.
+        should_stop: asked before each batch; True ends it.
     Returns:
         {"retrieval": {"long_caption": R, "sentence": R}, "localization": localization(...) or None without masks or patch features,
         "samples": int, "sentences": int, "skipped": {reason: count}} where R is retrieval(...) and "chance": retrieval_chance(...).
         A long caption is the normalised mean of its sentences' embeddings; a sentence is a query of its own.
     Raises:
+        StoppedError: ``should_stop`` said so.
         ValueError: no held-out sample has a sentence, or the model gives features that are not finite (the samples are named).
     """
     images, captions, sentences, owner, weights, regions = [], [], [], [], [], []
@@ -213,6 +222,8 @@ def evaluate(
     with eval_mode(model), torch.no_grad():
         usable = _with_sentences(samples, skipped)
         while batch := list(islice(usable, eval.batch_size)):
+            if should_stop():
+                raise StoppedError
             image_nD, patch_nPD, text_KD = encode_batch(model, batch, device, eval.batch_size)
             owner += [len(images) + row for row, text in enumerate(text_KD) for _ in range(len(text))]
             images += list(image_nD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from dreamlip_train.runlog import RunLog
 
 
 def final_report(
-    model: DreamLIP, config: Config, run_dir: Path, log: RunLog, facts: dict[str, Any], device: torch.device
+    model: DreamLIP,
+    config: Config,
+    run_dir: Path,
+    log: RunLog,
+    facts: dict[str, Any],
+    device: torch.device,
+    should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Evaluate on data.val_shards where given, draw the pictures, write summary.json (``facts`` and the numbers), print the table."""
     from dreamlip_train.plots import plot_curves, plot_grouping
@@ -25,7 +32,7 @@ def final_report(
     summary = dict(facts)
     selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
     if config.data.val_shards:
-        report = evaluate(model, config.data, config.eval, device, **selection)
+        report = evaluate(model, config.data, config.eval, device, **selection, should_stop=should_stop)
         summary |= report
         recall = report["retrieval"]["long_caption"]
         log.row({"step": facts["steps"], **report}, f"held-out R@1 {recall['t2i']['r_at_1']:.1f} / {recall['i2t']['r_at_1']:.1f}")

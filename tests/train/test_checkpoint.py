@@ -1,6 +1,7 @@
 """Checkpoints: exact resume, survival of crashes and full disks, and refusal of what does not fit."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -11,9 +12,11 @@ import pytest
 import torch
 from tiny import STEPS, TOWERS, clean_environment, run_steps, tiny_config, tiny_engine
 
-from dreamlip_train.checkpoint import Progress, complete_checkpoints, find_checkpoint, load, load_for_eval, newest, save
+from dreamlip_train.checkpoint import Progress, SaveError, load, load_for_eval, save
+from dreamlip_train.checkpoint_files import complete_checkpoints, find_checkpoint, newest
 from dreamlip_train.engine import evaluation_model
 from dreamlip_train.model import open_clip_state_dict
+from dreamlip_train.streams import Layout
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "amp_bf16"), (0, "bf16")])
@@ -21,16 +24,15 @@ def test_resumed_losses_are_bitwise_the_uninterrupted_ones(tmp_path, stage, prec
     config = tiny_config(stage, precision)
     engine = tiny_engine(config)
     run_steps(engine, config, 0, 4)
-    save(engine, tmp_path, config, Progress(step=4, epoch=1, position=1, skipped_steps=2))
+    save(engine, tmp_path, config, Progress(step=4, epoch=1, position=1, layouts=[Layout(1, 2, 8, 1)], skipped_steps=2))
     torch_next = torch.rand(3)
     uninterrupted = run_steps(engine, config, 4, STEPS)
 
     config.engine.seed = 5  # other initial weights: everything must come from the checkpoint
     fresh = tiny_engine(config)
     torch.manual_seed(99)
-    progress, changed = load(fresh, newest(tmp_path), config)
-    assert (progress.step, progress.epoch, progress.position, progress.skipped_steps) == (4, 1, 1, 2)
-    assert changed == {"engine.seed": (0, 5)}
+    progress = load(fresh, newest(tmp_path))
+    assert progress == Progress(step=4, epoch=1, position=1, layouts=[Layout(1, 2, 8, 1)], skipped_steps=2)
     assert torch.equal(torch.rand(3), torch_next)
     assert run_steps(fresh, config, 4, STEPS) == uninterrupted
 
@@ -76,14 +78,14 @@ checkpoint.save(engine, Path(sys.argv[1]), config, checkpoint.Progress(step=2))
 run_steps(engine, config, 2, 4)
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(checkpoint.os if sys.argv[2] == "rename" else checkpoint, sys.argv[2], die)
+setattr(os if sys.argv[2] == "rename" else checkpoint, sys.argv[2], die)
 checkpoint.save(engine, Path(sys.argv[1]), config, checkpoint.Progress(step=4))
 """
 
 
-@pytest.mark.parametrize("moment", ["_phase_two", "rename"])
+@pytest.mark.parametrize("moment", ["_phase_two", "describe", "commit", "rename"])
 def test_killed_while_saving_the_previous_checkpoint_is_used(tmp_path, moment):
-    """Between DeepSpeed's files and the manifest, and between the manifest and the final name."""
+    """From DeepSpeed's files to the final name, the manifest in between."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", CRASH, str(tmp_path), moment, str(here)],
@@ -98,7 +100,7 @@ def test_killed_while_saving_the_previous_checkpoint_is_used(tmp_path, moment):
     assert newest(tmp_path).name == "step-00000002"
     config = tiny_config()
     engine = tiny_engine(config)
-    progress, _ = load(engine, newest(tmp_path), config)
+    progress = load(engine, newest(tmp_path))
     run_steps(engine, config, progress.step, 4)
     save(engine, tmp_path, config, Progress(step=4))
     assert newest(tmp_path).name == "step-00000004" and not list(tmp_path.glob("*.partial"))
@@ -111,11 +113,12 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))  # writing more fails, as on a full disk
     try:
-        with pytest.raises(RuntimeError, match=r"step-00000004 could not be written.*step-00000002 is complete; make room.*--resume auto"):
+        with pytest.raises(SaveError, match=r"step-00000004 could not be written: rank 0: .*GB free\). .*step-00000002 is complete"):
             save(engine, tmp_path, config, Progress(step=4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert newest(tmp_path).name == "step-00000002"
+    assert newest(tmp_path).name == "step-00000002" and not list(tmp_path.glob("*.partial"))
+    assert save(engine, tmp_path, config, Progress(step=6)).name == "step-00000006"  # there is room again
 
 
 def test_a_file_cut_short_makes_a_checkpoint_incomplete(tmp_path):
@@ -131,24 +134,27 @@ def test_a_file_cut_short_makes_a_checkpoint_incomplete(tmp_path):
         find_checkpoint(broken)
 
 
-def test_a_checkpoint_that_does_not_fit_names_the_field(tmp_path):
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_a_file_that_would_run_code_is_not_loaded(tmp_path, name, monkeypatch):
+    """DeepSpeed loads its files as full pickles."""
+    monkeypatch.chdir(tmp_path)
     config = tiny_config()
     engine = tiny_engine(config)
-    path = save(engine, tmp_path, config, Progress(step=2))
-    for section, field, value in (
-        ("model", "name", "other"),
-        ("model", "patch_projection", "local"),
-        ("engine", "zero_stage", 2),
-        ("engine", "batch_size", 4),
-    ):
-        other = tiny_config()
-        setattr(getattr(other, section), field, value)
-        with pytest.raises(ValueError, match=rf"{section}.{field}: .*step-00000002 was written with"):
-            load(engine, path, other)
+    path = save(engine, tmp_path / "checkpoints", config, Progress(step=2))
+    content = torch.load(path / name, weights_only=False)
+    torch.save({**content, "extra": Evil()}, path / name)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"world_size": 4}))
-    with pytest.raises(ValueError, match="was written by 4 ranks, this run has 1; resume with as many ranks"):
-        load(engine, path, config)
+    manifest["files"][name]["bytes"] = (path / name).stat().st_size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for use in (lambda: load(engine, path), lambda: load_for_eval(path)):
+        with pytest.raises(ValueError, match=rf"{name} would call (posix|nt).system when loaded"):
+            use()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_changed_optimizer_settings_win_over_the_checkpoints(tmp_path):
@@ -158,7 +164,7 @@ def test_changed_optimizer_settings_win_over_the_checkpoints(tmp_path):
     path = save(engine, tmp_path, config, Progress(step=1))
     config.optim.weight_decay = 0.5
     fresh = tiny_engine(config)
-    load(fresh, path, config)
+    load(fresh, path)
     assert [group["weight_decay"] for group in fresh.optimizer.param_groups] == [0.5, 0.0]
 
 

@@ -1,14 +1,10 @@
 """The DeepSpeed engine against plain torch, at every ZeRO stage and precision, and what happens to values that are not finite."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import STEPS, batch, clean_environment, run_steps, tiny_config, tiny_engine, tiny_model
+from tiny import STEPS, batch, run_steps, tiny_config, tiny_engine, tiny_model
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.config import EngineConfig, OptimConfig
@@ -40,7 +36,7 @@ def torch_losses():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_follows_plain_torch(stage, torch_losses):
     config = tiny_config(stage)
-    assert run_steps(tiny_engine(config), config, 0, STEPS) == pytest.approx(torch_losses, abs=1e-5)
+    assert run_steps(tiny_engine(config), config, 0, STEPS) == pytest.approx(torch_losses, rel=1e-6, abs=0)
     assert torch_losses[-1] < torch_losses[0]
 
 
@@ -57,24 +53,6 @@ def test_bf16_without_zero_takes_no_hidden_first_step():
         config = tiny_config(stage, "bf16")
         first_losses.append(run_steps(tiny_engine(config), config, 0, 3))
     assert first_losses[0] == pytest.approx(first_losses[1], abs=2e-3)
-
-
-def test_two_ranks_train_as_one_process(tmp_path, torch_losses):
-    script = Path(__file__).with_name("two_ranks.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path / "losses.json"),
-    ]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for stage, losses in json.loads((tmp_path / "losses.json").read_text()).items():
-        assert losses == pytest.approx(torch_losses, abs=1e-5), f"ZeRO-{stage}"
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "amp_bf16"), (3, "fp32")])

@@ -38,7 +38,7 @@ WORDS = [
     "two",
     "three",
 ]
-GLOBAL_BATCH, K, STEPS = 8, 3, 8
+GLOBAL_BATCH, K, STEPS = 8, 3, 20
 
 
 def tiny_model(**changes) -> ModelConfig:
@@ -48,7 +48,7 @@ def tiny_model(**changes) -> ModelConfig:
 def tiny_config(zero_stage: int = 1, precision: str = "fp32", batch_size: int = GLOBAL_BATCH, **engine) -> Config:
     return Config(
         model=tiny_model(),
-        optim=OptimConfig(lr=2e-3, warmup_steps=2, weight_decay=0.1),
+        optim=OptimConfig(lr=5e-4, warmup_steps=2, weight_decay=0.1),
         engine=EngineConfig(batch_size=batch_size, steps=STEPS, precision=precision, zero_stage=zero_stage, keep_last=2, **engine),
     )
 

@@ -1,21 +1,96 @@
-"""Run by test_engine.py under torchrun: the tiny model's losses on two ranks, averaged over them, for ZeRO 1 and 3."""
+"""Run by test_two_ranks.py under torchrun, 2 ranks: what needs a second rank to be true, into facts.json in the folder given.
+
+The folder holds ``zero-S/step-00000003`` for the stages of ``RESIZED``, written by one process.
+"""
 
 import json
+import math
+import resource
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import GLOBAL_BATCH, STEPS, run_steps, tiny_config, tiny_engine
+from tiny import GLOBAL_BATCH, STEPS, batch, run_steps, tiny_config, tiny_engine
 
-found = {}
-for stage in (1, 3):
+from dreamlip_kernels import DreamLIPLoss
+from dreamlip_train import checkpoint
+from dreamlip_train.engine import build_engine, evaluation_model, init_distributed, move_batch, train_step
+from dreamlip_train.model import build_model
+
+RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
+
+
+def global_losses(engine, config, first: int, last: int) -> list[float]:
+    losses = torch.tensor(run_steps(engine, config, first, last, dist.get_rank(), 2), dtype=torch.float64)
+    dist.all_reduce(losses)
+    return (losses / 2).tolist()
+
+
+def weights(engine, config) -> list[torch.Tensor]:
+    with evaluation_model(engine, config.model) as model:
+        return [p.detach().clone() for p in model.parameters()]
+
+
+def skips_what_one_rank_cannot_use(engine, config) -> list[bool]:
+    """NaN loss on rank 1, then an infinite gradient on rank 1: neither step may move a weight of any rank, and the next one must."""
+    before, moved = weights(engine, config), []
+    good = move_batch(batch(5, dist.get_rank(), 2), engine.device)
+    bad = {**good, "images": good["images"].float() / 255}
+    if dist.get_rank() == 1:
+        bad["images"][0, 0, 0, 0] = math.nan
+
+    def blow_up(**features):
+        losses = DreamLIPLoss()(**features)
+        if dist.get_rank() == 1:
+            features["image_features"].register_hook(lambda grad: grad * math.inf)
+        return losses
+
+    for data, loss_fn in ((bad, DreamLIPLoss()), (good, blow_up), (good, DreamLIPLoss())):
+        result = train_step(engine, loss_fn, data, 1e-3)
+        same = all(torch.equal(a, b) for a, b in zip(before, weights(engine, config), strict=True))
+        moved.append(result.applied or not same)
+    return moved
+
+
+def a_full_disk_on_one_rank(engine, config, folder: Path) -> str:
+    """The message, alike on both ranks, of a save that fails on rank 1 alone."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))
+    try:
+        checkpoint.save(engine, folder, config, checkpoint.Progress(step=9))
+        return "saved"
+    except checkpoint.SaveError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def resumed(folder: Path, stage: int, precision: str) -> list[float]:
+    """Losses after the checkpoint that one process wrote."""
+    config = tiny_config(stage, precision, batch_size=GLOBAL_BATCH // 2)
+    device = init_distributed()
+    engine = build_engine(build_model(config.model, 7), config.engine, config.optim, device, resized=True)
+    progress = checkpoint.load(engine, folder / "step-00000003")
+    return global_losses(engine, config, progress.step, STEPS)
+
+
+folder = Path(sys.argv[1])
+facts = {"losses": {}, "moved": {}, "resumed": {}}
+for stage in (0, 1, 2, 3):
     config = tiny_config(stage, batch_size=GLOBAL_BATCH // 2)
     engine = tiny_engine(config)
-    losses = torch.tensor(run_steps(engine, config, 0, STEPS, dist.get_rank(), dist.get_world_size()))
-    dist.all_reduce(losses)
-    found[stage] = (losses / dist.get_world_size()).tolist()
+    facts["losses"][stage] = global_losses(engine, config, 0, 3)
+    checkpoint.save(engine, folder / f"two-{stage}", config, checkpoint.Progress(step=3))
+    facts["losses"][stage] += global_losses(engine, config, 3, STEPS)
+    facts["moved"][stage] = skips_what_one_rank_cannot_use(engine, config)
+    if stage == 1:
+        facts["full"] = a_full_disk_on_one_rank(engine, config, folder / "two-1")
+        facts["kept"] = [path.name for path in checkpoint.complete_checkpoints(folder / "two-1")]
+for stage, precision in RESIZED:
+    facts["resumed"][f"{stage} {precision}"] = resumed(folder / f"one-{stage}-{precision}", stage, precision)
 if dist.get_rank() == 0:
-    with open(sys.argv[1], "w") as file:
-        json.dump(found, file)
+    (folder / "facts.json").write_text(json.dumps(facts))
 dist.barrier()  # a rank that leaves while the other still talks makes gloo abort it
 dist.destroy_process_group()

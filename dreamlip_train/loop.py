@@ -1,0 +1,247 @@
+"""The steps of a run: train, agree with the other ranks, log, save, evaluate, and stop when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dreamlip_kernels import DreamLIPLoss
+from dreamlip_train import checkpoint
+from dreamlip_train.config import Config, LossConfig
+from dreamlip_train.data import TrainLoader
+from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
+from dreamlip_train.evaluate import StoppedError, evaluate
+from dreamlip_train.runlog import RunLog, Stopwatch, memory_gb
+from dreamlip_train.signals import StopRequest
+from dreamlip_train.spikes import LossSpikes
+from dreamlip_train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of an image and of a caption token, and the device's peak FLOP/s where it is known."""
+
+    image: float
+    token: float
+    peak: float | None
+
+
+@dataclass
+class Loop:
+    """Steps ``progress.step`` to ``total_steps``; every rank runs one."""
+
+    engine: Any
+    config: Config
+    run_dir: Path
+    loader: TrainLoader
+    log: RunLog
+    progress: checkpoint.Progress
+    total_steps: int
+    stop: StopRequest
+    watchdog: Watchdog
+    cost: Cost
+
+    def __post_init__(self) -> None:
+        self.ranks = dist.get_world_size()
+        self.watch, self.spikes = Stopwatch(), LossSpikes()
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
+        self.spiking = False
+
+    def run(self) -> bool:
+        """True when all steps are done, False when a signal ended the run; a checkpoint of that moment is saved in both cases.
+
+        Raises:
+            RuntimeError: the last checkpoint could not be written, or engine.max_nonfinite_steps steps in a row were not finite.
+        """
+        config, progress = self.config, self.progress
+        loss_fn = dreamlip_loss(config.loss)
+        before, began = progress.seconds, time.perf_counter()
+        for batch in self._batches():
+            lr = learning_rate(progress.step, self.total_steps, config.optim)
+            self.watchdog.now(f"in step {progress.step + 1}")
+            self.watch.tokens += int((batch["text"] != 0).sum())
+            self.watch.images += len(batch["keys"])
+            result = train_step(self.engine, loss_fn, move_batch(batch, self.engine.device), lr, patches=config.loss.grouping_weight > 0)
+            progress.advance(self.loader.layout, self.loader.steps_per_epoch)
+            progress.seconds = before + time.perf_counter() - began
+            loss, stop, save = self._agree(result)
+            self.log.advance(progress.step)
+            self._note_unusual(result, loss, batch)
+            last = progress.step == self.total_steps
+            if progress.step % config.engine.log_every == 0 or last:
+                self._log_step(result, lr)
+            pause = stop or save or last or progress.step % config.engine.save_every_steps == 0
+            if pause:
+                self._save()
+            if stop and not last:
+                self._require_saved(f"stopped by {self.stop.name or 'a signal to another rank'}")
+                return False
+            if config.eval.every_steps and progress.step % config.eval.every_steps == 0 and not last:
+                self._evaluate()
+                pause = True
+            if pause:
+                self.watch.restart()  # their time belongs to no window of steps
+            self.watchdog.now("waiting for data")
+        self._require_saved("trained to the end")
+        return True
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """The batches that are left, epoch after epoch, the time spent waiting for each on the stopwatch."""
+        while self.progress.step < self.total_steps:
+            batches = self.loader.epoch(self.progress.epoch, tuple(self.progress.layouts))
+            while self.progress.step < self.total_steps:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                self.watch.waited += time.perf_counter() - asked
+                if batch is None:
+                    break
+                yield batch
+
+    def _agree(self, result: StepResult) -> tuple[float, bool, bool]:
+        """(the global loss, whether any rank was asked to stop, whether the clock of rank 0 says to save), alike on every rank."""
+        minutes = self.config.engine.save_every_minutes
+        due = bool(minutes) and dist.get_rank() == 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        flags = torch.tensor([0.0, float(self.stop.name is not None), float(due)], device=self.engine.device)
+        flags[0] = sum(result.losses.values())
+        if self.ranks > 1:
+            dist.all_reduce(flags)
+        loss, stop, save = flags.tolist()
+        return loss / self.ranks, stop > 0, save > 0
+
+    def _save(self) -> None:
+        """A checkpoint; where that fails the run goes on with those it has."""
+        self.watchdog.now("saving a checkpoint")
+        self.saved_at = time.monotonic()
+        try:
+            path = checkpoint.save(self.engine, self.run_dir / "checkpoints", self.config, self.progress, self.loader.fingerprint)
+        except checkpoint.SaveError as error:
+            self.log.message(f"CHECKPOINT NOT SAVED: {error}. Training goes on without it; make room", loud=True)
+            return
+        self.saved_step = self.progress.step
+        self.log.message(f"saved {path} in {time.monotonic() - self.saved_at:.1f} s", shown=False)
+
+    def _require_saved(self, why: str) -> None:
+        if self.saved_step != self.progress.step:
+            raise RuntimeError(f"{why} at step {self.progress.step}, but that checkpoint could not be written (see log.txt); the newest is of step "
+                               f"{self.saved_step}. Make room and give the same command again")  # fmt: skip
+
+    def _evaluate(self) -> None:
+        """Held-out numbers on the way, as a row of metrics.jsonl. Collective; rank 0 computes."""
+        self.watchdog.now("evaluating, or waiting for rank 0 to")
+        config = self.config
+        with evaluation_model(self.engine, config.model) as model:
+            if dist.get_rank() == 0:
+                selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
+                try:
+                    report = evaluate(
+                        model, config.data, config.eval, self.engine.device, **selection, should_stop=lambda: self.stop.name is not None
+                    )
+                except StoppedError:
+                    self.log.message(f"step {self.progress.step}: the evaluation was broken off by {self.stop.name}")
+                else:
+                    recall = report["retrieval"]["long_caption"]
+                    t2i, i2t = recall["t2i"]["r_at_1"], recall["i2t"]["r_at_1"]
+                    text = f"step {self.progress.step}  held-out R@1 by long caption: text to image {t2i:.1f}, image to text {i2t:.1f}"
+                    self.log.row({"step": self.progress.step, **report}, text)
+        dist.barrier()
+
+    def _note_unusual(self, result: StepResult, loss: float, batch: dict[str, Any]) -> None:
+        """Keep the samples of a skipped step and of a loss spike; stop when too many steps in a row were skipped."""
+        progress = self.progress
+        if result.applied:
+            progress.skipped_in_a_row, progress.skipped_samples = 0, []
+            median = self.spikes.check(loss)
+            if median is not None:
+                path, _ = self._keep_samples("spikes.jsonl", batch, loss=loss, median=median)
+                if not self.spiking:
+                    self.log.message(
+                        f"loss spike at step {progress.step}: {loss:.4g}, the median before it is {median:.4g}; its samples are in {path}"
+                    )
+            self.spiking = median is not None
+            return
+        what = "a gradient" if math.isfinite(loss) else "the loss"
+        path, samples = self._keep_samples("skipped.jsonl", batch, why=f"{what} is not finite")
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        progress.skipped_samples = (progress.skipped_samples + samples)[-1000:]
+        self.log.message(f"step {progress.step} was skipped: {what} is not finite; its {len(samples)} samples are in {path}")
+        if progress.skipped_in_a_row >= self.config.engine.max_nonfinite_steps:
+            shown = ", ".join(f"{sample['shard']}: {sample['key']}" for sample in progress.skipped_samples[:8])
+            raise RuntimeError(
+                f"engine.max_nonfinite_steps: {progress.skipped_in_a_row} steps in a row were not finite, the last is {progress.step}. Their samples "
+                f"({shown}, ...) are in {path}; look at them, lower optim.lr, or use engine.precision='fp32'"
+            )
+
+    def _keep_samples(self, name: str, batch: dict[str, Any], **about: Any) -> tuple[Path, list[dict[str, str]]]:
+        """One line of ``name`` in the run folder with the samples of all ranks. Collective."""
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, [{"shard": shard, "key": key} for shard, key in zip(batch["shards"], batch["keys"], strict=True)])
+        samples = [sample for of_rank in everyone for sample in of_rank]
+        path = self.run_dir / name
+        if dist.get_rank() == 0:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.progress.step, **about, "samples": samples}) + "\n")
+        return path, samples
+
+    def _log_step(self, result: StepResult, lr: float) -> None:
+        """One row of metrics.jsonl. Losses are global, images and tokens those of all ranks, the wait the longest of any; the rest is rank 0's."""
+        progress, names = self.progress, list(result.losses)
+        window = self.watch.window()
+        seconds = window["seconds"]
+        sums = torch.tensor(
+            [*(float(value) for value in result.losses.values()), window["images"], window["tokens"]], device=self.engine.device
+        )
+        wait = torch.tensor(window["data_wait"], device=self.engine.device)
+        if self.ranks > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(wait, op=dist.ReduceOp.MAX)
+        *losses, images, tokens = sums.tolist()
+        parts = dict(zip(names, (value / self.ranks for value in losses), strict=True))
+        flops = (images * self.cost.image + tokens * self.cost.token) / seconds / self.ranks
+        row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "loss": sum(parts.values()), **parts}
+        row |= {name: float(value) for name, value in result.scales.items()} | {"lr": lr, "grad_norm": result.grad_norm}
+        row |= {"images_per_s": images / seconds, "tokens_per_s": tokens / seconds, "data_wait": float(wait), "tflops": flops / 1e12}
+        row |= {"mfu": flops / self.cost.peak} if self.cost.peak else {}
+        row |= {"memory": memory_gb(self.engine.device), "skipped_steps": progress.skipped_steps}
+        seconds_left = (self.total_steps - progress.step) * self.loader.layout.global_batch / row["images_per_s"]
+        shown = ", ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in parts.items())
+        mfu = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
+        self.log.row(
+            {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()},
+            f"step {progress.step}/{self.total_steps}  loss {row['loss']:.3f} ({shown})  {row['images_per_s']:.0f} images/s{mfu}  "
+            f"waiting for data {row['data_wait']:.0%}  {duration(seconds_left)} left",
+        )
+        advice = self.watch.advice(row["data_wait"], self.config.data.workers, len(os.sched_getaffinity(0)))
+        if advice:
+            self.log.message(advice)
+
+
+def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
+    """The objective that ``loss`` describes."""
+    return DreamLIPLoss(
+        mpcl_weight=loss.mpcl_weight,
+        grouping_weight=loss.grouping_weight,
+        negatives=loss.negatives,
+        positives=loss.positives,
+        threshold=loss.threshold,
+        normalization=loss.normalization,
+        contrast=loss.contrast,
+        direction=loss.direction,
+        backend=loss.backend,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds; days where there are any."""
+    days, rest = divmod(int(seconds), 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock

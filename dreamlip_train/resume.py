@@ -1,0 +1,134 @@
+"""Where a run starts: anew, or from the newest checkpoint that is whole, undamaged and of the same run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dreamlip_train.checkpoint_files import (
+    clean_up,
+    complete_checkpoints,
+    damaged_files,
+    find_checkpoint,
+    newest,
+    read_manifest,
+)  # fmt: skip
+from dreamlip_train.config import Config
+from dreamlip_train.config_file import differences, read_config
+
+logger = logging.getLogger("dreamlip_train")
+
+# Other values of these need other tensors in the checkpoint.
+_FIXED = (
+    "model.name", "model.config", "model.context_length", "model.patch_projection", "model.local_logit_scale",
+    "engine.zero_stage", "engine.precision",
+)  # fmt: skip
+# These say where, how fast and how often, not what is trained. engine.batch_size and data.shards are compared by what they amount to.
+_FREE = (
+    "data.shards", "data.val_shards", "data.workers", "data.allow_pipe", "data.max_bad_fraction", "data.stall_seconds", "data.eval_source",
+    "model.pretrained", "loss.backend", "engine.batch_size", "engine.epochs", "engine.steps", "engine.grad_checkpointing", "engine.compile",
+    "engine.log_every", "engine.save_every_steps", "engine.save_every_minutes", "engine.keep_last", "engine.max_nonfinite_steps",
+    "engine.wandb_project", "engine.deepspeed", "eval.every_steps", "eval.batch_size", "eval.max_samples",
+)  # fmt: skip
+
+
+def starting_point(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to start from, or None for a new run; makes the run folder and clears away what a crash left in it. Collective.
+
+    Raises:
+        ValueError: ``resume`` is "never" and the folder holds a run, or names a checkpoint that is not usable, or ranks see different folders.
+    """
+    checkpoints = run_dir / "checkpoints"
+    if resume == "never" and ((run_dir / "metrics.jsonl").exists() or checkpoints.exists()):
+        raise ValueError(f"--run-dir: {run_dir} already holds a run; give another folder, go on with --resume auto, or delete it")
+    given = find_checkpoint(Path(resume)) if resume not in ("auto", "never") else None
+    if given is not None and given.parent.absolute() != checkpoints.absolute() and newest(checkpoints):
+        raise ValueError(f"--resume: {run_dir} has checkpoints of its own, such as {newest(checkpoints)}; give another --run-dir")
+    _require_shared(run_dir)
+    if dist.get_rank() == 0:
+        clean_up(checkpoints)
+    dist.barrier()
+    if given is not None:
+        _require_undamaged(given)
+        return given
+    for candidate in complete_checkpoints(checkpoints):
+        damaged = _damaged(candidate)
+        if not damaged:
+            return candidate
+        logger.warning(
+            "CHECKPOINT DAMAGED: %s: %s is not what was written; it is put aside and an earlier one is used", candidate, damaged[0]
+        )
+        dist.barrier()
+        if dist.get_rank() == 0:
+            os.rename(candidate, candidate.with_name(candidate.name + ".damaged"))
+        dist.barrier()
+    return None
+
+
+def _require_shared(run_dir: Path) -> None:
+    """All ranks must see one folder: a checkpoint is made of every rank's files."""
+    token = run_dir / ".ranks-see-this"
+    if dist.get_rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    dist.barrier()
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, token.exists())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        token.unlink(missing_ok=True)
+    blind = [rank for rank, sees in enumerate(seen) if not sees]
+    if blind:
+        raise ValueError(
+            f"--run-dir: {run_dir} is not one folder for all ranks: ranks {blind} do not see what rank 0 writes; use shared storage"
+        )
+
+
+def _damaged(checkpoint: Path) -> list[str]:
+    """Damaged files, the reading shared by the ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, damaged_files(checkpoint, dist.get_rank(), dist.get_world_size()))
+    return [name for names in found for name in names]
+
+
+def _require_undamaged(checkpoint: Path) -> None:
+    if damaged := _damaged(checkpoint):
+        raise ValueError(f"--resume: {checkpoint / damaged[0]} is not what was written (its hash differs); give an earlier checkpoint")
+
+
+def check_fits(checkpoint: Path, config: Config, world_size: int, data: str, accept_changes: bool = False) -> dict[str, tuple[Any, Any]]:
+    """The settings that changed since the checkpoint was written, after making sure that a run can go on with them.
+
+    Args:
+        data: fingerprint of the training shards; "" is not compared.
+        accept_changes: let settings of the recipe differ.
+    Raises:
+        ValueError: another model, precision, ZeRO stage, global batch, data set or (without ``accept_changes``) recipe; it is named with both values.
+    """
+    manifest = read_manifest(checkpoint)
+    changed = differences(read_config(checkpoint / "config.toml"), config)
+    for name, (old, new) in changed.items():
+        said = f"{name}: {checkpoint} was written with {old!r}, this run has {new!r}"
+        if name in _FIXED:
+            raise ValueError(f"{said}; use its value, or another --run-dir")
+        if name not in _FREE and not accept_changes:
+            raise ValueError(f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on differently")
+    ranks, batch = manifest["world_size"], manifest["batch_size"]
+    if ranks * batch != world_size * config.engine.batch_size:
+        fitting = (
+            f"--engine.batch-size {ranks * batch // world_size}" if ranks * batch % world_size == 0 else "a number of ranks that divides it"
+        )
+        raise ValueError(
+            f"engine.batch_size: {checkpoint} was trained on {ranks} ranks x {batch} = {ranks * batch} images a step, this run has {world_size} x "
+            f"{config.engine.batch_size} = {world_size * config.engine.batch_size}; use {fitting}, or another --run-dir"
+        )
+    if data and manifest["data"] and data != manifest["data"]:
+        raise ValueError(
+            f"data.shards: {checkpoint} was trained on other data ({manifest['data']}) than these ({data}); give the same shards, or start another "
+            "run from its weights (--run-dir, model.pretrained)"
+        )
+    return changed

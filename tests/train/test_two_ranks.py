@@ -1,0 +1,72 @@
+"""Two ranks against one process: every ZeRO stage, values that are not finite on one rank, a full disk on one rank, and resuming on another number of ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_engine import torch_losses  # noqa: F401 (a fixture)
+from tiny import STEPS, clean_environment, run_steps, tiny_config
+
+from dreamlip_train.checkpoint import Progress, load, save
+from dreamlip_train.engine import build_engine, init_distributed
+from dreamlip_train.model import build_model
+
+RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
+    """Checkpoints after 3 steps of one process, and its losses from there on."""
+    folder, losses = tmp_path_factory.mktemp("ranks"), {}
+    for stage, precision in RESIZED:
+        config = tiny_config(stage, precision)
+        engine = build_engine(build_model(config.model, 0), config.engine, config.optim, init_distributed())
+        run_steps(engine, config, 0, 3)
+        save(engine, folder / f"one-{stage}-{precision}", config, Progress(step=3))
+        losses[f"{stage} {precision}"] = run_steps(engine, config, 3, STEPS)
+    return folder, losses
+
+
+@pytest.fixture(scope="module")
+def facts(one_process) -> dict:
+    folder, _ = one_process
+    script = str(Path(__file__).with_name("two_ranks.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, str(folder)]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "facts.json").read_text())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_as_one_process(facts, torch_losses, stage):  # noqa: F811
+    assert facts["losses"][str(stage)] == pytest.approx(torch_losses, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_one_rank_cannot_use_moves_no_weight_of_any(facts, stage):
+    assert facts["moved"][str(stage)] == [False, False, True]
+
+
+def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_nothing_else(facts):
+    assert "step-00000009 could not be written: rank 1: " in facts["full"] and "step-00000003 is complete" in facts["full"]
+    assert facts["kept"] == ["step-00000003"]
+
+
+@pytest.mark.parametrize(("stage", "precision"), RESIZED)
+def test_two_ranks_go_on_from_one(facts, one_process, stage, precision):
+    _, losses = one_process
+    near = {"rel": 1e-6, "abs": 0} if precision == "fp32" else {"abs": 0.02}
+    assert facts["resumed"][f"{stage} {precision}"] == pytest.approx(losses[f"{stage} {precision}"], **near)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_process_goes_on_from_two_ranks(facts, one_process, stage):
+    """With DeepSpeed's two errors of ZeRO-3 repaired: one Adam step counter for all parameters, one weight decay for all groups."""
+    folder, _ = one_process
+    config = tiny_config(stage)
+    engine = build_engine(build_model(config.model, 7), config.engine, config.optim, init_distributed(), resized=True)
+    progress = load(engine, folder / f"two-{stage}" / "step-00000003")
+    assert run_steps(engine, config, progress.step, STEPS) == pytest.approx(facts["losses"][str(stage)][3:], rel=1e-6, abs=0)
+    assert not list((folder / f"two-{stage}").glob("*universal*"))
