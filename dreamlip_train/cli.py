@@ -1,4 +1,4 @@
-"""The command line: ``dreamlip-train prepare | train | eval | doctor``. Heavy packages are imported by the command that needs them."""
+"""The command line: ``dreamlip-train prepare | train | eval | plot | doctor``. Heavy packages are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -227,6 +227,37 @@ def _doctor(arguments: list[str], program: str) -> None:
 
 
 @dataclass
+class PlotOptions:
+    """Draw the curves of one or several runs over one another."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders."""
+    output: str = "runs.png"
+    """Where to write the picture."""
+
+
+def _plot(arguments: list[str], program: str) -> None:
+    """Compare runs: curves of RUN... over one another, as a PNG"""
+    options = tyro.cli(PlotOptions, args=arguments, prog=program)
+    if not options.runs:
+        raise ValueError("RUN...: give at least one run folder")
+    paths = [Path(run) / "metrics.jsonl" for run in options.runs]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"RUN...: no file {missing[0]}; give run folders of `{PROGRAM} train`")
+    from dreamlip_train.plots import plot_runs
+
+    plot_runs(dict(zip(_distinct(options.runs), paths, strict=True)), options.output)
+    print(f"wrote {options.output}")
+
+
+def _distinct(runs: tuple[str, ...]) -> list[str]:
+    """The folders' names where those differ, else the paths as given."""
+    names = [Path(run).absolute().name for run in runs]
+    return names if len(set(names)) == len(names) else list(runs)
+
+
+@dataclass
 class ScenesOptions:
     """Render the built-in demo world: pictures, masks and DreamLIP's caption columns."""
 
@@ -299,5 +330,6 @@ COMMANDS: dict[str, Any] = {
     "prepare": {"scenes": _prepare_scenes, "folder": _prepare_folder, "validate": _prepare_validate},
     "train": _train,
     "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize},
+    "plot": _plot,
     "doctor": _doctor,
 }

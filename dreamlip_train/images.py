@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 RATIOS = (3 / 4, 4 / 3)
+MAX_PIXELS = 100_000_000  # 300 MB decoded; a damaged or hostile header can claim gigabytes, and loader workers are killed for it
 
 
 class ImageError(ValueError):
@@ -25,17 +26,25 @@ def decode_image(data: bytes) -> Tensor:
     """[3, H, W] uint8 RGB from JPEG, PNG or WebP bytes. JPEGs are decoded strictly: damage that other decoders paint over is an error.
 
     Raises:
-        ImageError: the bytes are damaged or no image.
+        ImageError: the bytes are damaged or no image, or claim over 100 million pixels.
     """
     try:
-        if data[:2] == b"\xff\xd8" and simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
+        height, width, colorspace = simplejpeg.decode_jpeg_header(data)[:3] if data[:2] == b"\xff\xd8" else (0, 0, "")
+        _check_size(width, height)
+        if colorspace not in ("", "CMYK", "YCCK"):
             array = simplejpeg.decode_jpeg(data)
         else:
             with Image.open(io.BytesIO(data)) as image:
+                _check_size(*image.size)
                 array = np.asarray(image.convert("RGB"))
     except Exception as error:  # decoders raise everything from struct.error to SyntaxError
         raise ImageError(f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(np.array(array)).permute(2, 0, 1)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
 
 
 def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], rng: random.Random) -> Tensor:

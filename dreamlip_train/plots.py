@@ -78,15 +78,72 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
         plt.close(figure)
 
 
-def _draw_panel(axis: Axes, title: str, unit: str, lines: dict[str, list[tuple[float, float]]]) -> None:
-    for (label, points), color in zip(lines.items(), COLORS, strict=False):
+# What runs are compared by: title, the quantity, unit.
+_COMPARED = (
+    ("Loss", "loss", "nats"),
+    ("Held-out R@1, text to image", "t2i", "%"),
+    ("Held-out R@1, image to text", "i2t", "%"),
+    ("Contrastive loss", "contrastive_loss", "nats"),
+    ("Grouping loss", "grouping_loss", "nats"),
+    ("Gradient norm", "grad_norm", ""),
+    ("Logit scale", "logit_scale", "multiplier"),
+    ("Learning rate", "lr", ""),
+    ("Throughput", "images_per_s", "images/s"),
+    ("Time waiting for data", "data_wait", "% of the step"),
+)
+
+
+def plot_runs(metrics: dict[str, Path], png: str | Path) -> None:
+    """Runs over one another, one panel for each quantity that any of them logged.
+
+    Args:
+        metrics: each run's label and its metrics.jsonl.
+    Raises:
+        ValueError: a file has no logged step.
+    """
+    runs = {label: _read_metrics(path) for label, path in metrics.items()}
+    panels = [(title, unit, {label: _series(rows, name) for label, rows in runs.items()}) for title, name, unit in _COMPARED]
+    panels = [(title, unit, {label: points for label, points in lines.items() if points}) for title, unit, lines in panels]
+    panels = [panel for panel in panels if panel[2]]
+    colors = dict(
+        zip(
+            runs,
+            (plt.get_cmap("turbo")(x) for x in np.linspace(0.08, 0.92, len(runs))) if len(runs) > len(COLORS) else COLORS,
+            strict=False,
+        )
+    )
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(4.0 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
+            _draw_panel(axis, title, unit, lines, colors, legend=False)
+        handles = [plt.Line2D([], [], color=color, label=label) for label, color in colors.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+        figure.savefig(png, dpi=150, facecolor="white")
+        plt.close(figure)
+
+
+def _draw_panel(
+    axis: Axes,
+    title: str,
+    unit: str,
+    lines: dict[str, list[tuple[float, float]]],
+    colors: dict[str, Any] | None = None,
+    *,
+    legend: bool = True,
+) -> None:
+    colors = colors or dict(zip(lines, COLORS, strict=False))
+    for label, points in lines.items():
         marker = "o" if len(points) < 15 else None
-        axis.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=4)
+        axis.plot(*zip(*points, strict=True), label=label, color=colors[label], marker=marker, markersize=4)
     axis.set(title=title, xlabel="step", ylabel=unit)
     axis.margins(x=0.02)
     highest = max(value for points in lines.values() for _, value in points)
     axis.set_ylim(bottom=0, top=highest * 1.08 if highest > 0 else 1)
-    if len(lines) > 1:
+    if legend and len(lines) > 1:
         axis.legend()
 
 

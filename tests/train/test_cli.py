@@ -80,9 +80,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, trained)
     (tmp_path / "ds.json").write_text('{"wall_clock_breakdown": true}')
     words = f"train demo --run-dir r --resume never --config {base} --optim.lr 0.5 --data.num_sub_captions=3 --deepspeed-config {tmp_path / 'ds.json'}"
     cli.main(words.split())
-    [(config, run_dir, resume)] = trained
+    [(config, run_dir, resume, accept_changes)] = trained
     assert (config.optim.lr, config.optim.warmup_steps, config.data.shards, config.data.num_sub_captions) == (0.5, 7, "a.tar", 3)
     assert (config.engine.batch_size, run_dir, resume) == (128, "r", "never")
+    assert accept_changes is False
     assert config.engine.deepspeed == {"wall_clock_breakdown": True}
 
 

@@ -173,6 +173,23 @@ BROKEN = {
 }
 
 
+POISONED_JSON = {
+    "nested a hundred thousand deep": b'{"raw_caption": ' + b"[" * 100_000,
+    "no object": b'["a dog", "a cat"]',
+    "not UTF-8": b'{"raw_caption": "\xff\xfe"}',
+    "cut off": b'{"raw_caption": ',
+}
+
+
+@pytest.mark.parametrize("poison", POISONED_JSON)
+def test_poisoned_json_costs_only_its_sample(tmp_path, poison):
+    bad = [("bad.jpg", jpeg(1)), ("bad.json", POISONED_JSON[poison])]
+    write_tar(tmp_path / "00000.tar", [m for i in range(17) for m in (sample(f"{i:03d}", i) if i != 9 else bad)])
+    write_index(tmp_path, [17])
+    made = loader(tmp_path)
+    assert len(keys(made.epoch(0))) == 16 and made.bad.counts == {"unreadable captions": 1}
+
+
 @pytest.mark.parametrize("reason", BROKEN)
 def test_bad_samples_are_counted_and_named(tmp_path, reason, caplog):
     write_tar(tmp_path / "00000.tar", [m for i in range(17) for m in (sample(f"{i:03d}", i) if i != 9 else BROKEN[reason])])

@@ -2,6 +2,8 @@
 
 import io
 import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +55,18 @@ def test_damage_is_an_error(damage):
     """PIL paints over a zero-filled tail without a word; a model would learn from it."""
     with pytest.raises(ImageError):
         decode_image(DAMAGED[damage](encoded(picture(400, 300), "JPEG", quality=95)))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_header_that_claims_gigabytes_is_refused_before_they_are_allocated(format):
+    data = bytearray(encoded(picture(), format))
+    place = data.index(b"\xff\xc0") + 5 if format == "JPEG" else data.index(b"IHDR") + 4
+    claim = struct.pack(">HH", 65000, 65000) if format == "JPEG" else struct.pack(">II", 65000, 65000)
+    data[place : place + len(claim)] = claim
+    if format == "PNG":
+        data[place + 13 : place + 17] = struct.pack(">I", zlib.crc32(bytes(data[place - 4 : place + 13])))
+    with pytest.raises(ImageError, match="65000 x 65000 pixels are more than 100,000,000|decompression bomb"):
+        decode_image(bytes(data))
 
 
 @pytest.mark.parametrize("height, width", [(60, 80), (1, 1), (10, 300), (300, 10)])

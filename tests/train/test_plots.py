@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from planted import PlantedModel, planted_sample
 
+from dreamlip_train import cli
 from dreamlip_train.plots import plot_curves, plot_grouping
 
 
@@ -52,3 +53,21 @@ def test_grouping_lights_the_patches_that_are_selected(tmp_path):
 def test_grouping_without_sentences_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match="sentence"):
         plot_grouping(PlantedModel(), iter([{**planted_sample(0), "sentences": []}]), tmp_path / "x.png")
+
+
+def test_runs_are_compared_in_one_picture(tmp_path, capsys):
+    for number, name in enumerate(("a", "b", "c")):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "loss": 3.0 / (step + number + 1), "lr": 1e-3, "images_per_s": 10.0 + number} for step in range(20)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli.main(["plot", *(str(tmp_path / name) for name in "abc"), "--output", str(tmp_path / "out.png")])
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(2**24)) > 50
+    for words, message in (([str(tmp_path / "none")], "RUN...: no file"), ([], "RUN...: give at least one run folder")):
+        with pytest.raises(SystemExit):
+            cli.main(["plot", *words])
+        assert message in capsys.readouterr().err
+    (tmp_path / "a" / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["plot", str(tmp_path / "a")])
+    assert "has no line with a step" in capsys.readouterr().err

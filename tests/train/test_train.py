@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_a_run_leaves_what_the_documentation_lists(run):
         "lr",
         "grad_norm",
         "images_per_s",
+        "tokens_per_s",
+        "tflops",
         "data_wait",
         "memory",
         "epoch",
@@ -93,8 +96,11 @@ def test_a_run_leaves_what_the_documentation_lists(run):
     assert logged[6]["loss"] == pytest.approx(logged[6]["contrastive_loss"] + logged[6]["grouping_loss"])
     assert 0 <= logged[6]["data_wait"] <= 1
     first_line = (run / "log.txt").read_text().splitlines()[0]
-    for part in ("CPU", "ZeRO-1", "bidirectional_logsumexp=torch", "8 x 1 = 8 images a step", "checkpoints in"):
-        assert part in first_line
+    for part in (
+        "1 x CPU", "ZeRO-1", "bidirectional_logsumexp=torch (auto, the first in order)", "8 x 1 = 8 images a step, 3 sub-captions each",
+        "up to 384 tokens", "6 steps of 8 an epoch (4 shards, 64 samples", "checkpoints in",
+    ):  # fmt: skip
+        assert part in first_line, first_line
     evaluated = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "retrieval" in row]
     assert [row["step"] for row in evaluated] == [4, 6]
 
@@ -185,7 +191,7 @@ def test_a_diverging_run_stops_and_names_its_samples(scenes, tmp_path, capsys):
         cli.main(words)
     assert "engine.max_nonfinite_steps: 2 steps in a row were not finite" in capsys.readouterr().err
     skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
-    assert len(skipped) == 2 and len(skipped[0]["keys"]) == 8
+    assert len(skipped) == 2 and len(skipped[0]["samples"]) == 8 and skipped[0]["samples"][0]["shard"].endswith(".tar")
     assert (tmp_path / "run/checkpoints/step-00000001/manifest.json").is_file()
 
 
@@ -195,12 +201,48 @@ def test_unknown_shards_are_named_before_anything_is_written(scenes, tmp_path, c
     assert "data.shards: " in capsys.readouterr().err
 
 
-def test_the_deepspeed_launcher_runs_the_same_words_on_two_ranks(scenes, run, tmp_path):
-    words = train_words(scenes, tmp_path / "run", "--engine.batch-size", "4", "--engine.zero-stage", "2")
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module", "dreamlip_train"]
-    done = subprocess.run(launcher + words, env=clean_environment(), capture_output=True, text=True, timeout=200)
+def launched(words: list[str], *arguments: str) -> None:
+    done = subprocess.run([*arguments, *words], env=clean_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+
+
+def test_the_deepspeed_launcher_goes_on_with_two_ranks(scenes, run, tmp_path):
+    """The same words, the same global batch, on two ranks from the checkpoint of one."""
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    words = train_words(scenes, again, "--engine.batch-size", "4", "--data.workers", "2")
+    launched(words, launcher, "--num_accelerators", "2", "--module", "dreamlip_train")
+    summary = json.loads((again / "summary.json").read_text())
     assert (summary["ranks"], summary["steps"], summary["samples"]) == (2, 6, 12)
-    assert sorted(rows(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
-    assert rows(tmp_path / "run")[1]["loss"] == pytest.approx(rows(run)[1]["loss"], abs=1.0)
+    assert sorted(rows(again)) == [1, 2, 3, 4, 5, 6]
+    assert rows(again)[4]["loss"] == pytest.approx(rows(run)[4]["loss"], abs=1.0)
+    said = (again / "log.txt").read_text()
+    assert (
+        "at step 3, which 1 ranks wrote (now 2; random states start anew); epoch 0 goes on with its 5 x 8 samples that nobody has read"
+        in said
+    )
+    other = (again / "logs" / "rank-0001.txt").read_text()
+    assert "2 x CPU" in other and "step 6/6" in other
+
+
+def test_two_nodes_of_a_hostfile(scenes, tmp_path):
+    """Two nodes with a rank each, started as on two machines, here both on this one."""
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--num_gpus", "1", "--module"]
+    words = train_words(scenes, tmp_path / "run", "--engine.batch-size", "4", "--engine.zero-stage", "2", "--engine.steps", "3")
+    nodes = [
+        subprocess.Popen(
+            [*launcher[:-1], "--node_rank", str(node), "--module", "dreamlip_train", *words],
+            env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2

@@ -1,0 +1,247 @@
+"""What ends or disturbs a run: kill -9, signals through launchers, a full disk, loss spikes, silence."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shard_files import write_shards
+from tiny import clean_environment, tiny_config, tiny_engine
+
+from dreamlip_train import loop
+from dreamlip_train.checkpoint_files import complete_checkpoints, newest
+from dreamlip_train.config_file import format_config
+from dreamlip_train.spikes import LossSpikes
+from dreamlip_train.train import train
+from dreamlip_train.watchdog import Watchdog
+
+HERE = Path(__file__).parent
+
+
+def tiny_run(shards: Path, steps: int, **engine):
+    config = tiny_config(log_every=1, **engine)
+    config.engine.steps = steps
+    config.data.shards, config.data.workers, config.data.num_sub_captions, config.data.shuffle_buffer = str(shards), 1, 3, 10
+    return config
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+def test_killed_20_times_the_losses_are_those_of_the_undisturbed_run_to_the_bit(tmp_path):
+    command = [sys.executable, str(HERE / "killed.py"), str(tmp_path), "20", str(time.time_ns())]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert len(facts["whole"]) == facts["steps"] and max(map(len, facts["killed"].values())) > 1, "no step was ever repeated"
+    for step, (loss,) in facts["whole"].items():
+        assert set(facts["killed"][step]) == {loss}, (command, step)
+    assert max(facts["lost"]) <= facts["interval"], (command, facts["lost"])
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Shards, and the words of a run that would take hours and saves rarely."""
+    folder = tmp_path_factory.mktemp("signals")
+    config = tiny_run(write_shards(folder / "shards", [16, 25, 9, 14]), 100_000)
+    (folder / "base.toml").write_text(format_config(config))
+
+    def words(run: Path, *extra: str) -> list[str]:
+        return ["dreamlip_train", "train", "demo", "--config", str(folder / "base.toml"), "--run-dir", str(run), *extra]
+
+    return words
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.time() + 100
+    while time.time() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=5)}")
+
+
+def test_ctrl_c_saves_the_step_and_exits_with_0(long_run, tmp_path):
+    """SIGINT to the whole process group, loader workers included, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *long_run(tmp_path)], env=clean_environment(), start_new_session=True, stderr=subprocess.PIPE
+    )
+    wait_for_step(tmp_path, 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said.decode()[-2000:]
+    step = max(losses(tmp_path))
+    assert newest(tmp_path / "checkpoints").name == f"step-{step:08d}"
+    assert f"stopped by SIGINT after step {step}, saved as " in (tmp_path / "log.txt").read_text()
+    assert b"SIGINT: finishing the step and saving" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path, number):
+    """SIGTERM to torchrun, which hands it on; SLURM's SIGUSR1 to a single rank."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words = long_run(tmp_path, "--engine.batch-size", "4", "--engine.zero-stage", "3")
+    process = subprocess.Popen([*launcher, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_step(tmp_path, 3, process)
+    ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    assert len(ranks) == 2
+    os.kill(process.pid if number == signal.SIGTERM else ranks[1], number)
+    said, _ = process.communicate(timeout=60)
+    if number == signal.SIGUSR1:  # on SIGTERM torchrun itself ends with an error, whatever its ranks do
+        assert process.returncode == 0, said.decode()[-2000:]
+    step = max(losses(tmp_path))
+    assert newest(tmp_path / "checkpoints").name == f"step-{step:08d}"
+    for log in ("log.txt", "logs/rank-0001.txt"):
+        assert f"after step {step}, saved as " in (tmp_path / log).read_text().splitlines()[-1]
+
+
+SLEEPER = """
+import time
+from dreamlip_train.signals import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    for _ in range(200):
+        time.sleep(0.1)
+print(stop.name, flush=True)
+"""
+
+
+def test_the_same_signal_again_leaves_at_once_and_an_echo_does_not():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    for number, pause in ((signal.SIGINT, 0.1), (signal.SIGINT, 0.1), (signal.SIGTERM, 1.3)):  # a launcher's echo, then its own signal
+        process.send_signal(number)
+        time.sleep(pause)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.count("finishing the step") == 1 and "SIGINT again: leaving now" in said
+
+
+def at_step(monkeypatch, actions: dict[int, object]) -> None:
+    """Call ``actions[n]`` on the result of the n-th training step, which really runs."""
+    real, count = loop.train_step, [0]
+
+    def step(*arguments, **named):
+        count[0] += 1
+        result = real(*arguments, **named)
+        action = actions.get(count[0])
+        return (action(result) or result) if action else result
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+@pytest.fixture
+def small_disk():
+    """A function that allows this process no file over so many bytes, until called with None."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (old[0] if size is None else size, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, small_disk, capsys):
+    at_step(monkeypatch, {3: lambda _: small_disk(200_000), 5: lambda _: small_disk(None)})
+    train(tiny_run(write_shards(tmp_path / "shards", [40]), 6, save_every_steps=1), tmp_path / "run")
+    said = (tmp_path / "run" / "log.txt").read_text()
+    for step, kept in ((3, 2), (4, 2)):
+        assert (
+            f"step-{step:08d} could not be written: rank 0: " in said
+            and f"step-{kept:08d} is complete. Training goes on without it" in said
+        )
+    assert "CHECKPOINT NOT SAVED" in capsys.readouterr().out
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000006", "step-00000005"]
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_last_checkpoint_fails_says_so_and_fails(tmp_path, monkeypatch, small_disk):
+    at_step(monkeypatch, {4: lambda _: small_disk(200_000)})
+    with pytest.raises(
+        RuntimeError, match="trained to the end at step 4, but that checkpoint could not be written .* the newest is of step 2"
+    ):
+        train(tiny_run(write_shards(tmp_path / "shards", [40]), 4, save_every_steps=2), tmp_path / "run")
+    small_disk(None)
+    assert train(tiny_run(tmp_path / "shards", 4, save_every_steps=2), tmp_path / "run")["steps"] == 4
+
+
+def test_minutes_save_too(tmp_path):
+    config = tiny_run(write_shards(tmp_path / "shards", [40]), 4, save_every_steps=1000, save_every_minutes=1e-6)
+    train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "log.txt").read_text().count(" saved ") == 4
+
+
+def test_a_loss_spike_is_reported_with_its_samples(tmp_path, monkeypatch):
+    def spike(result):
+        result.losses["contrastive_loss"] *= 3
+
+    at_step(monkeypatch, {55: spike, 56: spike})
+    train(tiny_run(write_shards(tmp_path / "shards", [40]), 58), tmp_path / "run")
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert said.count("loss spike at step") == 1 and "loss spike at step 55: " in said
+    spikes = [json.loads(line) for line in (tmp_path / "run" / "spikes.jsonl").read_text().splitlines()]
+    assert [spike["step"] for spike in spikes] == [55, 56] and len(spikes[0]["samples"]) == 8
+    assert spikes[0]["loss"] > 1.5 * spikes[0]["median"]
+
+
+def test_what_is_a_spike_and_what_is_noise():
+    spikes = LossSpikes()
+    noise = [3 + 0.1 * ((7 * i) % 11 - 5) / 5 for i in range(100)]
+    assert [spikes.check(loss) for loss in noise] == [None] * 100
+    assert spikes.check(float("nan")) is None and spikes.check(3.3) is None
+    assert spikes.check(6.0) == pytest.approx(3.0, abs=0.05)
+    falling = LossSpikes()
+    assert [falling.check(10 * 0.99**i) for i in range(300)] == [None] * 300
+    assert LossSpikes().check(1e9) is None  # nothing to compare it with
+
+
+def test_silence_is_broken_with_what_is_waited_for():
+    said = []
+    with Watchdog(3, said.append, lambda seconds: [f"worker 1 silent for over {seconds} s"], quiet_seconds=0.2) as watchdog:
+        for _ in range(6):
+            watchdog.now("in step 7")
+            time.sleep(0.1)
+        assert not said
+        watchdog.now("waiting for data")
+        time.sleep(0.9)
+    assert said[0].startswith("rank 3 has been waiting for data for") and "worker 1 silent for over 0.2 s" in said[0]
+    assert len(said) == 2  # after each doubling, not for ever
+
+
+def test_a_crash_keeps_its_traceback_in_the_log(tmp_path, monkeypatch):
+    def crash(_):
+        raise ZeroDivisionError("in the middle")
+
+    at_step(monkeypatch, {2: crash})
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_run(write_shards(tmp_path / "shards", [40]), 4), tmp_path / "run")
+    assert "ZeroDivisionError: in the middle" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_logit_scale_stays_within_bounds_and_comes_back(stage):
+    """Pushed up by gradients alone for many steps, then down: what the forward pass sees never leaves [1, 100], and nothing winds up."""
+    config = tiny_config(stage)
+    engine = tiny_engine(config)
+    from tiny import batch
+
+    from dreamlip_train.engine import move_batch, train_step
+
+    seen = []
+    for sign in [1] * 12 + [-1] * 12:
+        # A loss of the scale alone; the other outputs take part with zero weight, as DeepSpeed wants every parameter reduced.
+        def loss_fn(sign=sign, **features):
+            rest = sum(features[name].sum() for name in ("image_features", "patch_features", "text_features", "logit_scale_local"))
+            return {"loss": -sign * features["logit_scale"].log() + 0.0 * rest}
+
+        result = train_step(engine, loss_fn, move_batch(batch(0), engine.device), 0.5)
+        seen.append(float(result.scales["logit_scale"]))
+    assert max(seen) == pytest.approx(100.0) and min(seen) >= 1.0
+    assert seen[-1] < 60 and sum(scale > 99 for scale in seen) <= 16, seen
