@@ -67,19 +67,20 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=5)}")
 
 
-def test_ctrl_c_saves_the_step_and_exits_with_0(long_run, tmp_path):
-    """SIGINT to the whole process group, loader workers included, as a terminal sends it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run, tmp_path, number):
+    """To loader workers too, as a terminal sends Ctrl-C and a scheduler SIGTERM. A worker that died of it would take the run along."""
     process = subprocess.Popen(
         [sys.executable, "-m", *long_run(tmp_path)], env=clean_environment(), start_new_session=True, stderr=subprocess.PIPE
     )
     wait_for_step(tmp_path, 3, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said.decode()[-2000:]
     step = max(losses(tmp_path))
     assert newest(tmp_path / "checkpoints").name == f"step-{step:08d}"
-    assert f"stopped by SIGINT after step {step}, saved as " in (tmp_path / "log.txt").read_text()
-    assert b"SIGINT: finishing the step and saving" in said
+    assert f"stopped by {number.name} after step {step}, saved as " in (tmp_path / "log.txt").read_text()
+    assert f"{number.name}: finishing the step and saving" in said.decode()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -204,15 +205,15 @@ def test_what_is_a_spike_and_what_is_noise():
 
 def test_silence_is_broken_with_what_is_waited_for():
     said = []
-    with Watchdog(3, said.append, lambda seconds: [f"worker 1 silent for over {seconds} s"], quiet_seconds=0.2) as watchdog:
+    with Watchdog(3, said.append, lambda seconds: [f"worker 1 silent for over {seconds} s"], quiet_seconds=0.5) as watchdog:
         for _ in range(6):
             watchdog.now("in step 7")
             time.sleep(0.1)
         assert not said
         watchdog.now("waiting for data")
-        time.sleep(0.9)
-    assert said[0].startswith("rank 3 has been waiting for data for") and "worker 1 silent for over 0.2 s" in said[0]
-    assert len(said) == 2  # after each doubling, not for ever
+        time.sleep(2.3)
+    assert said[0].startswith("rank 3 has been waiting for data for") and "worker 1 silent for over 0.5 s" in said[0]
+    assert 2 <= len(said) <= 4  # after each doubling, not at every look
 
 
 def test_a_crash_keeps_its_traceback_in_the_log(tmp_path, monkeypatch):
