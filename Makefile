@@ -10,7 +10,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,log,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,log,recaption,ray,dev]"
 	touch $@
 
 demo: install

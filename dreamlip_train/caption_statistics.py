@@ -124,7 +124,7 @@ def format_summary(title: str, manifest: Mapping[str, Any]) -> str:
             parts.append(f"{described['tokens_mean']:>6.1f} tokens each, {described['sentence_tokens_mean']:.1f} a sentence")
         lines.append(f"  {source:<18} {', '.join(parts)}")
     for reason, entry in manifest["bad"].items():
-        lines.append(f"  {entry['count']:>9} x {reason}, such as {entry['examples'][0]}")
+        lines.append(f"  {entry['count']:>9} x {reason}, such as {'; '.join(entry['examples'][:3])}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``dreamlip-train prepare | train | eval | plot | doctor``. Heavy packages are imported by the command that needs them."""
+"""The command line: ``dreamlip-train prepare | recaption | train | eval | plot | doctor``. Heavy packages are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dreamlip_train import cli_prepare
 from dreamlip_train.config import Config
 from dreamlip_train.config_file import read_config
 from dreamlip_train.recipes import RECIPES
@@ -258,76 +259,51 @@ def _distinct(runs: tuple[str, ...]) -> list[str]:
 
 
 @dataclass
-class ScenesOptions:
-    """Render the built-in demo world: pictures, masks and DreamLIP's caption columns."""
+class RecaptionOptions:
+    """Write new long and short captions with a multimodal model. Started again, or on several machines at once, it shares the shards and goes on."""
 
+    shards: tyro.conf.Positional[str]
+    """Image shards: a folder, glob or brace pattern. They are only read."""
     output: str
-    """Folder for train/ and val/, each with images/, masks/ and captions.csv."""
-    num_train: int = 6000
-    """Training scenes."""
-    num_val: int = 200
-    """Held-out scenes."""
-    seed: int = 0
-    """Another seed, another world."""
+    """Folder for the new shards, which keep their names."""
+    model: str
+    """A Hugging Face image-text-to-text model (a folder or a name), or with --endpoint the name under which the server serves one."""
+    name: str = "LLA"
+    """Captions go to the columns short{name}_captions and long{name}_captions: IB, SV, LLA, or your own."""
+    endpoint: str = ""
+    """Base URL of an OpenAI-compatible server, such as vLLM's http://host:8000/v1; empty runs the model here. OPENAI_API_KEY is its key."""
+    long_prompt: str = "Describe the image in detail."
+    """Asks for the long caption; empty leaves it out."""
+    short_prompt: str = "Describe the image in one sentence."
+    """Asks for the short caption; empty leaves it out."""
+    max_tokens: int = 256
+    """Length of a long caption; a short one gets a quarter of it."""
+    batch_size: int = 16
+    """Images a forward pass, or requests under way at once."""
+    timeout: float = 120.0
+    """Seconds a request may take."""
+    retries: int = 5
+    """Further attempts at an image, the pauses doubling from one second."""
+    max_bad_fraction: float = 0.05
+    """Stop when more than this fraction of the images could not be captioned."""
+    stale_minutes: float = 30.0
+    """A shard whose worker has not been heard of for so long is taken over."""
+    ray: str = ""
+    """Run on the Ray cluster at this address ("auto": this machine's); all nodes must see the same files."""
 
 
-def _prepare_scenes(arguments: list[str], program: str) -> None:
-    """Render the built-in demo world: --output DIR"""
-    options = tyro.cli(ScenesOptions, args=arguments, prog=program)
-    from dreamlip_train.scenes import prepare_scenes
+def _recaption(arguments: list[str], program: str) -> None:
+    """New captions from a multimodal model: PATTERN --output DIR --model MODEL [--endpoint URL]"""
+    options = tyro.cli(RecaptionOptions, args=arguments, prog=program)
+    from dreamlip_train.recaption import format_counts, recaption_shards
 
-    prepare_scenes(options.output, options.num_train, options.num_val, options.seed)
-
-
-@dataclass
-class FolderOptions:
-    """Turn a caption table and a folder of images into shards and a manifest.json. A killed run goes on where it stopped."""
-
-    captions: str
-    """CSV, TSV or parquet with "Image Path" and DreamLIP's caption columns."""
-    images: str
-    """Folder of images, searched in depth."""
-    output: str
-    """Folder for the shards."""
-    masks: str | None = None
-    """Folder of label maps STEM.png: value j is the region that sentence j of each long caption describes."""
-    shard_size: int = 1000
-    """Rows a shard."""
-
-
-def _prepare_folder(arguments: list[str], program: str) -> None:
-    """A caption table and a folder of images into shards: --captions FILE --images DIR --output DIR"""
-    options = tyro.cli(FolderOptions, args=arguments, prog=program)
-    from dreamlip_train.model import count_tokens
-    from dreamlip_train.prepare import prepare_folder
-
-    prepare_folder(
-        options.captions, options.images, options.output, masks=options.masks, shard_size=options.shard_size, count_tokens=count_tokens
-    )
-
-
-@dataclass
-class ValidateOptions:
-    """Check existing shards and index them in manifest.json; the shards are not touched."""
-
-    pattern: tyro.conf.Positional[str]
-    """Shards: a folder, a glob or a brace pattern."""
-    allow_pipe: bool = False
-    """Permit "pipe:" URLs, which run shell commands."""
-
-
-def _prepare_validate(arguments: list[str], program: str) -> None:
-    """Check and index existing shards (img2dataset, FLAIR, open_clip): PATTERN"""
-    options = tyro.cli(ValidateOptions, args=arguments, prog=program)
-    from dreamlip_train.caption_statistics import format_summary
-    from dreamlip_train.model import count_tokens
-    from dreamlip_train.shard_check import validate_shards
-
-    print(format_summary(options.pattern, validate_shards(options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe)))
+    given = dataclasses.asdict(options)
+    print(format_counts(recaption_shards(given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given)))
 
 
 COMMANDS: dict[str, Any] = {
-    "prepare": {"scenes": _prepare_scenes, "folder": _prepare_folder, "validate": _prepare_validate},
+    "prepare": cli_prepare.COMMANDS,
+    "recaption": _recaption,
     "train": _train,
     "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize},
     "plot": _plot,

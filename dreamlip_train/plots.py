@@ -25,7 +25,7 @@ from dreamlip_train.evaluate import encode_batch, eval_mode, sub_caption_weights
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = ("#2563eb", "#e8590c", "#0f9d76", "#c2255c", "#7048e8")
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -67,7 +67,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     series = {name: _series(rows, name) for _, names, _ in panels for name in names}
     panels = [panel for panel in panels if any(series[name] for name in panel[1])]
     columns = min(3, len(panels))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         shape = (-(-len(panels) // columns), columns)
         figure, axes = plt.subplots(*shape, figsize=(4.0 * shape[1], 2.7 * shape[0]), squeeze=False, layout="constrained")
         for axis in axes.flat[len(panels) :]:
@@ -114,7 +114,7 @@ def plot_runs(metrics: dict[str, Path], png: str | Path) -> None:
     )
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(4.0 * columns, 2.7 * rows), squeeze=False, layout="constrained")
         for axis in axes.flat[len(panels) :]:
             axis.remove()
@@ -208,7 +208,7 @@ def plot_grouping(
                 "plot_grouping: the model gives no patch features, so nothing is selected; train with loss.grouping_weight > 0"
             )
         weights_KP = [weights.cpu() for weights in sub_caption_weights(patch_nPD, text_KD, threshold, normalization)]
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
+    with plt.rc_context(STYLE | {"axes.grid": False}):
         figure = _draw_rows(shown, weights_KP, model.grid)
         figure.savefig(png, dpi=150, facecolor="white")
         plt.close(figure)

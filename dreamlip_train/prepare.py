@@ -8,7 +8,6 @@ was killed goes on with the shards that are missing, and the result is the same.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -25,6 +24,7 @@ from dreamlip_train.captions import caption_pool
 from dreamlip_train.images import ImageError, decode_image
 from dreamlip_train.processes import map_bounded
 from dreamlip_train.progress import Progress
+from dreamlip_train.shard_writer import add_member
 from dreamlip_train.shards import IMAGE_EXTENSIONS, MANIFEST
 
 STATE = ".prepare"
@@ -196,19 +196,13 @@ class _ShardWriter:
             return counts.add_bad("damaged image", name, f"{path}: {error}")
         key = f"{number - 1:09d}"
         stem, extension = path.rsplit(".", 1)
-        _add_member(tar, f"{key}.{extension.lower()}", data)
-        _add_member(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
+        add_member(tar, f"{key}.{extension.lower()}", data)
+        add_member(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
         mask = self._mask(PurePosixPath(stem).name)
         if mask is not None:
-            _add_member(tar, f"{key}.mask.png", mask)
+            add_member(tar, f"{key}.mask.png", mask)
         counts.add_sample(row, self.count_tokens, mask is not None)
 
     def _mask(self, stem: str) -> bytes | None:
         path = None if self.masks is None else self.masks / f"{stem}.png"
         return path.read_bytes() if path is not None and path.is_file() else None
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # no time stamp, no owner: the same input gives the same bytes
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))

@@ -1,71 +1,96 @@
-"""``prepare validate``: reads existing shards whole, says what a trainer would trip over, and indexes them in manifest.json."""
+"""``prepare validate``: reads existing shards whole, says what a trainer would trip over, indexes them in manifest.json, and writes repaired copies."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+import os
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns, write_json
-from dreamlip_train.captions import caption_pool
+from dreamlip_train.captions import CAPTION_COLUMNS, caption_pool, split_sub_captions
 from dreamlip_train.images import ImageError, decode_image
 from dreamlip_train.processes import map_bounded
 from dreamlip_train.progress import Progress
+from dreamlip_train.shard_writer import ShardWriter
 from dreamlip_train.shards import MANIFEST, ShardError, image_of, list_shards, local_folder, read_shard, record_of
 
 
 def validate_shards(
-    pattern: str, *, count_tokens: CountTokens | None = None, allow_pipe: bool = False, index: bool = True
+    pattern: str, *, count_tokens: CountTokens | None = None, allow_pipe: bool = False, index: bool = True, crop: int = 0, fix: str = ""
 ) -> dict[str, Any]:
     """Check every sample of the shards, write a manifest.json into each of their folders (``index``), and return the whole as one manifest.
 
     The shards are not touched. A manifest's "samples" of a shard counts all that have an image, for the trainer to compare with what it
     reads; "captions" describe the usable ones, "bad" names the rest.
 
+    Args:
+        crop: count images whose shorter side is smaller; 0 does not.
+        fix: folder for repaired copies: samples that can't be used and repeated keys left out, empty captions dropped, captions stored as characters put
+            together again.
     Raises:
-        ValueError: the pattern matches nothing, or no sample of the shards is usable.
+        ValueError: the pattern matches nothing, no sample of the shards is usable, or ``fix`` is their own folder.
     """
     shards = list_shards(pattern, allow_pipe=allow_pipe, field="PATTERN")
-    total = Statistics()
+    if fix and any(local_folder(shard) and local_folder(shard).resolve() == Path(fix).resolve() for shard in shards):
+        raise ValueError(f"--fix: {fix!r} is the folder of the shards, which are not to be changed; give another")
+    total, kinds = Statistics(), Counter()
     folders: dict[Path | None, tuple[Statistics, dict[str, Any]]] = defaultdict(lambda: (Statistics(), {}))
     owner: dict[str, str] = {}
+    repeated: set[tuple[str, int]] = set()
     with Progress(f"validate {pattern}") as progress:
-        for done, (shard, entry, state, keys) in enumerate(map_bounded(lambda shard: _check(shard, count_tokens), shards), 1):
+        checked = map_bounded(lambda shard: _check(shard, count_tokens, crop), shards)
+        for done, (shard, entry, state, keys, shard_kinds) in enumerate(checked, 1):
             counts = Statistics(state)
-            for key in keys:
+            kinds.update(shard_kinds)
+            for position, key in enumerate(keys):
                 if key in owner:
                     counts.add_bad("duplicate key", f"{shard}: {key}", f"also in {owner[key]}")
+                    repeated.add((shard, position))
                 owner.setdefault(key, shard)
             total.merge(counts)
             folder_counts, listed = folders[local_folder(shard)]
             folder_counts.merge(counts)
             listed[Path(shard).name] = entry
             progress.update(f"{done} of {len(shards)} shards, {total.samples} samples, {total.bad_count} findings")
+    for column in CAPTION_COLUMNS:
+        if kinds[column, "list"] and kinds[column, "string"]:
+            total.add_bad("lists and strings in one column", column, f"{kinds[column, 'list']} lists, {kinds[column, 'string']} strings")
     for folder, (counts, listed) in folders.items():
         if folder is not None and index:
             write_json(folder / MANIFEST, {"format": 1, **counts.summary(), "shards": listed})
     manifest = {"format": 1, **total.summary(), "shards": {name: entry for _, listed in folders.values() for name, entry in listed.items()}}
     if total.samples == 0:
         raise ValueError(f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}")
+    if fix:
+        Path(fix).mkdir(parents=True, exist_ok=True)
+        for _ in map_bounded(lambda shard: _fix(shard, Path(fix), repeated), shards):
+            pass
+        validate_shards(fix, count_tokens=count_tokens)
     return manifest
 
 
-def _check(shard: str, count_tokens: CountTokens | None) -> tuple[str, dict[str, int], dict[str, Any], list[str]]:
-    """(shard, its manifest entry, counts, keys)."""
-    counts, keys, with_image, size = Statistics(), [], 0, 0
+def _check(
+    shard: str, count_tokens: CountTokens | None, crop: int
+) -> tuple[str, dict[str, int], dict[str, Any], list[str], Counter[tuple[str, str]]]:
+    """(shard, its manifest entry, counts, keys, how often each column holds a list and a string)."""
+    counts, keys, kinds, with_image, size = Statistics(), [], Counter(), 0, 0
     try:
         for sample in read_shard(shard):
             keys.append(sample["key"])
             with_image += image_of(sample) is not None
             size += sum(len(value) for value in sample.values() if isinstance(value, bytes))
-            _check_sample(shard, sample, counts, count_tokens)
+            _check_sample(shard, sample, counts, kinds, count_tokens, crop)
     except ShardError as error:
         counts.add_bad("shard could not be read to its end", shard, f"after {len(keys)} samples: {error}")
     entry = {"samples": with_image, "bytes": Path(shard).stat().st_size if local_folder(shard) else size}
-    return shard, entry, counts.state, keys
+    return shard, entry, counts.state, keys, kinds
 
 
-def _check_sample(shard: str, sample: dict[str, Any], counts: Statistics, count_tokens: CountTokens | None) -> None:
+def _check_sample(
+    shard: str, sample: dict[str, Any], counts: Statistics, kinds: Counter[tuple[str, str]], count_tokens: CountTokens | None, crop: int
+) -> None:
     name = f"{shard}: {sample['key']}"
     image = image_of(sample)
     if image is None:
@@ -76,10 +101,48 @@ def _check_sample(shard: str, sample: dict[str, Any], counts: Statistics, count_
         return counts.add_bad("unreadable captions", name, str(error))
     for column in character_split_columns(record):
         counts.add_bad("caption stored as characters", name, column)
+    for column in CAPTION_COLUMNS:
+        if column in record and column not in character_split_columns(record):
+            if split_sub_captions(record[column]):
+                kinds[column, "list" if isinstance(record[column], list) else "string"] += 1
+            else:
+                counts.add_bad(f"empty {column}", name, repr(record[column])[:40])
     if not caption_pool(record):
         return counts.add_bad("no captions", name)
     try:
-        decode_image(image)
+        height, width = decode_image(image).shape[-2:]
     except ImageError as error:
         return counts.add_bad("damaged image", name, str(error))
+    if min(height, width) < crop:
+        counts.add_bad(f"image smaller than {crop} pixels", name, f"{width} x {height}")
     counts.add_sample(record, count_tokens, "mask.png" in sample)
+
+
+def _fix(shard: str, folder: Path, repeated: set[tuple[str, int]]) -> None:
+    """The shard's repaired copy, without the samples at the ``repeated`` positions."""
+    with ShardWriter(folder / os.path.basename(shard)) as writer:
+        try:
+            for position, sample in enumerate(read_shard(shard)):
+                fixed = None if (shard, position) in repeated else _fixed(sample)
+                if fixed is not None:
+                    writer.add(fixed)
+        except ShardError:
+            pass  # what comes after the damage is lost; the findings say so
+
+
+def _fixed(sample: dict[str, Any]) -> dict[str, Any] | None:
+    """The sample with its captions repaired, or None if it can't be used."""
+    image = image_of(sample)
+    try:
+        record = record_of(sample)
+        if image is None:
+            return None
+        decode_image(image)
+    except (ValueError, RecursionError):  # an ImageError is a ValueError
+        return None
+    split = character_split_columns(record)
+    record |= {column: "".join(record[column]) for column in split}
+    record = {name: value for name, value in record.items() if name not in CAPTION_COLUMNS or split_sub_captions(value)}
+    if not caption_pool(record):
+        return None
+    return {**sample, "json": json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")}

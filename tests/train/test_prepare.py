@@ -189,10 +189,10 @@ def test_another_job_does_not_touch_what_is_there(tmp_path, images):
 
 BAD_INPUT = {
     "columns": (lambda d: table(d, [{"url": "x"}], header=["url", "text"]), "needs the column 'Image Path' and at least one of raw.* it has 'url', 'text'"),
-    "delimiter": (lambda d: (d / "c.csv").write_text("Image Path;raw_caption\n0.jpg;a\n") and d / "c.csv", "needs the column"),
+    "delimiter": (lambda d: (d / "c.csv").write_text("Image Path;raw_caption\n0.jpg;a\n") and d / "c.csv", "read as separated by .,., but its header"),
     "empty": (lambda d: (d / "c.csv").write_text("") or d / "c.csv", "is empty"),
     "missing": (lambda d: d / "none.csv", "--captions: no file"),
-    "format": (lambda d: (d / "c.xls").write_text("x") and d / "c.xls", "neither .csv, .tsv nor .parquet"),
+    "format": (lambda d: (d / "c.xls").write_text("x") and d / "c.xls", "is none of .csv, .tsv, .parquet, .json, .jsonl"),
     "not parquet": (lambda d: (d / "c.parquet").write_text("x") and d / "c.parquet", "not a readable parquet"),
     "no row": (lambda d: table(d, []), "gave a sample: it has no rows"),
     "no usable row": (lambda d: table(d, [row("missing.jpg")]), "1 x image not found, such as row 1"),

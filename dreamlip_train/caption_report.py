@@ -1,0 +1,139 @@
+"""``prepare stats``: how many sub-captions and tokens a caption has, by source, as a table and a picture, and the text lengths worth a bucket."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from dreamlip_train.caption_statistics import CountTokens
+from dreamlip_train.captions import CAPTION_COLUMNS, Splitter, caption_pool
+from dreamlip_train.processes import map_bounded
+from dreamlip_train.progress import Progress
+from dreamlip_train.shards import ShardError, list_shards, read_shard, record_of
+
+_PERCENTILES = (50, 90, 95, 99)
+_KINDS = ("sub_captions", "tokens", "sub_caption_tokens")
+Histograms = dict[str, dict[str, Counter[int]]]
+
+
+def caption_histograms(pattern: str, count_tokens: CountTokens, *, max_shards: int = 0, splitter: Splitter = "sentence") -> Histograms:
+    """{source: {"sub_captions": how many a caption has, "tokens": of the whole caption, "sub_caption_tokens"}}, each a Counter.
+
+    Raises:
+        ValueError: no shard matches, or none has a caption.
+    """
+    shards = list_shards(pattern, field="PATTERN")
+    if max_shards and max_shards < len(shards):
+        shards = [shards[i * len(shards) // max_shards] for i in range(max_shards)]
+    total: Histograms = {}
+    with Progress(f"stats {pattern}") as progress:
+        for done, found in enumerate(map_bounded(lambda shard: _of_shard(shard, count_tokens, splitter), shards), 1):
+            for source, kinds in found.items():
+                own = total.setdefault(source, {kind: Counter() for kind in _KINDS})
+                for kind, histogram in kinds.items():
+                    own[kind].update(histogram)
+            progress.update(f"{done} of {len(shards)} shards")
+    if not total:
+        raise ValueError(f"PATTERN: no sample of {pattern!r} has a caption in {', '.join(CAPTION_COLUMNS)}")
+    order = [*CAPTION_COLUMNS, *sorted(total)]
+    return dict(sorted(total.items(), key=lambda item: order.index(item[0])))
+
+
+def _of_shard(shard: str, count_tokens: CountTokens, splitter: Splitter) -> Histograms:
+    found: Histograms = {}
+    try:
+        for sample in read_shard(shard):
+            try:
+                record = record_of(sample)
+            except (ValueError, RecursionError):
+                continue
+            for source in (name for name in record if name in CAPTION_COLUMNS or name.endswith("_captions")):
+                pieces = [piece.text for piece in caption_pool(record, [source], splitter)]
+                if not pieces:
+                    continue
+                kinds = found.setdefault(source, {kind: Counter() for kind in _KINDS})
+                lengths = [count_tokens(piece) for piece in pieces]
+                kinds["sub_captions"][len(pieces)] += 1
+                kinds["tokens"][sum(length - 2 for length in lengths) + 2] += 1
+                kinds["sub_caption_tokens"].update(lengths)
+    except ShardError:
+        pass  # `prepare validate` reports it
+    return found
+
+
+def percentile(histogram: Counter[int], percent: float) -> int:
+    """The smallest value that at least ``percent`` of the counted do not exceed."""
+    needed, passed = histogram.total() * percent / 100, 0
+    for value in sorted(histogram):
+        passed += histogram[value]
+        if passed >= needed:
+            return value
+    return 0
+
+
+def mean(histogram: Counter[int]) -> float:
+    """The counted values' mean."""
+    return sum(value * count for value, count in histogram.items()) / histogram.total()
+
+
+def crop_buckets(histograms: Histograms, context: int = 77) -> list[int]:
+    """Text lengths, multiples of 8 up to the context, that hold about a quarter, half, three quarters, 95 % and all of the sub-captions."""
+    everything: Counter[int] = sum((kinds["sub_caption_tokens"] for kinds in histograms.values()), Counter())
+    edges = {min(context, -(-percentile(everything, percent) // 8) * 8) for percent in (25, 50, 75, 95)}
+    return sorted(edges | {context})
+
+
+def format_histograms(histograms: Histograms) -> str:
+    """The table, sub-captions and tokens side by side, and the buckets."""
+    head = f"{'source':<20}{'captions':>10}{'sub-captions':>14}{'tokens':>9}{'tokens of a sub-caption: mean':>31}"
+    head += "".join(f"{f'p{p}':>6}" for p in _PERCENTILES)
+    lines = [head]
+    for source, kinds in histograms.items():
+        lengths = kinds["sub_caption_tokens"]
+        lines.append(
+            f"{source:<20}{kinds['sub_captions'].total():>10}{mean(kinds['sub_captions']):>14.2f}{mean(kinds['tokens']):>9.1f}{mean(lengths):>31.1f}"
+            + "".join(f"{percentile(lengths, p):>6}" for p in _PERCENTILES)
+        )
+    over = sum(count for kinds in histograms.values() for length, count in kinds["sub_caption_tokens"].items() if length > 77)
+    every = sum(kinds["sub_caption_tokens"].total() for kinds in histograms.values())
+    lines.append(
+        f"text crop buckets: {', '.join(map(str, crop_buckets(histograms)))} tokens; {over / every:.2%} of the sub-captions are over 77 and are cut"
+    )
+    return "\n".join(lines)
+
+
+def plot_histograms(histograms: Histograms, png: str | Path) -> None:
+    """Two panels: the share of captions with each number of sub-captions, and with each number of tokens, one line a source."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from dreamlip_train.plots import COLORS, STYLE
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        for axis, kind, title, width in (
+            (axes[0], "sub_captions", "Sub-captions a caption", 1),
+            (axes[1], "tokens", "Tokens a caption", 8),
+        ):
+            for number, (source, kinds) in enumerate(histograms.items()):
+                points = _shares(kinds[kind], width)
+                style = {"color": COLORS[number % len(COLORS)], "linestyle": "-" if number < len(COLORS) else "--"}
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{source} (mean {mean(kinds[kind]):.1f})", **style)
+            axis.set(title=title, ylabel="% of the captions", xlabel=title.split()[0].lower())
+            axis.set_ylim(bottom=0)
+            axis.legend()
+        figure.savefig(png, dpi=150, facecolor="white")
+        plt.close(figure)
+
+
+def _shares(histogram: Counter[int], width: int) -> list[tuple[float, float]]:
+    """(middle of the bin, percent), from an empty bin before to 99 % of the counted: a few outliers would squeeze the rest."""
+    binned: Counter[int] = Counter()
+    for value, count in histogram.items():
+        binned[value // width] += count
+    last = percentile(histogram, 99) // width
+    return [
+        ((b + (0.5 if width > 1 else 0)) * width, 100 * binned[b] / histogram.total()) for b in range(max(0, min(binned) - 1), last + 2)
+    ]

@@ -1,0 +1,74 @@
+"""Files that say who works on what, so that processes on any machines of a shared file system divide the work without talking to each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+
+class Claims:
+    """Claims in ``folder`` in the name of ``owner`` (this process by default). One that has not been renewed for ``stale_seconds`` is anybody's."""
+
+    def __init__(self, folder: Path, stale_seconds: float, owner: str = "") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.stale_seconds = folder, stale_seconds
+        self.host = socket.gethostname()
+        self.owner = owner or f"{self.host}:{os.getpid()}"
+
+    def take(self, name: str) -> bool:
+        """Whether the claim on ``name`` is ours now."""
+        path = self._path(name)
+        for _ in range(2):
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                if not self._is_free(path):
+                    return False
+                # Several may find it free; the rename succeeds for one.
+                aside = path.with_name(f"{path.name}.{self.host}.{os.getpid()}.{time.monotonic_ns()}")
+                try:
+                    os.rename(path, aside)
+                except FileNotFoundError:
+                    return False
+                aside.unlink()
+                continue
+            with os.fdopen(handle, "w") as file:
+                json.dump({"owner": self.owner}, file)
+            return True
+        return False
+
+    def _is_free(self, path: Path) -> bool:
+        try:
+            age = time.time() - path.stat().st_mtime
+            owner = json.loads(path.read_text())["owner"]
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError):  # its owner is just writing it, or died doing so
+            owner, age = "", time.time() - path.stat().st_mtime
+        host, _, process = owner.rpartition(":")
+        ended = host == self.host and process.isdigit() and not _is_alive(int(process))
+        return owner == self.owner or ended or age > self.stale_seconds
+
+    def renew(self, name: str) -> None:
+        """Say that the work on ``name`` goes on."""
+        os.utime(self._path(name))
+
+    def release(self, name: str) -> None:
+        """Give the claim up."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.claim"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

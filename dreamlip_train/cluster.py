@@ -1,0 +1,77 @@
+"""The same map on one machine's processes or on a Ray cluster: an item is a task, and what it has done is marked by the files it leaves."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from dreamlip_train.processes import map_bounded
+
+_WAITING_PER_CPU = 4
+
+
+def map_tasks(
+    function: Callable[[Any], Any], items: Iterable[Any], *, ray_address: str = "", processes: int = 0, gpus_if_any: int = 0
+) -> Iterator[Any]:
+    """``map(function, items)``: on forked processes in order, or with ``ray_address`` on that cluster in the order in which tasks end.
+
+    On Ray a task whose worker dies is run again, up to 5 times, on any node: ``function`` must bear that, and its files must lie on storage that all
+    nodes share.
+
+    Args:
+        ray_address: of a running cluster ("auto" finds the one of this machine); needs the ``ray`` extra.
+        gpus_if_any: GPUs a task takes on a cluster that has some.
+    Raises:
+        ValueError: ray is not installed, or there is no cluster at that address.
+    """
+    if not ray_address:
+        yield from map_bounded(function, items, processes)
+        return
+    ray = _connect(ray_address)
+    resources = ray.cluster_resources()
+    task = ray.remote(max_retries=5, num_gpus=gpus_if_any if resources.get("GPU") else 0)(_callable(function))
+    room = _WAITING_PER_CPU * max(1, int(resources.get("CPU", 1)))
+    running: list[Any] = []
+    for item in items:
+        if len(running) >= room:
+            ended, running = ray.wait(running)
+            yield from ray.get(ended)
+        running.append(task.remote(item))
+    while running:
+        ended, running = ray.wait(running)
+        yield from ray.get(ended)
+
+
+def _callable(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A plain function, which alone Ray takes, of any callable."""
+
+    def run(item: Any) -> Any:
+        return function(item)
+
+    return run
+
+
+def _connect(address: str) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            "--ray: ray is not installed; pip install 'dreamlip[ray]', or leave --ray out to use this machine's cores"
+        ) from error
+    if not ray.is_initialized():
+        try:
+            _require_listener(address)
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"--ray: no cluster at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`"
+            ) from error
+    return ray
+
+
+def _require_listener(address: str) -> None:
+    """Raise OSError where nobody listens: ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()
