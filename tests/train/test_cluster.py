@@ -1,0 +1,148 @@
+"""join and recaption on a Ray cluster of two nodes, one of whose workers is killed in the middle."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from chat_server import ChatServer
+from shard_files import jpeg, write_tar
+from tiny import clean_environment
+
+from dreamlip_train.join import join_captions
+from dreamlip_train.recaption import recaption_shards
+from dreamlip_train.shards import read_shard
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The address of a head and a second node, started as on two machines, here both on this one."""
+    temporary = tmp_path_factory.mktemp("r")
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--disable-usage-stats",
+        "--num-cpus",
+        "2",
+        "--object-store-memory",
+        "100000000",
+    ]
+    address = f"127.0.0.1:{free_port()}"
+    environment = clean_environment() | {"RAY_ENABLE_MULTI_TENANCY": "1", "OMP_NUM_THREADS": "1"}
+    head = [
+        "--head",
+        "--port",
+        address.split(":")[1],
+        "--temp-dir",
+        str(temporary),
+        "--include-dashboard",
+        "false",
+        "--node-ip-address",
+        "127.0.0.1",
+    ]
+    nodes = []
+    for words in (head, ["--address", address]):
+        nodes.append(
+            subprocess.Popen(
+                [*command, *words, "--block"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        )
+        deadline = time.time() + 60
+        while words is head and time.time() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(address.split(":")[1]))) == 0:
+                    break
+            time.sleep(0.2)
+    import ray
+
+    os.environ["PYTHONPATH"] = clean_environment()["PYTHONPATH"]
+    ray.init(address=address, log_to_driver=False, configure_logging=False)
+    deadline = time.time() + 60
+    while len(ray.nodes()) < 2 and time.time() < deadline:
+        time.sleep(0.2)
+    assert len(ray.nodes()) == 2 and ray.cluster_resources()["CPU"] == 4
+    yield address
+    ray.shutdown()
+    for node in nodes:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+    for process in psutil.process_iter(["cmdline"]):
+        if str(temporary) in " ".join(process.info["cmdline"] or []):
+            process.kill()
+
+
+def make_shards(folder: Path, shards: int, each: int) -> Path:
+    for shard in range(shards):
+        members = []
+        for i in range(shard * each, (shard + 1) * each):
+            members += [(f"{i:04d}.jpg", jpeg(i)), (f"{i:04d}.json", json.dumps({"url": f"http://a.com/{i}.jpg"}).encode())]
+        write_tar(folder / f"{shard:05d}.tar", members)
+    return folder
+
+
+def records(folder) -> dict[str, dict]:
+    return {sample["key"]: json.loads(sample["json"]) for shard in sorted(Path(folder).glob("*.tar")) for sample in read_shard(str(shard))}
+
+
+def test_join_gives_what_it_gives_without_ray(cluster, tmp_path):
+    shards = make_shards(tmp_path / "in", 6, 5)
+    with (tmp_path / "c.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("Image Path", "longSV_captions"), *((f"http://a.com/{i}.jpg", f"Long {i}. Two.") for i in range(30))])
+    manifests = [
+        join_captions(str(tmp_path / "c.csv"), str(shards), tmp_path / name, ray_address=address)
+        for name, address in (("ray", cluster), ("here", ""))
+    ]
+    assert manifests[0] == manifests[1]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ray").glob("*.tar")} == {
+        path.name: path.read_bytes() for path in (tmp_path / "here").glob("*.tar")
+    }
+
+
+def test_recaption_survives_a_killed_worker(cluster, tmp_path):
+    """The worker that has just written answers is killed; its shard is done by another, which asks for none of them again."""
+    shards = make_shards(tmp_path / "in", 4, 6)
+
+    def slowly(attempt, image):
+        time.sleep(0.2)
+        return "ok"
+
+    killed = []
+
+    def kill_a_worker():
+        journals = tmp_path / "out" / ".recaption"
+        while not killed:
+            time.sleep(0.05)
+            if not any(path.read_text().count("\n") >= 2 for path in journals.glob("*.jsonl")):
+                continue
+            for process in psutil.process_iter(["cmdline"]):
+                if "ray::run" in " ".join(process.info["cmdline"] or []) and any("jsonl" in file.path for file in process.open_files()):
+                    killed.append(process.pid)
+                    process.kill()
+                    return
+
+    with ChatServer(slowly) as server:
+        killer = threading.Thread(target=kill_a_worker, daemon=True)
+        killer.start()
+        counts = recaption_shards(
+            str(shards), tmp_path / "out", model="served", endpoint=server.url, name="X", batch_size=1, timeout=20.0, ray_address=cluster
+        )
+        killer.join(timeout=5)
+    assert killed and counts["shards done"] == 4
+    found = records(tmp_path / "out")
+    assert len(found) == 24 and all("longX_captions" in record for record in found.values())
+    assert counts["kept from before"] >= 2  # the dead worker's
+    assert sum(times - 1 for times in server.asked.values()) <= 2  # at most the two questions that were under way

@@ -1,0 +1,256 @@
+"""recaption: a tiny LLaVA and a real HTTP server, one that fails, stalls and talks nonsense; nothing finished is lost or asked for twice."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from chat_server import ChatServer
+from shard_files import jpeg, write_tar
+from tiny import clean_environment
+from tiny_llava import save_tiny_llava
+
+from dreamlip_train import captioners, cli
+from dreamlip_train.captioners import caption_text
+from dreamlip_train.claims import Claims
+from dreamlip_train.recaption import recaption_shards
+from dreamlip_train.shards import read_shard
+
+PER_SHARD = 8
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    for shard in range(3):
+        members = []
+        for i in range(PER_SHARD * shard, PER_SHARD * (shard + 1)):
+            members += [(f"{i:04d}.jpg", jpeg(i)), (f"{i:04d}.json", json.dumps({"raw_caption": f"raw {i}", "url": f"u{i}"}).encode())]
+        write_tar(tmp_path / "in" / f"{shard:05d}.tar", members)
+    return tmp_path / "in"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(captioners, "_FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> str:
+    return str(save_tiny_llava(tmp_path_factory.mktemp("llava")))
+
+
+def records(folder) -> dict[str, dict]:
+    return {sample["key"]: json.loads(sample["json"]) for shard in sorted(Path(folder).glob("*.tar")) for sample in read_shard(str(shard))}
+
+
+def number(i):
+    return sum(jpeg(i)) % 10007
+
+
+def through(server, shards, output, **changes):
+    settings = {"model": "served", "endpoint": server.url, "batch_size": 4, "timeout": 1.0, "name": "X"} | changes
+    return recaption_shards(str(shards), output, **settings)
+
+
+def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path, shards):
+    before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.glob("*.tar")}
+    with ChatServer() as server:
+        counts = through(server, shards, tmp_path / "out")
+    assert (counts["shards done"], counts["captioned"], counts["failed"]) == (3, 24, 0)
+    found = records(tmp_path / "out")
+    for i in range(24):
+        record = found[f"{i:04d}"]
+        assert (
+            record["longX_captions"] == f"Picture {number(i)}. It has details. And a half sent"
+            and record["shortX_captions"] == f"Picture {number(i)}. Short."
+        )
+        assert (record["raw_caption"], record["url"]) == (f"raw {i}", f"u{i}")
+    assert {body["messages"][0]["content"][1]["text"] for body in server.requests} == {
+        "Describe the image in detail.", "Describe the image in one sentence.",
+    }  # fmt: skip
+    assert {body["model"] for body in server.requests} == {"served"} and {body["max_tokens"] for body in server.requests} == {256, 64}
+    assert before == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.glob("*.tar")}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["samples"] == 24 and {entry["samples"] for entry in manifest["shards"].values()} == {PER_SHARD} and not manifest["bad"]
+
+
+@pytest.mark.parametrize("trouble", ["500", "429", "stall", "garbage"])
+def test_trouble_that_passes_costs_nothing(tmp_path, shards, trouble):
+    with ChatServer(lambda attempt, image: trouble if attempt < 2 and sum(image) % 3 == 0 else "ok") as server:
+        counts = through(server, shards, tmp_path / "out", timeout=0.3 if trouble == "stall" else 10.0)
+    assert (counts["captioned"], counts["failed"]) == (24, 0)
+    assert max(server.asked.values()) == 3
+
+
+def test_a_picture_that_always_fails_is_recorded_and_keeps_its_place(tmp_path, shards):
+    hopeless = {jpeg(3): "garbage", jpeg(12): "400", jpeg(20): "500"}
+    with ChatServer(lambda attempt, image: hopeless.get(image, "ok")) as server:
+        counts = through(server, shards, tmp_path / "out", retries=2, max_bad_fraction=0.5)
+    assert (counts["captioned"], counts["failed"], counts["shards done"]) == (21, 3, 3)
+    found = records(tmp_path / "out")
+    assert len(found) == 24 and [key for key, record in found.items() if "longX_captions" not in record] == ["0003", "0012", "0020"]
+    answers = [json.loads(line) for path in (tmp_path / "out" / ".recaption").glob("*.jsonl") for line in path.read_text().splitlines()]
+    errors = {answer["key"]: answer["error"] for answer in answers if "error" in answer}
+    assert set(errors) == {"0003", "0012", "0020"} and "told to answer 400" in errors["0012"] and "InternalServerError" in errors["0020"]
+    assert server.asked[jpeg(12), "Describe the image in detail."] == 1  # its own fault: not asked again
+    assert server.asked[jpeg(20), "Describe the image in detail."] == 3
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["bad"]["not captioned"]["count"] == 3
+
+
+def test_a_server_that_is_down_stops_the_run_and_no_shard_is_called_done(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr("dreamlip_train.recaption._JUDGED_AFTER", 6)
+    with (
+        ChatServer(lambda attempt, image: "500") as server,
+        pytest.raises(RuntimeError, match=r"--max-bad-fraction: 8 of 8 .*InternalServerError"),
+    ):
+        through(server, shards, tmp_path / "out", retries=1)
+    assert not list((tmp_path / "out").glob("*.tar"))
+    with ChatServer() as server:
+        assert through(server, shards, tmp_path / "out")["captioned"] == 24
+
+
+@pytest.mark.parametrize("status", ["404", "401"])
+def test_a_refusal_is_said_at_once(tmp_path, shards, status):
+    with ChatServer(lambda attempt, image: status) as server, pytest.raises(ValueError, match="--endpoint: .* refuses: .*--model 'served'"):
+        through(server, shards, tmp_path / "out")
+    assert len(server.requests) <= 8
+
+
+def test_a_long_caption_that_the_limit_cut_loses_its_half_sentence(tmp_path, shards):
+    with ChatServer(lambda attempt, image: "cut") as server:
+        through(server, shards, tmp_path / "out")
+    assert records(tmp_path / "out")["0000"]["longX_captions"] == f"Picture {number(0)}. It has details."
+    assert caption_text("half a sent", cut=True) == "half a sent"  # all there is
+
+
+def start(shards, output, server, *extra) -> subprocess.Popen:
+    words = [
+        "recaption",
+        str(shards),
+        "--output",
+        str(output),
+        "--model",
+        "served",
+        "--name",
+        "X",
+        "--endpoint",
+        server.url,
+        "--batch-size",
+        "2",
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dreamlip_train", *words, *extra], env=clean_environment(), stderr=subprocess.PIPE, text=True
+    )
+
+
+def slowly(attempt, image):
+    time.sleep(0.15)
+    return "ok"
+
+
+def answered(output) -> int:
+    return sum(path.read_text().count("\n") for path in (output / ".recaption").glob("*.jsonl")) if output.exists() else 0
+
+
+def test_killed_in_the_middle_no_finished_picture_is_asked_for_again(tmp_path, shards):
+    with ChatServer(slowly) as server:
+        for goal in (5, 13):
+            process = start(shards, tmp_path / "out", server)
+            while answered(tmp_path / "out") < goal and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        finished = answered(tmp_path / "out")
+        asked = server.asked.total()
+        counts = through(server, shards, tmp_path / "out", batch_size=4)
+    assert counts["captioned"] == 24 - finished and server.asked.total() - asked == 2 * (24 - finished)
+    assert len([record for record in records(tmp_path / "out").values() if "longX_captions" in record]) == 24
+
+
+def test_several_processes_share_the_shards_without_overlap(tmp_path, shards):
+    with ChatServer(slowly) as server:
+        processes = [start(shards, tmp_path / "out", server) for _ in range(3)]
+        said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert set(server.asked.values()) == {1} and len(records(tmp_path / "out")) == 24
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 24
+
+
+def test_claims_are_exclusive_and_those_of_the_dead_are_free(tmp_path):
+    ours, theirs = Claims(tmp_path, 60.0, "here:1"), Claims(tmp_path, 60.0, "there:2")
+    assert ours.take("a") and not theirs.take("a")
+    ours.release("a")
+    assert theirs.take("a") and theirs.take("a") and not ours.take("a")  # a task that is run again finds its own claim
+    os.utime(tmp_path / "a.claim", (0, 0))
+    assert ours.take("a")  # stale
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert Claims(tmp_path, 60.0, f"{ours.host}:{ended.pid}").take("b") and theirs.take("b")  # its process is gone
+    winners = []
+    os.utime(tmp_path / "b.claim", (0, 0))
+    rivals = [
+        threading.Thread(target=lambda n=n: winners.append(n) if Claims(tmp_path, 60.0, f"rival{n}:x").take("b") else None)
+        for n in range(8)
+    ]
+    for rival in rivals:
+        rival.start()
+    for rival in rivals:
+        rival.join()
+    assert len(winners) == 1
+
+
+def test_a_local_model_end_to_end(tmp_path, shards, llava):
+    words = ["recaption", str(shards), "--output", str(tmp_path / "out"), "--model", llava, "--name", "LLA", "--max-tokens", "24"]
+    cli.main([*words, "--batch-size", "3", "--max-bad-fraction", "1"])
+    found = records(tmp_path / "out")
+    captioned = [record["longLLA_captions"] for record in found.values() if "longLLA_captions" in record]
+    assert len(found) == 24 and len(captioned) >= 16 and len(set(captioned)) > 8  # what it says depends on the picture
+    alone = captioners.LocalModel(llava, [captioners.Prompt("longLLA_captions", "Describe the image in detail.", 24)])
+    for key in list(found)[:6]:
+        (answer,) = alone.answer([jpeg(int(key))])
+        if "longLLA_captions" in found[key]:
+            assert answer == {"longLLA_captions": found[key]["longLLA_captions"]}  # as in a batch
+
+
+def test_a_damaged_picture_spoils_no_other(llava):
+    model = captioners.LocalModel(llava, [captioners.Prompt("c", "Describe the image in detail.", 24)])
+    whole, damaged, other = model.answer([jpeg(0), b"no picture", jpeg(3)])
+    assert isinstance(damaged, ValueError)
+    assert [whole, other] == model.answer([jpeg(0), jpeg(3)])
+
+
+def test_without_a_chat_template_llava_gets_its_own_form(tmp_path):
+    model = captioners.LocalModel(str(save_tiny_llava(tmp_path, chat_template=False)), [])
+    assert model._question("Describe the image in detail.") == "USER: <image>\nDescribe the image in detail. ASSISTANT:"
+
+
+ERRORS = {
+    "model": ({"model": "/nothing/here"}, "--model: '/nothing/here' is no image-text-to-text model"),
+    "name": ({"name": "a b"}, "--name: got 'a b'"),
+    "prompts": ({"long_prompt": "", "short_prompt": ""}, "both are empty"),
+    "sizes": ({"batch_size": 0}, "too small"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_bad_settings_are_named(tmp_path, shards, error):
+    changes, message = ERRORS[error]
+    with pytest.raises(ValueError, match=message):
+        recaption_shards(str(shards), tmp_path / "out", **({"model": "x"} | changes))
+
+
+def test_other_settings_and_the_input_folder_are_refused(tmp_path, shards):
+    with ChatServer() as server:
+        through(server, shards, tmp_path / "out")
+        with pytest.raises(ValueError, match="--output: .* holds captions of other shards, prompts or another model"):
+            through(server, shards, tmp_path / "out", model="another")
+        with pytest.raises(ValueError, match="--output: .* is the folder of the shards"):
+            through(server, shards, shards)
+        assert through(server, shards, tmp_path / "out") == {"done before": 3}
