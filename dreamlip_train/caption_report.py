@@ -118,6 +118,8 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
             (axes[1], "tokens", "Tokens a caption", 8),
         ):
             for number, (source, kinds) in enumerate(histograms.items()):
+                if kind == "sub_captions" and max(kinds[kind]) == 1 and any(max(other[kind]) > 1 for other in histograms.values()):
+                    continue  # raw and short captions are one each: a line at 1 would dwarf the others
                 points = _shares(kinds[kind], width)
                 style = {"color": COLORS[number % len(COLORS)], "linestyle": "-" if number < len(COLORS) else "--"}
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{source} (mean {mean(kinds[kind]):.1f})", **style)

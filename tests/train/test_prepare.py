@@ -220,7 +220,7 @@ def test_validate_indexes_existing_shards_without_touching_them(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.tar")}
     manifest = validate_shards(str(tmp_path), count_tokens=count_tokens)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.tar")} == before
-    assert manifest["samples"] == 14 and not manifest["bad"]
+    assert manifest["samples"] == 14 and list(manifest["bad"]) == ["lists and strings in one column"]
     assert [entry["samples"] for entry in manifest["shards"].values()] == [6, 4, 4]
     assert manifest["captions"]["longSV_captions"]["samples"] == 10 and manifest["captions"]["raw_caption"]["samples"] == 10
     assert json.loads((tmp_path / "manifest.json").read_text())["samples"] == 14

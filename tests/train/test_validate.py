@@ -1,0 +1,145 @@
+"""prepare validate and stats: findings with examples and an exit code, repaired copies, and the numbers of a user's own captions."""
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+from PIL import Image
+from shard_files import jpeg, sample, write_tar
+
+from dreamlip_train import cli
+from dreamlip_train.caption_report import caption_histograms, crop_buckets, format_histograms, percentile
+from dreamlip_train.shard_check import validate_shards
+from dreamlip_train.shards import read_shard
+
+
+def write(path, samples):
+    """samples: (key, image bytes or None, json content)."""
+    members = []
+    for key, image, record in samples:
+        members += [(f"{key}.jpg", image)] if image is not None else []
+        members.append((f"{key}.json", record if isinstance(record, bytes) else json.dumps(record).encode()))
+    write_tar(path, members)
+
+
+@pytest.fixture
+def dirty(tmp_path):
+    folder = tmp_path / "in"
+    good = {"raw_caption": "a dog", "longSV_captions": "One. Two."}
+    write(
+        folder / "00000.tar",
+        [
+            ("a", jpeg(0, 300), good),
+            ("b", jpeg(1, 300), good | {"longSV_captions": list("It is split.")}),
+            ("c", jpeg(2, 300), good | {"longSV_captions": ["One.", "Two."]}),
+            ("d", jpeg(3, 300), good | {"raw_caption": None, "shortIB_captions": "nan"}),
+            ("e", jpeg(4, 100), good),
+            ("f", b"\xff\xd8 no picture", good),
+        ],
+    )
+    write(
+        folder / "00001.tar",
+        [
+            ("a", jpeg(5, 300), good),  # its key is in the shard before
+            ("g", None, good),
+            ("h", jpeg(6, 300), b'{"raw_caption": '),
+            ("i", jpeg(7, 300), {"url": "no captions"}),
+            ("j", jpeg(8, 300), good),
+            ("k", jpeg(9, 300), good),
+            ("j", jpeg(9, 300), good),
+        ],
+    )
+    return folder
+
+
+EXPECTED = {
+    "caption stored as characters": 1, "lists and strings in one column": 1, "empty raw_caption": 1, "empty shortIB_captions": 1,
+    "image smaller than 224 pixels": 1, "damaged image": 1, "duplicate key": 2, "no image": 1, "unreadable captions": 1, "no captions": 1,
+}  # fmt: skip
+
+
+def test_everything_a_trainer_would_trip_over_is_found(dirty, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", "validate", str(dirty)])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 1
+    manifest = json.loads((dirty / "manifest.json").read_text())
+    for reason, count in EXPECTED.items():
+        assert f"{count} x {reason}" in printed, printed
+    assert "00001.tar: a: also in" in printed and "100 x 100" in printed and "longSV_captions: 1 lists, " in printed
+    assert {name: entry["samples"] for name, entry in manifest["shards"].items()} == {"00000.tar": 6, "00001.tar": 6}
+
+
+def test_three_examples_are_shown(tmp_path, capsys):
+    write(tmp_path / "00000.tar", [(str(i), jpeg(i, 300) if i > 5 else b"x", {"raw_caption": "a"}) for i in range(9)])
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "validate", str(tmp_path)])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "damaged image" in line)
+    assert "6 x damaged image" in line and line.count("00000.tar: ") == 3
+
+
+def test_sound_shards_exit_with_0(tmp_path, capsys):
+    write(tmp_path / "00000.tar", [("a", jpeg(0, 300), {"raw_caption": "a dog"})])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", "validate", str(tmp_path)])
+    assert ended.value.code == 0
+
+
+def test_fix_writes_copies_that_are_sound_and_leaves_the_originals(dirty, tmp_path):
+    before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in dirty.glob("*.tar")}
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "validate", str(dirty), "--fix", str(tmp_path / "out")])
+    assert before == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in dirty.glob("*.tar")}
+    found = {s["key"]: json.loads(s["json"]) for name in sorted(before) for s in read_shard(str(tmp_path / "out" / name))}
+    assert sorted(found) == ["a", "b", "c", "d", "e", "j", "k"]
+    assert found["b"]["longSV_captions"] == "It is split." and found["d"] == {"longSV_captions": "One. Two."}
+    again = validate_shards(str(tmp_path / "out"), index=False)
+    assert set(again["bad"]) == {"lists and strings in one column"}  # both are read: nothing to repair
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 7
+    images = {s["key"]: s["jpg"] for s in read_shard(str(tmp_path / "out" / "00001.tar"))}
+    assert images["j"] == jpeg(8, 300)  # of a key that comes twice, the first stays
+
+
+def test_fix_into_the_same_folder_is_refused(dirty):
+    with pytest.raises(ValueError, match="--fix: .* is the folder of the shards"):
+        validate_shards(str(dirty), fix=str(dirty))
+
+
+def count_tokens(text):
+    return len(text.split()) + 2
+
+
+def test_stats_count_sub_captions_and_tokens_by_source(tmp_path, capsys):
+    for shard in range(3):
+        members = []
+        for i in range(4):
+            long = " ".join(f"This is sentence {j}." for j in range(i + 1))
+            members += sample(f"{shard}{i}", i, raw_caption="a dog", longSV_captions=long, longMine_captions=["one two", "three"])
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
+    found = caption_histograms(str(tmp_path), count_tokens)
+    assert list(found) == ["raw_caption", "longSV_captions", "longMine_captions"]
+    assert found["longSV_captions"]["sub_captions"] == {1: 3, 2: 3, 3: 3, 4: 3}
+    assert found["longSV_captions"]["sub_caption_tokens"] == {6: 30} and found["longSV_captions"]["tokens"] == {6: 3, 10: 3, 14: 3, 18: 3}
+    assert found["longMine_captions"]["sub_caption_tokens"] == {4: 12, 3: 12}
+    one = caption_histograms(str(tmp_path), count_tokens, max_shards=1)
+    assert one["raw_caption"]["sub_captions"].total() == 4
+    cli.main(["prepare", "stats", str(tmp_path), "--output", str(tmp_path / "c.png")])
+    printed = capsys.readouterr().out
+    assert "longSV_captions" in printed and "2.50" in printed and "text crop buckets: 8, 77 tokens" in printed
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_buckets_follow_the_lengths():
+    lengths = Counter({length: 1 for length in range(3, 103)})
+    histograms = {"raw_caption": {"sub_captions": Counter({1: 100}), "tokens": lengths, "sub_caption_tokens": lengths}}
+    assert crop_buckets(histograms) == [32, 56, 77]
+    assert percentile(lengths, 50) == 52 and percentile(lengths, 99) == 101
+    assert "25.00% of the sub-captions are over 77 and are cut" in format_histograms(histograms)
+
+
+def test_stats_without_captions_say_so(tmp_path):
+    write(tmp_path / "00000.tar", [("a", jpeg(0), {"url": "x"})])
+    with pytest.raises(ValueError, match="PATTERN: no sample of .* has a caption"):
+        caption_histograms(str(tmp_path), count_tokens)
