@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -21,24 +23,33 @@ class Claims:
     def take(self, name: str) -> bool:
         """Whether the claim on ``name`` is ours now."""
         path = self._path(name)
-        for _ in range(2):
-            try:
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                if not self._is_free(path):
-                    return False
-                # Several may find it free; the rename succeeds for one.
-                aside = path.with_name(f"{path.name}.{self.host}.{os.getpid()}.{time.monotonic_ns()}")
-                try:
-                    os.rename(path, aside)
-                except FileNotFoundError:
-                    return False
-                aside.unlink()
-                continue
-            with os.fdopen(handle, "w") as file:
-                json.dump({"owner": self.owner}, file)
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return self._is_free(path) and self._take_over(path)
+        with os.fdopen(handle, "w") as file:
+            json.dump({"owner": self.owner}, file)
+        return True
+
+    def _take_over(self, path: Path) -> bool:
+        """Replace a free claim. Several may find it free: they look again one at a time, and the second finds the first one's."""
+        lock = path.with_suffix(".takeover")
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - lock.stat().st_mtime > self.stale_seconds:  # its owner died doing so; the next attempt finds it gone
+                    lock.unlink()
+            return False
+        try:
+            if not self._is_free(path):
+                return False
+            new = path.with_name(f"{path.name}.{self.host}.{os.getpid()}.{threading.get_ident()}")
+            new.write_text(json.dumps({"owner": self.owner}))
+            os.replace(new, path)
             return True
-        return False
+        finally:
+            lock.unlink(missing_ok=True)
 
     def _is_free(self, path: Path) -> bool:
         try:
