@@ -133,6 +133,12 @@ def test_by_key_path_or_any_column(tmp_path, shards, on, column, value):
     assert records(tmp_path / "out")["000000002"]["raw_caption"] == "raw 2"
 
 
+def test_of_a_picture_named_twice_the_first_row_counts(tmp_path, shards):
+    table = write_csv(tmp_path / "c.csv", [(url(1), f"raw {n}", "", "") for n in ("first", "second", "a third")])
+    assert join_captions(str(table), str(shards), tmp_path / "out")["join"]["rows_duplicate"] == 2
+    assert records(tmp_path / "out")["000000001"]["raw_caption"] == "raw first"
+
+
 def test_several_tables_complete_each_other_and_the_first_wins(tmp_path, shards):
     first = write_csv(tmp_path / "a.csv", [(url(1), "raw of a", "Long of a.")], header=(IMAGE_COLUMN, "raw_caption", "longSV_captions"))
     second = write_csv(tmp_path / "b.csv", [(url(1), "raw of b", "Long of b.")], header=(IMAGE_COLUMN, "raw_caption", "longIB_captions"))
