@@ -1,4 +1,4 @@
-"""The command line: ``dreamlip-train prepare | recaption | train | eval | plot | doctor``. Heavy packages are imported by the command that needs them."""
+"""The command line, ``dreamlip-train COMMAND``. Heavy packages are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -301,11 +301,38 @@ def _recaption(arguments: list[str], program: str) -> None:
     print(format_counts(recaption_shards(given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given)))
 
 
+@dataclass
+class ExportOptions:
+    """Write a trained model as open_clip or transformers load it, and compare what they load with the original."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder, a folder checkpoints/step-NNNNNNNN of any ZeRO stage and number of ranks, or an open_clip weights file (with --model)."""
+    output: str
+    """The file (open_clip-file) or new folder to write."""
+    to: Literal["open_clip-file", "open_clip-dir", "hf-dir"] = "open_clip-file"
+    """open_clip weights file; open_clip folder (local-dir:DIR); transformers' CLIPModel folder (LLaVA's vision tower)."""
+    model: str = ""
+    """open_clip model name of a weights file."""
+
+
+def _export(arguments: list[str], program: str) -> None:
+    """A trained model for open_clip, clip_benchmark, SAN, transformers and LLaVA: CHECKPOINT --to FORMAT --output PATH"""
+    options = tyro.cli(ExportOptions, args=arguments, prog=program)
+    from dreamlip_train.export import export_checkpoint
+
+    found = export_checkpoint(options.checkpoint, options.output, options.to, options.model)
+    if found["image"] is None:
+        print(f"wrote {options.output}; not compared, since transformers is not installed")
+    else:
+        print(f"wrote {options.output}; loaded back, image features differ by {found['image']:.1g}, text features by {found['text']:.1g}")
+
+
 COMMANDS: dict[str, Any] = {
     "prepare": cli_prepare.COMMANDS,
     "recaption": _recaption,
     "train": _train,
     "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize},
+    "export": _export,
     "plot": _plot,
     "doctor": _doctor,
 }

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,19 @@ class TrainLoader:
             dataset,
             batch_size=None,
             num_workers=self.data.workers,
-            worker_init_fn=start_worker,
+            worker_init_fn=partial(start_worker, beats=self.heartbeats),
             pin_memory=torch.cuda.is_available(),
             **waits,
         )
+        self.heartbeats.leaving.value = 0
         batches = iter(loader)
-        for _ in range(begun, steps):
-            batch = self._next(batches)
-            self._account(batch.pop("seen"), batch.pop("bad"))
-            yield batch
+        try:
+            for _ in range(begun, steps):
+                batch = self._next(batches)
+                self._account(batch.pop("seen"), batch.pop("bad"))
+                yield batch
+        finally:
+            self.heartbeats.leaving.value = 1
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -133,9 +138,7 @@ class TrainLoader:
                     f"data.stall_seconds: no batch for {self.data.stall_seconds} s: {'; '.join(silent)}. Look at that file and its storage; "
                     "give the same command again to go on from the newest checkpoint"
                 ) from error
-            raise RuntimeError(
-                f"data.workers: {str(error).splitlines()[0].rstrip('. ')}. If the system ran out of memory, lower data.workers or data.shuffle_buffer"
-            ) from error
+            raise worker_error(error) from error
         if "error" in batch:
             raise RuntimeError(batch["error"])
         return batch
@@ -154,6 +157,17 @@ class TrainLoader:
                 f"data.max_bad_fraction: {self.bad.total} of {self.bad.seen} samples could not be used (limit "
                 f"{self.data.max_bad_fraction:.0%}): {self.bad}. Look at them with `dreamlip-train prepare validate`, or raise the limit"
             )
+
+
+def is_worker_error(error: BaseException) -> bool:
+    """Whether torch raised it because a loader worker died; its signal handler does so wherever the process happens to be."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def worker_error(error: BaseException) -> RuntimeError:
+    """The same with what to do about it."""
+    said = str(error).splitlines()[0].rstrip(". ")
+    return RuntimeError(f"data.workers: {said}. If the system ran out of memory, lower data.workers or data.shuffle_buffer")
 
 
 class _MakeReader:

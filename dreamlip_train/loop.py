@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -57,6 +58,11 @@ class Loop:
         self.spiking = False
 
     def run(self) -> bool:
+        """Train to the last step, or to a signal; True when all steps are done. The loader's workers are ended whatever happens."""
+        with contextlib.closing(self._batches()) as batches:
+            return self._steps(batches)
+
+    def _steps(self, batches: Iterator[dict[str, Any]]) -> bool:
         """True when all steps are done, False when a signal ended the run; a checkpoint of that moment is saved in both cases.
 
         Raises:
@@ -65,7 +71,7 @@ class Loop:
         config, progress = self.config, self.progress
         loss_fn = dreamlip_loss(config.loss)
         before, began = progress.seconds, time.perf_counter()
-        for batch in self._batches():
+        for batch in batches:
             lr = learning_rate(progress.step, self.total_steps, config.optim)
             self.watchdog.now(f"in step {progress.step + 1}")
             self.watch.tokens += int((batch["text"] != 0).sum())
@@ -97,14 +103,14 @@ class Loop:
     def _batches(self) -> Iterator[dict[str, Any]]:
         """The batches that are left, epoch after epoch, the time spent waiting for each on the stopwatch."""
         while self.progress.step < self.total_steps:
-            batches = self.loader.epoch(self.progress.epoch, tuple(self.progress.layouts))
-            while self.progress.step < self.total_steps:
-                asked = time.perf_counter()
-                batch = next(batches, None)
-                self.watch.waited += time.perf_counter() - asked
-                if batch is None:
-                    break
-                yield batch
+            with contextlib.closing(self.loader.epoch(self.progress.epoch, tuple(self.progress.layouts))) as batches:
+                while self.progress.step < self.total_steps:
+                    asked = time.perf_counter()
+                    batch = next(batches, None)
+                    self.watch.waited += time.perf_counter() - asked
+                    if batch is None:
+                        break
+                    yield batch
 
     def _agree(self, result: StepResult) -> tuple[float, bool, bool]:
         """(the global loss, whether any rank was asked to stop, whether the clock of rank 0 says to save), alike on every rank."""

@@ -8,12 +8,14 @@ Everything random is a pure function of the seed, the epoch, the stretch and the
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import signal
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class Heartbeats:
     def __init__(self, workers: int) -> None:
         self.names = [multiprocessing.Array("c", _NAME_BYTES, lock=False) for _ in range(workers)]
         self.times = multiprocessing.Array("d", workers, lock=False)  # 0: it waits to be asked for a batch
+        self.leaving = multiprocessing.Value("b", 0, lock=False)  # 1: the training process ends its workers
 
     def beat(self, worker: int, shard: str) -> None:
         """``worker`` reads ``shard`` and got a sample of it now."""
@@ -229,8 +232,17 @@ class ReaderDataset(IterableDataset):
             yield batch
 
 
-def start_worker(worker: int) -> None:
-    """A signal to the process group is for the training process: it finishes its step, saves, and ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+def start_worker(worker: int, beats: Heartbeats) -> None:
+    """A signal to the process group is for the training process: it finishes its step, saves, and ends its workers.
+
+    Its SIGTERM is the end then, also of a worker that sits in a read for ever, which the training process would otherwise wait for when it exits.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if beats.leaving.value:
+            os._exit(0)
+
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from dreamlip_train import checkpoint, resume
 from dreamlip_train.checkpoint_files import read_manifest
 from dreamlip_train.config import Config
 from dreamlip_train.config_file import format_config
-from dreamlip_train.data import TrainLoader, train_loader
+from dreamlip_train.data import TrainLoader, is_worker_error, train_loader, worker_error
 from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.doctor import backends, versions
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed
@@ -94,8 +94,10 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
             log.message(
                 f"stopped by {stop.name or 'a signal to another rank'} after step {progress.step}, saved as {where}; the same command goes on"
             )
-    except BaseException:
+    except BaseException as error:
         log.traceback()
+        if is_worker_error(error):
+            raise worker_error(error) from error
         raise
     finally:
         log.close()

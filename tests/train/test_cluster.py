@@ -1,5 +1,6 @@
 """join and recaption on a Ray cluster of two nodes, one of whose workers is killed in the middle."""
 
+import contextlib
 import csv
 import json
 import os
@@ -126,13 +127,13 @@ def test_recaption_survives_a_killed_worker(cluster, tmp_path):
         journals = tmp_path / "out" / ".recaption"
         while not killed:
             time.sleep(0.05)
-            if not any(path.read_text().count("\n") >= 2 for path in journals.glob("*.jsonl")):
-                continue
-            for process in psutil.process_iter(["cmdline"]):
-                if "ray::run" in " ".join(process.info["cmdline"] or []) and any("jsonl" in file.path for file in process.open_files()):
-                    killed.append(process.pid)
-                    process.kill()
-                    return
+            written = {str(path) for path in journals.glob("*.jsonl") if path.read_text().count("\n") >= 2}
+            for process in psutil.process_iter(["cmdline"]) if written else ():
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "ray::run" in " ".join(process.info["cmdline"] or []) and written & {file.path for file in process.open_files()}:
+                        process.kill()
+                        killed.append(process.pid)
+                        return
 
     with ChatServer(slowly) as server:
         killer = threading.Thread(target=kill_a_worker, daemon=True)

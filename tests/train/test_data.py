@@ -4,7 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
+import time
 
 import pytest
 import torch
@@ -138,16 +138,10 @@ def test_a_stuck_reader_is_named_with_its_shard(tmp_path):
     made = loader(tmp_path, workers=2, stall_seconds=2)
     with pytest.raises(RuntimeError, match=r"data.stall_seconds: no batch for 2 s: worker \d has read nothing from .*00001.tar for \d+ s"):
         list(made.epoch(0))
-
-
-def test_a_worker_that_was_killed_is_an_error_that_says_what_to_do(tmp_path):
-    write_shards(tmp_path, [40, 40])
-    batches = loader(tmp_path, workers=1, batch_size=2).epoch(0)
-    next(batches)
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"data.workers: .*(killed|exited unexpectedly).*lower data.workers or data.shuffle_buffer"):
-        list(batches)
+    deadline = time.time() + 20
+    while multiprocessing.active_children() and time.time() < deadline:
+        time.sleep(0.1)
+    assert not multiprocessing.active_children()  # or the training process would wait for the stuck worker when it exits
 
 
 def test_missing_captions_are_masked_slots_never_repeats(tmp_path):

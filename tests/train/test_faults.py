@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from shard_files import write_shards
 from tiny import batch, clean_environment, tiny_config, tiny_engine
@@ -82,6 +84,19 @@ def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run,
     assert newest(tmp_path / "checkpoints").name == f"step-{step:08d}"
     assert f"stopped by {number.name} after step {step}, saved as " in (tmp_path / "log.txt").read_text()
     assert f"{number.name}: finishing the step and saving" in said.decode()
+
+
+def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(long_run, tmp_path):
+    """As the kernel does when memory runs out. torch's handler raises wherever the training process happens to be."""
+    process = subprocess.Popen([sys.executable, "-m", *long_run(tmp_path)], env=clean_environment(), stderr=subprocess.PIPE)
+    wait_for_step(tmp_path, 3, process)
+    (worker,) = [child for child in psutil.Process(process.pid).children() if "dreamlip_train" in " ".join(child.cmdline())]
+    worker.kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said.decode()[-2000:]
+    assert re.search(rf"data.workers: DataLoader worker .*{worker.pid}.*lower data.workers or data.shuffle_buffer", said.decode()), (
+        said.decode()[-2000:]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -1,0 +1,153 @@
+"""``dreamlip-train export``: a trained model as the tools people use load it, each file loaded back by its consumer and compared before it counts.
+
+open_clip-file  x.pt: {"state_dict"}, tensors only        open_clip.create_model("ViT-B-16", pretrained="x.pt"), SAN, clip_benchmark, DreamLIP's own evaluation
+open_clip-dir   open_clip_config.json + safetensors       open_clip.create_model("local-dir:DIR")
+hf-dir          transformers' CLIPModel, with tokenizer   CLIPModel / CLIPVisionModel.from_pretrained(DIR), LLaVA's vision tower
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from torch import Tensor
+
+from dreamlip_train.checkpoint import load_for_eval
+from dreamlip_train.config import ModelConfig
+from dreamlip_train.hf_clip import clip_config, clip_state_dict, processor_config, write_tokenizer
+from dreamlip_train.model import DreamLIP, open_clip_state_dict
+
+Format = Literal["open_clip-file", "open_clip-dir", "hf-dir"]
+_TOLERANCE = 1e-5
+
+
+def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, model_name: str = "") -> dict[str, Any]:
+    """Write the towers of a run, checkpoint or open_clip file to ``output`` in format ``to``; train-only parameters stay behind.
+
+    Args:
+        checkpoint: as ``load_for_eval``; DeepSpeed checkpoints of any ZeRO stage and number of ranks.
+        output: a file for open_clip-file, else a new or empty folder.
+        model_name: the open_clip name of the model in a weights file.
+    Returns:
+        {"image", "text": the largest difference between features of this model and of the one loaded back, or None where transformers is not installed}.
+    Raises:
+        ValueError: the checkpoint can't be read, ``output`` exists, or the format can't hold this model (the property is named).
+        RuntimeError: what was written does not give the same features when loaded; nothing is left at ``output``.
+    """
+    model, config = load_for_eval(checkpoint, model_name)
+    output = Path(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"--output: {str(output)!r} exists; give a new {'file' if to == 'open_clip-file' else 'folder'}")
+    settings = model_settings(config.model)
+    # A weights file alone does not say what its model is: its consumer must find the name in open_clip's table.
+    if to == "open_clip-file" and open_clip.get_model_config(config.model.name) is None:
+        raise ValueError(
+            f"--to: open_clip has no model called {config.model.name!r}, which a weights file would be loaded as; use open_clip-dir, which brings its config"
+        )
+    writers: dict[str, Callable[[DreamLIP, dict[str, Any], Path], None]] = {
+        "open_clip-file": _write_file,
+        "open_clip-dir": _write_open_clip_dir,
+        "hf-dir": _write_hf_dir,
+    }
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    writers[to](model, settings, partial)
+    try:
+        difference = _difference(model, config.model.name, partial, to)
+        if difference["image"] is not None and not max(difference.values()) <= _TOLERANCE:
+            raise RuntimeError(
+                f"--to {to}: loaded back, features differ by up to {max(difference.values()):.2g}; this is a defect, please report it with the config.toml"
+            )
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True) if partial.is_file() else None
+        raise
+    if output.is_dir():
+        output.rmdir()
+    os.replace(partial, output)
+    return difference
+
+
+def model_settings(model: ModelConfig) -> dict[str, Any]:
+    """open_clip's config of the towers, with the run's context length."""
+    settings = copy.deepcopy(model.config) or open_clip.get_model_config(model.name)
+    settings["text_cfg"]["context_length"] = model.context_length
+    return settings
+
+
+def _write_file(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
+    torch.save({"state_dict": open_clip_state_dict(model)}, path)
+
+
+def _write_open_clip_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    preprocess = {
+        "mean": list(open_clip.OPENAI_DATASET_MEAN),
+        "std": list(open_clip.OPENAI_DATASET_STD),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    _write_json(path / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": preprocess})
+    save_file({name: value.contiguous() for name, value in open_clip_state_dict(model).items()}, path / "open_clip_model.safetensors")
+
+
+def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    config, weights = clip_config(settings), clip_state_dict(open_clip_state_dict(model))
+    path.mkdir()
+    _write_json(path / "config.json", config)
+    _write_json(path / "preprocessor_config.json", processor_config(model.image_size))
+    write_tokenizer(path, model.context_length)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str, float | None]:
+    """How far the features of the written model, as its consumer computes them, are from this one's."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, model.image_size, model.image_size, generator=generator)
+    pixels = (pixels - model.image_mean) / model.image_std
+    tokens = model.tokenize(["a photo of a dog", "two red cars in front of a house"])
+    with torch.inference_mode():
+        ours = torch.nn.functional.normalize(_pooled(model.clip, pixels), dim=-1), model.encode_texts(tokens)
+        theirs = _transformers_features(path, pixels, tokens) if to == "hf-dir" else _open_clip_features(path, name, to, pixels, tokens)
+    if theirs is None:
+        return {"image": None, "text": None}
+    return {kind: float((a - b).abs().max()) for kind, a, b in zip(("image", "text"), ours, theirs, strict=True)}
+
+
+def _pooled(clip: open_clip.CLIP, pixels: Tensor) -> Tensor:
+    found = clip.visual(pixels)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _open_clip_features(path: Path, name: str, to: Format, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    given = {"pretrained": str(path)} if to == "open_clip-file" else {}
+    extra = {"force_context_length": tokens.shape[1]} if to == "open_clip-file" else {}
+    loaded = open_clip.create_model(name if to == "open_clip-file" else f"local-dir:{path}", **given, **extra).eval()
+    return loaded.encode_image(pixels, normalize=True), loaded.encode_text(tokens, normalize=True)
+
+
+def _transformers_features(path: Path, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers import CLIPModel
+
+    loaded = CLIPModel.from_pretrained(path).eval()
+    features = loaded(input_ids=tokens, pixel_values=pixels)
+    return features.image_embeds, features.text_embeds
