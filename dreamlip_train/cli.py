@@ -214,6 +214,45 @@ def _show(report: dict[str, Any]) -> None:
     print(format_report(report))
 
 
+@dataclass
+class SetOptions:
+    """Recall on Flickr30k, COCO or a set in one of their layouts."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder, a folder checkpoints/step-NNNNNNNN, or an open_clip weights file (with --model)."""
+    annotations: str
+    """Karpathy's json, COCO's captions json, or a clip_benchmark webdataset folder."""
+    images: str = ""
+    """Folder of the json's images."""
+    split: str = "test"
+    """Split of a Karpathy json or a clip_benchmark folder."""
+    captions_per_image: int = 5
+    """The first so many captions of each image; 0 takes all."""
+    model: str = ""
+    """open_clip model name of a weights file."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    output: str = ""
+    """Also write the numbers to this JSON file."""
+
+
+def _eval_set(arguments: list[str], program: str) -> None:
+    """Recall on Flickr30k or COCO: CHECKPOINT --annotations FILE --images DIR"""
+    options = tyro.cli(SetOptions, args=arguments, prog=program)
+    import torch
+
+    from dreamlip_train.checkpoint import load_for_eval
+    from dreamlip_train.retrieval_sets import evaluate_set, format_set, read_set
+
+    pictured = read_set(options.annotations, options.images, options.split)
+    model, _ = load_for_eval(options.checkpoint, options.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = evaluate_set(model.to(device), pictured, device, captions_per_image=options.captions_per_image, batch_size=options.batch_size)
+    if options.output:
+        Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(format_set(found))
+
+
 def _doctor(arguments: list[str], program: str) -> None:
     """What this machine can run, and with a PATTERN whether those shards are sound"""
 
@@ -331,7 +370,7 @@ COMMANDS: dict[str, Any] = {
     "prepare": cli_prepare.COMMANDS,
     "recaption": _recaption,
     "train": _train,
-    "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize},
+    "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize, "retrieval-set": _eval_set},
     "export": _export,
     "plot": _plot,
     "doctor": _doctor,

@@ -1,0 +1,170 @@
+"""Flickr30k, COCO and alike: images with several captions each, in the layouts they come in, and the recall of a model on them (the paper's Table 1).
+
+Karpathy's json + image folder      {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}
+COCO's captions json + image folder {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+clip_benchmark's webdataset folder  FOLDER/test/{0.tar, .., nshards.txt}, KEY.jpg + KEY.txt with a caption a line
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamlip_train.evaluate import eval_mode, retrieval, retrieval_chance
+from dreamlip_train.images import ImageError, decode_image, resize_center_crop
+from dreamlip_train.model import DreamLIP
+from dreamlip_train.progress import Progress
+from dreamlip_train.shards import ShardError, image_of, read_shard
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """An image, as a file or as bytes, and its captions."""
+
+    name: str
+    captions: list[str]
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """The image file's bytes."""
+        return self.data if self.data is not None else Path(self.name).read_bytes()
+
+
+def read_set(annotations: str | Path, images: str | Path = "", split: str = "test") -> Iterator[Pictured]:
+    """The images of a retrieval set, with all their captions; the layout is recognised.
+
+    Args:
+        annotations: a json file, or a clip_benchmark folder.
+        images: the folder of the json's images.
+        split: of a Karpathy json or a clip_benchmark folder.
+    Raises:
+        ValueError: no such file, another layout, an unknown split, captions of images that are not listed, or images that are missing (they are named).
+    """
+    path = Path(annotations)
+    if path.is_dir():
+        return _webdataset(path, split)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--annotations: {str(path)!r} can't be read as json: {error}") from error
+    folder = Path(images)
+    if not images or not folder.is_dir():
+        raise ValueError(f"--images: no folder {str(images)!r}; give the folder of the images that {path.name} names")
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        found = _coco(content, folder, path)
+    elif isinstance(content, dict) and content.get("images") and "sentences" in content["images"][0]:
+        found = _karpathy(content, folder, split)
+    else:
+        raise ValueError(
+            f'--annotations: {str(path)!r} is neither Karpathy\'s json ("images" with "sentences") nor COCO\'s ("images" and "annotations")'
+        )
+    missing = [pictured.name for pictured in found if not Path(pictured.name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--images: {len(missing)} of {len(found)} images are not there, such as {missing[0]}; fetch them, since recall over a part is another number"
+        )
+    return iter(found)
+
+
+def _karpathy(content: dict[str, Any], folder: Path, split: str) -> list[Pictured]:
+    splits = sorted({entry["split"] for entry in content["images"]})
+    if split not in splits:
+        raise ValueError(f"--split: got {split!r}; the json has {', '.join(splits)}")
+    found = []
+    for entry in content["images"]:
+        if entry["split"] == split:
+            places = (folder / entry.get("filepath", "") / entry["filename"], folder / entry["filename"])
+            place = next((place for place in places if place.is_file()), places[0])
+            found.append(Pictured(str(place), [sentence["raw"] for sentence in entry["sentences"]]))
+    return found
+
+
+def _coco(content: dict[str, Any], folder: Path, path: Path) -> list[Pictured]:
+    captions = defaultdict(list)
+    for annotation in content["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    orphans = captions.keys() - {entry["id"] for entry in content["images"]}
+    if orphans:
+        raise ValueError(
+            f"--annotations: {str(path)!r} has captions of {len(orphans)} images that it does not list, such as image_id {min(orphans)}"
+        )
+    return [Pictured(str(folder / entry["file_name"]), captions[entry["id"]]) for entry in content["images"] if captions[entry["id"]]]
+
+
+def _webdataset(folder: Path, split: str) -> Iterator[Pictured]:
+    shards = sorted((folder / split).glob("*.tar"), key=lambda shard: (len(shard.name), shard.name))
+    if not shards:
+        raise ValueError(f"--annotations: {str(folder / split)!r} has no .tar files; give clip_benchmark's folder and its --split")
+
+    def read() -> Iterator[Pictured]:
+        for shard in shards:
+            try:
+                for sample in read_shard(str(shard)):
+                    if image_of(sample) is None or "txt" not in sample:
+                        raise ValueError(
+                            f"--annotations: {shard}: {sample['key']} has members {sorted(set(sample) - {'key'})}; it needs an image and a .txt"
+                        )
+                    lines = sample["txt"].decode("utf-8", errors="replace").splitlines()
+                    yield Pictured(f"{shard}: {sample['key']}", [line for line in lines if line.strip()], image_of(sample))
+            except ShardError as error:
+                raise ValueError(f"--annotations: {shard}: {error}; fetch it again") from error
+
+    return read()
+
+
+def evaluate_set(
+    model: DreamLIP, pictured: Iterator[Pictured], device: torch.device | str, *, captions_per_image: int = 5, batch_size: int = 64
+) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 both ways; an image counts when any of its captions is among its k nearest.
+
+    Args:
+        captions_per_image: the first so many captions of each image, as is usual on COCO, where some have six or seven; 0 takes all.
+    Returns:
+        {"t2i", "i2t", "chance", "images", "captions"}, as ``evaluate.retrieval``.
+    Raises:
+        ValueError: an image is damaged, or there is none.
+    """
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    owner: list[int] = []
+    with eval_mode(model), torch.no_grad(), Progress("retrieval") as progress:
+        while batch := list(islice(pictured, batch_size)):
+            captions = [one.captions[: captions_per_image or None] for one in batch]
+            first = sum(map(len, images))
+            owner += [first + row for row, given in enumerate(captions) for _ in given]
+            images.append(model.encode_images(torch.stack([_picture(one, model.image_size) for one in batch]).to(device))[0].float().cpu())
+            tokens = model.tokenize([caption for given in captions for caption in given])
+            texts += [model.encode_texts(part.to(device)).float().cpu() for part in tokens.split(4 * batch_size)]
+            progress.update(f"{first + len(batch)} images, {len(owner)} captions")
+    if not owner:
+        raise ValueError("--annotations: no image with a caption")
+    image_ND, text_MD, owner_M = (part.to(device) for part in (torch.cat(images), torch.cat(texts), torch.tensor(owner)))
+    found = retrieval(image_ND, text_MD, owner_M)
+    return found | {"chance": retrieval_chance(owner_M, len(image_ND)), "images": len(image_ND), "captions": len(text_MD)}
+
+
+def _picture(one: Pictured, size: int) -> Tensor:
+    try:
+        return resize_center_crop(decode_image(one.read()), size)
+    except ImageError as error:
+        raise ValueError(f"--images: {one.name}: {error}; fetch it again") from error
+
+
+def format_set(found: dict[str, Any]) -> str:
+    """The six numbers and chance, as text to read."""
+    lines = [
+        f"{found['images']} images, {found['captions']} captions",
+        f"{'retrieval, % (chance)':<22}" + "".join(f"{name:>16}" for name in ("R@1", "R@5", "R@10")),
+    ]
+    for way, label in (("i2t", "image to text"), ("t2i", "text to image")):
+        cells = [f"{found[way][f'r_at_{k}']:.1f} ({found['chance'][way][f'r_at_{k}']:.1f})" for k in (1, 5, 10)]
+        lines.append(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
