@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,10 +27,16 @@ def map_bounded(function: Callable[[Any], Any], items: Iterable[Any], processes:
             room.acquire()
             yield item
 
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(processes, initializer=_plain_sigterm) as pool:
         for result in pool.imap(_call, paced()):
             room.release()
             yield result
+
+
+def _plain_sigterm() -> None:
+    """The pool ends its processes with SIGTERM. A handler inherited from the parent (Ray installs one) could come too late: Python runs it only after the
+    wait that the process has just begun, and the pool would wait for it for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _call(item: Any) -> Any:

@@ -70,6 +70,7 @@ def cluster(tmp_path_factory):
             time.sleep(0.2)
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     os.environ["PYTHONPATH"] = clean_environment()["PYTHONPATH"]
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     deadline = time.time() + 60
@@ -78,6 +79,7 @@ def cluster(tmp_path_factory):
     assert len(ray.nodes()) == 2 and ray.cluster_resources()["CPU"] == 4
     yield address
     ray.shutdown()
+    signal.signal(signal.SIGTERM, handler)  # ray puts its own in place
     for node in nodes:
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()

@@ -20,7 +20,9 @@ WORDS = "red green blue star moon tree car dog cat house left right above below"
 
 def captions(i):
     """5 captions an image, the third image has 7."""
-    return [f"a {WORDS[(i + 3 * j) % 14]} {WORDS[(5 * i + j) % 14]} near {i} {WORDS[(i * j) % 14]}s and {j}" for j in range(7 if i == 2 else 5)]
+    return [
+        f"a {WORDS[(i + 3 * j) % 14]} {WORDS[(5 * i + j) % 14]} near {i} {WORDS[(i * j) % 14]}s and {j}" for j in range(7 if i == 2 else 5)
+    ]
 
 
 @pytest.fixture

@@ -1,0 +1,24 @@
+"""The pool of processes gives everything in order, and ends also where the parent has a signal handler of its own."""
+
+import subprocess
+import sys
+
+from tiny import clean_environment
+
+from dreamlip_train.processes import map_bounded
+
+PARENT_WITH_A_HANDLER = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray leaves it
+from dreamlip_train.processes import map_bounded
+for _ in range(100):
+    assert list(map_bounded(abs, range(-6, 0), processes=2)) == [6, 5, 4, 3, 2, 1]
+"""
+
+
+def test_results_come_in_order():
+    assert list(map_bounded(lambda n: n * n, iter(range(200)), processes=3)) == [n * n for n in range(200)]
+
+
+def test_an_inherited_signal_handler_does_not_keep_the_pool_from_ending():
+    subprocess.run([sys.executable, "-c", PARENT_WITH_A_HANDLER], env=clean_environment(), check=True, timeout=60)
