@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from dreamlip_train.caption_statistics import CountTokens
+from dreamlip_train.caption_statistics import CountTokens, percentile
 from dreamlip_train.captions import CAPTION_COLUMNS, Splitter, caption_pool
 from dreamlip_train.processes import map_bounded
 from dreamlip_train.progress import Progress
@@ -59,16 +59,6 @@ def _of_shard(shard: str, count_tokens: CountTokens, splitter: Splitter) -> Hist
     except ShardError:
         pass  # `prepare validate` reports it
     return found
-
-
-def percentile(histogram: Counter[int], percent: float) -> int:
-    """The smallest value that at least ``percent`` of the counted do not exceed."""
-    needed, passed = histogram.total() * percent / 100, 0
-    for value in sorted(histogram):
-        passed += histogram[value]
-        if passed >= needed:
-            return value
-    return 0
 
 
 def mean(histogram: Counter[int]) -> float:

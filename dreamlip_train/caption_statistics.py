@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from dreamlip_train.captions import CAPTION_COLUMNS, is_character_split, is_whole, split_sub_captions
@@ -96,11 +93,11 @@ def _describe(histograms: Mapping[str, Counter[int]]) -> dict[str, Any]:
         histogram = histograms[name]
         if histogram:
             described[f"{name}_mean"] = round(sum(n * c for n, c in histogram.items()) / histogram.total(), 2)
-            described |= {f"{name}_p{p}": _percentile(histogram, p) for p in (50, 95)} | {f"{name}_max": max(histogram)}
+            described |= {f"{name}_p{p}": percentile(histogram, p) for p in (50, 95)} | {f"{name}_max": max(histogram)}
     return described
 
 
-def _percentile(histogram: Counter[int], percent: int) -> int:
+def percentile(histogram: Counter[int], percent: float) -> int:
     """The smallest value that at least ``percent`` of the counted do not exceed."""
     needed, passed = histogram.total() * percent / 100, 0
     for value in sorted(histogram):
@@ -126,10 +123,3 @@ def format_summary(title: str, manifest: Mapping[str, Any]) -> str:
     for reason, entry in manifest["bad"].items():
         lines.append(f"  {entry['count']:>9} x {reason}, such as {'; '.join(entry['examples'][:3])}")
     return "\n".join(lines)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 from dreamlip_train.checkpoint import load_for_eval
 from dreamlip_train.config import ModelConfig
 from dreamlip_train.hf_clip import clip_config, clip_state_dict, processor_config, write_tokenizer
+from dreamlip_train.json_file import write_json
 from dreamlip_train.model import DreamLIP, open_clip_state_dict
 
 Format = Literal["open_clip-file", "open_clip-dir", "hf-dir"]
@@ -98,7 +98,7 @@ def _write_open_clip_dir(model: DreamLIP, settings: dict[str, Any], path: Path) 
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    _write_json(path / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": preprocess})
+    write_json(path / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": preprocess})
     save_file({name: value.contiguous() for name, value in open_clip_state_dict(model).items()}, path / "open_clip_model.safetensors")
 
 
@@ -107,14 +107,10 @@ def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None
 
     config, weights = clip_config(settings), clip_state_dict(open_clip_state_dict(model))
     path.mkdir()
-    _write_json(path / "config.json", config)
-    _write_json(path / "preprocessor_config.json", processor_config(model.image_size))
+    write_json(path / "config.json", config)
+    write_json(path / "preprocessor_config.json", processor_config(model.image_size))
     write_tokenizer(path, model.context_length)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str, float | None]:

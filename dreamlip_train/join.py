@@ -19,11 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import Statistics, write_json
+from dreamlip_train.caption_statistics import Statistics
 from dreamlip_train.caption_table import ALIASES, IMAGE_COLUMN, SUFFIXES, read_rows
 from dreamlip_train.captions import CAPTION_COLUMNS
 from dreamlip_train.cluster import map_tasks
 from dreamlip_train.join_shards import index_shard, rewrite_shard
+from dreamlip_train.json_file import write_json
+from dreamlip_train.output_folder import claim_output
 from dreamlip_train.progress import Progress
 from dreamlip_train.shards import MANIFEST, list_shards
 from dreamlip_train.urls import normal_path, normal_url
@@ -108,17 +110,10 @@ def _tables(captions: str) -> list[Path]:
 
 def _claim(output: Path, tables: list[Path], shards: list[str], settings: dict[str, Any]) -> Path:
     """Make the output's state folder, or check that it is of the same join."""
-    state = output / STATE
-    for folder in ("tables", "shards", "written"):
-        (state / folder).mkdir(parents=True, exist_ok=True)
     files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in tables]
-    job = json.loads(json.dumps({"tables": files, "shards": shards, **settings}))
-    known = state / "job.json"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != job:
-        raise ValueError(f"--output: {str(output)!r} holds the join of other tables, shards or settings; give another folder or delete it")
-    if not known.exists() and any(output.glob("*.tar")):
-        raise ValueError(f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder")
-    write_json(known, job)
+    state = claim_output(output, STATE, {"tables": files, "shards": shards, **settings}, "the join of other tables, shards or settings")
+    for folder in ("tables", "shards", "written"):
+        (state / folder).mkdir(exist_ok=True)
     return state
 
 
@@ -143,6 +138,7 @@ def _join(
             progress.update(f"{number} of {len(shards)}")
     report = match(state, memory_limit)
     if report["samples_matched"] == 0:
+        shutil.rmtree(state)  # nothing is worth keeping, and the next attempt, with other settings, may use the folder
         raise ValueError(
             f"--on {on}: none of {report['samples']} samples matches any of {report['rows']} rows. Samples have {report['examples']['samples']}, the "
             f"tables' column {column!r} has {report['examples']['rows']}; choose --on or --table-column so that the two agree"
@@ -231,6 +227,19 @@ def match(state: Path, memory_limit: str = "3GB") -> dict[str, Any]:
 
     spill = state / "spill"
     shutil.rmtree(spill, ignore_errors=True)
+    try:
+        return _match(state, spill, memory_limit)
+    except duckdb.IOException as error:
+        raise OSError(str(error)) from error
+    except (duckdb.OutOfMemoryException, duckdb.ParserException, duckdb.InvalidInputException) as error:
+        raise ValueError(f"--memory-limit: got {memory_limit!r}: {str(error).splitlines()[0]}; give more, such as 3GB") from error
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)
+
+
+def _match(state: Path, spill: Path, memory_limit: str) -> dict[str, Any]:
+    import duckdb
+
     with duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": str(spill), "preserve_insertion_order": False}) as db:
         db.execute(f"CREATE VIEW captions AS SELECT * FROM read_parquet('{_quoted(state / 'tables')}/*.parquet')")
         db.execute(f"CREATE VIEW samples AS SELECT * FROM read_parquet('{_quoted(state / 'shards')}/*.parquet')")
@@ -261,7 +270,6 @@ def match(state: Path, memory_limit: str = "3GB") -> dict[str, Any]:
             },
         }
     report["samples_unmatched"] = report["samples"] - report["samples_matched"]
-    shutil.rmtree(spill, ignore_errors=True)
     os.replace(partial_path, state / "joined.parquet")
     return report
 

@@ -18,10 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns, format_summary, write_json
+from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns, format_summary
 from dreamlip_train.caption_table import IMAGE_COLUMN, read_rows
 from dreamlip_train.captions import caption_pool
 from dreamlip_train.images import ImageError, decode_image
+from dreamlip_train.json_file import write_json
+from dreamlip_train.output_folder import claim_output
 from dreamlip_train.processes import map_bounded
 from dreamlip_train.progress import Progress
 from dreamlip_train.shard_writer import add_member
@@ -82,20 +84,12 @@ def prepare_folder(
 
 def _claim(output: Path, captions: Path, images: Path, masks: str | Path | None, shard_size: int) -> Path:
     """Make the output's state folder, or check that it is of the same job."""
-    state = output / STATE
-    state.mkdir(parents=True, exist_ok=True)
     stat = captions.stat()
     job = {
         "captions": [str(captions.resolve()), stat.st_size, stat.st_mtime_ns], "images": str(images.resolve()),
         "masks": str(Path(masks).resolve()) if masks else None, "shard_size": shard_size,
     }  # fmt: skip
-    known = state / "job.json"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != job:
-        raise ValueError(f"--output: {str(output)!r} holds shards of another table, folder or shard size; give another folder or delete it")
-    if not known.exists() and any(output.glob("*.tar")):
-        raise ValueError(f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder")
-    write_json(known, job)
-    return state
+    return claim_output(output, STATE, job, "shards of another table, folder or shard size")
 
 
 class ImageIndex:

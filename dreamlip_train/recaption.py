@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import Statistics, write_json
+from dreamlip_train.caption_statistics import Statistics
 from dreamlip_train.captioners import Answer, Endpoint, LocalModel, Prompt
 from dreamlip_train.captions import caption_pool
 from dreamlip_train.claims import Claims
 from dreamlip_train.cluster import map_tasks
+from dreamlip_train.json_file import write_json
+from dreamlip_train.output_folder import claim_output
 from dreamlip_train.progress import Progress
 from dreamlip_train.shard_writer import ShardWriter
 from dreamlip_train.shards import MANIFEST, ShardError, image_of, list_shards, read_shard, record_of
@@ -85,10 +87,8 @@ def recaption_shards(
     paths = list_shards(shards, field="SHARDS")
     if any(Path(path).resolve().parent == output.resolve() for path in paths):
         raise ValueError(f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another")
-    _claim_folder(
-        output,
-        {"shards": sorted(os.path.basename(path) for path in paths), "prompts": [vars(prompt) for prompt in prompts], "model": model},
-    )
+    job = {"shards": sorted(os.path.basename(path) for path in paths), "prompts": [vars(prompt) for prompt in prompts], "model": model}
+    claim_output(output, STATE, job, "captions of other shards, prompts or another model")
     owner = f"ray:{ray_address}" if ray_address else ""
     settings = Settings(output, model, endpoint, prompts, batch_size, timeout, retries, max_bad_fraction, stale_minutes, owner)
     total: Counter[str] = Counter()
@@ -113,18 +113,6 @@ def _each(settings: Settings, paths: list[str], ray_address: str) -> Iterator[Co
         yield from map_tasks(_Task(settings), paths, ray_address=ray_address, gpus_if_any=gpus)
     else:
         yield from map(_Task(settings), paths)
-
-
-def _claim_folder(output: Path, job: dict[str, Any]) -> None:
-    known = output / STATE / "job.json"
-    known.parent.mkdir(parents=True, exist_ok=True)
-    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(job)):
-        raise ValueError(
-            f"--output: {str(output)!r} holds captions of other shards, prompts or another model; give another folder or delete it"
-        )
-    if not known.exists() and any(output.glob("*.tar")):
-        raise ValueError(f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder")
-    write_json(known, job)
 
 
 _captioners: dict[Settings, Any] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from dreamlip_train.config import Config
 from dreamlip_train.evaluate import evaluate, format_report
 from dreamlip_train.held_out import val_samples
+from dreamlip_train.json_file import write_json
 from dreamlip_train.model import DreamLIP
 from dreamlip_train.runlog import RunLog
 
@@ -45,10 +44,3 @@ def final_report(
         log.message(format_report(report))
     log.message(f"{facts['steps']} steps in {facts['seconds']:.0f} s; everything is in {run_dir}")
     return summary
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace ``path`` at once, so that a crash leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

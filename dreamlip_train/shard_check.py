@@ -8,9 +8,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns, write_json
+from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.captions import CAPTION_COLUMNS, caption_pool, split_sub_captions
 from dreamlip_train.images import ImageError, decode_image
+from dreamlip_train.json_file import write_json
 from dreamlip_train.processes import map_bounded
 from dreamlip_train.progress import Progress
 from dreamlip_train.shard_writer import ShardWriter

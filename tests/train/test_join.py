@@ -257,6 +257,33 @@ def test_what_can_not_be_joined_is_said(tmp_path, shards, error):
         join_captions(str(table), str(shards), changes.pop("output", tmp_path / "out"), **changes)
 
 
+def test_after_no_match_another_choice_may_use_the_folder(tmp_path, shards):
+    table = write_csv(tmp_path / "c.csv", [(f"{i:09d}", f"raw {i}") for i in range(4)], header=("key", "raw_caption"))
+    with pytest.raises(ValueError, match="--on url: none of"):
+        join_captions(str(table), str(shards), tmp_path / "out", table_column="key")
+    assert join_captions(str(table), str(shards), tmp_path / "out", on="key")["join"]["samples_matched"] == 4
+
+
+@pytest.mark.parametrize("limit", ["nonsense", "1KB"])
+def test_a_memory_limit_that_is_none_or_too_small_is_named(tmp_path, shards, limit):
+    table = write_csv(tmp_path / "c.csv", rows(range(30)))
+    with pytest.raises(ValueError, match=f"--memory-limit: got '{limit}': .*give more, such as 3GB"):
+        join_captions(str(table), str(shards), tmp_path / "out", memory_limit=limit)
+
+
+def test_a_disk_that_fills_up_in_the_join_itself_says_what_to_do(tmp_path, shards):
+    """DuckDB's errors are not OSErrors."""
+    table = write_csv(tmp_path / "c.csv", rows(range(30)))
+    join_captions(str(table), str(shards), tmp_path / "out")
+    for name in ("joined.parquet", "report.json"):
+        (tmp_path / "out" / ".join" / name).unlink()
+    words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
+    code = f"import resource; from dreamlip_train import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); cli.main({words!r})"
+    done = subprocess.run([sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "make room and give the same command again" in done.stderr, done.stderr[-2000:]
+    cli.main(words)
+
+
 def test_another_join_into_the_same_folder_is_refused(tmp_path, shards):
     join_captions(str(write_csv(tmp_path / "c.csv", rows(range(30)))), str(shards), tmp_path / "out")
     with pytest.raises(ValueError, match="--output: .* holds the join of other tables"):

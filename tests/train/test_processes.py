@@ -1,15 +1,18 @@
 """The pool of processes gives everything in order, and ends also where the parent has a signal handler of its own."""
 
+import json
 import subprocess
 import sys
 
 from tiny import clean_environment
 
+from dreamlip_train.json_file import write_json
 from dreamlip_train.processes import map_bounded
 
 PARENT_WITH_A_HANDLER = """
 import signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray leaves it
+from dreamlip_train.json_file import write_json
 from dreamlip_train.processes import map_bounded
 for _ in range(100):
     assert list(map_bounded(abs, range(-6, 0), processes=2)) == [6, 5, 4, 3, 2, 1]
@@ -18,6 +21,17 @@ for _ in range(100):
 
 def test_results_come_in_order():
     assert list(map_bounded(lambda n: n * n, iter(range(200)), processes=3)) == [n * n for n in range(200)]
+
+
+def write_often(path):
+    for _ in range(200):
+        write_json(path, list(range(100)))
+    return True
+
+
+def test_a_json_file_that_several_processes_write_is_whole(tmp_path):
+    assert all(map_bounded(write_often, [tmp_path / "x.json"] * 4, processes=4))
+    assert json.loads((tmp_path / "x.json").read_text()) == list(range(100)) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_inherited_signal_handler_does_not_keep_the_pool_from_ending():

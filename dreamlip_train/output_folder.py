@@ -1,0 +1,30 @@
+"""A folder that belongs to one job: started again the job goes on in it, and another one is refused instead of mixing with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dreamlip_train.json_file import write_json
+
+
+def claim_output(output: Path, state: str, job: dict[str, Any], what: str) -> Path:
+    """Make ``output``/``state``, in which ``job`` is written down, or check that it is of the same job; return it.
+
+    Args:
+        job: the inputs and settings that decide what is written, as json.
+        what: what the folder holds, for the message.
+    Raises:
+        ValueError: the folder is another job's, or has shards of unknown origin.
+    """
+    folder = output / state
+    folder.mkdir(parents=True, exist_ok=True)
+    known, job = folder / "job.json", json.loads(json.dumps(job))
+    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != job:
+        raise ValueError(f"--output: {str(output)!r} holds {what}; give another folder or delete it")
+    if not known.exists() and any(output.glob("*.tar")):
+        raise ValueError(f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder")
+    if not known.exists():
+        write_json(known, job)
+    return folder
