@@ -28,7 +28,7 @@ CAPTION_COLUMNS = (
 )
 """DreamLIP's caption columns, in the order of its CSV files."""
 
-Splitter = Literal["sentence", "official"]
+Splitter = Literal["sentence", "official", "whole"]
 Sampling = Literal["uniform", "raw_first"]
 
 _MISSING = frozenset({"", "nan", "none", "null"})
@@ -78,18 +78,19 @@ def split_sub_captions(text: str | Sequence[str] | float | None, splitter: Split
     Args:
         text: a caption; or a list, which is taken as already split. None, NaN, numbers, blanks and lists of single characters give [].
         splitter: "sentence" ends a piece at a newline, "</s>" or a sentence end, and keeps abbreviations, decimals, ellipses and quotes whole.
-            "official" is ``re.split(r"\\n|</s>|[.]", text)``, stripped, empty pieces dropped.
+            "official" is ``re.split(r"\\n|</s>|[.]", text)``, stripped, empty pieces dropped. "whole" keeps the caption, or a list's joined pieces, as one.
     Raises:
         ValueError: an unknown splitter.
     """
-    if splitter not in ("sentence", "official"):
-        raise ValueError(f'splitter: got {splitter!r}; give "sentence" or "official"')
+    if splitter not in ("sentence", "official", "whole"):
+        raise ValueError(f'splitter: got {splitter!r}; give "sentence", "official" or "whole"')
     if isinstance(text, (list, tuple)):
-        if is_character_split(text):
-            return []
-        return [clean for item in text if (clean := _clean(item))]
+        pieces = [] if is_character_split(text) else [clean for item in text if (clean := _clean(item))]
+        return [" ".join(pieces)] if splitter == "whole" and pieces else pieces
     if not isinstance(text, str) or text.strip().lower() in _MISSING:
         return []
+    if splitter == "whole":
+        return [clean] if (clean := _clean(text)) else []
     if splitter == "official":
         return [piece.strip() for piece in _OFFICIAL.split(text) if piece.strip()]
     return [clean for line in _ALWAYS.split(text) for piece in _split_line(line) if (clean := _clean(piece))]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dreamlip_train import cli_prepare
+from dreamlip_train import cli_eval, cli_prepare
 from dreamlip_train.config import Config
 from dreamlip_train.config_file import read_config
 from dreamlip_train.recipes import RECIPES
@@ -149,110 +149,6 @@ def _read_json(path: str) -> dict[str, Any]:
     return content
 
 
-@dataclass
-class EvalOptions:
-    """Evaluate a checkpoint on held-out shards."""
-
-    checkpoint: tyro.conf.Positional[str]
-    """A run folder, a folder checkpoints/step-NNNNNNNN, or an open_clip weights file (with --model)."""
-    val_shards: str = ""
-    """Held-out shards; empty means those of the run."""
-    source: str = ""
-    """Caption column whose sentences are the queries; empty means the run's data.eval_source."""
-    model: str = ""
-    """open_clip model name of a weights file."""
-    max_samples: int = 0
-    """Evaluate on the first so many samples; 0 means all."""
-    batch_size: int = 64
-    """Images a forward pass."""
-    output: str = ""
-    """Also write the numbers to this JSON file."""
-
-
-def _eval_retrieval(arguments: list[str], program: str) -> None:
-    """Text-to-image and image-to-text R@1/5/10 by long caption and by sentence"""
-    report = _evaluate(arguments, program)
-    report["localization"] = None
-    _show(report)
-
-
-def _eval_localize(arguments: list[str], program: str) -> None:
-    """How well the patches each sub-caption selects agree with the masks"""
-    report = _evaluate(arguments, program)
-    if report["localization"] is None:
-        raise ValueError("--val-shards: no sample has a mask (KEY.mask.png), so there is nothing to compare the selected patches with")
-    _show(report)
-
-
-def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
-    """The report of evaluate() for the checkpoint and shards in ``arguments``, written to --output if given."""
-    options = tyro.cli(EvalOptions, args=arguments, prog=program)
-    import torch
-
-    from dreamlip_train.checkpoint import load_for_eval
-    from dreamlip_train.config import EvalConfig
-    from dreamlip_train.evaluate import evaluate
-
-    model, config = load_for_eval(options.checkpoint, options.model)
-    data = dataclasses.replace(
-        config.data, val_shards=options.val_shards or config.data.val_shards, eval_source=options.source or config.data.eval_source
-    )
-    if not data.val_shards:
-        raise ValueError("--val-shards: the checkpoint's run had none; give held-out shards")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = EvalConfig(batch_size=options.batch_size, max_samples=options.max_samples)
-    selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
-    report = evaluate(model.to(device), data, settings, device, **selection)
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
-
-
-def _show(report: dict[str, Any]) -> None:
-    from dreamlip_train.evaluate import format_report
-
-    print(format_report(report))
-
-
-@dataclass
-class SetOptions:
-    """Recall on Flickr30k, COCO or a set in one of their layouts."""
-
-    checkpoint: tyro.conf.Positional[str]
-    """A run folder, a folder checkpoints/step-NNNNNNNN, or an open_clip weights file (with --model)."""
-    annotations: str
-    """Karpathy's json, COCO's captions json, or a clip_benchmark webdataset folder."""
-    images: str = ""
-    """Folder of the json's images."""
-    split: str = "test"
-    """Split of a Karpathy json or a clip_benchmark folder."""
-    captions_per_image: int = 5
-    """The first so many captions of each image; 0 takes all."""
-    model: str = ""
-    """open_clip model name of a weights file."""
-    batch_size: int = 64
-    """Images a forward pass."""
-    output: str = ""
-    """Also write the numbers to this JSON file."""
-
-
-def _eval_set(arguments: list[str], program: str) -> None:
-    """Recall on Flickr30k or COCO: CHECKPOINT --annotations FILE --images DIR"""
-    options = tyro.cli(SetOptions, args=arguments, prog=program)
-    import torch
-
-    from dreamlip_train.checkpoint import load_for_eval
-    from dreamlip_train.retrieval_sets import evaluate_set, format_set, read_set
-
-    pictured = read_set(options.annotations, options.images, options.split)
-    model, _ = load_for_eval(options.checkpoint, options.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = evaluate_set(model.to(device), pictured, device, captions_per_image=options.captions_per_image, batch_size=options.batch_size)
-    if options.output:
-        Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(format_set(found))
-
-
 def _doctor(arguments: list[str], program: str) -> None:
     """What this machine can run, and with a PATTERN whether those shards are sound"""
 
@@ -366,11 +262,85 @@ def _export(arguments: list[str], program: str) -> None:
         print(f"wrote {options.output}; loaded back, image features differ by {found['image']:.1g}, text features by {found['text']:.1g}")
 
 
+@dataclass
+class ImportOptions:
+    """Weights from elsewhere as an open_clip file for --model.pretrained and eval, checked against the model they are said to be."""
+
+    weights: tyro.conf.Positional[str]
+    """An open_clip weights file (.pt, .safetensors; DreamLIP's published ones are such), an open_clip folder, or a transformers CLIP folder."""
+    output: str
+    """The file to write, or with a folder's own model config, the open_clip folder."""
+    model: str = ""
+    """open_clip model name of a weights file."""
+
+
+def _import(arguments: list[str], program: str) -> None:
+    """open_clip's, DreamLIP's or transformers' weights as a starting point: WEIGHTS --model NAME --output FILE"""
+    options = tyro.cli(ImportOptions, args=arguments, prog=program)
+    from dreamlip_train.import_weights import import_weights
+
+    print(import_weights(options.weights, options.output, options.model))
+
+
+@dataclass
+class AblateOptions:
+    """Train the paper's ablations on the built-in scenes, and write one table and plot. Started again it goes on."""
+
+    output: str
+    """Folder for the data, the runs, and ablation.{json,md,png}."""
+    only: tuple[str, ...] = ()
+    """Variants to run; empty means all."""
+    seeds: int = 3
+    """Seeds of weights and draws."""
+    steps: int = 600
+    """Steps a run."""
+    batch_size: int = 128
+    """Images a step."""
+    num_train: int = 6000
+    """Training scenes."""
+    num_val: int = 400
+    """Held-out scenes."""
+    jobs: int = 1
+    """Runs at a time."""
+
+
+def _ablate(arguments: list[str], program: str) -> None:
+    """The paper's ablations in miniature, on the built-in scenes: --output DIR"""
+    options = tyro.cli(AblateOptions, args=arguments, prog=program)
+    from dreamlip_train.ablate import ablate, format_ablation
+
+    given = dataclasses.asdict(options)
+    print(format_ablation(ablate(given.pop("output"), **given)))
+
+
+@dataclass
+class ReportOptions:
+    """One self-contained HTML page about a run."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    output: str = ""
+    """The page; empty means report.html in the run folder."""
+    examples: int = 6
+    """Retrieval examples of each kind."""
+
+
+def _report(arguments: list[str], program: str) -> None:
+    """A run as one HTML page: curves, tables beside the paper's, grouping maps, retrieval right and wrong: RUN"""
+    options = tyro.cli(ReportOptions, args=arguments, prog=program)
+    from dreamlip_train.html_report import write_report
+
+    print(f"wrote {write_report(options.run, options.output, examples=options.examples)}")
+
+
 COMMANDS: dict[str, Any] = {
     "prepare": cli_prepare.COMMANDS,
     "recaption": _recaption,
     "train": _train,
-    "eval": {"retrieval": _eval_retrieval, "localize": _eval_localize, "retrieval-set": _eval_set},
+    "eval": cli_eval.COMMANDS,
+    "ablate": _ablate,
+    "report": _report,
+    "import": _import,
     "export": _export,
     "plot": _plot,
     "doctor": _doctor,

@@ -29,8 +29,9 @@ class DataConfig:
     """Columns to draw from, such as ("raw_caption", "shortSV_captions", "longSV_captions"); empty means every caption column a sample has."""
     source_weights: dict[str, float] = field(default_factory=dict)
     """Relative weight of each column's sub-captions in the draw; a column not named weighs 1."""
-    splitter: Literal["sentence", "official"] = "sentence"
-    """"sentence" keeps abbreviations and decimals whole; "official" is DreamLIP's re.split on newline, </s> and every full stop."""
+    splitter: Literal["sentence", "official", "whole"] = "sentence"
+    """"sentence" keeps abbreviations and decimals whole; "official" is DreamLIP's re.split on newline, </s> and every full stop; "whole" takes a long caption
+    as one text, cut at the context's end (the paper's "long, direct")."""
     merged_num: int = 1
     """Up to this many consecutive sentences are merged into one sub-caption (1 = single sentences)."""
     crop_scale: tuple[float, float] = (0.9, 1.0)

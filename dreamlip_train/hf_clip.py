@@ -1,4 +1,4 @@
-"""open_clip's CLIP as transformers' CLIPModel: config, weights, tokenizer and image processor. Pure translation; transformers itself is not needed.
+"""open_clip's CLIP as transformers' CLIPModel: config, weights, tokenizer and image processor. And back. Pure translation; transformers itself is not needed.
 
 What differs between the two: query, key and value are separate; projections are transposed; the activation must be said (transformers' default is QuickGELU);
 and transformers pools the class token only.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from torch import Tensor
 
 _START, _END = 49406, 49407
@@ -121,6 +122,79 @@ def _block_weights(prefix: str, name: str, value: Tensor) -> dict[str, Tensor]:
     if stem not in _IN_BLOCK:
         raise ValueError(f"--to hf-dir: transformers' CLIP has no place for {name!r} of a block; use open_clip-dir")
     return {f"{prefix}{_IN_BLOCK[stem]}.{kind}": value}
+
+
+def open_clip_config(config: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's model config for transformers' CLIPConfig, the reverse of ``clip_config``.
+
+    Raises:
+        ValueError: not a CLIP model, or an activation open_clip's CLIP has not.
+    """
+    vision, text = config.get("vision_config"), config.get("text_config")
+    if config.get("model_type") != "clip" or not isinstance(vision, dict) or not isinstance(text, dict):
+        raise ValueError(
+            f"WEIGHTS: config.json is of a {config.get('model_type')!r} model with no two towers; give a transformers CLIPModel folder"
+        )
+    # transformers leaves out what equals its own defaults.
+    vision = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 32} | vision
+    text = {
+        "hidden_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+    } | text
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
+    if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
+        raise ValueError(
+            f"WEIGHTS: the towers' activations are {sorted(activations)}; open_clip's CLIP has one for both, gelu or quick_gelu"
+        )
+    settings: dict[str, Any] = {
+        "embed_dim": config.get("projection_dim", 512),
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "layers": vision["num_hidden_layers"],
+            "width": vision["hidden_size"],
+            "patch_size": vision["patch_size"],
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"],
+            "heads": text["num_attention_heads"],
+            "layers": text["num_hidden_layers"],
+        },
+    }
+    for name, tower, cfg in (("mlp_ratio", vision, "vision_cfg"), ("mlp_ratio", text, "text_cfg")):
+        ratio = tower.get("intermediate_size", 4 * tower["hidden_size"]) / tower["hidden_size"]
+        settings[cfg] |= {name: ratio} if ratio != 4 else {}
+    head_width = vision["hidden_size"] // vision["num_attention_heads"]
+    settings["vision_cfg"] |= {"head_width": head_width} if head_width != 64 else {}
+    return settings | ({"quick_gelu": True} if activations == {"quick_gelu"} else {})
+
+
+def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip.CLIP's weights, of the names in ``expected``, from CLIPModel's.
+
+    Raises:
+        ValueError: a weight is missing or has no place there.
+    """
+    weights = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
+    found, used = {}, set()
+    for name, like in expected.items():
+        parts = list(clip_state_dict({name: like}))
+        missing = [part for part in parts if part not in weights]
+        if missing:
+            raise ValueError(f"WEIGHTS: model.safetensors has no {missing[0]!r}; give a whole CLIPModel folder")
+        used |= set(parts)
+        value = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
+        found[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
+    unknown = sorted(weights.keys() - used)
+    if unknown:
+        raise ValueError(
+            f"WEIGHTS: open_clip's CLIP has no place for {unknown[0]!r}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+        )
+    return found
 
 
 def processor_config(image_size: int) -> dict[str, Any]:

@@ -203,6 +203,19 @@ def count_tokens(text: str) -> int:
     return len(_tokenizer().encode(text)) + 2
 
 
+@functools.cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """open_clip's table of models, by name; only those with CLIP's own text tower and a ViT."""
+    table = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    return {
+        name: settings
+        for name, settings in table.items()
+        if isinstance(settings["vision_cfg"].get("layers"), int)
+        and "hf_model_name" not in settings["text_cfg"]
+        and "multimodal_cfg" not in settings
+    }
+
+
 def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:
     """``model``'s towers under exactly open_clip.CLIP's keys: fp32 on the CPU, logit_scale 0-dim and within its bound, nothing train-only."""
     state = {key: value.detach().float().cpu() for key, value in model.clip.state_dict().items()}

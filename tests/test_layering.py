@@ -21,7 +21,7 @@ KERNELS = {
 # Heavy dependencies of the trainer, each behind the files that wrap it.
 TRAINER_ONLY_IN = {
     "deepspeed": {"engine", "checkpoint"},
-    "open_clip": {"model", "evaluate", "export", "hf_clip"},
+    "open_clip": {"model", "class_prompts", "export", "hf_clip"},
     "webdataset": {"data", "prepare", "shards"},
 }
 

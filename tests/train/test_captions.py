@@ -65,6 +65,13 @@ def test_pool_keeps_raw_and_short_whole_and_splits_long():
     assert [p.source for p in caption_pool(RECORD, ("longSV_captions", RAW))] == ["longSV_captions"] * 5 + [RAW]
 
 
+def test_whole_keeps_a_long_caption_as_one_text():
+    assert split_sub_captions("A dog.  It runs.\nThe sea.", "whole") == ["A dog. It runs. The sea."]
+    assert split_sub_captions(["A dog.", "It runs."], "whole") == ["A dog. It runs."]
+    assert split_sub_captions("nan", "whole") == split_sub_captions([], "whole") == []
+    assert len(caption_pool(RECORD, splitter="whole")) == 3
+
+
 def draws(k, count=4000, record=RECORD, **options):
     rng = random.Random(0)
     pool = caption_pool(record)

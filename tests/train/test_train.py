@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import pytest
 from tiny import clean_environment
 
@@ -172,6 +173,42 @@ def test_eval_reads_the_run_folder(run, command, capsys, tmp_path):
     assert ("long caption, text to image" in printed) and (("top patch inside the region" in printed) == (command == "localize"))
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads((tmp_path / "out.json").read_text())["retrieval"] == summary["retrieval"]
+
+
+SECTIONS = "Training|Retrieval|Patch localisation|Where sub-captions look|Retrieval, right and wrong|Data|Settings and versions".split("|")
+
+
+def test_the_report_is_one_whole_page(run, tmp_path, capsys):
+    cli.main(["report", str(run), "--output", str(tmp_path / "page.html"), "--examples", "2"])
+    assert "wrote" in capsys.readouterr().out
+    text = (tmp_path / "page.html").read_text()
+    recall = json.loads((run / "summary.json").read_text())["retrieval"]["sentence"]["t2i"]["r_at_5"]
+    assert [part.split("</h2>")[0] for part in text.split("<h2>")[1:]] == SECTIONS and "Not shown" not in text
+    assert f"{recall:.1f}" in text and "84.9" in text and "longIB_captions" in text and "longIB" in text.split("Data</h2>")[1]
+    assert "http" not in text.replace("http-equiv", ""), "nothing is fetched from elsewhere"
+    if not browser.available():
+        pytest.skip("no chromium and chromedriver here to show the page; its text was checked")
+    with browser.page(tmp_path / "page.html") as script:
+        assert script("return [...document.images].filter(i => !i.complete || !i.naturalWidth).length") == 0
+        assert script("return document.images.length") > 5
+        assert script("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == SECTIONS
+        assert script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), "nothing sticks out sideways"
+        assert script("return [...document.querySelectorAll('figure.own, figure.truth')].length") >= 2
+        assert script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+
+
+def test_a_report_says_what_it_has_no_data_for(scenes, run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    config = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(config.replace(str(scenes / "shards"), str(tmp_path / "gone")))
+    cli.main(["report", str(copy)])
+    text = (copy / "report.html").read_text()
+    assert text.count("Not shown") == 3 and "data.val_shards" in text and "R@1, text to image" in text
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(tmp_path)])
+    assert "RUN: no file" in capsys.readouterr().err
 
 
 def test_a_diverging_run_stops_and_names_its_samples(scenes, tmp_path, capsys):

@@ -1,0 +1,146 @@
+"""``dreamlip-train import``: weights from elsewhere as an open_clip weights file, checked against the model they are said to be.
+
+open_clip's or DreamLIP's .pt or .safetensors     {"state_dict"} or bare tensors, with or without "module."
+OpenAI's .pt                                      TorchScript; its models have QuickGELU activations
+an open_clip folder                               open_clip_config.json + open_clip_model.safetensors
+a transformers CLIP folder                        config.json + model.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamlip_train.config import ModelConfig
+from dreamlip_train.hf_clip import open_clip_config, open_clip_weights
+from dreamlip_train.model import build_model, known_models, open_clip_state_dict
+
+_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+
+def import_weights(source: str | Path, output: str | Path, model_name: str = "") -> str:
+    """Write ``output`` (a .pt of {"state_dict"}, fp32 tensors only, open_clip's keys); returns what to do with it, as text to read.
+
+    Raises:
+        ValueError: nothing readable is there, it comes from another model than ``model_name`` (shapes or activation are named), or ``output`` exists.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists():
+        raise ValueError(f"--output: {str(output)!r} exists; give a new file")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output: no folder {str(output.absolute().parent)!r}; make it first")
+    if source.is_dir():
+        state, settings = _read_folder(source)
+        name = _name_of(settings, model_name, source)
+    elif source.is_file():
+        if not model_name:
+            raise ValueError(f"--model: say which open_clip model {str(source)!r} holds, such as ViT-B-16")
+        name, state = model_name, _read_file(source, model_name)
+    else:
+        raise ValueError(f"WEIGHTS: no file or folder {str(source)!r}")
+    partial = output.with_name(output.name + ".partial")
+    try:
+        torch.save({"state_dict": state}, partial)
+        try:
+            model = build_model(ModelConfig(name=name, pretrained=str(partial), local_logit_scale=False), seed=0)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.pretrained", "WEIGHTS").replace(str(partial), str(source))) from error
+        torch.save({"state_dict": open_clip_state_dict(model)}, partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    activation = "QuickGELU" if _settings(name).get("quick_gelu") else "GELU"
+    return (
+        f"wrote {output}: {name}, {len(state)} tensors, {activation} activations. Train from it: --model.name {name} --model.pretrained {output}; "
+        f"evaluate it: dreamlip-train eval retrieval {output} --model {name} --val-shards ..."
+    )
+
+
+def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        if not _settings(model_name).get("quick_gelu"):
+            raise ValueError(
+                f"--model: {str(path)!r} is a TorchScript archive, as OpenAI published its weights: those have QuickGELU activations and {model_name} "
+                f"has GELU; give {model_name}-quickgelu"
+            )
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+        return {name: value.float() for name, value in state.items() if name not in _OPENAI_EXTRAS}
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises whatever the bytes lead it to
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"WEIGHTS: {str(path)!r} can't be read as tensors only: {reason}") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise ValueError(f'WEIGHTS: {str(path)!r} holds no weights; it must be {{"state_dict": {{name: tensor}}}} or {{name: tensor}}')
+    return {name.removeprefix("module."): value.float() for name, value in state.items()}
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return {name: value.float() for name, value in load_file(path).items()}
+    except Exception as error:  # safetensors has its own errors
+        raise ValueError(f"WEIGHTS: {str(path)!r} can't be read: {error}") from error
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(open_clip's state dict, its model config) of an open_clip or transformers folder."""
+    ours, theirs = folder / "open_clip_config.json", folder / "config.json"
+    if ours.is_file():
+        settings = json.loads(ours.read_text(encoding="utf-8"))["model_cfg"]
+        return _safetensors(folder / "open_clip_model.safetensors"), settings
+    if theirs.is_file():
+        settings = open_clip_config(json.loads(theirs.read_text(encoding="utf-8")))
+        with torch.device("meta"):
+            expected = build_model(ModelConfig(name="imported", config=settings, context_length=settings["text_cfg"]["context_length"]), 0)
+        return open_clip_weights(_safetensors(folder / "model.safetensors"), expected.clip.state_dict()), settings
+    raise ValueError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
+
+
+def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:
+    """open_clip's name of the model ``settings`` describe; a given name must agree with them."""
+    wanted = _comparable(settings)
+    if given:
+        named = _comparable(_settings(given))
+        differ = [
+            f"{key} {wanted.get(key)!r} (there) and {named.get(key)!r} ({given})"
+            for key in wanted | named
+            if wanted.get(key) != named.get(key)
+        ]
+        if differ:
+            raise ValueError(
+                f"--model: {str(folder)!r} is not {given}: {'; '.join(differ[:4])}. Leave --model out to have its name looked up"
+            )
+        return given
+    names = [name for name in known_models() if _comparable(_settings(name)) == wanted]
+    if not names:
+        raise ValueError(
+            f"WEIGHTS: open_clip has no model built like {str(folder)!r}; describe it in model.config of a TOML file, its weights file as model.pretrained"
+        )
+    return min(names, key=len)
+
+
+def _settings(name: str) -> dict[str, Any]:
+    settings = known_models().get(name)
+    if settings is None:
+        raise ValueError(f"--model: open_clip knows no {name!r}; `open_clip.list_models()` lists the names")
+    return settings
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes two models of this kind the same, defaults filled in."""
+    vision = {"head_width": 64, "mlp_ratio": 4.0, "pool_type": "tok", "image_size": 224} | settings["vision_cfg"]
+    text = {"context_length": 77, "vocab_size": 49408, "mlp_ratio": 4.0} | settings["text_cfg"]
+    flat = {"embed_dim": settings["embed_dim"], "activation": "QuickGELU" if settings.get("quick_gelu") else "GELU"}
+    flat |= {f"vision {key}": value for key, value in vision.items()} | {f"text {key}": value for key, value in text.items()}
+    return flat

@@ -1,0 +1,155 @@
+"""Multi-label recognition: the average precision of image and class-prompt similarities (the paper's Table 5).
+
+The lists are those of the Recognize Anything benchmark, which DreamLIP uses (OpenImages common and rare, ImageNet-Multi, HICO):
+a tag list, one class a line, and annotations, one image a line, ``IMAGE,tag,tag,...`` (tags by name, or by their position in the list).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamlip_train.class_prompts import class_features
+from dreamlip_train.evaluate import eval_mode
+from dreamlip_train.images import ImageError, decode_image, resize_center_crop
+from dreamlip_train.model import DreamLIP
+from dreamlip_train.progress import Progress
+
+_ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Image files and, for each, the positions of its classes."""
+
+    images: list[Path]
+    labels: list[list[int]]
+
+
+def read_labels(annotations: str | Path, classes: Sequence[str], images: str | Path) -> Labelled:
+    """The images and labels of an annotation file.
+
+    Raises:
+        ValueError: the file can't be read or is empty, a tag is not in ``classes`` (it is named), an image comes twice, or images are missing.
+    """
+    path, folder = Path(annotations), Path(images)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--annotations: cannot read {str(path)!r}: {error}") from error
+    if not lines:
+        raise ValueError(f"--annotations: {str(path)!r} has no image")
+    if not folder.is_dir():
+        raise ValueError(f"--images: no folder {str(folder)!r}")
+    position = {name: index for index, name in enumerate(classes)}
+    found: list[tuple[str, list[int]]] = []
+    for number, line in enumerate(lines, 1):
+        name, *tags = (part.strip() for part in line.split(","))
+        labels = []
+        for tag in filter(None, tags):
+            index = position.get(tag, int(tag) if tag.isdecimal() and int(tag) < len(classes) else None)
+            if index is None:
+                raise ValueError(
+                    f"--annotations: {path.name} line {number}: the label {tag!r} is not among the {len(classes)} classes; "
+                    "give the tag list that belongs to these annotations"
+                )
+            labels.append(index)
+        found.append((name, labels))
+    if len({name for name, _ in found}) < len(found):
+        raise ValueError(f"--annotations: {str(path)!r} lists an image twice")
+    files = [next((file for ending in _ENDINGS if (file := folder / (name + ending)).is_file()), None) for name, _ in found]
+    missing = [name for (name, _), file in zip(found, files, strict=True) if file is None]
+    if missing:
+        raise ValueError(f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; fetch them")
+    return Labelled([file for file in files if file is not None], [labels for _, labels in found])
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
+    """``AP = sum_t (R_t - R_{t-1}) P_t`` over the distinct scores t, descending; scikit-learn's definition, ties as one step.
+
+    Args:
+        scores: [N, C] floats.
+        targets: [N, C] bool.
+    Returns:
+        [C] float64 in [0, 1]; NaN for a class without a positive.
+    Raises:
+        ValueError: shapes disagree or a score is not finite.
+    """
+    if scores.shape != targets.shape or scores.ndim != 2 or targets.dtype != torch.bool:
+        raise ValueError(
+            f"average_precision: scores [N, C] and targets [N, C] bool, got {tuple(scores.shape)} and {tuple(targets.shape)} {targets.dtype}"
+        )
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("average_precision: scores hold NaN or infinite values; check the weights")
+    ordered_NC, order_NC = scores.sort(dim=0, descending=True, stable=True)
+    hits_NC = targets.gather(0, order_NC).double().cumsum(dim=0)
+    ranks_N1 = torch.arange(1, len(scores) + 1, device=scores.device, dtype=torch.float64)[:, None]
+    last_NC = torch.ones_like(targets)
+    last_NC[:-1] = ordered_NC[:-1] != ordered_NC[1:]  # a threshold lies behind each group of equal scores
+    # Hits at the threshold before: the running maximum of those at the thresholds so far, one row down.
+    at_NC = torch.where(last_NC, hits_NC, 0.0).cummax(dim=0).values
+    before_NC = torch.cat([torch.zeros_like(at_NC[:1]), at_NC[:-1]])
+    steps_NC = torch.where(last_NC, hits_NC - before_NC, 0.0)
+    return (steps_NC * hits_NC / ranks_N1).sum(dim=0) / hits_NC[-1]
+
+
+def evaluate_labels(
+    model: DreamLIP, labelled: Labelled, classes: Sequence[str], templates: Sequence[str], device: torch.device | str, batch_size: int = 64
+) -> dict[str, Any]:
+    """Average precision of cosine similarity for each class.
+
+    Returns:
+        {"map": percent, the mean over the classes that have an image, "chance": percent, the mean share of images a class is in,
+        "per_class": {class: percent or None}, "images", "classes", "without_images": classes that no image has}.
+    Raises:
+        ValueError: an image is damaged, or no class has an image.
+    """
+    rows = []
+    with eval_mode(model), torch.no_grad(), Progress("multilabel") as progress:
+        text_CD = class_features(model, classes, templates, device)
+        for start in range(0, len(labelled.images), batch_size):
+            files = labelled.images[start : start + batch_size]
+            image_nD, _ = model.encode_images(torch.stack([_picture(file, model.image_size) for file in files]).to(device))
+            rows.append((image_nD.float() @ text_CD.T).cpu())
+            progress.update(f"{start + len(files)} of {len(labelled.images)} images")
+    targets = torch.zeros(len(labelled.images), len(classes), dtype=torch.bool)
+    for row, labels in enumerate(labelled.labels):
+        targets[row, labels] = True
+    precision = 100 * average_precision(torch.cat(rows), targets)
+    known = targets.any(dim=0)
+    if not bool(known.any()):
+        raise ValueError("--annotations: no image has a label")
+    return {
+        "map": float(precision[known].mean()),
+        "chance": 100 * float(targets.double().mean(dim=0)[known].mean()),
+        "per_class": {name: float(value) if has else None for name, value, has in zip(classes, precision, known.tolist(), strict=True)},
+        "images": len(labelled.images),
+        "classes": len(classes),
+        "without_images": int((~known).sum()),
+    }
+
+
+def _picture(file: Path, size: int) -> Tensor:
+    try:
+        return resize_center_crop(decode_image(file.read_bytes()), size)
+    except (ImageError, OSError) as error:
+        raise ValueError(f"--images: {file}: {error}; fetch it again") from error
+
+
+def format_labels(found: dict[str, Any], shown: int = 5) -> str:
+    """The mean, chance, and the best and worst classes, as text to read."""
+    scored = sorted(((value, name) for name, value in found["per_class"].items() if value is not None), reverse=True)
+    lines = [
+        f"{found['images']} images, {found['classes']} classes",
+        f"mAP, % (chance)  {found['map']:.1f} ({found['chance']:.1f})",
+    ]
+    if found["without_images"]:
+        lines.append(f"left out of the mean: {found['without_images']} classes that no image has")
+    lines.append("best   " + ", ".join(f"{name} {value:.0f}" for value, name in scored[:shown]))
+    lines.append("worst  " + ", ".join(f"{name} {value:.0f}" for value, name in reversed(scored[-shown:])))
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""Zero-shot classification through clip_benchmark (the paper's Table 2): its data sets, class names, prompts and metrics; our checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dreamlip_train.evaluate import eval_mode
+from dreamlip_train.images import resize_center_crop
+from dreamlip_train.model import DreamLIP
+from dreamlip_train.paper import ZERO_SHOT
+
+DATASETS = (
+    "food101",
+    "vtab/cifar10",
+    "vtab/cifar100",
+    "sun397",
+    "cars",
+    "fgvc_aircraft",
+    "vtab/dtd",
+    "vtab/pets",
+    "vtab/caltech101",
+    "vtab/flowers",
+    "imagenet1k",
+)
+"""The paper's eleven, under clip_benchmark's names."""
+
+
+class AsClip(nn.Module):
+    """A DreamLIP model under the two names clip_benchmark calls: encode_image of uint8 [n,3,S,S], encode_text of tokens."""
+
+    def __init__(self, model: DreamLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit image features [n, D]."""
+        return self.model.encode_images(images)[0]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Unit text features [n, D]."""
+        return self.model.encode_texts(tokens)
+
+
+def zero_shot(
+    model: DreamLIP,
+    datasets: Sequence[str],
+    root: str,
+    device: torch.device | str,
+    *,
+    split: str = "test",
+    batch_size: int = 64,
+    workers: int = 2,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:
+    """Accuracy on each data set; one that can't be read is named with its reason, and the others go on.
+
+    Args:
+        datasets: clip_benchmark's names; "wds/NAME" reads its webdataset folder.
+        root: where the data are, or are downloaded to; "{dataset}" in it is the name, "{dataset_cleaned}" the name with "-" for "/".
+        keep: called with the results so far after each data set.
+    Returns:
+        {data set: {"acc1", "acc5", "mean_per_class_recall" in percent, "images", "classes"}, or {"error"}}.
+    Raises:
+        ValueError: clip_benchmark is not installed.
+    """
+    if importlib.util.find_spec("clip_benchmark") is None:
+        raise ValueError("eval zeroshot: needs clip_benchmark; pip install 'dreamlip[benchmark]'")
+    found: dict[str, dict[str, Any]] = {}
+    with eval_mode(model):
+        for name in datasets:
+            try:
+                found[name] = _one(model, name, root, device, split, batch_size, workers)
+            except Exception as error:  # clip_benchmark and the data sets' own readers raise anything
+                found[name] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
+            keep(found)
+    return found
+
+
+def _one(model: DreamLIP, name: str, root: str, device: torch.device | str, split: str, batch_size: int, workers: int) -> dict[str, Any]:
+    from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
+    from clip_benchmark.metrics import zeroshot_classification
+
+    plain = name.removeprefix("wds/")
+    folder = root.format(dataset=plain, dataset_cleaned=plain.replace("/", "-"))
+    if name.startswith("wds/"):
+        needed = [Path(folder) / member for member in (f"{split}/nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt")]
+        missing = [path for path in needed if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"--root: no {missing[0]}; give a classification folder in clip_benchmark's webdataset layout")
+    counted = 0
+
+    def picture(image: Image.Image) -> Tensor:
+        return resize_center_crop(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1), model.image_size)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset = build_dataset(name, root=folder, transform=picture, split=split, task="zeroshot_classification")
+    if name.startswith("wds/"):
+        loader = torch.utils.data.DataLoader(dataset.batched(batch_size), batch_size=None, num_workers=min(workers, _shards(folder, split)))
+        loader.dataset.classes = dataset.classes
+    else:
+        loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=get_dataset_collate_fn(name))
+
+    class Counted:
+        """The loader, its labels checked against the classes and its images counted."""
+
+        def __init__(self) -> None:
+            self.dataset = loader.dataset
+
+        def __iter__(self) -> Any:
+            nonlocal counted
+            for images, labels in loader:
+                if labels.ndim == 1 and int(labels.max()) >= len(dataset.classes):
+                    raise ValueError(
+                        f"label {int(labels.max())} but {len(dataset.classes)} classes in {folder}; the class list is another's"
+                    )
+                counted += len(images)
+                yield images, labels
+
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        metrics = zeroshot_classification.evaluate(
+            AsClip(model), Counted(), model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
+        )
+    return {metric: 100 * float(value) for metric, value in metrics.items()} | {"images": counted, "classes": len(dataset.classes)}
+
+
+def _shards(folder: str, split: str) -> int:
+    return int((Path(folder) / split / "nshards.txt").read_text())
+
+
+def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:
+    """The table, chance and the paper's numbers beside ours."""
+    lines = [f"{'zero-shot, %':<22}{'acc@1':>8}{'(chance)':>10}{'acc@5':>8}{'per class':>11}{'images':>9}   paper"]
+    for name, row in found.items():
+        if "error" in row:
+            lines.append(f"{name:<22}  not evaluated: {row['error']}")
+            continue
+        paper = "; ".join(f"{model}: {value}" for model, value in ZERO_SHOT.get(name.removeprefix("wds/"), {}).items())
+        top, nothing = row.get("acc1", row.get("mean_average_precision", float("nan"))), float("nan")
+        cells = (
+            f"{top:>8.1f}{100 / row['classes']:>10.1f}{row.get('acc5', nothing):>8.1f}{row.get('mean_per_class_recall', nothing):>11.1f}"
+        )
+        lines.append(f"{name:<22}{cells}{row['images']:>9}   {paper}")
+    scores = [row["acc1"] for row in found.values() if "acc1" in row]
+    if len(scores) > 1:
+        lines.append(f"{'mean of ' + str(len(scores)):<22}{sum(scores) / len(scores):>8.1f}")
+    return "\n".join(lines)

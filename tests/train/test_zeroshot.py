@@ -1,0 +1,92 @@
+"""Zero-shot classification through clip_benchmark on a webdataset folder made here: its own program gives the same accuracy for the exported file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from shard_files import jpeg, write_tar
+from tiny import clean_environment
+
+from dreamlip_train import cli
+from dreamlip_train.config import ModelConfig
+from dreamlip_train.model import build_model
+from dreamlip_train.zeroshot import format_zero_shot, zero_shot
+
+pytest.importorskip("clip_benchmark", reason="the benchmark extra is not installed")
+CLASSES, COUNT = ["red star", "blue moon", "dog", "house", "sea", "tree"], 36
+
+
+def make_set(folder, labels=None):
+    members = []
+    for i in range(COUNT):
+        members += [(f"{i:04d}.jpg", jpeg(i, 48)), (f"{i:04d}.cls", str((labels or (lambda i: i % 6))(i)).encode())]
+    write_tar(folder / "test" / "0.tar", members[: COUNT // 2 * 2])
+    write_tar(folder / "test" / "1.tar", members[COUNT // 2 * 2 :])
+    (folder / "test" / "nshards.txt").write_text("2")
+    (folder / "classnames.txt").write_text("\n".join(CLASSES))
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na bad photo of a {c}.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "x.pt"
+    model = build_model(ModelConfig(name="ViT-S-32-alt", local_logit_scale=False), 0)
+    torch.save(
+        {"state_dict": {name: value.reshape(()) if name == "logit_scale" else value for name, value in model.clip.state_dict().items()}},
+        path,
+    )
+    return path
+
+
+def test_the_numbers_are_those_of_clip_benchmarks_own_program(weights, tmp_path, capsys):
+    folder = make_set(tmp_path / "sets" / "made")
+    root = str(tmp_path / "sets" / "{dataset}")
+    words = ["--root", root, "--datasets", "wds/made", "--workers", "0", "--output", str(tmp_path / "ours.json")]
+    cli.main(["eval", "zeroshot", str(weights), "--model", "ViT-S-32-alt", *words])
+    ours = json.loads((tmp_path / "ours.json").read_text())["wds/made"]
+    printed = capsys.readouterr().out
+    assert ours["images"] == COUNT and ours["classes"] == 6 and f"{ours['acc1']:.1f}" in printed and "16.7" in printed
+    theirs = tmp_path / "theirs.json"
+    program = "from clip_benchmark.cli import main; main()"
+    command = [sys.executable, "-c", program, "eval", "--dataset", "wds/made", "--dataset_root", str(folder), "--model", "ViT-S-32-alt"]
+    command += ["--pretrained", str(weights), "--output", str(theirs), "--no_amp", "--num_workers", "0"]
+    subprocess.run(command, check=True, env=clean_environment(), capture_output=True, timeout=200)
+    expected = json.loads(theirs.read_text())["metrics"]
+    for name in ("acc1", "acc5", "mean_per_class_recall"):
+        assert ours[name] == pytest.approx(100 * expected[name], abs=1e-6), name
+
+
+def test_a_set_that_cannot_be_read_is_named_and_the_others_are_kept(weights, tmp_path, capsys):
+    make_set(tmp_path / "good")
+    make_set(tmp_path / "other", labels=lambda i: i % 7)
+    (make_set(tmp_path / "nameless") / "classnames.txt").unlink()
+    words = ["--root", str(tmp_path / "{dataset}"), "--workers", "0", "--output", str(tmp_path / "out.json")]
+    words += ["--datasets", "wds/missing", "wds/other", "wds/good", "wds/nameless"]
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "zeroshot", str(weights), "--model", "ViT-S-32-alt", *words])
+    captured = capsys.readouterr()
+    assert "3 of 4 could not be evaluated: wds/missing, wds/other, wds/nameless" in captured.err
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert "nshards.txt" in found["wds/missing"]["error"] and "label 6 but 6 classes" in found["wds/other"]["error"]
+    assert "classnames.txt" in found["wds/nameless"]["error"] and found["wds/good"]["images"] == COUNT
+    assert "wds/missing" in captured.out and "not evaluated" in captured.out
+
+
+def test_an_output_in_no_folder_is_refused_before_anything_runs(weights, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "zeroshot", str(weights), "--root", str(tmp_path), "--output", str(tmp_path / "no" / "x.json")])
+    assert "--output: no folder" in capsys.readouterr().err
+
+
+def test_the_papers_numbers_stand_beside_ours():
+    table = format_zero_shot({"imagenet1k": {"acc1": 30.0, "acc5": 55.0, "mean_per_class_recall": 30.0, "images": 50000, "classes": 1000}})
+    assert "CC3M, ViT-B/16: 31.1" in table and "30.0" in table
+
+
+def test_without_clip_benchmark_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'dreamlip\[benchmark\]'"):
+        zero_shot(None, ["cars"], "", "cpu")
