@@ -7,10 +7,11 @@ DEMO := data/demo
 .PHONY: demo test test-slow lint bench gpu gpu-ablate ablate install clean
 
 install: .venv/.installed
-.venv/.installed: pyproject.toml constraints.txt setup.py
+.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,log,recaption,ray,benchmark,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt torch ninja "setuptools>=77" wheel
+	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,log,recaption,ray,benchmark,dev]"
 	touch $@
 
 demo: install

@@ -1,5 +1,67 @@
-"""Builds the packages; everything that needs no code is in pyproject.toml."""
+"""Builds csrc/ where torch and a compiler are at hand; without them the packages install as pure Python and say what they lack.
+
+DREAMLIP_NO_CUDA=1 leaves the CUDA sources out. TORCH_CUDA_ARCH_LIST chooses the architectures; no GPU is needed to build.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+# PTX of compute_90 also runs on later GPUs; nothing here needs the features of sm_90a alone.
+ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def tell(message: str) -> None:
+    print(f"dreamlip: {message}", file=sys.stderr)
+
+
+def extension() -> dict:
+    """setup()'s arguments for the compiled kernels, or none with the reason told."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        tell("torch is not importable here (build isolation), so nothing is compiled now; the C++ kernels are compiled at their first use")
+        return {}
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        tell(f"no C++ compiler ({compiler}), so nothing is compiled; the torch and triton backends need none")
+        return {}
+    sources, macros, flags = ["csrc/ops.cpp", "csrc/patch_pool_cpu.cpp"], [], {"cxx": ["-O3", "-Wno-psabi"]}
+    kind = cpp_extension.CppExtension
+    nvcc = cpp_extension.CUDA_HOME and shutil.which(str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")))
+    if os.environ.get("DREAMLIP_NO_CUDA") == "1" or not torch.version.cuda or not nvcc:
+        tell("building the CPU kernels only" + ("" if torch.version.cuda else " (torch has no CUDA)"))
+    else:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        sources.append("csrc/patch_pool.cu")
+        macros = [("DREAMLIP_CUDA", f'"{torch.version.cuda}"'), ("DREAMLIP_CUDA_ARCHITECTURES", f'"{architectures}"')]
+        flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+        kind = cpp_extension.CUDAExtension
+        tell(f"building the CPU and CUDA kernels for {architectures} with {nvcc}")
+
+    class BuildOrGoOn(cpp_extension.BuildExtension):
+        """A failed build must not keep anyone from the torch and triton backends."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if os.environ.get("DREAMLIP_REQUIRE_EXTENSION") == "1":
+                    raise
+                tell(f"THE COMPILED KERNELS WERE NOT BUILT: {error}")
+                self.extensions = []
+
+    module = kind("dreamlip_kernels._C", sources, define_macros=macros, extra_compile_args=flags)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrGoOn.with_options(use_ninja=shutil.which("ninja") is not None)}}
+
+
+setup(
+    packages=["dreamlip_kernels", "dreamlip_kernels.csrc", "dreamlip_train"],
+    package_dir={"dreamlip_kernels.csrc": "csrc"},
+    package_data={"dreamlip_kernels": ["py.typed"], "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"]},
+    **extension(),
+)

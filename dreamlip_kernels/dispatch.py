@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import extension
+
 logger = logging.getLogger("dreamlip_kernels")
 
 _Check = Callable[[str, torch.dtype], str | None]  # device type and dtype -> why the backend cannot run there, or None
@@ -29,11 +31,17 @@ def _triton(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _cpp(device: str, dtype: torch.dtype, build: bool = False) -> str | None:
+    if device != "cpu":
+        return "it runs on CPU tensors"
+    return extension.why_not("cpu", build)
+
+
 # For each op, its backends in the order in which "auto" prefers them, with the test that says whether one can run.
 # Triton comes after torch until it has been timed, and its tests marked gpu have passed, on a device.
 _BACKENDS: dict[str, dict[str, _Check]] = {
     "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
-    "group_patches": {"torch": _always},
+    "group_patches": {"cpp": _cpp, "torch": _always},
 }
 _announced: set[tuple[str, str, str]] = set()
 
@@ -49,16 +57,21 @@ def select(op: str, x: Tensor, requested: str = "auto") -> str:
     if requested != "auto":
         if requested not in checks:
             raise ValueError(f"{op}: unknown backend={requested!r}; choose from {['auto', *checks]}")
-        if why := checks[requested](device, dtype):
+        if why := _check_and_build(checks[requested], device, dtype):
             raise RuntimeError(f"{op}: backend={requested!r} cannot run: {why}. Use backend='auto'")
         return requested
     skipped = []
     for backend, check in checks.items():
-        if (why := check(device, dtype)) is None:
+        if (why := _check_and_build(check, device, dtype)) is None:
             _announce(op, device, backend, skipped)
             return backend
         skipped.append(f"{backend}: {why}")
     raise RuntimeError(f"{op}: no backend can run on {device}: {'; '.join(skipped)}")
+
+
+def _check_and_build(check: _Check, device: str, dtype: torch.dtype) -> str | None:
+    """The check before a use: what only needs compiling is compiled now."""
+    return check(device, dtype, build=True) if check is _cpp else check(device, dtype)
 
 
 def why(op: str, x: Tensor, requested: str = "auto") -> str:
@@ -83,7 +96,8 @@ def explain() -> str:
                 why = check(device, torch.float32)
                 rows.append((op, backend, device, "no" if why else "yes", why or ""))
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, extension.describe()])
 
 
 def _announce(op: str, device: str, backend: str, skipped: list[str]) -> None:

@@ -314,5 +314,23 @@ def _backward_torch(patches, texts, similarity, inv_norm, threshold, normalizati
     return d_patches, d_texts
 
 
-_FORWARD = {"torch": _forward_torch}
-_BACKWARD = {"torch": _backward_torch}
+# --- cpp backend: csrc/patch_pool_cpu.cpp ------------------------------------------------------------------------------------
+
+_DEFAULT_THRESHOLD = -1e38  # csrc reads anything below -1e30 as 1 / (valid patches)
+
+
+def _compiled_options(threshold: float | None, normalization: str) -> tuple[float, int]:
+    return _DEFAULT_THRESHOLD if threshold is None else max(float(threshold), -1e29), NORMALIZATIONS.index(normalization)
+
+
+def _forward_compiled(patches, texts, threshold, normalization, patch_mask):
+    return torch.ops.dreamlip_csrc.patch_pool_forward(patches, texts, *_compiled_options(threshold, normalization), patch_mask)
+
+
+def _backward_compiled(patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled):
+    options = _compiled_options(threshold, normalization)
+    return torch.ops.dreamlip_csrc.patch_pool_backward(patches, texts, similarity, inv_norm, *options, patch_mask, d_pooled)
+
+
+_FORWARD = {"torch": _forward_torch, "cpp": _forward_compiled}
+_BACKWARD = {"torch": _backward_torch, "cpp": _backward_compiled}

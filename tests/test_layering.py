@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 KERNELS = {
     "reference": {"torch"},
     "checks": {"torch"},
-    "dispatch": {"torch"},
+    "dispatch": {"torch", ".extension"},
+    "extension": {"torch"},
     "distributed": {"torch"},
     "contrastive": {"torch", ".dispatch", ".checks", ".distributed", ".contrastive_triton"},
     "contrastive_triton": {"torch", "triton"},

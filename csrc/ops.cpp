@@ -1,0 +1,42 @@
+// The schemas of the compiled ops, their CPU registration, and a module that tells what was built. Fake and autograd live in Python (grouping.py).
+
+#include "patch_pool.h"
+
+#include <torch/extension.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+TORCH_LIBRARY(dreamlip_csrc, m) {
+  m.def("patch_pool_forward(Tensor patches, Tensor texts, float threshold, int normalization, Tensor? patch_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "patch_pool_backward(Tensor patches, Tensor texts, Tensor similarity, Tensor inv_norm, float threshold, int normalization, "
+      "Tensor? patch_mask, Tensor d_pooled) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(dreamlip_csrc, CPU, m) {
+  m.impl("patch_pool_forward", &dreamlip::patch_pool_forward_cpu);
+  m.impl("patch_pool_backward", &dreamlip::patch_pool_backward_cpu);
+}
+
+#ifdef DREAMLIP_CUDA
+TORCH_LIBRARY_IMPL(dreamlip_csrc, CUDA, m) {
+  m.impl("patch_pool_forward", &dreamlip::patch_pool_forward_cuda);
+  m.impl("patch_pool_backward", &dreamlip::patch_pool_backward_cuda);
+}
+#endif
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["torch"] = TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+#ifdef DREAMLIP_CUDA
+    info["cuda"] = DREAMLIP_CUDA;
+    info["cuda_architectures"] = DREAMLIP_CUDA_ARCHITECTURES;
+#else
+    info["cuda"] = pybind11::none();
+    info["cuda_architectures"] = "";
+#endif
+    return info;
+  });
+}

@@ -1,0 +1,108 @@
+"""The compiled kernels of csrc/: found where pip built them, or compiled once at their first use; why they can't run, where they can't.
+
+Importing this package loads what was built and never compiles; the state, once decided, is kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("dreamlip_kernels")
+
+_BUILT = "dreamlip_kernels._C"
+_state: dict[str, Any] = {}
+
+
+def sources() -> Path | None:
+    """The folder of the C++ sources: beside the package in a checkout, inside it when installed."""
+    here = Path(__file__).parent
+    return next((folder for folder in (here / "csrc", here.parent / "csrc") if (folder / "ops.cpp").is_file()), None)
+
+
+def why_not(device: str, build: bool = False) -> str | None:
+    """Why the compiled kernels cannot run on ``device`` ("cpu" or "cuda"), or None; with ``build`` they are compiled if that is all that is missing."""
+    if build and not _state:
+        if torch.compiler.is_compiling():
+            return "it is not compiled yet, and can't be inside torch.compile: call the op once before"
+        _compile()
+    if "why" in _state:
+        return _state["why"]
+    if not _state:  # could be compiled, and nobody has asked yet
+        return None if device == "cpu" else "the extension is not built; install with nvcc on PATH"
+    if device == "cuda" and not build_info()["cuda"]:
+        return "the extension was built without CUDA; install with nvcc on PATH (CUDA_HOME) and without DREAMLIP_NO_CUDA"
+    return None
+
+
+def build_info() -> dict[str, Any] | None:
+    """{"torch", "compiler", "cuda", "cuda_architectures"} of the loaded extension, or None."""
+    module = _state.get("module")
+    return module.build_info() if module is not None else None
+
+
+def describe() -> str:
+    """One line: what is built, for what, or why nothing is."""
+    why = why_not("cpu")
+    if why is not None:
+        return f"csrc: not usable: {why}"
+    info = build_info()
+    if info is None:
+        return "csrc: not built; compiled at the first use"
+    cuda = f"CUDA {info['cuda']} for {info['cuda_architectures']}" if info["cuda"] else "no CUDA"
+    return f"csrc: built with {info['compiler']}, torch {info['torch']}, {cuda}"
+
+
+def _find() -> None:
+    """Set _state["module"], or _state["why"], or leave both open when only compiling is missing."""
+    if importlib.util.find_spec(_BUILT) is not None:
+        try:
+            module = importlib.import_module(_BUILT)
+        except ImportError as error:  # symbols of another torch
+            reason = str(error).splitlines()[0]
+            _state["why"] = f"the extension was built against another torch than {torch.__version__} ({reason}); install the package again"
+            return
+        built_for = module.build_info()["torch"]
+        if built_for.split("+")[0] != torch.__version__.split("+")[0]:
+            _state["why"] = f"the extension was built against torch {built_for}, this is {torch.__version__}; install the package again"
+            return
+        _state["module"] = module
+        return
+    compiler = os.environ.get("CXX", "c++")
+    if sources() is None:
+        _state["why"] = "the C++ sources are not installed; install the package again"
+    elif shutil.which(compiler) is None:
+        _state["why"] = f"no C++ compiler ({compiler}) to build it with; install one, or set CXX"
+    elif importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
+        _state["why"] = "ninja is not installed; pip install ninja"
+
+
+def _compile() -> None:
+    """torch's just-in-time build of the CPU sources, into its cache; several processes wait for one another there."""
+    from torch.utils import cpp_extension
+
+    folder = sources()
+    logger.warning(
+        "compiling the C++ kernels once, into torch's extension cache (half a minute); installing the package with torch present avoids it"
+    )
+    began = time.monotonic()
+    try:
+        name = f"dreamlip_kernels_{torch.__version__.replace('.', '_').replace('+', '_')}"
+        files = [str(folder / "ops.cpp"), str(folder / "patch_pool_cpu.cpp")]
+        _state["module"] = cpp_extension.load(name, files, extra_cflags=["-O3", "-Wno-psabi"], verbose=False)
+    except Exception as error:  # compilers and torch's builder raise whatever they like
+        _state["why"] = f"compiling it failed: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
+        logger.warning("the C++ kernels could not be compiled: %s", _state["why"])
+        return
+    logger.warning("compiled the C++ kernels in %.0f s", time.monotonic() - began)
+
+
+_find()
