@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= benchmarks/out
 DEMO := data/demo
 
-.PHONY: demo test test-slow lint bench gpu gpu-ablate ablate install clean
+.PHONY: demo test test-slow sanitize lint bench gpu gpu-ablate ablate install clean
 
 install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -25,6 +25,14 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each instruction set.
+TORCH = $(shell $(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)")
+sanitize: install
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover -Wno-psabi -Icsrc -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \
+		tests/csrc/sanitize.cpp csrc/patch_pool_cpu.cpp -o build/sanitize -L$(TORCH)/lib -Wl,-rpath,$(TORCH)/lib -lc10 -ltorch_cpu -ltorch
+	for capability in default avx2 avx512; do ATEN_CPU_CAPABILITY=$$capability ASAN_OPTIONS=detect_leaks=0 build/sanitize || exit 1; done
 
 lint: install
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def extension() -> dict:
     if shutil.which(compiler) is None:
         tell(f"no C++ compiler ({compiler}), so nothing is compiled; the torch and triton backends need none")
         return {}
-    sources, macros, flags = ["csrc/ops.cpp", "csrc/patch_pool_cpu.cpp"], [], {"cxx": ["-O3", "-Wno-psabi"]}
+    sources, macros, flags = ["csrc/ops.cpp", "csrc/patch_pool_cpu.cpp"], [], {"cxx": ["-O3", "-g0", "-Wno-psabi"]}
     kind = cpp_extension.CppExtension
     nvcc = cpp_extension.CUDA_HOME and shutil.which(str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")))
     if os.environ.get("DREAMLIP_NO_CUDA") == "1" or not torch.version.cuda or not nvcc:

@@ -8,9 +8,12 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <string>
+#include <type_traits>
 #include <vector>
 
 namespace dreamlip {
@@ -165,7 +168,7 @@ template <class S, class T, int kBytes> DREAMLIP_INLINE void backward_image(cons
   }
 }
 
-// The same code for three instruction sets; the best one of this machine is chosen at run time.
+// The same code for three instruction sets.
 #define DREAMLIP_VARIANT(NAME, TARGET, BYTES)                                                             \
   template <class S, class T> TARGET void NAME(const Image<S, T>& im, Scratch<T>& scratch, bool forward) { \
     if (forward) forward_image<S, T, BYTES>(im, scratch);                                                  \
@@ -178,11 +181,19 @@ DREAMLIP_VARIANT(run_avx512, __attribute__((target("avx512f,avx512bw,avx512vl,av
 #endif
 #undef DREAMLIP_VARIANT
 
+// As torch chose for its own kernels: ATEN_CPU_CAPABILITY=default|avx2|avx512 holds here too.
+int vector_bytes() {
+  static const int bytes = [] {
+    const std::string capability = at::get_cpu_capability();
+    return capability == "AVX512" ? 64 : capability == "AVX2" ? 32 : 16;
+  }();
+  return bytes;
+}
+
 template <class S, class T> void run(const Image<S, T>& im, Scratch<T>& scratch, bool forward) {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return run_avx512(im, scratch, forward);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2(im, scratch, forward);
+  if (vector_bytes() == 64) return run_avx512(im, scratch, forward);
+  if (vector_bytes() == 32) return run_avx2(im, scratch, forward);
 #endif
   run_portable(im, scratch, forward);
 }

@@ -97,7 +97,7 @@ def _compile() -> None:
     try:
         name = f"dreamlip_kernels_{torch.__version__.replace('.', '_').replace('+', '_')}"
         files = [str(folder / "ops.cpp"), str(folder / "patch_pool_cpu.cpp")]
-        _state["module"] = cpp_extension.load(name, files, extra_cflags=["-O3", "-Wno-psabi"], verbose=False)
+        _state["module"] = cpp_extension.load(name, files, extra_cflags=["-O3", "-g0", "-Wno-psabi"], verbose=False)
     except Exception as error:  # compilers and torch's builder raise whatever they like
         _state["why"] = f"compiling it failed: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
         logger.warning("the C++ kernels could not be compiled: %s", _state["why"])

@@ -157,6 +157,11 @@ def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | No
 def _check(fn, patch_features, text_features, threshold, normalization, patch_mask) -> None:
     check_features(fn, patch_features=(patch_features, 3), text_features=(text_features, 3))
     check_shared(fn, "N", "patch_features", patch_features.shape[:1], "text_features", text_features.shape[:1])
+    for name, features, what in (("patch_features", patch_features, "patch"), ("text_features", text_features, "sub-caption")):
+        if features.shape[1] == 0:
+            raise ValueError(f"{fn}: {name} needs at least one {what} an image, got shape {tuple(features.shape)}")
+    if patch_features.shape[2] == 0:
+        raise ValueError(f"{fn}: patch_features and text_features need a width D of at least 1, got shape {tuple(patch_features.shape)}")
     check_mask(fn, "patch_mask", patch_mask, patch_features.shape[:2], patch_features)
     check_choice(fn, "normalization", normalization, NORMALIZATIONS)
     if threshold is not None and not isinstance(threshold, (int, float)):

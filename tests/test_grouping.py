@@ -7,8 +7,10 @@ from numerics import assert_no_worse_than_torch, three_ways, value_and_grads, wo
 import dreamlip_kernels as dk
 from dreamlip_kernels import grouping, reference
 
-# (N, P, K, D): one of everything; tiny; B/32's and B/16's grids, with and without a class token; the widths of real towers.
-SHAPES = [(1, 1, 1, 8), (3, 49, 3, 96), (4, 196, 8, 512), (2, 197, 1, 768), (5, 16, 8, 8)]
+BACKENDS = ["torch", "cpp"]
+# (N, P, K, D): one of everything; tiny; B/32's and B/16's grids, with and without a class token; the widths of real towers;
+# a width and a number of captions that fill no vector and no block.
+SHAPES = [(1, 1, 1, 8), (3, 49, 3, 96), (4, 196, 8, 512), (2, 197, 1, 768), (5, 16, 8, 8), (2, 25, 13, 37)]
 
 
 def region_like(n, p, k, d, dtype=torch.float32, threshold=None, normalization="minmax", first_seed=0):
@@ -46,9 +48,10 @@ def compare(name, op, oracle, inputs):
 @pytest.mark.parametrize("n, p, k, d", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
-def test_group_patches(n, p, k, d, dtype, normalization):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_group_patches(n, p, k, d, dtype, normalization, backend):
     patches, texts = region_like(n, p, k, d, dtype, normalization=normalization)
-    op = lambda x, t: dk.group_patches(x, t, normalization=normalization)  # noqa: E731
+    op = lambda x, t: dk.group_patches(x, t, normalization=normalization, backend=backend)  # noqa: E731
     oracle = lambda x, t: reference.group_patches(x, t, normalization=normalization)  # noqa: E731
     if p == 1:  # nothing to choose from: the value is the patch, its caption has no gradient
         assert (value_and_grads(op, (patches, texts))[2] == 0).all()
@@ -60,12 +63,13 @@ def test_group_patches(n, p, k, d, dtype, normalization):
 @pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5, 0.9, -1.0])
 @pytest.mark.parametrize("padded", [False, True])
-def test_thresholds_and_patch_masks(monkeypatch, normalization, threshold, padded):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_thresholds_and_patch_masks(monkeypatch, normalization, threshold, padded, backend):
     monkeypatch.setattr(grouping, "_CHUNK_VALUES", {"cpu": 2 * 49 * 16})  # two images a chunk
     patches, texts = region_like(5, 49, 4, 16, torch.float64, threshold if threshold > 0 else None, normalization)
     mask = torch.rand(5, 49, generator=torch.Generator().manual_seed(1)) > 0.3 if padded else None
     options = dict(threshold=threshold, normalization=normalization, patch_mask=mask)
-    op = lambda x, t: dk.group_patches(x, t, **options)  # noqa: E731
+    op = lambda x, t: dk.group_patches(x, t, backend=backend, **options)  # noqa: E731
     oracle = lambda x, t: reference.group_patches(x, t, **options)  # noqa: E731
     got, expected = value_and_grads(op, (patches, texts)), value_and_grads(oracle, (patches, texts))
     for g, e in zip(got, expected, strict=True):
@@ -78,7 +82,8 @@ def test_thresholds_and_patch_masks(monkeypatch, normalization, threshold, padde
     "case", ["one patch", "constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_degenerate_cases_are_defined(case, dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_degenerate_cases_are_defined(case, dtype, backend):
     patches, texts = region_like(3, 9, 2, 16, dtype)
     options = {}
     if case == "one patch":
@@ -98,7 +103,7 @@ def test_degenerate_cases_are_defined(case, dtype):
     if case == "zero patch":
         patches = patches.clone()
         patches[:, 4] = 0
-    got = value_and_grads(lambda x, t: dk.group_patches(x, t, **options), (patches, texts))
+    got = value_and_grads(lambda x, t: dk.group_patches(x, t, backend=backend, **options), (patches, texts))
     gold = value_and_grads(lambda x, t: reference.group_patches(x, t, **options), (patches.double(), texts.double()))
     for g, e in zip(got, gold, strict=True):
         assert torch.isfinite(g).all()
@@ -150,23 +155,34 @@ def test_masked_captions_change_nothing_and_take_no_gradient():
         assert none == 0
 
 
-def test_gradcheck():
+def _loss(patches, texts, scale, contrast, normalization, backend):
+    """The loss through one grouping backend; the contrast itself is torch's."""
+    if contrast == "batch":
+        return dk.group_patches(patches, texts, normalization=normalization, backend=backend).square().sum() * scale
+    return dk.subcaption_grouping_loss(patches, texts, scale, contrast=contrast, normalization=normalization, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
     patches, texts = region_like(3, 9, 3, 6, torch.float64)
     scale = torch.tensor(4.0, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (patches, texts, scale)]
     for contrast in ("image", "batch"):
         for normalization in grouping.NORMALIZATIONS:
-            fn = lambda x, t, s, c=contrast, n=normalization: dk.subcaption_grouping_loss(x, t, s, contrast=c, normalization=n)  # noqa: E731
+            fn = lambda x, t, s, c=contrast, n=normalization: _loss(x, t, s, c, n, backend)  # noqa: E731
             assert torch.autograd.gradcheck(fn, inputs)
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_and_compile(backend):
     patches, texts = (t.requires_grad_() for t in region_like(3, 9, 2, 8))
     mask = torch.ones(3, 9, dtype=torch.bool)
     for threshold, patch_mask in ((None, None), (0.3, mask)):
-        args = (patches, texts, threshold, "minmax", patch_mask, "torch")
+        args = (patches, texts, threshold, "minmax", patch_mask, backend)
         torch.library.opcheck(torch.ops.dreamlip_kernels.group_patches.default, args)
-    fn = lambda x, t: dk.subcaption_grouping_loss(x, t, 9.0, contrast="batch")  # noqa: E731
+    fn = lambda x, t: dk.group_patches(x, t, backend=backend)  # noqa: E731
+    loss = lambda x, t: dk.subcaption_grouping_loss(x, t, 9.0, contrast="batch")  # noqa: E731
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(patches, texts), loss(patches, texts))
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     for got, expected in zip(value_and_grads(compiled, (patches, texts)), value_and_grads(fn, (patches, texts)), strict=True):
         torch.testing.assert_close(got, expected)
@@ -184,13 +200,38 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
 
 
-def test_strides_and_empty_batch():
-    patches, texts = region_like(4, 9, 3, 8)
-    same = dk.group_patches(patches, texts)
-    torch.testing.assert_close(dk.group_patches(patches.transpose(1, 2).contiguous().transpose(1, 2), texts), same)
-    torch.testing.assert_close(dk.group_patches(patches, texts.transpose(0, 1).contiguous().transpose(0, 1)), same)
-    assert dk.group_patches(patches[:0], texts[:0]).shape == (0, 3, 8)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_empty_batch(backend):
+    for d in (8, 64):
+        patches, texts = region_like(4, 9, 3, d)
+        fn = lambda x, t: dk.group_patches(x, t, backend=backend)  # noqa: E731
+        same = value_and_grads(fn, (patches, texts))
+        # [N, D, P] in memory, [K, N, D] in memory, a slice of wider rows, every second image
+        wide = torch.randn(4, 9, d + 3)
+        wide[..., 1 : d + 1] = patches
+        doubled = torch.stack([patches, torch.zeros_like(patches)], 1).flatten(0, 1)
+        for x in (patches.transpose(1, 2).contiguous().transpose(1, 2), wide[..., 1 : d + 1], doubled[::2]):
+            for got, expected in zip(value_and_grads(fn, (x, texts)), same, strict=True):
+                torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+        for got, expected in zip(value_and_grads(fn, (patches, texts.transpose(0, 1).contiguous().transpose(0, 1))), same, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+        leaf = patches.clone().requires_grad_()
+        fn(leaf, texts).sum().backward()  # the upstream gradient is one number, expanded
+        one = patches.clone().requires_grad_()
+        (fn(one, texts) * torch.ones(4, 3, d)).sum().backward()
+        torch.testing.assert_close(leaf.grad, one.grad)
+        assert fn(patches[:0], texts[:0]).shape == (0, 3, d)
     assert dk.subcaption_grouping_loss(patches[:0], texts[:0], 3.0) == 0
+
+
+@pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_one_image_stays_there(backend, normalization):
+    patches, texts = region_like(3, 9, 2, 8)
+    clean = dk.group_patches(patches, texts, normalization=normalization, backend=backend)
+    patches[1, 4, 2] = torch.nan
+    got = dk.group_patches(patches, texts, normalization=normalization, backend=backend)
+    assert got[1].isnan().any() and torch.equal(got[::2], clean[::2])
 
 
 def test_nan_features_show():
@@ -203,6 +244,9 @@ def test_nan_features_show():
 
 
 BAD = [
+    (dict(patches=torch.randn(4, 0, 8)), "patch_features needs at least one patch"),
+    (dict(texts=torch.randn(4, 0, 8)), "text_features needs at least one sub-caption"),
+    (dict(patches=torch.randn(4, 9, 0), texts=torch.randn(4, 2, 0)), "need a width D of at least 1"),
     (dict(patches=torch.randn(4, 9, 7)), "share their last dimension D"),
     (dict(patches=torch.randn(5, 9, 8)), "must share N"),
     (dict(patches=torch.randn(4, 9, 8).half()), "share a dtype"),
