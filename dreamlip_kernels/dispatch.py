@@ -25,10 +25,18 @@ def _triton(device: str, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
-        return "it computes in 16 bits; float64 needs backend='torch'"
+        return "it computes in float32 or less; float64 needs backend='torch'"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a CUDA device, or TRITON_INTERPRET=1 in the environment for Triton's interpreter"
     return None
+
+
+def _cuda(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda":
+        return "it runs on CUDA tensors"
+    if dtype == torch.float64:
+        return "it computes in float32 or less; float64 needs backend='torch'"
+    return extension.why_not("cuda")
 
 
 def _cpp(device: str, dtype: torch.dtype, build: bool = False) -> str | None:
@@ -40,8 +48,8 @@ def _cpp(device: str, dtype: torch.dtype, build: bool = False) -> str | None:
 # For each op, its backends in the order in which "auto" prefers them, with the test that says whether one can run.
 # Triton comes after torch until it has been timed, and its tests marked gpu have passed, on a device.
 _BACKENDS: dict[str, dict[str, _Check]] = {
-    "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
-    "group_patches": {"cpp": _cpp, "torch": _always},
+    "bidirectional_logsumexp": {"torch": _always, "triton": _triton, "cuda": _cuda},
+    "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton, "cuda": _cuda},
 }
 _announced: set[tuple[str, str, str]] = set()
 
@@ -72,6 +80,11 @@ def select(op: str, x: Tensor, requested: str = "auto") -> str:
 def _check_and_build(check: _Check, device: str, dtype: torch.dtype) -> str | None:
     """The check before a use: what only needs compiling is compiled now."""
     return check(device, dtype, build=True) if check is _cpp else check(device, dtype)
+
+
+def why_not(op: str, backend: str, x: Tensor) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors like ``x``, or None."""
+    return _BACKENDS[op][backend](x.device.type, x.dtype)
 
 
 def why(op: str, x: Tensor, requested: str = "auto") -> str:

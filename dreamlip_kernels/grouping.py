@@ -319,7 +319,7 @@ def _backward_torch(patches, texts, similarity, inv_norm, threshold, normalizati
     return d_patches, d_texts
 
 
-# --- cpp backend: csrc/patch_pool_cpu.cpp ------------------------------------------------------------------------------------
+# --- cpp and cuda backends: csrc/ ------------------------------------------------------------------------------------
 
 _DEFAULT_THRESHOLD = -1e38  # csrc reads anything below -1e30 as 1 / (valid patches)
 
@@ -337,5 +337,20 @@ def _backward_compiled(patches, texts, similarity, inv_norm, threshold, normaliz
     return torch.ops.dreamlip_csrc.patch_pool_backward(patches, texts, similarity, inv_norm, *options, patch_mask, d_pooled)
 
 
-_FORWARD = {"torch": _forward_torch, "cpp": _forward_compiled}
-_BACKWARD = {"torch": _backward_torch, "cpp": _backward_compiled}
+# --- triton backend: grouping_triton.py --------------------------------------------------------------------------------------
+
+
+def _forward_triton(*arguments):
+    from . import grouping_triton
+
+    return grouping_triton.forward(*arguments)
+
+
+def _backward_triton(*arguments):
+    from . import grouping_triton
+
+    return grouping_triton.backward(*arguments)
+
+
+_FORWARD = {"torch": _forward_torch, "cpp": _forward_compiled, "triton": _forward_triton, "cuda": _forward_compiled}
+_BACKWARD = {"torch": _backward_torch, "cpp": _backward_compiled, "triton": _backward_triton, "cuda": _backward_compiled}

@@ -45,21 +45,81 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_shipped_configurations(arch, tmp_path):
+GROUPING = """
+    import sys
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from dreamlip_kernels import grouping_triton as module
+
+    arch, folder, kp, dtype = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    block_p, block_d, warps, stages = module.BLOCKS[kp, dtype == "fp32"]
+    for kernel in ("pool_forward", "pool_backward"):
+        names = getattr(module, kernel).arg_names
+        stored = ("x_ptr", "t_ptr", "up_ptr", "out_ptr", "dx_ptr", "dt_ptr")
+        signature = {name: f"*{dtype}" if name in stored else "*fp32" for name in names if name.endswith("_ptr")}
+        signature |= {name: "i32" for name in names if name in ("K", "P", "D") or name.startswith("stride")} | {"threshold": "fp32", "mask_ptr": "*i1"}
+        full = {name: signature.get(name, "constexpr") for name in names}
+        # As in a run on contiguous features of a width in multiples of 16.
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr") or name == "D" or name.startswith("stride")}
+        constants = dict(NORMALIZATION=0, HAS_THRESHOLD=True, HAS_MASK=True, PRECISION="tf32x3" if dtype == "fp32" else "tf32")
+        constants |= dict(KP=kp, BLOCK_P=block_p, BLOCK_D=block_d)
+        source = ASTSource(getattr(module, kernel), signature=full, constexprs=constants, attrs=aligned)
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+        path = f"{folder}/{kernel}.cubin"
+        open(path, "wb").write(built.asm["cubin"])
+        print(path, built.metadata.shared)
+"""
+
+
+def compiled(script, tmp_path, *arguments):
+    """(file, code as text, bytes of shared memory) of every kernel the script compiles, in a process without the interpreter."""
     import os
 
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(arch), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path / "cache")
+    }
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    lines = run.stdout.splitlines()
-    assert len(lines) == 4
-    for line in lines:
+    for line in run.stdout.splitlines():
         path, shared = line.split()
-        code = subprocess.run([disassembler, path], capture_output=True, text=True, check=True).stdout
-        assert re.search(rf"\b{TENSOR_CORE[arch]}\b", code), f"{path}: no tensor-core instruction"
-        spills = len(re.findall(r"\b(LDL|STL)\b", code))
-        assert arch == 100 or spills == 0, f"{path}: {spills} spill instructions"
-        assert int(shared) <= SHARED_LIMIT[arch], f"{path}: {shared} bytes of shared memory"
+        yield path, subprocess.run([disassembler, path], capture_output=True, text=True, check=True).stdout, int(shared)
+
+
+def check(path, code, shared, arch, tensor_core):
+    assert re.search(rf"\b({tensor_core})\b", code), f"{path}: no tensor-core instruction"
+    spills = len(re.findall(r"\b(LDL|STL)\b", code))
+    assert arch == 100 or spills == 0, f"{path}: {spills} spill instructions"
+    assert shared <= SHARED_LIMIT[arch], f"{path}: {shared} bytes of shared memory"
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_shipped_configurations(arch, tmp_path):
+    built = list(compiled(SCRIPT, tmp_path, arch, tmp_path))
+    assert len(built) == 4
+    for path, code, shared in built:
+        check(path, code, shared, arch, TENSOR_CORE[arch])
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "arch, kp, dtype",
+    [
+        (80, 16, "bf16"),
+        (90, 16, "bf16"),
+        (90, 16, "fp32"),
+        pytest.param(80, 16, "fp32", marks=SLOW),
+        pytest.param(100, 16, "bf16", marks=SLOW),
+    ]
+    + [pytest.param(arch, 32, dtype, marks=SLOW) for arch in (80, 90) for dtype in ("bf16", "fp32")],
+)
+def test_grouping_configurations(arch, kp, dtype, tmp_path):
+    """M is 16 or 32, below what wgmma takes with these tiles: mma.sync is the tensor-core instruction, and fast enough (performance is memory's)."""
+    built = list(compiled(GROUPING, tmp_path, arch, tmp_path, kp, dtype))
+    assert len(built) == 2
+    for path, code, shared in built:
+        check(path, code, shared, arch, "HMMA|HGMMA|UTCHMMA")

@@ -1,0 +1,96 @@
+"""The grouping's Triton kernels, run by Triton's interpreter on the CPU, against the oracle under the same rule as the other backends."""
+
+import pytest
+import torch
+from numerics import value_and_grads
+from test_grouping import compare, region_like
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import reference
+
+pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
+# Both sides of a tl.where are computed: the interpreter's numpy warns of the one that is not taken.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def where_it_runs():
+    if torch.cuda.is_available():
+        pytest.skip("with a CUDA device the kernels are compiled, and tests/test_grouping_gpu.py runs them there")
+
+
+def both(**options):
+    op = lambda x, t: dk.group_patches(x, t, backend="triton", **options)  # noqa: E731
+    return op, lambda x, t: reference.group_patches(x, t, **options)
+
+
+# One patch; several chunks with a rest; more than 16 captions; a width of several blocks with a rest; B/16's grid.
+@pytest.mark.parametrize("n, p, k, d", [(1, 1, 1, 8), (3, 49, 3, 96), (2, 37, 19, 40), (2, 33, 2, 150), (1, 196, 8, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
+def test_group_patches(n, p, k, d, dtype, normalization):
+    patches, texts = region_like(n, p, k, d, dtype, normalization=normalization)
+    op, oracle = both(normalization=normalization)
+    if p == 1:
+        assert (value_and_grads(op, (patches, texts))[2] == 0).all()
+        op, oracle = (lambda x, f=f: f(x, texts.to(x.dtype)) for f in (op, oracle))
+        return compare("pooled, dx", op, oracle, (patches,))
+    compare("pooled, dx, dt", op, oracle, (patches, texts))
+
+
+@pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, -1.0])
+def test_thresholds_with_a_patch_mask(normalization, threshold):
+    if normalization == "softmax":
+        threshold /= 22  # of 49 weights that add up to one, some reach it
+    patches, texts = region_like(3, 49, 4, 16, threshold=threshold if threshold > 0 else None, normalization=normalization)
+    mask = torch.rand(3, 49, generator=torch.Generator().manual_seed(1)) > 0.3
+    op, oracle = both(threshold=threshold, normalization=normalization, patch_mask=mask)
+    compare("pooled, dx, dt", op, oracle, (patches, texts))
+    assert (value_and_grads(op, (patches, texts))[1][~mask] == 0).all(), "padding patches take no gradient"
+
+
+@pytest.mark.parametrize("case", ["constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"])
+def test_degenerate_cases_are_defined(case):
+    patches, texts = region_like(3, 9, 2, 16)
+    options = {}
+    if case == "constant patches":
+        patches = patches[:, :1].repeat(1, 9, 1)
+    if case == "nothing kept":
+        options["threshold"] = 1.5
+    if case == "zero text":
+        texts = torch.zeros_like(texts)
+    if case == "tie at the minimum":
+        w = reference.unit(texts) @ reference.unit(patches).mT
+        patches = patches.clone()
+        patches[:, 0] = 2 * patches[0:3, w[:, 0].argmin(-1)[0]]
+    if case == "no valid patch":
+        options["patch_mask"] = torch.tensor([[True] * 9, [False] * 9, [True] * 9])
+    if case == "zero patch":
+        patches = patches.clone()
+        patches[:, 4] = 0
+    op, oracle = both(**options)
+    for g, e in zip(value_and_grads(op, (patches, texts)), value_and_grads(oracle, (patches.double(), texts.double())), strict=True):
+        assert torch.isfinite(g).all()
+        torch.testing.assert_close(g.double(), e, atol=1e-5, rtol=1e-4)
+
+
+def test_strides_nan_and_too_many_captions():
+    patches, texts = region_like(4, 9, 3, 8)
+    op, _ = both()
+    same = value_and_grads(op, (patches, texts))
+    for x, t in (
+        (patches.transpose(1, 2).contiguous().transpose(1, 2), texts),
+        (patches, texts.transpose(0, 1).contiguous().transpose(0, 1)),
+    ):
+        for got, expected in zip(value_and_grads(op, (x, t)), same, strict=True):
+            torch.testing.assert_close(got, expected)
+    broken = patches.clone()
+    broken[1, 4, 2] = torch.nan
+    got = op(broken, texts)
+    assert got[1].isnan().any() and torch.equal(got[[0, 2, 3]], same[0][[0, 2, 3]])
+    assert op(patches[:0], texts[:0]).shape == (0, 3, 8)
+    with pytest.raises(ValueError, match="takes K up to 32 sub-captions, got text_features .2, 33, 8."):
+        op(patches[:2], torch.randn(2, 33, 8))
+    with pytest.raises(RuntimeError, match="float64 needs backend='torch'"):
+        op(patches.double(), texts.double())
