@@ -1,0 +1,125 @@
+"""The CUDA kernels without a GPU: csrc/patch_pool.cuh compiled for the CPU, every thread a fiber, against the oracle (tests/csrc/emulate.h).
+
+It shows that indices, fragments, waits and barriers fit together; what only a device can show is in tests/test_grouping_gpu.py.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import value_and_grads
+from test_grouping import compare, region_like
+
+from dreamlip_kernels import reference
+
+ROOT = Path(__file__).parent.parent
+CUDA = next(
+    (
+        path
+        for path in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", "/usr/local/cuda-13.0")
+        if path and Path(path, "include/cuda_bf16.h").is_file()
+    ),
+    None,
+)
+pytestmark = pytest.mark.skipif(
+    CUDA is None or shutil.which("g++") is None, reason="needs g++ and CUDA's headers (CUDA_HOME) to compile the kernels"
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    target = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    includes = ["-I", ROOT / "csrc", "-I", ROOT / "tests/csrc", "-isystem", Path(CUDA, "include")]
+    subprocess.run(
+        ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *includes, ROOT / "tests/csrc/emulate.cpp", "-o", target], check=True
+    )
+    return ctypes.CDLL(str(target))
+
+
+class Emulated(torch.autograd.Function):
+    """group_patches by the emulated kernels: patches [N, P, D], texts [N, K, D] in bfloat16 or float16."""
+
+    @staticmethod
+    def forward(ctx, library, patches, texts, threshold, normalization, mask, slots, blocks):
+        n, p, _ = patches.shape
+        k = texts.shape[1]
+        pooled, s, inv = torch.empty_like(texts), torch.empty(n, k, p), torch.empty(n, p)
+        ctx.call = (library, threshold, normalization, slots, blocks)
+        ctx.save_for_backward(patches, texts, s, inv, mask)
+        _call(ctx.call, patches, texts, None, mask, pooled, s, inv, None, None)
+        ctx.mark_non_differentiable(s, inv)
+        return pooled
+
+    @staticmethod
+    def backward(ctx, upstream):
+        patches, texts, s, inv, mask = ctx.saved_tensors
+        dx, dt = torch.empty_like(patches), torch.empty_like(texts)
+        _call(ctx.call, patches, texts, upstream.contiguous(), mask, None, s, inv, dx, dt)
+        return None, dx, dt, None, None, None, None, None
+
+
+def _call(call, patches, texts, *tensors):
+    library, threshold, normalization, slots, blocks = call
+    n, p, d = patches.shape
+    pointers = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (patches, texts, *tensors)]
+    kind = ("minmax", "softmax", "none").index(normalization)
+    shape = (n, p, texts.shape[1], d, int(patches.dtype == torch.float16))
+    code = library.emulate(*shape, ctypes.c_double(-1e38 if threshold is None else threshold), kind, slots, blocks, 1, *pointers)
+    assert code == 0, code
+
+
+def both(library, *, threshold=None, normalization="minmax", mask=None, slots=0, blocks=2):
+    op = lambda x, t: Emulated.apply(library, x, t, threshold, normalization, mask, slots, blocks)  # noqa: E731
+    return op, lambda x, t: reference.group_patches(x, t, threshold=threshold, normalization=normalization, patch_mask=mask)
+
+
+# (N, P, K, D, slots): everything in shared memory (0), or a ring of so many boxes. One patch; rows and columns that fill no tile, several images a block;
+# a column box more than the ring holds; more than 8 sub-captions; more than one box of rows.
+CASES = [
+    (3, 1, 1, 8, 0),
+    (5, 20, 3, 40, 0),
+    (5, 49, 8, 136, 2),
+    (3, 33, 5, 72, 3),
+    (2, 50, 13, 64, 0),
+    (3, 18, 9, 200, 2),
+    (2, 270, 2, 72, 2),
+]
+
+
+@pytest.mark.parametrize("n, p, k, d, slots", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_patches(library, n, p, k, d, slots, dtype):
+    patches, texts = region_like(n, p, k, d, dtype)
+    op, oracle = both(library, slots=slots)
+    if p == 1:
+        assert (value_and_grads(op, (patches, texts))[2] == 0).all()
+        op, oracle = (lambda x, f=f: f(x, texts.to(x.dtype)) for f in (op, oracle))
+        return compare("pooled, dx", op, oracle, (patches,))
+    compare("pooled, dx, dt", op, oracle, (patches, texts))
+
+
+@pytest.mark.parametrize("normalization, threshold", [("minmax", 0.5), ("softmax", 0.03), ("none", 0.1), ("none", -1.0)])
+@pytest.mark.parametrize("slots", [0, 2])
+def test_modes_with_a_patch_mask(library, normalization, threshold, slots):
+    patches, texts = region_like(4, 37, 4, 72, torch.float16, threshold if threshold > 0 else None, normalization)
+    mask = torch.rand(4, 37, generator=torch.Generator().manual_seed(1)) > 0.3
+    op, oracle = both(library, threshold=threshold, normalization=normalization, mask=mask, slots=slots)
+    compare("pooled, dx, dt", op, oracle, (patches, texts))
+    assert (value_and_grads(op, (patches, texts))[1][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_nan_stays_in_its_image_and_blocks_do_not_matter(library, slots):
+    patches, texts = region_like(5, 30, 3, 136, torch.bfloat16)
+    one = value_and_grads(both(library, slots=slots, blocks=1)[0], (patches, texts))
+    three = value_and_grads(both(library, slots=slots, blocks=3)[0], (patches, texts))
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    broken = patches.clone()
+    broken[2, 7, 11] = torch.nan
+    got = value_and_grads(both(library, slots=slots, blocks=1)[0], (broken, texts))
+    others = [0, 1, 3, 4]
+    assert got[0][2].isnan().any() and all(torch.equal(a[others], b[others]) for a, b in zip(got, one, strict=True))
