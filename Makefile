@@ -44,6 +44,7 @@ bench: install
 # On a machine with a CUDA device: everything this repository can say about it, into files under OUT.
 gpu:
 	mkdir -p $(OUT)
+	python3 setup.py build_ext --inplace 2>&1 | tail -n 40 | tee $(OUT)/build.txt
 	python3 -m pytest tests -m gpu 2>&1 | tee $(OUT)/tests.txt
 	python3 -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-json=$(OUT)/benchmarks.json 2>&1 | tee $(OUT)/benchmarks.txt
 

@@ -1,5 +1,7 @@
 """Named shapes, the compared providers' inputs and peak memory, for every benchmark."""
 
+import time
+
 import pytest
 import torch
 
@@ -18,11 +20,29 @@ def named(cpu: dict, gpu: dict):
     return [pytest.param(shape, id=name) for name, shape in shapes.items()]
 
 
-@pytest.fixture
-def run(benchmark):
-    """``run(step)``: median time of ``step()``, with the peak of device memory beyond what was allocated before (CUDA only)."""
+@pytest.fixture(scope="session")
+def copy_rate():
+    """Bytes a second this device copies, read and written bytes both counted."""
+    source = torch.empty(2**28 if DEVICE == "cuda" else 2**26, dtype=torch.float32, device=DEVICE)
+    target = torch.zeros_like(source)
+    seconds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    rate = 2 * source.numel() * 4 / sorted(seconds)[len(seconds) // 2]
+    _SUMMARY.append(f"copy rate of this run: {rate / 1e9:.0f} GB/s")
+    return rate
 
-    def measure(step):
+
+@pytest.fixture
+def run(benchmark, request):
+    """``run(step, floor=None, rounds=...)``: median time of ``step()``; with the seconds it must take at least, its share of that floor; on CUDA the peak of device
+    memory beyond what was allocated before."""
+
+    def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3):
         def synchronised():
             step()
             if DEVICE == "cuda":
@@ -34,6 +54,23 @@ def run(benchmark):
             before = torch.cuda.memory_allocated()
             synchronised()
             benchmark.extra_info["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        benchmark.pedantic(synchronised, rounds=10 if DEVICE == "cuda" else 3, warmup_rounds=1)
+        benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=2)
+        median = benchmark.stats.stats.median if benchmark.stats else None  # none with --benchmark-disable
+        if floor is not None and median:
+            benchmark.extra_info["fraction_of_floor"] = floor / median
+        if median:
+            cells = [f"{name} {value:.2f}" if value < 10 else f"{name} {value:.0f}" for name, value in benchmark.extra_info.items()]
+            _SUMMARY.append(f"{request.node.name:<90} {1e3 * median:9.3f} ms   {'  '.join(cells)}")
 
     return measure
+
+
+_SUMMARY: list[str] = []
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What pytest-benchmark's table has no columns for: shares of the floor and peak memory."""
+    if _SUMMARY:
+        terminalreporter.write_sep("-", "times, shares of the floor, peak memory")
+        for line in _SUMMARY:
+            terminalreporter.write_line(line)

@@ -499,4 +499,20 @@ DREAMLIP_DEVICE void pool_backward(const PoolShape& s, const T* patches, const T
   wait_copies<0>();
 }
 
+#ifdef __CUDACC__
+template <class T, int KT>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ PoolShape shape, const T* patches, const T* texts, const bool* mask, T* pooled,
+                                                           float* similarity, float* inv_norm) {
+  extern __shared__ __align__(128) char shared[];
+  pool_forward<T, KT>(shape, patches, texts, mask, pooled, similarity, inv_norm, shared, threadIdx.x, blockIdx.x, gridDim.x);
+}
+
+template <class T, int KT>
+__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ PoolShape shape, const T* patches, const T* texts, const T* upstream,
+                                                            const bool* mask, const float* similarity, const float* inv_norm, T* d_patches, T* d_texts) {
+  extern __shared__ __align__(128) char shared[];
+  pool_backward<T, KT>(shape, patches, texts, upstream, mask, similarity, inv_norm, d_patches, d_texts, shared, threadIdx.x, blockIdx.x, gridDim.x);
+}
+#endif
+
 }  // namespace dreamlip

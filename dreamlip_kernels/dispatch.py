@@ -34,8 +34,8 @@ def _triton(device: str, dtype: torch.dtype) -> str | None:
 def _cuda(device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda":
         return "it runs on CUDA tensors"
-    if dtype == torch.float64:
-        return "it computes in float32 or less; float64 needs backend='torch'"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {str(dtype)[6:]}; use backend='triton' or 'torch'"
     return extension.why_not("cuda")
 
 
@@ -46,9 +46,9 @@ def _cpp(device: str, dtype: torch.dtype, build: bool = False) -> str | None:
 
 
 # For each op, its backends in the order in which "auto" prefers them, with the test that says whether one can run.
-# Triton comes after torch until it has been timed, and its tests marked gpu have passed, on a device.
+# Triton and CUDA come after torch until they have been timed, and the tests marked gpu have passed, on a device.
 _BACKENDS: dict[str, dict[str, _Check]] = {
-    "bidirectional_logsumexp": {"torch": _always, "triton": _triton, "cuda": _cuda},
+    "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
     "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton, "cuda": _cuda},
 }
 _announced: set[tuple[str, str, str]] = set()

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of every shipped Triton configuration, without a GPU: the code is read for tensor cores, spills and shared memory."""
 
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 
+ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
@@ -123,3 +125,25 @@ def test_grouping_configurations(arch, kp, dtype, tmp_path):
     assert len(built) == 2
     for path, code, shared in built:
         check(path, code, shared, arch, "HMMA|HGMMA|UTCHMMA")
+
+
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_cuda_kernels(arch, tmp_path):
+    """Registers, spills and tensor-core instructions of csrc/patch_pool.cuh as nvcc builds it."""
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+    command = [NVCC, *flags, str(ROOT / "tests/csrc/compile_only.cu"), "-o", str(tmp_path / "kernels.cubin")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", run.stderr)]
+    assert len(spills) == len(registers) == 8 and all(pair == ("0", "0") for pair in spills), run.stderr
+    assert max(registers) <= 255
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    code = subprocess.run([disassembler, str(tmp_path / "kernels.cubin")], capture_output=True, text=True, check=True).stdout
+    for instruction in ("HMMA", "LDSM", "LDGSTS"):
+        assert len(re.findall(rf"\b{instruction}\b", code)) >= 8, f"no {instruction}"
+    assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code), "local memory or atomics"

@@ -123,3 +123,12 @@ def test_nan_stays_in_its_image_and_blocks_do_not_matter(library, slots):
     got = value_and_grads(both(library, slots=slots, blocks=1)[0], (broken, texts))
     others = [0, 1, 3, 4]
     assert got[0][2].isnan().any() and all(torch.equal(a[others], b[others]) for a, b in zip(got, one, strict=True))
+
+
+def test_the_shared_memory_of_the_full_shapes(library):
+    """On an H200 (227 KB a block) a B/16 image stays resident forward; an A100 (163 KB) streams; B/32 leaves room for two blocks and more."""
+    b16, b32 = (196, 8, 512), (49, 8, 512)
+    assert library.shared_bytes(*b16, 0, 0) <= 227 * 1024 and library.shared_bytes(*b16, 4, 0) <= 163 * 1024
+    assert library.shared_bytes(*b16, 7, 1) <= 227 * 1024 and library.shared_bytes(*b16, 4, 1) <= 163 * 1024
+    assert library.shared_bytes(*b32, 0, 0) <= 113 * 1024 and library.shared_bytes(*b32, 0, 1) <= 113 * 1024
+    assert library.shared_bytes(1024, 8, 1024, 2, 1) <= 227 * 1024

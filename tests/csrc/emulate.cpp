@@ -51,3 +51,13 @@ extern "C" int emulate(int N, int P, int K, int D, int half, double threshold, i
   }
   return 0;
 }
+
+// Bytes of shared memory a block asks for, with everything resident (slots = 0) or a ring of `slots` boxes.
+extern "C" int shared_bytes(int P, int K, int D, int slots, int backward) {
+  PoolShape s{};
+  s.P = P;
+  s.K = K;
+  s.D = D;
+  s.slots = slots ? slots : s.boxes();
+  return PoolLayout(s, K <= 8 ? 1 : 2, backward).total;
+}

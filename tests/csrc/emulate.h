@@ -99,23 +99,30 @@ inline void run_block(int threads, unsigned seed, std::function<void(int)> funct
     makecontext(&fiber.context, enter, 0);
   }
   std::minstd_rand random(seed);
-  std::vector<int> order(threads);
-  for (int i = 0; i < threads; ++i) order[i] = i;
-  for (bool left = true; left;) {
-    left = false;
+  // One round of a warp: every thread goes on to its next meeting. False when nobody could.
+  const auto round = [&](int warp) {
     const long before = state.progress;
-    for (int i = threads - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
-    for (const int i : order) {
-      if (state.fibers[i]->done) continue;
-      state.current = i;
-      swapcontext(&state.scheduler, &state.fibers[i]->context);
-      left = left || !state.fibers[i]->done;
+    const int first = int(random() % 32);
+    for (int i = 0; i < 32; ++i) {
+      const int thread = warp * 32 + (first + i) % 32;
+      if (state.fibers[thread]->done) continue;
+      state.current = thread;
+      swapcontext(&state.scheduler, &state.fibers[thread]->context);
     }
-    if (left && state.progress == before) {
+    return state.progress != before;
+  };
+  const int warps = threads / 32;
+  for (int idle = 0; idle <= 50 * warps;) {  // a random warp runs on alone for a random while, as far ahead of the others as barriers let it
+    const int warp = int(random() % warps);
+    bool moved = false;
+    for (unsigned burst = 1 + random() % 200; burst > 0 && round(warp); --burst) moved = true;
+    idle = moved ? 0 : idle + 1;
+  }
+  for (const auto& fiber : state.fibers)
+    if (!fiber->done) {
       std::fprintf(stderr, "emulated block: some threads wait for others that never come\n");
       std::abort();
     }
-  }
   for (const auto& fiber : state.fibers)
     if (!fiber->groups.empty() || !fiber->open.empty()) {
       std::fprintf(stderr, "emulated block: it ended with copies under way\n");

@@ -1,0 +1,130 @@
+// The CUDA kernels of patch_pool.cuh as ops: checks, how much of the ring fits, launches.
+
+#include "patch_pool.h"
+#include "patch_pool.cuh"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+
+namespace dreamlip {
+namespace {
+
+// Rows of whole 16-byte chunks: the width padded to a multiple of 8, the last dimension dense, every row aligned.
+at::Tensor aligned(const at::Tensor& x) {
+  const int64_t rest = (8 - x.size(2) % 8) % 8;
+  if (rest) return at::constant_pad_nd(x, {0, rest});
+  const bool ok = x.stride(2) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  return ok ? x : x.contiguous();
+}
+
+PoolShape describe(const at::Tensor& patches, const at::Tensor& texts, double threshold, int64_t normalization) {
+  PoolShape s{};
+  s.N = int(patches.size(0));
+  s.P = int(patches.size(1));
+  s.K = int(texts.size(1));
+  s.D = int(patches.size(2));
+  s.x_image = patches.stride(0);
+  s.x_row = patches.stride(1);
+  s.t_image = texts.stride(0);
+  s.t_row = texts.stride(1);
+  s.options = {float(threshold), int(normalization)};
+  return s;
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Chooses the ring for the shared memory there is; returns the bytes to launch with.
+int fit(PoolShape& s, int KT, bool backward) {
+  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  s.slots = s.boxes();
+  s.resident = s.row_boxes() == 1 && s.boxes() <= 9 && PoolLayout(s, KT, backward).total <= limit;
+  if (s.resident) return PoolLayout(s, KT, backward).total;
+  for (s.slots = 8; s.slots >= 2; --s.slots)
+    if (PoolLayout(s, KT, backward).total <= limit) return PoolLayout(s, KT, backward).total;
+  s.slots = 2;
+  TORCH_CHECK(false, "group_patches: backend='cuda' needs ", PoolLayout(s, KT, backward).total, " bytes of shared memory a block for P=", s.P, ", K=", s.K, ", D=", s.D,
+              "; this GPU has ", limit, ". Use backend='triton'");
+}
+
+template <class Kernel, class... Arguments> void launch(Kernel kernel, const PoolShape& shape, int shared, Arguments... arguments) {
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  int blocks = 0;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared));
+  const int grid = std::min<int64_t>(shape.N, int64_t(std::max(blocks, 1)) * attribute(cudaDevAttrMultiProcessorCount));
+  kernel<<<grid, kThreads, shared, c10::cuda::getCurrentCUDAStream()>>>(shape, arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// f(T{}, std::integral_constant<int, KT>) for the dtype and the number of sub-captions.
+template <class F> void with_types(const at::Tensor& patches, int64_t K, F f) {
+  TORCH_CHECK(K >= 1 && K <= 16, "group_patches: backend='cuda' takes 1 to 16 sub-captions, got ", K, "; use backend='triton'");
+  const auto with_k = [&](auto t) {
+    if (K <= 8) f(t, std::integral_constant<int, 1>{});
+    else f(t, std::integral_constant<int, 2>{});
+  };
+  switch (patches.scalar_type()) {
+    case at::kBFloat16: return with_k(__nv_bfloat16{});
+    case at::kHalf: return with_k(__half{});
+    default: TORCH_CHECK(false, "group_patches: backend='cuda' takes bfloat16 and float16, got ", patches.scalar_type(), "; use backend='triton'");
+  }
+}
+
+template <class T> const T* data(const at::Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
+template <class T> T* data_to(at::Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cuda(const at::Tensor& patches, const at::Tensor& texts, double threshold, int64_t normalization,
+                                                                       const std::optional<at::Tensor>& patch_mask) {
+  const c10::cuda::CUDAGuard guard(patches.device());
+  const at::Tensor x = aligned(patches), t = aligned(texts);
+  const int64_t N = x.size(0), P = x.size(1), K = t.size(1), D = x.size(2);
+  at::Tensor pooled = at::empty({N, K, D}, t.options()), similarity = at::empty({N, K, P}, x.options().dtype(at::kFloat)),
+             inv_norm = at::empty({N, P}, x.options().dtype(at::kFloat));
+  const at::Tensor mask = patch_mask ? patch_mask->contiguous() : at::Tensor();
+  if (N)
+    with_types(x, K, [&](auto type, auto tiles) {
+      using T = decltype(type);
+      PoolShape s = describe(x, t, threshold, normalization);
+      const int shared = fit(s, tiles, false);
+      launch(forward_kernel<T, tiles>, s, shared, data<T>(x), data<T>(t), mask.defined() ? mask.const_data_ptr<bool>() : nullptr, data_to<T>(pooled),
+             similarity.mutable_data_ptr<float>(), inv_norm.mutable_data_ptr<float>());
+    });
+  if (D != patches.size(2)) pooled = pooled.narrow(2, 0, patches.size(2)).contiguous();
+  return {pooled, similarity, inv_norm};
+}
+
+std::tuple<at::Tensor, at::Tensor> patch_pool_backward_cuda(const at::Tensor& patches, const at::Tensor& texts, const at::Tensor& similarity,
+                                                            const at::Tensor& inv_norm, double threshold, int64_t normalization,
+                                                            const std::optional<at::Tensor>& patch_mask, const at::Tensor& d_pooled) {
+  const c10::cuda::CUDAGuard guard(patches.device());
+  const at::Tensor x = aligned(patches), t = aligned(texts), up = aligned(d_pooled);
+  const int64_t N = x.size(0), P = x.size(1), K = t.size(1), D = x.size(2);
+  at::Tensor d_patches = at::empty({N, P, D}, x.options()), d_texts = at::empty({N, K, D}, t.options());
+  const at::Tensor mask = patch_mask ? patch_mask->contiguous() : at::Tensor();
+  if (N)
+    with_types(x, K, [&](auto type, auto tiles) {
+      using T = decltype(type);
+      PoolShape s = describe(x, t, threshold, normalization);
+      s.up_image = up.stride(0);
+      s.up_row = up.stride(1);
+      const int shared = fit(s, tiles, true);
+      launch(backward_kernel<T, tiles>, s, shared, data<T>(x), data<T>(t), data<T>(up), mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
+             similarity.const_data_ptr<float>(), inv_norm.const_data_ptr<float>(), data_to<T>(d_patches), data_to<T>(d_texts));
+    });
+  if (D != patches.size(2)) {
+    d_patches = d_patches.narrow(2, 0, patches.size(2)).contiguous();
+    d_texts = d_texts.narrow(2, 0, patches.size(2)).contiguous();
+  }
+  return {d_patches, d_texts};
+}
+
+}  // namespace dreamlip
