@@ -1,9 +1,13 @@
 """Named shapes, the compared providers' inputs and peak memory, for every benchmark."""
 
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/train"))  # caption_lengths.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (N, K, D). A GPU runs all; a CPU the first ones.
@@ -39,8 +43,8 @@ def copy_rate():
 
 @pytest.fixture
 def run(benchmark, request):
-    """``run(step, floor=None, rounds=...)``: median time of ``step()``; with the seconds it must take at least, its share of that floor; on CUDA the peak of device
-    memory beyond what was allocated before."""
+    """``run(step, floor=None, rounds=...)``: median time of ``step()``; with the seconds it must take at least, its share of that floor; on CUDA the
+    peak of device memory beyond what was allocated before."""
 
     def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3):
         def synchronised():

@@ -132,6 +132,8 @@ class EngineConfig:
     """DeepSpeed ZeRO stage."""
     grad_checkpointing: bool = False
     """Recompute activations in backward."""
+    text_buckets: int = 4
+    """The captions of a step go through the text tower in at most so many groups of like length; 1 pads all to the longest. One under ZeRO-3 and compile."""
     compile: bool = False
     """torch.compile the towers."""
     seed: int = 0
@@ -227,7 +229,7 @@ class Config:
         _require(self.optim.grad_clip_norm >= 0, "optim.grad_clip_norm", self.optim.grad_clip_norm, "0 turns clipping off")
         _require(self.engine.batch_size >= 1, "engine.batch_size", self.engine.batch_size, "give at least 1")
         _require(self.engine.steps > 0 or self.engine.epochs > 0, "engine.epochs", self.engine.epochs, "give engine.epochs or engine.steps")
-        for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps"):
+        for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps", "text_buckets"):
             _require(getattr(self.engine, name) >= 1, f"engine.{name}", getattr(self.engine, name), "give at least 1")
         _require(self.engine.save_every_minutes >= 0, "engine.save_every_minutes", self.engine.save_every_minutes, "0 goes by steps alone")
         _require(

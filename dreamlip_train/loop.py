@@ -19,7 +19,7 @@ from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train import checkpoint
 from dreamlip_train.config import Config, LossConfig
 from dreamlip_train.data import TrainLoader
-from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
+from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, text_buckets, train_step
 from dreamlip_train.evaluate import StoppedError, evaluate
 from dreamlip_train.runlog import RunLog, Stopwatch, memory_gb
 from dreamlip_train.signals import StopRequest
@@ -76,7 +76,8 @@ class Loop:
             self.watchdog.now(f"in step {progress.step + 1}")
             self.watch.tokens += int((batch["text"] != 0).sum())
             self.watch.images += len(batch["keys"])
-            result = train_step(self.engine, loss_fn, move_batch(batch, self.engine.device), lr, patches=config.loss.grouping_weight > 0)
+            batch = move_batch(batch, self.engine.device, text_buckets(config.engine))
+            result = train_step(self.engine, loss_fn, batch, lr, patches=config.loss.grouping_weight > 0)
             progress.advance(self.loader.layout, self.loader.steps_per_epoch)
             progress.seconds = before + time.perf_counter() - began
             loss, stop, save = self._agree(result)

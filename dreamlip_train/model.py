@@ -20,6 +20,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dreamlip_train.config import ModelConfig
+from dreamlip_train.text_buckets import Buckets
 
 MAX_LOGIT_SCALE = math.log(100.0)
 _VISION_WITHOUT_PATCHES = ("timm_model_name", "attentional_pool")
@@ -53,7 +54,8 @@ def logit_multiplier(log_scale: Tensor) -> Tensor:
 class DreamLIP(nn.Module):
     """open_clip's towers with patch features and K sub-captions an image.
 
-    ``forward(images [n,3,H,W], text [n,K,L])`` returns a dict: image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected,
+    ``forward(images [n,3,H,W], text [n,K,L])``, with ``buckets`` the captions group by group at their own lengths, returns a dict:
+    image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected,
     not normalised (None with ``patches=False``); logit_scale and logit_scale_local, scalar multipliers (the latter None without a local scale). All fp32.
     """
 
@@ -87,12 +89,18 @@ class DreamLIP(nn.Module):
         """Tokens a caption."""
         return self.clip.context_length
 
-    def forward(self, images: Tensor, text: Tensor, patches: bool = True) -> dict[str, Tensor | None]:
+    def forward(self, images: Tensor, text: Tensor, patches: bool = True, buckets: Buckets | None = None) -> dict[str, Tensor | None]:
         image_features, patch_features = self._image_features(images, patches)
+        tokens = text.flatten(0, 1)
+        if buckets is None:
+            text_features = self._text_features(tokens)
+        else:
+            groups = [self._text_features(tokens[rows, :length]) for rows, length in buckets.groups]
+            text_features = torch.cat(groups)[buckets.inverse]
         return {
             "image_features": image_features,
             "patch_features": patch_features,
-            "text_features": self._text_features(text.flatten(0, 1)).unflatten(0, text.shape[:2]),
+            "text_features": text_features.unflatten(0, text.shape[:2]),
             "logit_scale": logit_multiplier(self.clip.logit_scale),
             "logit_scale_local": None if self.logit_scale_local is None else logit_multiplier(self.logit_scale_local),
         }

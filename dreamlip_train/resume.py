@@ -30,7 +30,8 @@ _FIXED = (
 # These say where, how fast and how often, not what is trained. engine.batch_size and data.shards are compared by what they amount to.
 _FREE = (
     "data.shards", "data.val_shards", "data.workers", "data.allow_pipe", "data.max_bad_fraction", "data.stall_seconds", "data.eval_source",
-    "model.pretrained", "loss.backend", "engine.batch_size", "engine.epochs", "engine.steps", "engine.grad_checkpointing", "engine.compile",
+    "model.pretrained", "loss.backend", "engine.batch_size", "engine.epochs", "engine.steps", "engine.grad_checkpointing",
+    "engine.compile", "engine.text_buckets",
     "engine.log_every", "engine.save_every_steps", "engine.save_every_minutes", "engine.keep_last", "engine.max_nonfinite_steps",
     "engine.wandb_project", "engine.deepspeed", "eval.every_steps", "eval.batch_size", "eval.max_samples",
 )  # fmt: skip

@@ -1,0 +1,90 @@
+"""The training step: this trainer's against the loop people run today, same towers, same batch, same run.
+
+make bench        or        pytest benchmarks/bench_train_step.py --benchmark-only --benchmark-group-by=func,param:model
+
+today     open_clip's own towers on captions padded to 77, its ClipLoss on each of the K slots, eager patch grouping
+ours      captions in groups of like length, the fused losses
+Caption lengths are those measured on human sub-captions (tests/train/caption_lengths.py). float32 on a CPU, bfloat16 autocast on a GPU.
+"""
+
+import pytest
+import torch
+from caption_lengths import HUMAN, captions
+from conftest import DEVICE
+
+from dreamlip_kernels import DreamLIPLoss, reference
+
+K = 8
+BATCH = 16 if DEVICE == "cpu" else 512
+MODELS = ["ViT-B-32"] if DEVICE == "cpu" else ["ViT-B-32", "ViT-B-16"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request):
+    pytest.importorskip("open_clip", reason="the train extra is not installed")
+    from dreamlip_train.config import ModelConfig
+    from dreamlip_train.model import build_model
+
+    return build_model(ModelConfig(name=request.param), seed=0).to(DEVICE)
+
+
+def batch():
+    images = torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8)
+    return {"images": images, "text": captions(BATCH * K, HUMAN).view(BATCH, K, 77)}
+
+
+def moved(given, buckets):
+    from dreamlip_train.engine import move_batch
+
+    return move_batch(given, torch.device(DEVICE), buckets)
+
+
+def autocast():
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
+
+@pytest.mark.parametrize("captions_as", ["padded", "cropped", "grouped"])
+def test_text_tower(run, trained, captions_as):
+    given = batch()
+    ready = given | {"buckets": None} if captions_as == "padded" else moved(given, 1 if captions_as == "cropped" else 4)
+    text, buckets = ready["text"].to(DEVICE).flatten(0, 1), ready["buckets"]
+
+    def step():
+        with autocast():
+            parts = (
+                [trained._text_features(text[rows, :length]) for rows, length in buckets.groups]
+                if buckets
+                else [trained._text_features(text)]
+            )
+        torch.cat(parts).square().sum().backward()
+        trained.zero_grad()
+
+    run(step, rounds=3)
+
+
+@pytest.mark.parametrize("loop", ["today", "ours"])
+def test_train_step(run, trained, loop):
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=DEVICE == "cuda")
+    given = batch()
+    clip_loss, dreamlip_loss = pytest.importorskip("open_clip").loss.ClipLoss(), DreamLIPLoss()
+
+    def today():
+        images, text = given["images"].to(DEVICE), given["text"].to(DEVICE)
+        with autocast():
+            features = trained(images, text)
+        image, texts = features["image_features"], features["text_features"]
+        loss = sum(clip_loss(image, texts[:, k], features["logit_scale"]) for k in range(K)) / K
+        return loss + reference.subcaption_grouping_loss(features["patch_features"], texts, features["logit_scale_local"])
+
+    def ours():
+        ready = moved(given, 4)
+        with autocast():
+            features = trained(ready["images"], ready["text"], True, ready["buckets"])
+        return dreamlip_loss(**features)
+
+    def step():
+        (today if loop == "today" else ours)().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run(step, rounds=3)
