@@ -122,6 +122,8 @@ class EngineConfig:
 
     batch_size: int = 256
     """Images a rank and step. The loss sees batch_size x ranks images."""
+    chunk_size: int = 0
+    """Gradient caching: images of a rank that go through the towers at a time, the loss still on all of batch_size. 0 takes them at once."""
     epochs: int = 32
     """Passes over the training shards; `steps` overrides it."""
     steps: int = 0
@@ -228,6 +230,25 @@ class Config:
         _require(self.optim.warmup_steps >= 0, "optim.warmup_steps", self.optim.warmup_steps, "0 means no warm-up")
         _require(self.optim.grad_clip_norm >= 0, "optim.grad_clip_norm", self.optim.grad_clip_norm, "0 turns clipping off")
         _require(self.engine.batch_size >= 1, "engine.batch_size", self.engine.batch_size, "give at least 1")
+        chunk, batch = self.engine.chunk_size, self.engine.batch_size
+        _require(
+            chunk == 0 or (0 < chunk < batch and batch % chunk == 0),
+            "engine.chunk_size",
+            chunk,
+            f"give a number that divides engine.batch_size={batch} and is smaller, or 0 for no gradient caching",
+        )
+        _require(
+            chunk == 0 or self.engine.zero_stage in (1, 2),
+            "engine.chunk_size",
+            chunk,
+            f"gradient caching runs with engine.zero_stage 1 or 2, not {self.engine.zero_stage}",
+        )
+        _require(
+            chunk == 0 or self.loss.grouping_weight == 0 or self.loss.contrast == "image",
+            "engine.chunk_size",
+            chunk,
+            'loss.contrast="batch" needs the patches of the whole batch at once; use loss.contrast="image", or no gradient caching',
+        )
         _require(self.engine.steps > 0 or self.engine.epochs > 0, "engine.epochs", self.engine.epochs, "give engine.epochs or engine.steps")
         for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps", "text_buckets"):
             _require(getattr(self.engine, name) >= 1, f"engine.{name}", getattr(self.engine, name), "give at least 1")

@@ -17,7 +17,7 @@ _DEEPSPEED_KEYS = (
 _SET_ELSEWHERE = {
     "train_batch_size": "engine.batch_size",
     "train_micro_batch_size_per_gpu": "engine.batch_size",
-    "gradient_accumulation_steps": "engine.batch_size (accumulating the loss would shrink its negatives)",
+    "gradient_accumulation_steps": "engine.chunk_size (accumulating the loss itself would shrink its negatives)",
     "gradient_clipping": "optim.grad_clip_norm",
     "optimizer": "the optim section",
     "scheduler": "optim.lr, optim.warmup_steps and optim.final_lr_fraction",
@@ -34,8 +34,8 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
         ValueError: ``engine.deepspeed`` has a key DeepSpeed does not know, or one that another field already sets.
     """
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": engine.batch_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": engine.chunk_size or engine.batch_size,
+        "gradient_accumulation_steps": engine.batch_size // engine.chunk_size if engine.chunk_size else 1,
         "gradient_clipping": optim.grad_clip_norm,
         # DeepSpeed's 5e8 elements would be one 2 GB buffer, and a model of this size would be reduced in one piece after backward instead of during it.
         "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": 25_000_000},

@@ -152,7 +152,7 @@ def train_step(
     loss = sum(losses.values())
     scales = {name: features[name].detach() for name in ("logit_scale", "logit_scale_local") if features[name] is not None}
     losses = {name: value.detach() for name, value in losses.items()}
-    if not _finite_everywhere(loss):
+    if not finite_everywhere(loss):
         return StepResult(losses, False, math.nan, scales)
     engine.backward(loss)
     grad_norm = _unsharded_grad_norm(engine)
@@ -165,7 +165,7 @@ def train_step(
     return StepResult(losses, engine.was_step_applied() and math.isfinite(grad_norm), grad_norm, scales)
 
 
-def _finite_everywhere(loss: Tensor) -> bool:
+def finite_everywhere(loss: Tensor) -> bool:
     """Whether ``loss`` is finite on every rank. All ranks must agree before backward: a rank that skips alone hangs the others' reductions."""
     broken = (~torch.isfinite(loss.detach())).float()
     if dist.get_world_size() > 1:

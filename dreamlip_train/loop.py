@@ -21,6 +21,7 @@ from dreamlip_train.config import Config, LossConfig
 from dreamlip_train.data import TrainLoader
 from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, text_buckets, train_step
 from dreamlip_train.evaluate import StoppedError, evaluate
+from dreamlip_train.grad_cache import cached_train_step, split_batch
 from dreamlip_train.runlog import RunLog, Stopwatch, memory_gb
 from dreamlip_train.signals import StopRequest
 from dreamlip_train.spikes import LossSpikes
@@ -76,8 +77,7 @@ class Loop:
             self.watchdog.now(f"in step {progress.step + 1}")
             self.watch.tokens += int((batch["text"] != 0).sum())
             self.watch.images += len(batch["keys"])
-            batch = move_batch(batch, self.engine.device, text_buckets(config.engine))
-            result = train_step(self.engine, loss_fn, batch, lr, patches=config.loss.grouping_weight > 0)
+            result = self._step(loss_fn, batch, lr)
             progress.advance(self.loader.layout, self.loader.steps_per_epoch)
             progress.seconds = before + time.perf_counter() - began
             loss, stop, save = self._agree(result)
@@ -100,6 +100,13 @@ class Loop:
             self.watchdog.now("waiting for data")
         self._require_saved("trained to the end")
         return True
+
+    def _step(self, loss_fn: DreamLIPLoss, batch: dict[str, Any], lr: float) -> StepResult:
+        engine, device, patches = self.config.engine, self.engine.device, self.config.loss.grouping_weight > 0
+        if engine.chunk_size:
+            chunks = [move_batch(chunk, device, text_buckets(engine)) for chunk in split_batch(batch, engine.chunk_size)]
+            return cached_train_step(self.engine, loss_fn, chunks, lr, patches=patches)
+        return train_step(self.engine, loss_fn, move_batch(batch, device, text_buckets(engine)), lr, patches=patches)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """The batches that are left, epoch after epoch, the time spent waiting for each on the stopwatch."""

@@ -44,6 +44,11 @@ def test_two_ranks_train_as_one_process(facts, torch_losses, stage):  # noqa: F8
     assert facts["losses"][str(stage)] == pytest.approx(torch_losses, rel=1e-6, abs=0)
 
 
+@pytest.mark.parametrize("run", ["1 2", "2 1"])
+def test_two_ranks_with_gradient_caching_train_as_one_process_at_once(facts, torch_losses, run):  # noqa: F811
+    assert facts["chunks"][run] == pytest.approx(torch_losses[:10], rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_that_one_rank_cannot_use_moves_no_weight_of_any(facts, stage):
     assert facts["moved"][str(stage)] == [False, False, True]

@@ -15,7 +15,8 @@ from tiny import GLOBAL_BATCH, STEPS, batch, run_steps, tiny_config, tiny_engine
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train import checkpoint
-from dreamlip_train.engine import build_engine, evaluation_model, init_distributed, move_batch, train_step
+from dreamlip_train.engine import build_engine, evaluation_model, init_distributed, learning_rate, move_batch, train_step
+from dreamlip_train.grad_cache import cached_train_step, split_batch
 from dreamlip_train.model import build_model
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
@@ -76,8 +77,26 @@ def resumed(folder: Path, stage: int, precision: str) -> list[float]:
     return global_losses(engine, config, progress.step, STEPS)
 
 
+def in_chunks(stage: int, chunk: int) -> list[float]:
+    """Global losses of the first ten steps by gradient caching."""
+    config = tiny_config(stage, batch_size=GLOBAL_BATCH // 2, chunk_size=chunk)
+    engine, losses = tiny_engine(config), []
+    for step in range(10):
+        chunks = [move_batch(part, engine.device) for part in split_batch(batch(step, dist.get_rank(), 2), chunk)]
+        result = cached_train_step(engine, DreamLIPLoss(), chunks, learning_rate(step, STEPS, config.optim))
+        losses.append(float(sum(result.losses.values())))
+    losses = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(losses)
+    return (losses / 2).tolist()
+
+
 folder = Path(sys.argv[1])
-facts = {"losses": {}, "moved": {}, "resumed": {}}
+facts = {
+    "losses": {},
+    "moved": {},
+    "resumed": {},
+    "chunks": {f"{stage} {chunk}": in_chunks(stage, chunk) for stage, chunk in ((1, 2), (2, 1))},
+}
 for stage in (0, 1, 2, 3):
     config = tiny_config(stage, batch_size=GLOBAL_BATCH // 2)
     engine = tiny_engine(config)
