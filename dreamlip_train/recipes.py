@@ -92,6 +92,30 @@ def merged30m_vitb16() -> Config:
     return _large("ViT-B-16", batch_size=768, weight_decay=0.2)
 
 
+def clip_cc3m_vitb16() -> Config:
+    """Baseline: CLIP on CC3M's raw captions, on this trainer."""
+    return _without_grouping(cc3m_vitb16(), sources=("raw_caption",), k=1)
+
+
+def laclip_cc3m_vitb16() -> Config:
+    """Baseline: one caption an image and step, drawn from raw, short and sentences (LaCLIP's text augmentation; Fan et al., 2023)."""
+    return _without_grouping(cc3m_vitb16(), sources=_PAPER_SOURCES, k=1)
+
+
+def stablerep_cc3m_vitb16() -> Config:
+    """Baseline: K captions as positives of one softmax over all captions of the batch (StableRep's multi-positive loss; Tian et al., 2023)."""
+    config = _without_grouping(cc3m_vitb16(), sources=_PAPER_SOURCES, k=10)
+    config.loss.negatives = "all"
+    return config
+
+
+def _without_grouping(config: Config, *, sources: tuple[str, ...], k: int) -> Config:
+    """The recipe with the contrastive loss alone: nothing else differs, so that rows compare."""
+    config.data.caption_sources, config.data.num_sub_captions = sources, k
+    config.loss.grouping_weight, config.model.local_logit_scale = 0.0, False
+    return config
+
+
 def _large(model: str, *, batch_size: int, weight_decay: float) -> Config:
     return Config(
         data=DataConfig(
@@ -135,5 +159,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         yfcc15m_vitb16,
         merged30m_vitb32,
         merged30m_vitb16,
+        clip_cc3m_vitb16,
+        laclip_cc3m_vitb16,
+        stablerep_cc3m_vitb16,
     )
 }
