@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 STEP = 8  # lengths are multiples of it: as many as matter, few enough for kernels chosen by shape
-SMALLEST = 32  # captions a group: below that the tower's calls cost more than the padding
+SMALLEST = 16  # captions a group: below that the tower's calls cost more than the padding
 
 
 @dataclass(frozen=True)
