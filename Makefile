@@ -47,6 +47,7 @@ gpu:
 	python3 setup.py build_ext --inplace 2>&1 | tail -n 40 | tee $(OUT)/build.txt
 	python3 -m pytest tests -m gpu 2>&1 | tee $(OUT)/tests.txt
 	python3 -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-json=$(OUT)/benchmarks.json 2>&1 | tee $(OUT)/benchmarks.txt
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/test_grouping_gpu.py -m gpu -x -k "oracle and minmax and 3-49-3-96 and bfloat16 and True" > $(OUT)/$$tool.txt 2>&1; echo "$$tool: $$?"; done
 
 # The paper's ablations on the built-in scenes: a night on two CPU cores; eight runs at a time on a machine with a GPU.
 ablate: install

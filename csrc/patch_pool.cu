@@ -12,6 +12,8 @@
 namespace dreamlip {
 namespace {
 
+constexpr int kMostTexts = 16;  // a pass
+
 // Rows of whole 16-byte chunks: the width padded to a multiple of 8, the last dimension dense, every row aligned.
 at::Tensor aligned(const at::Tensor& x) {
   const int64_t rest = (8 - x.size(2) % 8) % 8;
@@ -65,7 +67,6 @@ template <class Kernel, class... Arguments> void launch(Kernel kernel, const Poo
 
 // f(T{}, std::integral_constant<int, KT>) for the dtype and the number of sub-captions.
 template <class F> void with_types(const at::Tensor& patches, int64_t K, F f) {
-  TORCH_CHECK(K >= 1 && K <= 16, "group_patches: backend='cuda' takes 1 to 16 sub-captions, got ", K, "; use backend='triton'");
   const auto with_k = [&](auto t) {
     if (K <= 8) f(t, std::integral_constant<int, 1>{});
     else f(t, std::integral_constant<int, 2>{});
@@ -85,6 +86,12 @@ template <class T> T* data_to(at::Tensor& x) { return static_cast<T*>(x.mutable_
 std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cuda(const at::Tensor& patches, const at::Tensor& texts, double threshold, int64_t normalization,
                                                                        const std::optional<at::Tensor>& patch_mask) {
   const c10::cuda::CUDAGuard guard(patches.device());
+  if (texts.size(1) > kMostTexts) {  // sub-captions do not know of one another: the rest by another pass over the patches
+    const auto [first, w, inv_norm] = patch_pool_forward_cuda(patches, texts.narrow(1, 0, kMostTexts), threshold, normalization, patch_mask);
+    const auto [rest, w_rest, same] =
+        patch_pool_forward_cuda(patches, texts.narrow(1, kMostTexts, texts.size(1) - kMostTexts), threshold, normalization, patch_mask);
+    return {at::cat({first, rest}, 1), at::cat({w, w_rest}, 1), inv_norm};
+  }
   const at::Tensor x = aligned(patches), t = aligned(texts);
   const int64_t N = x.size(0), P = x.size(1), K = t.size(1), D = x.size(2);
   at::Tensor pooled = at::empty({N, K, D}, t.options()), similarity = at::empty({N, K, P}, x.options().dtype(at::kFloat)),
@@ -106,6 +113,15 @@ std::tuple<at::Tensor, at::Tensor> patch_pool_backward_cuda(const at::Tensor& pa
                                                             const at::Tensor& inv_norm, double threshold, int64_t normalization,
                                                             const std::optional<at::Tensor>& patch_mask, const at::Tensor& d_pooled) {
   const c10::cuda::CUDAGuard guard(patches.device());
+  if (texts.size(1) > kMostTexts) {
+    const auto part = [&](int64_t from, int64_t count) {
+      return patch_pool_backward_cuda(patches, texts.narrow(1, from, count), similarity.narrow(1, from, count).contiguous(), inv_norm, threshold,
+                                      normalization, patch_mask, d_pooled.narrow(1, from, count));
+    };
+    auto [d_patches, d_texts] = part(0, kMostTexts);
+    const auto [more, d_rest] = part(kMostTexts, texts.size(1) - kMostTexts);
+    return {d_patches.add_(more), at::cat({d_texts, d_rest}, 1)};
+  }
   const at::Tensor x = aligned(patches), t = aligned(texts), up = aligned(d_pooled);
   const int64_t N = x.size(0), P = x.size(1), K = t.size(1), D = x.size(2);
   at::Tensor d_patches = at::empty({N, P, D}, x.options()), d_texts = at::empty({N, K, D}, t.options());
