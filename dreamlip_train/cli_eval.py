@@ -62,7 +62,7 @@ def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
         raise ValueError("--val-shards: the checkpoint's run had none; give held-out shards")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = EvalConfig(batch_size=options.batch_size, max_samples=options.max_samples)
-    selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
+    selection = config.selection()
     report = evaluate(model.to(device), data, settings, device, **selection)
     if options.output:
         _write(options.output, report)

@@ -166,6 +166,8 @@ class EvalConfig:
     """Images a forward pass."""
     max_samples: int = 0
     """Evaluate on the first so many held-out samples; 0 means all."""
+    threshold: float | None = None
+    """Threshold of the patch selection that localisation and grouping.png show; None takes loss.threshold (1/P there keeps nearly every patch)."""
 
 
 @dataclass
@@ -265,6 +267,11 @@ class Config:
         needs_shards = self.eval.every_steps == 0 or bool(self.data.val_shards)
         _require(needs_shards, "eval.every_steps", self.eval.every_steps, "it evaluates on data.val_shards, which is empty")
         _require(self.eval.batch_size >= 1, "eval.batch_size", self.eval.batch_size, "give at least 1")
+
+    def selection(self) -> dict[str, Any]:
+        """How localisation and pictures select patches: {"threshold", "normalization"}."""
+        threshold = self.loss.threshold if self.eval.threshold is None else self.eval.threshold
+        return {"threshold": threshold, "normalization": self.loss.normalization}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested plain dicts."""

@@ -167,7 +167,7 @@ def _grouping(model: Any, config: Config) -> str:
     with tempfile.TemporaryDirectory() as folder:
         samples = val_samples(config.data, image_size=model.image_size)
         picture = Path(folder) / "grouping.png"
-        plot_grouping(model, samples, picture, threshold=config.loss.threshold, normalization=config.loss.normalization)
+        plot_grouping(model, samples, picture, **config.selection())
         return (
             "<p class='muted'>Held-out pictures; the patches each sub-caption selects are lit, outlines are the regions it describes.</p>"
             + _png(picture, "Held-out pictures with the patches that each sub-caption selects")

@@ -154,7 +154,7 @@ class Loop:
         config = self.config
         with evaluation_model(self.engine, config.model) as model:
             if dist.get_rank() == 0:
-                selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
+                selection = config.selection()
                 try:
                     report = evaluate(
                         model, config.data, config.eval, self.engine.device, **selection, should_stop=lambda: self.stop.name is not None

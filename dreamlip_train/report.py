@@ -29,7 +29,7 @@ def final_report(
     from dreamlip_train.plots import plot_curves, plot_grouping
 
     summary = dict(facts)
-    selection = {"threshold": config.loss.threshold, "normalization": config.loss.normalization}
+    selection = config.selection()
     if config.data.val_shards:
         report = evaluate(model, config.data, config.eval, device, **selection, should_stop=should_stop)
         summary |= report

@@ -33,7 +33,7 @@ _FREE = (
     "model.pretrained", "loss.backend", "engine.batch_size", "engine.epochs", "engine.steps", "engine.grad_checkpointing",
     "engine.compile", "engine.text_buckets", "engine.chunk_size",
     "engine.log_every", "engine.save_every_steps", "engine.save_every_minutes", "engine.keep_last", "engine.max_nonfinite_steps",
-    "engine.wandb_project", "engine.deepspeed", "eval.every_steps", "eval.batch_size", "eval.max_samples",
+    "engine.wandb_project", "engine.deepspeed", "eval.every_steps", "eval.batch_size", "eval.max_samples", "eval.threshold",
 )  # fmt: skip
 
 
