@@ -50,6 +50,29 @@ DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint3
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for float32: c [16, 8] += a [16, 8] b [8, 8], each number as two of TF32's; what is left out is below 2^-20 of a product.
+DREAMLIP_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a_high[i] = a[i] & 0xffffe000u;
+    a_low[i] = __float_as_uint(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    b_high[i] = b[i] & 0xffffe000u;
+    b_low[i] = __float_as_uint(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
+  }
+  multiply_tf32(c, a_low, b_high);
+  multiply_tf32(c, a_high, b_low);
+  multiply_tf32(c, a_high, b_high);
+}
+
 DREAMLIP_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DREAMLIP_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DREAMLIP_DEVICE void sync_warp() { __syncwarp(); }
@@ -82,21 +105,37 @@ struct WarpLanes {
 
 DREAMLIP_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 DREAMLIP_DEVICE float to_float(__half x) { return __half2float(x); }
+DREAMLIP_DEVICE float to_float(float x) { return x; }
 template <class T> DREAMLIP_DEVICE T from_float(float x);
 template <> DREAMLIP_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16(x); }
 template <> DREAMLIP_DEVICE __half from_float<__half>(float x) { return __float2half(x); }
+template <> DREAMLIP_DEVICE float from_float<float>(float x) { return x; }
 
-template <class T> union Pair {
-  uint32_t bits;
+// Two neighbouring elements, loaded and stored at once.
+template <class T> struct alignas(2 * sizeof(T)) Pair {
   T values[2];
-  DREAMLIP_DEVICE Pair() : bits(0) {}
 };
 
-template <class T> DREAMLIP_DEVICE float squares(uint32_t bits) {
-  Pair<T> pair;
-  pair.bits = bits;
-  const float a = to_float(pair.values[0]), b = to_float(pair.values[1]);
-  return a * a + b * b;
+// The 32 bits of two 16-bit values, or of one float32.
+template <class T> DREAMLIP_DEVICE uint32_t bits_of(const T* values) {
+  union {
+    uint32_t bits;
+    T values[4 / sizeof(T)];
+  } both;
+  for (int i = 0; i < int(4 / sizeof(T)); ++i) both.values[i] = values[i];
+  return both.bits;
+}
+
+// The sum of squares of what a 32-bit word holds.
+template <class T> DREAMLIP_DEVICE float squares(uint32_t word) {
+  union {
+    uint32_t bits;
+    T values[4 / sizeof(T)];
+  } both;
+  both.bits = word;
+  float sum = 0;
+  for (int i = 0; i < int(4 / sizeof(T)); ++i) sum += to_float(both.values[i]) * to_float(both.values[i]);
+  return sum;
 }
 
 }  // namespace dreamlip

@@ -32,6 +32,7 @@ PoolShape describe(const at::Tensor& patches, const at::Tensor& texts, double th
   s.x_row = patches.stride(1);
   s.t_image = texts.stride(0);
   s.t_row = texts.stride(1);
+  s.element = int(patches.element_size());
   s.options = {float(threshold), int(normalization)};
   return s;
 }
@@ -74,7 +75,8 @@ template <class F> void with_types(const at::Tensor& patches, int64_t K, F f) {
   switch (patches.scalar_type()) {
     case at::kBFloat16: return with_k(__nv_bfloat16{});
     case at::kHalf: return with_k(__half{});
-    default: TORCH_CHECK(false, "group_patches: backend='cuda' takes bfloat16 and float16, got ", patches.scalar_type(), "; use backend='triton'");
+    case at::kFloat: return with_k(float{});
+    default: TORCH_CHECK(false, "group_patches: backend='cuda' takes float32, bfloat16 and float16, got ", patches.scalar_type(), "; use backend='torch'");
   }
 }
 

@@ -5,12 +5,14 @@
 //              pass 2  pooled = weights @ patches  box by box, a warp has 8 columns
 //   backward   pass 1  gradients of the weights; rows; pass 2: dt as the pooling, dx through the box it came from, written once
 //
-// A box is up to 256 patches x 64 columns, 128 bytes a row, its 16-byte chunks permuted by the row so that ldmatrix meets no bank twice. Where all boxes
+// A box is up to 256 patches x 128 bytes of columns (64 of 16 bits, 32 of float32), its 16-byte chunks permuted by the row so that ldmatrix meets no bank twice. Where all boxes
 // of an image fit (P = 196, D = 512: 8 boxes, 196 KB) the second pass finds them still there, and each box it has finished is refilled for the next image;
 // else both passes stream, the second one from L2. Copies are cp.async on every architecture: 16 bytes a thread, many in flight.
 // A block's images are its own from first to last: no atomics, the same bits each time.
 //
-// N images, P patches, K <= 8 KT sub-captions, D width (a multiple of 8; D64 is D rounded up to 64).
+// float32 products are three TF32 ones.
+//
+// N images, P patches, K <= 8 KT sub-captions, D width (a multiple of 8).
 #pragma once
 
 #include "device.cuh"
@@ -18,18 +20,18 @@
 namespace dreamlip {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kColumns = 64, kRowBytes = 2 * kColumns;  // of a box
-constexpr int kBoxRows = 256;
+constexpr int kRowBytes = 128, kBoxRows = 256;  // of a box
 
 struct PoolShape {
   int N, P, K, D;
   long x_image, x_row, t_image, t_row, up_image, up_row;  // strides in elements; the last dimension's is 1
   RowOptions<float> options;
+  int element;    // bytes of one
   int slots;      // boxes in the ring
   bool resident;  // all boxes of an image are in it (P <= 256)
 
-  DREAMLIP_HD int d64() const { return (D + kColumns - 1) / kColumns * kColumns; }
-  DREAMLIP_HD int column_boxes() const { return d64() / kColumns; }
+  DREAMLIP_HD int box_columns() const { return kRowBytes / element; }
+  DREAMLIP_HD int column_boxes() const { return (D + box_columns() - 1) / box_columns(); }
   DREAMLIP_HD int row_boxes() const { return (P + kBoxRows - 1) / kBoxRows; }
   DREAMLIP_HD int boxes() const { return column_boxes() * row_boxes(); }
   DREAMLIP_HD int box_rows() const { return P < kBoxRows ? P : kBoxRows; }
@@ -39,17 +41,17 @@ struct PoolShape {
 // Offsets in bytes of the parts of shared memory.
 struct PoolLayout {
   int zero, rows, coef, sims, weights, along, total;
-  int row_pitch, coef_pitch;  // in elements: 8 more than whole, so that the rows of a matrix lie in different banks
+  int row_pitch, coef_pitch;  // in elements: 16 bytes more than whole, so that the rows of a matrix lie in different banks
 
   DREAMLIP_HD static int up(int bytes) { return (bytes + 127) / 128 * 128; }
   DREAMLIP_HD PoolLayout(const PoolShape& s, int KT, bool backward) {
-    row_pitch = s.d64() + 8;
-    coef_pitch = s.p16() + 8;
+    row_pitch = s.column_boxes() * s.box_columns() + 16 / s.element;
+    coef_pitch = s.p16() + 16 / s.element;
     const int texts = 8 * KT;
     zero = s.slots * up(s.box_rows() * kRowBytes);
     rows = zero + 128;                                                         // texts, backward: upstream gradients then texts
-    coef = rows + up((backward ? 2 : 1) * texts * row_pitch * 2);              // [2 texts, P]: high parts, low parts
-    sims = coef + up(2 * texts * coef_pitch * 2);                              // [texts, p16] float: similarities, backward: da then dw
+    coef = rows + up((backward ? 2 : 1) * texts * row_pitch * s.element);              // [2 texts, P]: high parts, low parts
+    sims = coef + up(2 * texts * coef_pitch * s.element);                              // [texts, p16] float: similarities, backward: da then dw
     weights = sims + up(texts * s.p16() * 4);                                  // backward: [texts, p16] float: weights; then [p16] radial, [p16] inverse norms
     along = weights + (backward ? up((texts + 2) * s.p16() * 4) : up(s.p16() * 4));  // forward: [p16] inverse norms at `weights`
     total = along + up(2 * texts * 4);                                         // [texts] along, [texts] inverse norms of the texts
@@ -58,6 +60,10 @@ struct PoolLayout {
 
 template <class T, int KT> struct PatchPool {
   static constexpr int kTexts = 8 * KT;
+  static constexpr int kColumns = kRowBytes / sizeof(T);  // of a box
+  static constexpr int kChunk = 16 / sizeof(T);           // elements of 16 bytes
+  static constexpr int kStep = 32 / sizeof(T);            // terms of a tensor-core product
+  static constexpr bool kSplit = sizeof(T) == 2;          // coefficients as a high and a low part
   const PoolShape& s;
   const PoolLayout layout;
   char* memory;
@@ -85,7 +91,7 @@ template <class T, int KT> struct PatchPool {
     const int rows = rows_of(row_box);
     char* to = box(slot);
     for (int i = thread; i < rows * 8; i += kThreads) {
-      const int r = i / 8, c = i % 8, column = column_box * kColumns + c * 8;
+      const int r = i / 8, c = i % 8, column = column_box * kColumns + c * kChunk;
       const bool valid = column < s.D;
       copy_async(chunk(to, r, c), image + (row_box * kBoxRows + r) * s.x_row + (valid ? column : 0), valid);
     }
@@ -101,7 +107,7 @@ template <class T, int KT> struct PatchPool {
   DREAMLIP_DEVICE void text_norms(int first) const {
     for (int k = warp; k < s.K; k += kWarps) {
       float square = 0;
-      for (int i = lane; i < s.D / 2; i += 32) square += squares<T>(reinterpret_cast<const uint32_t*>(row(first + k))[i]);
+      for (int i = lane; i < int(s.D * sizeof(T) / 4); i += 32) square += squares<T>(reinterpret_cast<const uint32_t*>(row(first + k))[i]);
       square = WarpLanes{lane}.sum(square);
       if (lane == 0) inv_text()[k] = square == 0 ? 0.f : 1.f / sqrtf(square);
     }
@@ -111,10 +117,10 @@ template <class T, int KT> struct PatchPool {
   template <bool kNorms>
   DREAMLIP_DEVICE void dots(char* box, int rows, int column_box, int first, float (&acc)[2][KT][4], float (&square)[2][2]) const {
 #pragma unroll
-    for (int step = 0; step < kColumns / 16; ++step) {
+    for (int step = 0; step < kColumns / kStep; ++step) {
       uint32_t b[KT][2];
 #pragma unroll
-      for (int j = 0; j < KT; ++j) load_matrices(b[j], row(first + 8 * j + (lane & 7)) + column_box * kColumns + step * 16 + ((lane >> 3) & 1) * 8);
+      for (int j = 0; j < KT; ++j) load_matrices(b[j], row(first + 8 * j + (lane & 7)) + column_box * kColumns + step * kStep + ((lane >> 3) & 1) * kChunk);
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const int r = (warp + tile * kWarps) * 16;
@@ -131,22 +137,37 @@ template <class T, int KT> struct PatchPool {
     }
   }
 
-  // The high and low 16-bit parts of a coefficient of text k and patch p.
+  // A coefficient of text k and patch p; of 16 bits as its high and low parts.
   DREAMLIP_DEVICE void put_coef(int k, int p, float value) const {
     const T high = from_float<T>(value);
     coef(k)[p] = high;
-    coef(kTexts + k)[p] = from_float<T>(value - to_float(high));
+    if (kSplit) coef(kTexts + k)[p] = from_float<T>(value - to_float(high));
   }
 
-  // acc += coefficients [texts, patches of the box] @ the box's columns of this warp. With KT = 1 rows 0-7 are the high parts and 8-15 the low ones.
+  // Where column `column` (even) of a box's row r lies.
+  DREAMLIP_DEVICE char* cell(char* box, int r, int column) const {
+    return chunk(box, r, column / kChunk) + column % kChunk * sizeof(T);
+  }
+
+  // acc += coefficients [texts, patches of the box] @ the eight columns of this warp. With KT = 1 rows 0-7 are the high parts and 8-15 the low ones.
   DREAMLIP_DEVICE void pool(char* box, int rows, int row_box, float (&acc)[4]) const {
-    for (int step = 0; step * 16 < rows; ++step) {
+    if (warp >= kColumns / 8) return;
+    for (int step = 0; step * kStep < rows; ++step) {
       uint32_t b[2];
-      load_transposed(b, chunk_or_zero(box, step * 16 + (lane & 15), rows, warp));
+      if constexpr (kSplit) {
+        load_transposed(b, chunk_or_zero(box, step * kStep + (lane & 15), rows, warp));
+      } else {
 #pragma unroll
-      for (int part = 0; part < KT; ++part) {
+        for (int half = 0; half < 2; ++half) {
+          const int r = step * kStep + half * 4 + lane % 4;
+          const T zero = from_float<T>(0);
+          b[half] = bits_of<T>(r < rows ? reinterpret_cast<const T*>(cell(box, r, warp * 8 + lane / 4)) : &zero);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < (kSplit ? KT : 1); ++part) {
         uint32_t a[4];
-        load_matrices(a, coef(part * 16 + (lane & 7) + ((lane >> 3) & 1) * 8) + row_box * kBoxRows + step * 16 + (lane >> 4) * 8);
+        load_matrices(a, coef(part * 16 + (lane & 7) + ((lane >> 3) & 1) * 8) + row_box * kBoxRows + step * kStep + (lane >> 4) * kChunk);
         multiply(acc, a, b, T{});
       }
     }
@@ -252,7 +273,9 @@ template <class T, int KT> struct Ring {
 template <class T, int KT>
 DREAMLIP_DEVICE void pool_forward(const PoolShape& s, const T* patches, const T* texts, const bool* mask, T* out, float* similarity, float* inv_norm,
                                   char* shared, int thread, int block, int blocks) {
-  const PatchPool<T, KT> pool(s, false, shared, thread);
+  using Pool = PatchPool<T, KT>;
+  constexpr int kColumns = Pool::kColumns, kChunk = Pool::kChunk;
+  const Pool pool(s, false, shared, thread);
   const Ring<T, KT> ring{pool, patches, block, blocks};
   const int lane = pool.lane, warp = pool.warp, boxes = s.boxes(), columns = s.column_boxes(), row_boxes = s.row_boxes();
   float* inv = pool.weights(0);
@@ -263,9 +286,9 @@ DREAMLIP_DEVICE void pool_forward(const PoolShape& s, const T* patches, const T*
     const long n = block + long(image) * blocks;
     const bool* valid = mask == nullptr ? nullptr : mask + n * s.P;
     // Texts go by plain loads: their copies would have to be counted among the boxes' groups.
-    for (int i = thread; i < s.K * (s.D / 8); i += kThreads) {
-      const int k = i / (s.D / 8), c = i % (s.D / 8);
-      *reinterpret_cast<uint4*>(pool.row(k) + c * 8) = *reinterpret_cast<const uint4*>(texts + n * s.t_image + k * s.t_row + c * 8);
+    for (int i = thread; i < s.K * (s.D / kChunk); i += kThreads) {
+      const int k = i / (s.D / kChunk), c = i % (s.D / kChunk);
+      *reinterpret_cast<uint4*>(pool.row(k) + c * kChunk) = *reinterpret_cast<const uint4*>(texts + n * s.t_image + k * s.t_row + c * kChunk);
     }
     sync_block();
     pool.text_norms(0);
@@ -323,12 +346,8 @@ DREAMLIP_DEVICE void pool_forward(const PoolShape& s, const T* patches, const T*
 #pragma unroll
       for (int j = 0; j < KT; ++j) {
         const int k = 8 * j + lane / 4;
-        if (k < s.K && d < s.D) {
-          Pair<T> pair;
-          pair.values[0] = from_float<T>(value[j][0]);
-          pair.values[1] = from_float<T>(value[j][1]);
-          *reinterpret_cast<uint32_t*>(out + (n * s.K + k) * s.D + d) = pair.bits;
-        }
+        if (warp < kColumns / 8 && k < s.K && d < s.D)
+          *reinterpret_cast<Pair<T>*>(out + (n * s.K + k) * s.D + d) = Pair<T>{{from_float<T>(value[j][0]), from_float<T>(value[j][1])}};
       }
     }
   }
@@ -338,8 +357,10 @@ DREAMLIP_DEVICE void pool_forward(const PoolShape& s, const T* patches, const T*
 template <class T, int KT>
 DREAMLIP_DEVICE void pool_backward(const PoolShape& s, const T* patches, const T* texts, const T* upstream, const bool* mask, const float* similarity,
                                    const float* inv_norm, T* d_patches, T* d_texts, char* shared, int thread, int block, int blocks) {
-  constexpr int kTexts = 8 * KT;
-  const PatchPool<T, KT> pool(s, true, shared, thread);
+  using Pool = PatchPool<T, KT>;
+  constexpr int kTexts = 8 * KT, kColumns = Pool::kColumns, kChunk = Pool::kChunk, kStep = Pool::kStep;
+  constexpr int kTiles = kColumns / 8, kParts = 2 * kTexts / kStep;  // of 8 columns; of the rows (upstream | texts)
+  const Pool pool(s, true, shared, thread);
   const Ring<T, KT> ring{pool, patches, block, blocks};
   const int lane = pool.lane, warp = pool.warp, boxes = s.boxes(), columns = s.column_boxes(), row_boxes = s.row_boxes();
   float *radial = pool.weights(kTexts), *inv = pool.weights(kTexts + 1);
@@ -349,10 +370,10 @@ DREAMLIP_DEVICE void pool_backward(const PoolShape& s, const T* patches, const T
   for (int image = 0; image < ring.images(); ++image) {
     const long n = block + long(image) * blocks;
     const bool* valid = mask == nullptr ? nullptr : mask + n * s.P;
-    for (int i = thread; i < 2 * s.K * (s.D / 8); i += kThreads) {
-      const int r = i / (s.D / 8), c = i % (s.D / 8), k = r % s.K;
+    for (int i = thread; i < 2 * s.K * (s.D / kChunk); i += kThreads) {
+      const int r = i / (s.D / kChunk), c = i % (s.D / kChunk), k = r % s.K;
       const T* from = r < s.K ? upstream + n * s.up_image + k * s.up_row : texts + n * s.t_image + k * s.t_row;
-      *reinterpret_cast<uint4*>(pool.row(r < s.K ? k : kTexts + k) + c * 8) = *reinterpret_cast<const uint4*>(from + c * 8);
+      *reinterpret_cast<uint4*>(pool.row(r < s.K ? k : kTexts + k) + c * kChunk) = *reinterpret_cast<const uint4*>(from + c * kChunk);
     }
     for (int p = thread; p < s.P; p += kThreads) inv[p] = inv_norm[n * s.P + p];
     sync_block();
@@ -413,52 +434,54 @@ DREAMLIP_DEVICE void pool_backward(const PoolShape& s, const T* patches, const T
         const int step = boxes + cb * row_boxes + rb, rows = pool.rows_of(rb);
         char* box = ring.take(image, step);
         pool.pool(box, rows, rb, acc);
-        uint32_t packed[2][8][2];  // dx of this warp's patches, two values each
+        Pair<T> kept[2][kTiles][2];  // dx of this warp's patches
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
           const int r0 = (warp + tile * kWarps) * 16;
           if (r0 >= rows) continue;
-          // Coefficients [16 patches, 16 rows of (upstream | texts)], high and low parts, built from the floats: A fragments of mma.
-          uint32_t high[KT][4], low[KT][4];
+          // Coefficients [16 patches, rows of (upstream | texts)] built from the floats, as A fragments of mma: high and, of 16 bits, low parts.
+          uint32_t high[kParts][4], low[kParts][4];
 #pragma unroll
-          for (int part = 0; part < KT; ++part)
+          for (int part = 0; part < kParts; ++part)
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
-              Pair<T> hi, lo;
+              T hi[2], lo[2];
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const int p = rb * kBoxRows + r0 + lane / 4 + (q & 1) * 8, row = part * 16 + (q >> 1) * 8 + 2 * (lane % 4) + e;
-                const int k = row % kTexts;
+              for (int e = 0; e < int(4 / sizeof(T)); ++e) {
+                const int p = rb * kBoxRows + r0 + lane / 4 + (q & 1) * 8;
+                const int row = part * kStep + (q >> 1) * (kStep / 2) + lane % 4 * int(4 / sizeof(T)) + e, k = row % kTexts;
                 float value = 0;
                 if (k < s.K && p < s.P) value = row < kTexts ? pool.weights(k)[p] : pool.sims(k)[p] * inv[p] * pool.inv_text()[k];
-                hi.values[e] = from_float<T>(value);
-                lo.values[e] = from_float<T>(value - to_float(hi.values[e]));
+                hi[e] = from_float<T>(value);
+                lo[e] = from_float<T>(value - to_float(hi[e]));
               }
-              high[part][q] = hi.bits;
-              low[part][q] = lo.bits;
+              high[part][q] = bits_of<T>(hi);
+              low[part][q] = bits_of<T>(lo);
             }
           const int r = r0 + lane / 4;
           const float radial_0 = r < rows ? radial[rb * kBoxRows + r] : 0, radial_1 = r + 8 < rows ? radial[rb * kBoxRows + r + 8] : 0;
 #pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            Pair<T> x0, x1;
-            if (r < rows) x0.bits = *reinterpret_cast<const uint32_t*>(pool.chunk(box, r, c) + 4 * (lane % 4));
-            if (r + 8 < rows) x1.bits = *reinterpret_cast<const uint32_t*>(pool.chunk(box, r + 8, c) + 4 * (lane % 4));
+          for (int c = 0; c < kTiles; ++c) {
+            const int column = c * 8 + 2 * (lane % 4);
+            Pair<T> x0 = {{from_float<T>(0), from_float<T>(0)}}, x1 = x0;
+            if (r < rows) x0 = *reinterpret_cast<const Pair<T>*>(pool.cell(box, r, column));
+            if (r + 8 < rows) x1 = *reinterpret_cast<const Pair<T>*>(pool.cell(box, r + 8, column));
             float d[4] = {-radial_0 * to_float(x0.values[0]), -radial_0 * to_float(x0.values[1]), -radial_1 * to_float(x1.values[0]),
                           -radial_1 * to_float(x1.values[1])};
 #pragma unroll
-            for (int part = 0; part < KT; ++part) {
+            for (int part = 0; part < kParts; ++part) {
               uint32_t b[2];
-              load_transposed(b, pool.row(part * 16 + (lane & 15)) + cb * kColumns + c * 8);
+              if constexpr (Pool::kSplit) {
+                load_transposed(b, pool.row(part * kStep + (lane & 15)) + cb * kColumns + c * 8);
+              } else {
+                b[0] = bits_of<T>(pool.row(part * kStep + lane % 4) + cb * kColumns + c * 8 + lane / 4);
+                b[1] = bits_of<T>(pool.row(part * kStep + 4 + lane % 4) + cb * kColumns + c * 8 + lane / 4);
+              }
               multiply(d, high[part], b, T{});
-              multiply(d, low[part], b, T{});
+              if constexpr (Pool::kSplit) multiply(d, low[part], b, T{});
             }
-            x0.values[0] = from_float<T>(d[0]);
-            x0.values[1] = from_float<T>(d[1]);
-            x1.values[0] = from_float<T>(d[2]);
-            x1.values[1] = from_float<T>(d[3]);
-            packed[tile][c][0] = x0.bits;
-            packed[tile][c][1] = x1.bits;
+            kept[tile][c][0] = Pair<T>{{from_float<T>(d[0]), from_float<T>(d[1])}};
+            kept[tile][c][1] = Pair<T>{{from_float<T>(d[2]), from_float<T>(d[3])}};
           }
         }
         sync_block();  // nobody reads the patches any more: their box takes the gradients, and leaves in rows of 128 bytes
@@ -466,14 +489,15 @@ DREAMLIP_DEVICE void pool_backward(const PoolShape& s, const T* patches, const T
         for (int tile = 0; tile < 2; ++tile) {
           const int r = (warp + tile * kWarps) * 16 + lane / 4;
 #pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            if (r < rows) *reinterpret_cast<uint32_t*>(pool.chunk(box, r, c) + 4 * (lane % 4)) = packed[tile][c][0];
-            if (r + 8 < rows) *reinterpret_cast<uint32_t*>(pool.chunk(box, r + 8, c) + 4 * (lane % 4)) = packed[tile][c][1];
+          for (int c = 0; c < kTiles; ++c) {
+            const int column = c * 8 + 2 * (lane % 4);
+            if (r < rows) *reinterpret_cast<Pair<T>*>(pool.cell(box, r, column)) = kept[tile][c][0];
+            if (r + 8 < rows) *reinterpret_cast<Pair<T>*>(pool.cell(box, r + 8, column)) = kept[tile][c][1];
           }
         }
         sync_block();
         for (int i = thread; i < rows * 8; i += kThreads) {
-          const int r = i / 8, c = i % 8, column = cb * kColumns + c * 8;
+          const int r = i / 8, c = i % 8, column = cb * kColumns + c * kChunk;
           if (column < s.D)
             *reinterpret_cast<uint4*>(d_patches + (n * s.P + rb * kBoxRows + r) * s.D + column) = *reinterpret_cast<const uint4*>(pool.chunk(box, r, c));
         }
@@ -485,12 +509,11 @@ DREAMLIP_DEVICE void pool_backward(const PoolShape& s, const T* patches, const T
 #pragma unroll
       for (int j = 0; j < KT; ++j) {
         const int k = 8 * j + lane / 4;
-        if (k < s.K && d < s.D) {
+        if (warp < kColumns / 8 && k < s.K && d < s.D) {
           const float inv_t = pool.inv_text()[k], scale = inv_t * pool.along()[k];
-          Pair<T> pair;
-#pragma unroll
-          for (int e = 0; e < 2; ++e) pair.values[e] = from_float<T>((value[j][e] - to_float(pool.row(kTexts + k)[d + e]) * scale) * inv_t);
-          *reinterpret_cast<uint32_t*>(d_texts + (n * s.K + k) * s.D + d) = pair.bits;
+          const T* t = pool.row(kTexts + k) + d;
+          *reinterpret_cast<Pair<T>*>(d_texts + (n * s.K + k) * s.D + d) =
+              Pair<T>{{from_float<T>((value[j][0] - to_float(t[0]) * scale) * inv_t), from_float<T>((value[j][1] - to_float(t[1]) * scale) * inv_t)}};
         }
       }
     }

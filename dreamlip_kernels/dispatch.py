@@ -34,8 +34,8 @@ def _triton(device: str, dtype: torch.dtype) -> str | None:
 def _cuda(device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda":
         return "it runs on CUDA tensors"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, not {str(dtype)[6:]}; use backend='triton' or 'torch'"
+    if dtype == torch.float64:
+        return "it computes in float32 or less; float64 needs backend='torch'"
     return extension.why_not("cuda")
 
 

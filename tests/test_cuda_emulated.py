@@ -41,7 +41,7 @@ def library(tmp_path_factory):
 
 
 class Emulated(torch.autograd.Function):
-    """group_patches by the emulated kernels: patches [N, P, D], texts [N, K, D] in bfloat16 or float16."""
+    """group_patches by the emulated kernels: patches [N, P, D], texts [N, K, D] in bfloat16, float16 or float32."""
 
     @staticmethod
     def forward(ctx, library, patches, texts, threshold, normalization, mask, slots, blocks):
@@ -67,7 +67,7 @@ def _call(call, patches, texts, *tensors):
     n, p, d = patches.shape
     pointers = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (patches, texts, *tensors)]
     kind = ("minmax", "softmax", "none").index(normalization)
-    shape = (n, p, texts.shape[1], d, int(patches.dtype == torch.float16))
+    shape = (n, p, texts.shape[1], d, (torch.bfloat16, torch.float16, torch.float32).index(patches.dtype))
     code = library.emulate(*shape, ctypes.c_double(-1e38 if threshold is None else threshold), kind, slots, blocks, 1, *pointers)
     assert code == 0, code
 
@@ -91,7 +91,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("n, p, k, d, slots", CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_group_patches(library, n, p, k, d, slots, dtype):
     patches, texts = region_like(n, p, k, d, dtype)
     op, oracle = both(library, slots=slots)
@@ -103,9 +103,9 @@ def test_group_patches(library, n, p, k, d, slots, dtype):
 
 
 @pytest.mark.parametrize("normalization, threshold", [("minmax", 0.5), ("softmax", 0.03), ("none", 0.1), ("none", -1.0)])
-@pytest.mark.parametrize("slots", [0, 2])
-def test_modes_with_a_patch_mask(library, normalization, threshold, slots):
-    patches, texts = region_like(4, 37, 4, 72, torch.float16, threshold if threshold > 0 else None, normalization)
+@pytest.mark.parametrize("slots, dtype", [(0, torch.float16), (2, torch.float16), (2, torch.float32)])
+def test_modes_with_a_patch_mask(library, normalization, threshold, slots, dtype):
+    patches, texts = region_like(4, 37, 4, 72, dtype, threshold if threshold > 0 else None, normalization)
     mask = torch.rand(4, 37, generator=torch.Generator().manual_seed(1)) > 0.3
     op, oracle = both(library, threshold=threshold, normalization=normalization, mask=mask, slots=slots)
     compare("pooled, dx, dt", op, oracle, (patches, texts))
@@ -128,7 +128,7 @@ def test_nan_stays_in_its_image_and_blocks_do_not_matter(library, slots):
 def test_the_shared_memory_of_the_full_shapes(library):
     """On an H200 (227 KB a block) a B/16 image stays resident forward; an A100 (163 KB) streams; B/32 leaves room for two blocks and more."""
     b16, b32 = (196, 8, 512), (49, 8, 512)
-    assert library.shared_bytes(*b16, 0, 0) <= 227 * 1024 and library.shared_bytes(*b16, 4, 0) <= 163 * 1024
-    assert library.shared_bytes(*b16, 7, 1) <= 227 * 1024 and library.shared_bytes(*b16, 4, 1) <= 163 * 1024
-    assert library.shared_bytes(*b32, 0, 0) <= 113 * 1024 and library.shared_bytes(*b32, 0, 1) <= 113 * 1024
-    assert library.shared_bytes(1024, 8, 1024, 2, 1) <= 227 * 1024
+    assert library.shared_bytes(*b16, 2, 0, 0) <= 227 * 1024 and library.shared_bytes(*b16, 2, 4, 0) <= 163 * 1024
+    assert library.shared_bytes(*b16, 2, 7, 1) <= 227 * 1024 and library.shared_bytes(*b16, 2, 4, 1) <= 163 * 1024
+    assert library.shared_bytes(*b32, 2, 0, 0) <= 113 * 1024 and library.shared_bytes(*b32, 2, 0, 1) <= 113 * 1024
+    assert library.shared_bytes(1024, 8, 1024, 2, 2, 1) <= 227 * 1024

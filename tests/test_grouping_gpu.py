@@ -34,8 +34,6 @@ def backend(request):
 @pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_against_the_oracle(backend, n, p, k, d, dtype, normalization, masked):
-    if backend == "cuda" and dtype == torch.float32:
-        pytest.skip("backend='cuda' takes 16-bit features")
     patches, texts = (x.cuda() for x in region_like(n, p, k, d, dtype, normalization=normalization))
     mask = (torch.rand(n, p) > 0.2).cuda() if masked and p > 1 else None
     op = lambda x, t: dk.group_patches(x, t, normalization=normalization, patch_mask=mask, backend=backend)  # noqa: E731

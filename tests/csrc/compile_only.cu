@@ -8,6 +8,10 @@ namespace dreamlip {
                                                   T*, T*);
 DREAMLIP_INSTANCE(__nv_bfloat16, 1)
 DREAMLIP_INSTANCE(__nv_bfloat16, 2)
+#ifdef DREAMLIP_ALL
 DREAMLIP_INSTANCE(__half, 1)
 DREAMLIP_INSTANCE(__half, 2)
+#endif
+DREAMLIP_INSTANCE(float, 1)
+DREAMLIP_INSTANCE(float, 2)
 }  // namespace dreamlip

@@ -27,7 +27,7 @@ void run(const PoolShape& s, const void* x, const void* t, const void* up, const
 
 }  // namespace
 
-extern "C" int emulate(int N, int P, int K, int D, int half, double threshold, int normalization, int slots, int blocks, unsigned seed, const void* x, const void* t,
+extern "C" int emulate(int N, int P, int K, int D, int dtype, double threshold, int normalization, int slots, int blocks, unsigned seed, const void* x, const void* t,
                        const void* up, const bool* mask, void* out, float* similarity, float* inv_norm, void* dx, void* dt) {
   PoolShape s{};
   s.N = N;
@@ -38,26 +38,29 @@ extern "C" int emulate(int N, int P, int K, int D, int half, double threshold, i
   s.x_image = long(P) * D;
   s.t_image = s.up_image = long(K) * D;
   s.options = {float(threshold), normalization};
+  s.element = dtype == 2 ? 4 : 2;
   s.resident = slots == 0;
   if (s.resident && P > kBoxRows) return 1;
   s.slots = s.resident ? s.boxes() : slots;
   if (K > 16) return 2;
-  if (half) {
-    if (K <= 8) run<__half, 1>(s, x, t, up, mask, out, similarity, inv_norm, dx, dt, blocks, seed);
-    else run<__half, 2>(s, x, t, up, mask, out, similarity, inv_norm, dx, dt, blocks, seed);
-  } else {
-    if (K <= 8) run<__nv_bfloat16, 1>(s, x, t, up, mask, out, similarity, inv_norm, dx, dt, blocks, seed);
-    else run<__nv_bfloat16, 2>(s, x, t, up, mask, out, similarity, inv_norm, dx, dt, blocks, seed);
-  }
+  const auto with = [&](auto element) {
+    using T = decltype(element);
+    if (K <= 8) run<T, 1>(s, x, t, up, mask, out, similarity, inv_norm, dx, dt, blocks, seed);
+    else run<T, 2>(s, x, t, up, mask, out, similarity, inv_norm, dx, dt, blocks, seed);
+  };
+  if (dtype == 0) with(__nv_bfloat16{});
+  if (dtype == 1) with(__half{});
+  if (dtype == 2) with(float{});
   return 0;
 }
 
 // Bytes of shared memory a block asks for, with everything resident (slots = 0) or a ring of `slots` boxes.
-extern "C" int shared_bytes(int P, int K, int D, int slots, int backward) {
+extern "C" int shared_bytes(int P, int K, int D, int element, int slots, int backward) {
   PoolShape s{};
   s.P = P;
   s.K = K;
   s.D = D;
+  s.element = element;
   s.slots = slots ? slots : s.boxes();
   return PoolLayout(s, K <= 8 ? 1 : 2, backward).total;
 }

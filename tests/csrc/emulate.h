@@ -206,6 +206,24 @@ template <class T> DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (
   });
 }
 
+// float32: [16, 8] by [8, 8], in float32 where a device has three products of TF32.
+DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  struct Fragments {
+    float a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, 16);
+  std::memcpy(mine.b, b, 8);
+  emulated::exchange(mine, [&](auto of) {
+    const int lane = emulated::block->current % 32;
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 2 * (lane % 4) + i % 2;
+      float sum = c[i];
+      for (int k = 0; k < 8; ++k) sum += of(row % 8 * 4 + k % 4).a[(row >= 8) + 2 * (k >= 4)] * of(column * 4 + k % 4).b[k >= 4];
+      c[i] = sum;
+    }
+  });
+}
+
 DREAMLIP_DEVICE float shuffle_xor(float x, int mask) {
   float y = 0;
   emulated::exchange(x, [&](auto of) { y = of(emulated::block->current % 32 ^ mask); });
