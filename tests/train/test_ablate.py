@@ -77,6 +77,7 @@ def test_a_real_run_is_trained_judged_and_kept(tmp_path, capsys):
         ablate(tmp_path / "ab", **(SMALL | {"steps": 3}))
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path):
     run = tmp_path / "ab" / "runs" / "full-seed0"
     run.mkdir(parents=True)
