@@ -50,7 +50,7 @@ def test_one_and_two_threads_give_the_same_bits(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
 def test_older_cpus_run_code_of_their_own(tmp_path, capability):
     """ATEN_CPU_CAPABILITY chooses, as for torch's kernels: the same numbers but for rounding."""
     shapes, dtypes = ((7, 49, 3, 96), (5, 50, 9, 37), (3, 1, 1, 8)), (torch.float32, torch.bfloat16, torch.float64)

@@ -83,7 +83,7 @@ checkpoint.save(engine, Path(sys.argv[1]), config, checkpoint.Progress(step=4))
 """
 
 
-@pytest.mark.parametrize("moment", ["_phase_two", "commit", "rename"])
+@pytest.mark.parametrize("moment", ["rename", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("_phase_two", "commit"))])
 def test_killed_while_saving_the_previous_checkpoint_is_used(tmp_path, moment):
     """From DeepSpeed's files to the final name, the manifest in between."""
     here = Path(__file__).parent

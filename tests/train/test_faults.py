@@ -71,7 +71,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=5)}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run, tmp_path, number):
     """To loader workers too, as a terminal sends Ctrl-C and a scheduler SIGTERM. A worker that died of it would take the run along."""
     process = subprocess.Popen(
@@ -100,7 +100,7 @@ def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path, number):
     """SIGTERM to torchrun, which hands it on; SLURM's SIGUSR1 to a single rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -243,7 +243,7 @@ def test_a_crash_keeps_its_traceback_in_the_log(tmp_path, monkeypatch):
     assert "ZeroDivisionError: in the middle" in (tmp_path / "run" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))])
 def test_the_logit_scale_stays_within_bounds_and_does_not_wind_up(stage):
     """Pushed up by its gradient for a while and for three times as long, then down: it never leaves [1, 100], and comes back as soon both times."""
     way_back = []

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 
+import pytest
 from tiny import clean_environment
 
 from dreamlip_train.json_file import write_json
@@ -36,3 +38,20 @@ def test_a_json_file_that_several_processes_write_is_whole(tmp_path):
 
 def test_an_inherited_signal_handler_does_not_keep_the_pool_from_ending():
     subprocess.run([sys.executable, "-c", PARENT_WITH_A_HANDLER], env=clean_environment(), check=True, timeout=60)
+
+
+def test_an_error_lets_the_others_finish_what_they_have_begun(tmp_path):
+    """A pool that is terminated kills its processes, here in the middle of a file."""
+
+    def work(item):
+        if item == 1:
+            time.sleep(0.2)
+            raise OSError("full")
+        (tmp_path / f"{item}.begun").touch()
+        time.sleep(0.6)
+        (tmp_path / f"{item}.done").touch()
+
+    with pytest.raises(OSError, match="full"):
+        list(map_bounded(work, range(100), processes=3))
+    begun, done = ({path.stem for path in tmp_path.glob(f"*.{kind}")} for kind in ("begun", "done"))
+    assert begun == done and 2 <= len(done) < 12, "queued items are not begun any more"

@@ -264,6 +264,7 @@ def test_the_deepspeed_launcher_goes_on_with_two_ranks(scenes, run, tmp_path):
     assert "2 x CPU" in other and "step 6/6" in other
 
 
+@pytest.mark.slow
 def test_two_nodes_of_a_hostfile(scenes, tmp_path):
     """Two nodes with a rank each, started as on two machines, here both on this one."""
     (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
