@@ -17,14 +17,8 @@ from test_grouping import compare, region_like
 from dreamlip_kernels import reference
 
 ROOT = Path(__file__).parent.parent
-CUDA = next(
-    (
-        path
-        for path in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", "/usr/local/cuda-13.0")
-        if path and Path(path, "include/cuda_bf16.h").is_file()
-    ),
-    None,
-)
+TOOLKITS = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
+CUDA = next((path for path in TOOLKITS if path and Path(path, "include/cuda_bf16.h").is_file()), None)
 pytestmark = pytest.mark.skipif(
     CUDA is None or shutil.which("g++") is None, reason="needs g++ and CUDA's headers (CUDA_HOME) to compile the kernels"
 )
