@@ -48,6 +48,7 @@ def localize(arguments: list[str], program: str) -> None:
 def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
     """The report of evaluate() for the checkpoint and shards in ``arguments``, written to --output if given."""
     options = tyro.cli(EvalOptions, args=arguments, prog=program)
+    _must_be_writable(options.output)
     import torch
 
     from dreamlip_train.checkpoint import load_for_eval
@@ -100,6 +101,7 @@ class SetOptions:
 def retrieval_set(arguments: list[str], program: str) -> None:
     """Recall on Flickr30k or COCO: CHECKPOINT --annotations FILE --images DIR"""
     options = tyro.cli(SetOptions, args=arguments, prog=program)
+    _must_be_writable(options.output)
     from dreamlip_train.retrieval_sets import evaluate_set, format_set, read_set
 
     pictured = read_set(options.annotations, options.images, options.split)

@@ -78,12 +78,8 @@ def test_thresholds_and_patch_masks(monkeypatch, normalization, threshold, padde
         assert (got[1][~mask] == 0).all(), "padding patches take no gradient"
 
 
-@pytest.mark.parametrize(
-    "case", ["one patch", "constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_degenerate_cases_are_defined(case, dtype, backend):
+def degenerate(case, dtype=torch.float32):
+    """(patches, texts, options) of a case in which nothing tells the patches apart, or that touches a bound."""
     patches, texts = region_like(3, 9, 2, 16, dtype)
     options = {}
     if case == "one patch":
@@ -103,6 +99,16 @@ def test_degenerate_cases_are_defined(case, dtype, backend):
     if case == "zero patch":
         patches = patches.clone()
         patches[:, 4] = 0
+    return patches, texts, options
+
+
+@pytest.mark.parametrize(
+    "case", ["one patch", "constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_degenerate_cases_are_defined(case, dtype, backend):
+    patches, texts, options = degenerate(case, dtype)
     got = value_and_grads(lambda x, t: dk.group_patches(x, t, backend=backend, **options), (patches, texts))
     gold = value_and_grads(lambda x, t: reference.group_patches(x, t, **options), (patches.double(), texts.double()))
     for g, e in zip(got, gold, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import value_and_grads
-from test_grouping import compare, region_like
+from test_grouping import compare, degenerate, region_like
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
@@ -52,23 +52,7 @@ def test_thresholds_with_a_patch_mask(normalization, threshold):
 
 @pytest.mark.parametrize("case", ["constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"])
 def test_degenerate_cases_are_defined(case):
-    patches, texts = region_like(3, 9, 2, 16)
-    options = {}
-    if case == "constant patches":
-        patches = patches[:, :1].repeat(1, 9, 1)
-    if case == "nothing kept":
-        options["threshold"] = 1.5
-    if case == "zero text":
-        texts = torch.zeros_like(texts)
-    if case == "tie at the minimum":
-        w = reference.unit(texts) @ reference.unit(patches).mT
-        patches = patches.clone()
-        patches[:, 0] = 2 * patches[0:3, w[:, 0].argmin(-1)[0]]
-    if case == "no valid patch":
-        options["patch_mask"] = torch.tensor([[True] * 9, [False] * 9, [True] * 9])
-    if case == "zero patch":
-        patches = patches.clone()
-        patches[:, 4] = 0
+    patches, texts, options = degenerate(case)
     op, oracle = both(**options)
     for g, e in zip(value_and_grads(op, (patches, texts)), value_and_grads(oracle, (patches.double(), texts.double())), strict=True):
         assert torch.isfinite(g).all()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dreamlip_train.config import Config
+from dreamlip_train.config import Config, LossConfig
 from dreamlip_train.config_file import differences, format_config, override, read_config
 
 
@@ -75,3 +75,10 @@ def test_a_written_config_reads_back_the_same(tmp_path):
     assert read == config and differences(config, read) == {}
     read.optim.lr = 2.0
     assert differences(config, read) == {"optim.lr": (1e-7, 2.0)}
+
+
+def test_patches_are_looked_at_with_the_evaluations_threshold_or_the_losss():
+    config = Config(loss=LossConfig(threshold=0.2, normalization="softmax"))
+    assert config.selection() == {"threshold": 0.2, "normalization": "softmax"}
+    config.eval.threshold = 0.0
+    assert config.selection()["threshold"] == 0.0
