@@ -59,7 +59,7 @@ def test_text_tower(run, trained, captions_as):
         torch.cat(parts).square().sum().backward()
         trained.zero_grad()
 
-    run(step, rounds=3)
+    run(step, rounds=3, images=BATCH)
 
 
 @pytest.mark.parametrize("loop", ["today", "ours"])
@@ -87,4 +87,4 @@ def test_train_step(run, trained, loop):
         optimizer.step()
         optimizer.zero_grad()
 
-    run(step, rounds=3)
+    run(step, rounds=3, images=BATCH)

@@ -43,10 +43,10 @@ def copy_rate():
 
 @pytest.fixture
 def run(benchmark, request):
-    """``run(step, floor=None, rounds=...)``: median time of ``step()``; with the seconds it must take at least, its share of that floor; on CUDA the
-    peak of device memory beyond what was allocated before."""
+    """``run(step, floor=None, rounds=..., images=None)``: median time of ``step()``; with the seconds it must take at least, its share of that floor; with
+    the images it handles, images/s; on CUDA the peak of device memory beyond what was allocated before."""
 
-    def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3):
+    def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3, images=None):
         def synchronised():
             step()
             if DEVICE == "cuda":
@@ -62,6 +62,8 @@ def run(benchmark, request):
         median = benchmark.stats.stats.median if benchmark.stats else None  # none with --benchmark-disable
         if floor is not None and median:
             benchmark.extra_info["fraction_of_floor"] = floor / median
+        if images is not None and median:
+            benchmark.extra_info["images_per_s"] = images / median
         if median:
             cells = [f"{name} {value:.2f}" if value < 10 else f"{name} {value:.0f}" for name, value in benchmark.extra_info.items()]
             _SUMMARY.append(f"{request.node.name:<90} {1e3 * median:9.3f} ms   {'  '.join(cells)}")

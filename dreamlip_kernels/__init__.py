@@ -3,18 +3,21 @@
 from .contrastive import bidirectional_logsumexp, multi_positive_contrastive_loss
 from .dispatch import explain
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss
-from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, SubcaptionGroupingLoss
+from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, MultiPositiveSigmoidLoss, SubcaptionGroupingLoss
+from .sigmoid import multi_positive_sigmoid_loss
 from .version import __version__
 
 __all__ = [
     "DreamLIPLoss",
     "MultiPositiveContrastiveLoss",
+    "MultiPositiveSigmoidLoss",
     "SubcaptionGroupingLoss",
     "__version__",
     "bidirectional_logsumexp",
     "explain",
     "group_patches",
     "multi_positive_contrastive_loss",
+    "multi_positive_sigmoid_loss",
     "patch_weights",
     "subcaption_grouping_loss",
 ]

@@ -60,7 +60,7 @@ def as_scale(fn: str, name: str, scale: Tensor | float, like: Tensor) -> Tensor:
     if not isinstance(scale, Tensor):
         return torch.full((), float(scale), dtype=accumulate_dtype(like), device=like.device)
     if scale.numel() != 1:
-        raise ValueError(f"{fn}: {name} must hold one value (pass logit_scale.exp()), got shape {tuple(scale.shape)}")
+        raise ValueError(f"{fn}: {name} must hold one value, got shape {tuple(scale.shape)}")
     if scale.device != like.device:
         raise ValueError(f"{fn}: {name} must be on {like.device} like the features, got {scale.device}")
     return scale.reshape(()).to(accumulate_dtype(like))

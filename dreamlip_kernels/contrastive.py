@@ -14,9 +14,7 @@ from torch import Tensor
 from . import dispatch
 from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
 from .distributed import Group, all_gather_rows, all_reduce_logsumexp, all_reduce_sum, check_agreement, rank_and_size
-
-# Logits a tile of the torch backend holds: small enough for a CPU's caches, large enough to fill a GPU.
-_TILE_LOGITS = {"cpu": 2**20, "cuda": 2**24}
+from .tiles import tiles
 
 
 def bidirectional_logsumexp(
@@ -257,16 +255,6 @@ _paired_dot.register_autograd(
 # --- torch backend: one tile of logits at a time, true maxima ---------------------------------------------------------------
 
 
-def _tiles(m: int, c: int, device: torch.device):
-    """Slices (rows, columns) that cover an m x c rectangle in tiles of a bounded number of logits."""
-    budget = _TILE_LOGITS.get(device.type, _TILE_LOGITS["cpu"])
-    block_c = max(1, min(c, 1 << (budget.bit_length() // 2)))
-    block_m = max(1, min(m, budget // block_c))
-    for i in range(0, m, block_m):
-        for j in range(0, c, block_c):
-            yield slice(i, i + block_m), slice(j, j + block_c)
-
-
 def _logits(x_scaled: Tensor, y: Tensor, rows: slice, cols: slice, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
     z = x_scaled[rows] @ y[cols].to(x_scaled.dtype).T
     if y_mask is not None:
@@ -281,7 +269,7 @@ def _forward_torch(x, y, scale, x_mask, y_mask):
     row = x_scaled.new_full((y.shape[0], x.shape[0]), -torch.inf)
     col = x_scaled.new_full(y.shape[:2], -torch.inf)
     for k in range(y.shape[0]):
-        for rows, cols in _tiles(x.shape[0], y.shape[1], x.device):
+        for rows, cols in tiles(x.shape[0], y.shape[1], x.device):
             z = _logits(x_scaled, y[k], rows, cols, x_mask, None if y_mask is None else y_mask[k])
             row[k, rows] = torch.logaddexp(row[k, rows], z.logsumexp(1))
             col[k, cols] = torch.logaddexp(col[k, cols], z.logsumexp(0))
@@ -298,7 +286,7 @@ def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagona
     d_col, col = torch.where(torch.isneginf(col), 0, d_col), col.masked_fill(torch.isneginf(col), torch.inf)
     for k in range(y.shape[0]):
         dy_k = torch.zeros_like(y[k], dtype=scale.dtype)
-        for rows, cols in _tiles(x.shape[0], y.shape[1], x.device):
+        for rows, cols in tiles(x.shape[0], y.shape[1], x.device):
             z = _logits(x_scaled, y[k], rows, cols, x_mask, None if y_mask is None else y_mask[k])
             g = (z - row[k, rows, None]).exp_().mul_(d_row[k, rows, None])
             g.add_(z.sub_(col[k, None, cols]).exp_().mul_(d_col[k, None, cols]))

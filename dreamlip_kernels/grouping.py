@@ -99,7 +99,8 @@ def subcaption_grouping_loss(
     diagonal, within each image's own K sub-captions (contrast="image", the paper) or over all N*K ("batch").
 
     Args:
-        patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``.
+        patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``; but float32 texts may come with bfloat16 or
+            float16 patches (what autocast towers give, normalised or not): they are rounded for the pooling, and contrasted as they are.
         logit_scale: the multiplier of this loss, its own or the contrastive one.
         text_mask: [N, K] bool; missing sub-captions are out of numerator and denominator. An image with one contributes 0 within itself.
         direction: "both", or "t2v" for the paper's one: each sub-caption picks its group among the groups.
@@ -112,7 +113,9 @@ def subcaption_grouping_loss(
         ValueError, RuntimeError: as ``group_patches`` and ``multi_positive_contrastive_loss``.
     """
     fn = "subcaption_grouping_loss"
-    _check(fn, patch_features, text_features, threshold, normalization, patch_mask)
+    mixed = text_features.dtype == torch.float32 and patch_features.dtype in (torch.bfloat16, torch.float16)
+    queries = text_features.to(patch_features.dtype) if mixed else text_features
+    _check(fn, patch_features, queries, threshold, normalization, patch_mask)
     n, k, d = text_features.shape
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     check_choice(fn, "contrast", contrast, ("image", "batch"))
@@ -120,7 +123,7 @@ def subcaption_grouping_loss(
     check_agreement(fn, agreement_sizes(text_features, text_mask), text_features.device, group)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
     pooled = group_patches(
-        patch_features, text_features, threshold=threshold, normalization=normalization, patch_mask=patch_mask, backend=backend
+        patch_features, queries, threshold=threshold, normalization=normalization, patch_mask=patch_mask, backend=backend
     )
     with torch.autocast(text_features.device.type, enabled=False):
         pooled, text = reference.unit(pooled.to(scale.dtype)), reference.unit(text_features.to(scale.dtype))

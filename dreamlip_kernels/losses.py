@@ -10,9 +10,22 @@ import warnings
 
 from torch import Tensor, nn
 
+from .checks import check_choice
 from .contrastive import multi_positive_contrastive_loss
 from .distributed import Group, rank_and_size
 from .grouping import subcaption_grouping_loss
+from .sigmoid import multi_positive_sigmoid_loss
+
+
+def _check_world(name: str, rank: int, world_size: int, use_horovod: bool, group: Group) -> None:
+    if use_horovod:
+        raise ValueError(f"{name}: use_horovod=True is not supported; use torch.distributed")
+    actual_rank, actual_size = rank_and_size(group)
+    if (world_size, rank) != (1, 0) and (world_size, rank) != (actual_size, actual_rank):
+        raise ValueError(
+            f"{name}: rank={rank}, world_size={world_size} were given, but torch.distributed says rank {actual_rank} of {actual_size}; "
+            "initialise the process group first"
+        )
 
 
 class _ClipLossArguments(nn.Module):
@@ -20,15 +33,7 @@ class _ClipLossArguments(nn.Module):
 
     def __init__(self, local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group):
         super().__init__()
-        name = type(self).__name__
-        if use_horovod:
-            raise ValueError(f"{name}: use_horovod=True is not supported; use torch.distributed")
-        actual_rank, actual_size = rank_and_size(group)
-        if (world_size, rank) != (1, 0) and (world_size, rank) != (actual_size, actual_rank):
-            raise ValueError(
-                f"{name}: rank={rank}, world_size={world_size} were given, but torch.distributed says rank {actual_rank} of {actual_size}; "
-                "initialise the process group first"
-            )
+        _check_world(type(self).__name__, rank, world_size, use_horovod, group)
         self.group = group
 
 
@@ -69,6 +74,36 @@ class MultiPositiveContrastiveLoss(_ClipLossArguments):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
+class MultiPositiveSigmoidLoss(nn.Module):
+    """``multi_positive_sigmoid_loss`` as a drop-in for open_clip's SigLipLoss.
+
+    Takes SigLipLoss's positional arguments (the collectives are the same whatever dist_impl says) and ``group`` by keyword. With text_features [N, D] it
+    equals SigLipLoss.
+    """
+
+    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None, *, group: Group = None):
+        super().__init__()
+        _check_world(type(self).__name__, rank, world_size, False, group)
+        self.group = group
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        text_mask: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """image_features [N,D], text_features [N,K,D] or [N,D], text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}; no bias is a bias of 0."""
+        if text_features.ndim == 2:
+            text_features = text_features[:, None]
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = multi_positive_sigmoid_loss(image_features, text_features, logit_scale, bias, text_mask=text_mask, group=self.group)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
 class SubcaptionGroupingLoss(_ClipLossArguments):
     """``subcaption_grouping_loss`` as a module; takes ClipLoss's positional arguments and the function's options by keyword."""
 
@@ -101,13 +136,14 @@ class DreamLIPLoss(_ClipLossArguments):
     """``mpcl_weight * multi-positive contrast + grouping_weight * sub-caption grouping``, docs/math.md eq. 18.
 
     Takes ClipLoss's positional arguments and, by keyword, the options of both functions; threshold, normalization, contrast and
-    direction belong to the grouping term. ``backend`` names one backend for both ops or is "auto".
+    direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss as the contrast, where negatives and positives have no meaning.
+    ``backend`` names one backend for both ops or is "auto"; the sigmoid loss has but one.
     """
 
     def __init__(
         self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
         *, mpcl_weight: float = 1.0, grouping_weight: float = 1.0, negatives: str = "slot", positives: str = "mean",
-        threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
+        pairs: str = "softmax", threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
         group: Group = None, backend: str = "auto",
     ):  # fmt: skip
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
@@ -116,7 +152,16 @@ class DreamLIPLoss(_ClipLossArguments):
                 f"DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, got {mpcl_weight} and {grouping_weight}"
             )
         self.mpcl_weight, self.grouping_weight = mpcl_weight, grouping_weight
-        self.contrastive = MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=backend)
+        check_choice("DreamLIPLoss", "pairs", pairs, ("softmax", "sigmoid"))
+        if pairs == "sigmoid" and (negatives, positives) != ("slot", "mean"):
+            raise ValueError(
+                f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with pairs='sigmoid'; leave them out"
+            )
+        self.contrastive = (
+            MultiPositiveSigmoidLoss(group=group)
+            if pairs == "sigmoid"
+            else MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=backend)
+        )
         self.grouping = SubcaptionGroupingLoss(
             threshold=threshold, normalization=normalization, contrast=contrast, direction=direction, group=group, backend=backend
         )
@@ -140,13 +185,15 @@ class DreamLIPLoss(_ClipLossArguments):
             image_features: [N, D].  text_features: [N, K, D] or [N, D].  text_mask: [N, K] bool.
             patch_features: [N, P, D], projected to D; without them there is no grouping term (said once as a warning).
             patch_mask: [N, P] bool.  logit_scale_local: the grouping term's multiplier; None takes logit_scale.
-            logit_bias: accepted without effect, as in MultiPositiveContrastiveLoss.
+            logit_bias: added to the logits of pairs="sigmoid"; without effect in a softmax, where it cancels.
         """
         if text_features.ndim == 2:
             text_features = text_features[:, None]
         terms = {}
         if self.mpcl_weight > 0:
-            terms["contrastive_loss"] = self.mpcl_weight * self.contrastive(image_features, text_features, logit_scale, text_mask=text_mask)
+            terms["contrastive_loss"] = self.mpcl_weight * self.contrastive(
+                image_features, text_features, logit_scale, logit_bias, text_mask=text_mask
+            )
         if self.grouping_weight > 0 and patch_features is not None:
             scale = logit_scale if logit_scale_local is None else logit_scale_local
             terms["grouping_loss"] = self.grouping_weight * self.grouping(

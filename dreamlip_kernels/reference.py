@@ -52,6 +52,23 @@ def multi_positive_contrastive_loss(
     return pair if reduction == "none" else pair.sum() / valid.sum().clamp(min=1)
 
 
+def multi_positive_sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float = 0.0,
+    *,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """Every image-caption pair as a question of its own, eq. 19. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar."""
+    n, k, _ = text_features.shape
+    valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
+    z = logit_scale * torch.einsum("md,nkd->mnk", image_features, text_features) + logit_bias
+    own = torch.eye(n, dtype=torch.bool, device=z.device)[:, :, None]
+    pair = -torch.nn.functional.logsigmoid(torch.where(own, z, -z))
+    return torch.where(valid, pair, 0).sum() / valid.sum().clamp(min=1)
+
+
 def patch_weights(
     patch_features: Tensor,
     text_features: Tensor,

@@ -68,6 +68,8 @@ class ModelConfig:
     """Give the grouping loss its own learned temperature."""
     init_temperature: float = 0.07
     """Starting temperature of both logit scales."""
+    init_logit_bias: float | None = None
+    """Start of the learned bias that loss.pairs="sigmoid" adds to its logits; None has no bias. Train-only."""
 
 
 @dataclass
@@ -78,6 +80,8 @@ class LossConfig:
     """lambda_mpcl: weight of the multi-positive contrastive loss."""
     grouping_weight: float = 1.0
     """lambda_sub: weight of the sub-caption grouping loss; 0 skips the patch features."""
+    pairs: Literal["softmax", "sigmoid"] = "softmax"
+    """"softmax": each image among captions, each caption among images. "sigmoid": every image-caption pair by itself (SigLIP with K positives)."""
     negatives: Literal["slot", "all"] = "slot"
     """"slot": K CLIP losses averaged. "all": one softmax over all N*K captions."""
     positives: Literal["mean", "logsum"] = "mean"
@@ -216,6 +220,21 @@ class Config:
             "loss.positives",
             self.loss.positives,
             'the sum inside the log needs loss.negatives="all"',
+        )
+        sigmoid = self.loss.pairs == "sigmoid"
+        _require(
+            not sigmoid or (self.loss.negatives, self.loss.positives) == ("slot", "mean"),
+            "loss.pairs",
+            "sigmoid",
+            "loss.negatives and loss.positives belong to the softmax; leave them at their defaults",
+        )
+        _require(
+            sigmoid == (self.model.init_logit_bias is not None),
+            "model.init_logit_bias",
+            self.model.init_logit_bias,
+            "the sigmoid loss starts at a bias that makes most pairs negatives; give -10"
+            if sigmoid
+            else 'only loss.pairs="sigmoid" has a bias',
         )
         grouping_only = self.loss.grouping_weight > 0 and self.loss.contrast == "image"
         _require(

@@ -1,6 +1,6 @@
 """Shards in, batches out: K drawn sub-captions, a mask and a cropped image for each sample.
 
-    {"images" uint8 [n,3,H,W], "text" int64 [n,K,L], "text_mask" bool [n,K], "keys", "shards"}
+    {"images" uint8 [n,3,H,W], "text" int64 [n,K,L], "text_mask" bool [n,K], "cut" captions that lost their ends, "keys", "shards"}
 
 streams.py says who reads what, readers.py does it in the workers; here are the loader of a rank and its count of what could not be used.
 """
@@ -46,7 +46,7 @@ def train_loader(
 
     Args:
         image_size: side of the square crops, pixels.
-        tokenize: list of B strings -> int64 [B, L].
+        tokenize: B texts -> int64 [B, L] and how many were cut (CaptionTokenizer.with_cut).
         batch_size: images a batch.
         quarantine: a jsonl file in which every sample left out is noted; a resumed epoch needs it to skip exactly.
 

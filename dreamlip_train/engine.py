@@ -25,10 +25,12 @@ from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.model import DreamLIP, build_model, crop_to_longest
 from dreamlip_train.text_buckets import length_buckets
 
+LOGIT_SCALARS = ("logit_scale", "logit_scale_local", "logit_bias")
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did: ``losses`` by name (fp32 scalars on the device), whether the weights moved, the gradient norm, the logit scales."""
+    """What one step did: ``losses`` by name (fp32 scalars on the device), whether the weights moved, the gradient norm, the logit scales and bias."""
 
     losses: dict[str, Tensor]
     applied: bool
@@ -78,7 +80,7 @@ def _share_cores(on_gpu: bool) -> None:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two AdamW groups: matrices decay; biases, norms, logit scales and other vectors do not."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.ndim < 2 or name.endswith("bias") or "logit_scale" in name]
+    plain = [p for name, p in trained if p.ndim < 2 or name.endswith("bias") or name in LOGIT_SCALARS]
     kept = {id(p) for p in plain}
     return [
         {"params": [p for _, p in trained if id(p) not in kept], "weight_decay": weight_decay},
@@ -150,7 +152,7 @@ def train_step(
     features = engine(batch["images"], batch["text"], patches, batch.get("buckets"))
     losses = loss_fn(**features, text_mask=batch["text_mask"], output_dict=True)
     loss = sum(losses.values())
-    scales = {name: features[name].detach() for name in ("logit_scale", "logit_scale_local") if features[name] is not None}
+    scales = {name: features[name].detach() for name in LOGIT_SCALARS if features[name] is not None}
     losses = {name: value.detach() for name, value in losses.items()}
     if not finite_everywhere(loss):
         return StepResult(losses, False, math.nan, scales)

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.engine import StepResult, finite_everywhere
+from dreamlip_train.engine import LOGIT_SCALARS, StepResult, finite_everywhere
+
+_ROWS = ("image_features", "text_features")
 
 
 def split_batch(batch: dict[str, Any], chunk_size: int) -> list[dict[str, Any]]:
@@ -40,11 +42,11 @@ def cached_train_step(engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str,
     mask = torch.cat([chunk["text_mask"] for chunk in chunks])
     losses, gradients = {}, None
     if loss_fn.mpcl_weight > 0:
-        contrastive = loss_fn.mpcl_weight * loss_fn.contrastive(*features, text_mask=mask)
+        contrastive = loss_fn.mpcl_weight * loss_fn.contrastive(**features, text_mask=mask)
         losses["contrastive_loss"] = contrastive.detach()
         if not finite_everywhere(contrastive):
-            return StepResult(losses, False, math.nan, {"logit_scale": features[2].detach()})
-        gradients = torch.autograd.grad(contrastive, features)
+            return StepResult(losses, False, math.nan, {"logit_scale": features["logit_scale"].detach()})
+        gradients = dict(zip(features, torch.autograd.grad(contrastive, list(features.values())), strict=True))
     grouped = patches and loss_fn.grouping_weight > 0
     shares, total, first, scales = _shares(chunks), torch.zeros((), device=mask.device), 0, {}
     for chunk, state, share in zip(chunks, states, shares, strict=True):
@@ -54,9 +56,9 @@ def cached_train_step(engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str,
             out = engine(chunk["images"], chunk["text"], grouped, chunk["buckets"])
         surrogate = out["image_features"].sum() * 0
         if gradients is not None:
-            surrogate = (out["image_features"] * gradients[0][rows]).sum() + (out["text_features"] * gradients[1][rows]).sum()
-            if rows.start == 0:  # the scale is one parameter, whose gradient counts once
-                surrogate = surrogate + out["logit_scale"] * gradients[2]
+            surrogate = sum((out[name] * gradients[name][rows]).sum() for name in _ROWS)
+            if rows.start == 0:  # scale and bias are one parameter each, whose gradient counts once
+                surrogate = surrogate + sum(out[name] * gradients[name] for name in gradients if name not in _ROWS)
         if grouped:
             scale = out["logit_scale"] if out["logit_scale_local"] is None else out["logit_scale_local"]
             local = loss_fn.grouping(out["patch_features"], out["text_features"], scale, text_mask=chunk["text_mask"])
@@ -65,24 +67,24 @@ def cached_train_step(engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str,
             surrogate = surrogate + local
         engine.backward(surrogate, scale_wrt_gas=False)
         engine.step()
-        scales = {name: out[name].detach() for name in ("logit_scale", "logit_scale_local") if out[name] is not None}
+        scales = {name: out[name].detach() for name in LOGIT_SCALARS if out[name] is not None}
     if grouped:
         losses["grouping_loss"] = total
     grad_norm = float(engine.get_global_grad_norm())
     return StepResult(losses, engine.was_step_applied() and math.isfinite(grad_norm), grad_norm, scales)
 
 
-def _features(engine: Any, chunks: list[dict[str, Any]]) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, Tensor, Tensor]]:
-    """Pass 1: each chunk's random state before it, and the image features, text features and logit scale as leaves."""
-    states, images, texts = [], [], []
+def _features(engine: Any, chunks: list[dict[str, Any]]) -> tuple[list[tuple[Tensor, ...]], dict[str, Tensor]]:
+    """Pass 1: each chunk's random state before it, and what the contrastive loss takes, by name, as leaves."""
+    states, outs = [], []
     with torch.no_grad():
         for chunk in chunks:
             states.append(_random_state(engine.device))
             out = engine(chunk["images"], chunk["text"], False, chunk["buckets"])
-            images.append(out["image_features"])
-            texts.append(out["text_features"])
-    leaves = (torch.cat(images), torch.cat(texts), out["logit_scale"].clone())
-    return states, tuple(leaf.requires_grad_() for leaf in leaves)
+            outs.append(out)
+    leaves = {name: torch.cat([out[name] for out in outs]) for name in _ROWS}
+    leaves |= {name: outs[-1][name].clone() for name in ("logit_scale", "logit_bias") if outs[-1][name] is not None}
+    return states, {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
 
 def _shares(chunks: list[dict[str, Any]]) -> list[Tensor]:

@@ -36,10 +36,10 @@ def decode_image(data: bytes) -> Tensor:
         else:
             with Image.open(io.BytesIO(data)) as image:
                 _check_size(*image.size)
-                array = np.asarray(image.convert("RGB"))
+                array = np.array(image.convert("RGB"))
     except Exception as error:  # decoders raise everything from struct.error to SyntaxError
         raise ImageError(f"{type(error).__name__}: {error}") from error
-    return torch.from_numpy(np.array(array)).permute(2, 0, 1)
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -27,6 +27,8 @@ from dreamlip_train.signals import StopRequest
 from dreamlip_train.spikes import LossSpikes
 from dreamlip_train.watchdog import Watchdog
 
+_MANY_CUT = 0.02  # of the captions
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -56,7 +58,7 @@ class Loop:
         self.ranks = dist.get_world_size()
         self.watch, self.spikes = Stopwatch(), LossSpikes()
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
-        self.spiking = False
+        self.spiking = self.said_cut = False
 
     def run(self) -> bool:
         """Train to the last step, or to a signal; True when all steps are done. The loader's workers are ended whatever happens."""
@@ -77,6 +79,7 @@ class Loop:
             self.watchdog.now(f"in step {progress.step + 1}")
             self.watch.tokens += int((batch["text"] != 0).sum())
             self.watch.images += len(batch["keys"])
+            self.watch.cut += batch["cut"]
             result = self._step(loss_fn, batch, lr)
             progress.advance(self.loader.layout, self.loader.steps_per_epoch)
             progress.seconds = before + time.perf_counter() - began
@@ -212,20 +215,21 @@ class Loop:
         window = self.watch.window()
         seconds = window["seconds"]
         sums = torch.tensor(
-            [*(float(value) for value in result.losses.values()), window["images"], window["tokens"]], device=self.engine.device
+            [*(float(value) for value in result.losses.values()), window["images"], window["tokens"], window["cut"]],
+            device=self.engine.device,
         )
         wait = torch.tensor(window["data_wait"], device=self.engine.device)
         if self.ranks > 1:
             dist.all_reduce(sums)
             dist.all_reduce(wait, op=dist.ReduceOp.MAX)
-        *losses, images, tokens = sums.tolist()
+        *losses, images, tokens, cut = sums.tolist()
         parts = dict(zip(names, (value / self.ranks for value in losses), strict=True))
         flops = (images * self.cost.image + tokens * self.cost.token) / seconds / self.ranks
         row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "loss": sum(parts.values()), **parts}
         row |= {name: float(value) for name, value in result.scales.items()} | {"lr": lr, "grad_norm": result.grad_norm}
         row |= {"images_per_s": images / seconds, "tokens_per_s": tokens / seconds, "data_wait": float(wait), "tflops": flops / 1e12}
         row |= {"mfu": flops / self.cost.peak} if self.cost.peak else {}
-        row |= {"memory": memory_gb(self.engine.device), "skipped_steps": progress.skipped_steps}
+        row |= {"captions_cut": int(cut), "memory": memory_gb(self.engine.device), "skipped_steps": progress.skipped_steps}
         seconds_left = (self.total_steps - progress.step) * self.loader.layout.global_batch / row["images_per_s"]
         shown = ", ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in parts.items())
         mfu = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
@@ -237,6 +241,16 @@ class Loop:
         advice = self.watch.advice(row["data_wait"], self.config.data.workers, len(os.sched_getaffinity(0)))
         if advice:
             self.log.message(advice)
+        self._note_cut(int(cut), int(images) * self.config.data.num_sub_captions)
+
+    def _note_cut(self, cut: int, captions: int) -> None:
+        """Once, when more than a few captions lose their ends."""
+        if not self.said_cut and cut > _MANY_CUT * captions:
+            self.said_cut = True
+            self.log.message(
+                f"{cut} of the last {captions} captions are longer than model.context_length={self.config.model.context_length} tokens and lose their ends; "
+                "raise it, or draw shorter ones (data.merged_num, data.splitter)"
+            )
 
 
 def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
@@ -244,6 +258,7 @@ def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
     return DreamLIPLoss(
         mpcl_weight=loss.mpcl_weight,
         grouping_weight=loss.grouping_weight,
+        pairs=loss.pairs,
         negatives=loss.negatives,
         positives=loss.positives,
         threshold=loss.threshold,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dreamlip_train.config import ModelConfig
 from dreamlip_train.text_buckets import Buckets
+from dreamlip_train.tokenizer import CaptionTokenizer
 
 MAX_LOGIT_SCALE = math.log(100.0)
 _VISION_WITHOUT_PATCHES = ("timm_model_name", "attentional_pool")
@@ -55,12 +56,18 @@ class DreamLIP(nn.Module):
     """open_clip's towers with patch features and K sub-captions an image.
 
     ``forward(images [n,3,H,W], text [n,K,L])``, with ``buckets`` the captions group by group at their own lengths, returns a dict:
-    image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected,
-    not normalised (None with ``patches=False``); logit_scale and logit_scale_local, scalar multipliers (the latter None without a local scale). All fp32.
+    image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected, not normalised (None with ``patches=False``);
+    logit_scale, logit_scale_local and logit_bias, scalars (None where the model has none). All fp32, the patches in the towers' dtype: they are the bulk.
     """
 
     def __init__(
-        self, clip: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, *, local_projection: bool, local_logit_scale: bool
+        self,
+        clip: open_clip.CLIP,
+        tokenizer: CaptionTokenizer,
+        *,
+        local_projection: bool,
+        local_logit_scale: bool,
+        logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.clip = clip
@@ -70,6 +77,8 @@ class DreamLIP(nn.Module):
         self.local_proj = nn.Parameter(clip.visual.proj.detach().clone()) if local_projection else None
         # One element, not zero-dimensional: DeepSpeed cannot broadcast 0-dim parameters.
         self.logit_scale_local = nn.Parameter(clip.logit_scale.detach().clone()) if local_logit_scale else None
+        # Here and not in open_clip's CLIP, which has one too: a bias changes no ranking, and weights without it load everywhere.
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
         # Not buffers: a bf16 engine would round buffers to bf16, and training would see other pixels than evaluation.
         self.image_mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
         self.image_std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
@@ -103,11 +112,13 @@ class DreamLIP(nn.Module):
             "text_features": text_features.unflatten(0, text.shape[:2]),
             "logit_scale": logit_multiplier(self.clip.logit_scale),
             "logit_scale_local": None if self.logit_scale_local is None else logit_multiplier(self.logit_scale_local),
+            "logit_bias": None if self.logit_bias is None else self.logit_bias.float().squeeze(),
         }
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Unit image features [n,D] and projected patch features [n,P,D] of images [n,3,H,W] (uint8, or float in [0,1])."""
-        return self._image_features(images, patches=True)
+        image_features, patch_features = self._image_features(images, patches=True)
+        return image_features, patch_features.float()
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Unit features [B,D] of token rows [B,L]."""
@@ -124,7 +135,7 @@ class DreamLIP(nn.Module):
         if not patches:
             return image_features, None
         projection = visual.proj if self.local_proj is None else self.local_proj
-        return image_features, (tokens @ projection).float()
+        return image_features, tokens @ projection
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         """open_clip's CLIP.encode_text for any length up to the context, without its fixed-length check."""
@@ -168,9 +179,10 @@ def build_model(model: ModelConfig, seed: int) -> DreamLIP:
         load_open_clip_weights(clip, model.pretrained)
     return DreamLIP(
         clip,
-        open_clip.SimpleTokenizer(context_length=model.context_length),
+        CaptionTokenizer(model.context_length),
         local_projection=model.patch_projection == "local",
         local_logit_scale=model.local_logit_scale,
+        logit_bias=model.init_logit_bias,
     )
 
 
@@ -202,8 +214,8 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
 
 
 @functools.cache
-def _tokenizer() -> open_clip.SimpleTokenizer:
-    return open_clip.SimpleTokenizer()
+def _tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(77)
 
 
 def count_tokens(text: str) -> int:

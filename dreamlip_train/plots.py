@@ -61,6 +61,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
         ("Held-out R@1 by long caption", {"t2i": "text to image", "i2t": "image to text"}, "%"),
         ("Learning rate", {"lr": "lr"}, ""),
         ("Logit scales", {"logit_scale": "logit_scale", "logit_scale_local": "logit_scale_local"}, "multiplier"),
+        ("Logit bias", {"logit_bias": "logit_bias"}, ""),
         ("Throughput", {"images_per_s": "images/s"}, "images/s"),
         ("Time waiting for data", {"data_wait": "data wait"}, "% of the step"),
     ]

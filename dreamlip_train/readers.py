@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from dreamlip_train.config import DataConfig
 from dreamlip_train.quarantine import BadCounts
@@ -28,7 +28,8 @@ from dreamlip_train.samples import BadSample, prepare_sample
 from dreamlip_train.shards import ShardError, image_of, read_shard
 from dreamlip_train.streams import Piece
 
-Tokenize = Callable[[list[str]], Tensor]
+Tokenize = Callable[[list[str]], tuple[Tensor, int]]
+"""B texts -> their tokens int64 [B, L], and how many were too long and lost their ends."""
 _NAME_BYTES = 400
 
 
@@ -110,12 +111,16 @@ class Reader:
         chosen = [next(self.samples) for _ in range(self.batch_size)]
         k = self.data.num_sub_captions
         captions = [caption for _, (_, _, drawn) in chosen for caption in drawn + [""] * (k - len(drawn))]
+        tokens, cut = self.tokenize(captions)
         batch = {
-            "images": torch.stack([image for _, (_, image, _) in chosen]),
-            "text": self.tokenize(captions).view(len(chosen), k, -1).long(),
+            # Channels last, as decoded: a transposition for each picture would cost a third of what cropping it does. default_collate writes them to
+            # shared memory at once.
+            "images": default_collate([image.permute(1, 2, 0) for _, (_, image, _) in chosen]).permute(0, 3, 1, 2),
+            "text": tokens.view(len(chosen), k, -1),
             "text_mask": torch.tensor([[slot < len(drawn) for slot in range(k)] for _, (_, _, drawn) in chosen]),
             "keys": [key for _, (key, _, _) in chosen],
             "shards": [shard for shard, _ in chosen],
+            "cut": cut,
             "seen": self.seen,
             "bad": self.bad,
         }

@@ -110,6 +110,14 @@ def stablerep_cc3m_vitb16() -> Config:
     return config
 
 
+def sigmoid_cc3m_vitb16() -> Config:
+    """Baseline: every image-caption pair a question of its own, K positives an image (FLAIR's global loss; Xiao et al., 2025)."""
+    config = _without_grouping(cc3m_vitb16(), sources=_PAPER_SOURCES, k=10)
+    config.loss.pairs = "sigmoid"
+    config.model.init_temperature, config.model.init_logit_bias = 0.1, -10.0  # SigLIP, and open_clip's --siglip
+    return config
+
+
 def _without_grouping(config: Config, *, sources: tuple[str, ...], k: int) -> Config:
     """The recipe with the contrastive loss alone: nothing else differs, so that rows compare."""
     config.data.caption_sources, config.data.num_sub_captions = sources, k
@@ -163,5 +171,6 @@ RECIPES: dict[str, Callable[[], Config]] = {
         clip_cc3m_vitb16,
         laclip_cc3m_vitb16,
         stablerep_cc3m_vitb16,
+        sigmoid_cc3m_vitb16,
     )
 }

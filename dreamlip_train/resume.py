@@ -24,7 +24,7 @@ logger = logging.getLogger("dreamlip_train")
 
 # Other values of these need other tensors in the checkpoint.
 _FIXED = (
-    "model.name", "model.config", "model.context_length", "model.patch_projection", "model.local_logit_scale",
+    "model.name", "model.config", "model.context_length", "model.patch_projection", "model.local_logit_scale", "model.init_logit_bias",
     "engine.zero_stage", "engine.precision",
 )  # fmt: skip
 # These say where, how fast and how often, not what is trained. engine.batch_size and data.shards are compared by what they amount to.

@@ -100,7 +100,7 @@ class RunLog:
 
 
 class Stopwatch:
-    """Counts images and tokens, and splits the time since the last ``window`` into waiting for data and the rest."""
+    """Counts images, tokens and captions cut at the context's end, and splits the time since the last ``window`` into waiting for data and the rest."""
 
     def __init__(self) -> None:
         self.slow_windows = self.windows = 0
@@ -111,12 +111,12 @@ class Stopwatch:
         """Start a window now."""
         self.began = time.perf_counter()
         self.waited = 0.0
-        self.images = self.tokens = 0
+        self.images = self.tokens = self.cut = 0
 
     def window(self) -> dict[str, float]:
-        """{"seconds", "images", "tokens", "data_wait" (a share of the time)} of the window that ends here."""
+        """{"seconds", "images", "tokens", "cut", "data_wait" (a share of the time)} of the window that ends here."""
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        result = {"seconds": seconds, "images": self.images, "tokens": self.tokens, "data_wait": self.waited / seconds}
+        result = {"seconds": seconds, "images": self.images, "tokens": self.tokens, "cut": self.cut, "data_wait": self.waited / seconds}
         self.windows += 1
         self.slow_windows += self.windows > 1 and result["data_wait"] > _SLOW_DATA
         self.restart()

@@ -58,7 +58,7 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
     loader = train_loader(
         config.data,
         image_size=model.image_size,
-        tokenize=model.tokenize,
+        tokenize=model.tokenize.with_cut,
         batch_size=config.engine.batch_size,
         rank=rank,
         world_size=ranks,

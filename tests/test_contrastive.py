@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_and_grads, worst_of
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import contrastive, reference
+from dreamlip_kernels import reference, tiles
 
 # (M, C, K, D): one pair; tiny and odd; aligned; primes over tile edges; one of realistic shape.
 SHAPES = [(1, 1, 1, 8), (3, 7, 2, 8), (64, 128, 3, 96), (127, 65, 8, 512), (252, 507, 3, 123), (256, 256, 8, 768)]
@@ -21,7 +21,7 @@ MODES = [("slot", "mean"), ("all", "mean"), ("all", "logsum")]
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of about 16 x 16, so that small inputs cross many tile edges."""
-    monkeypatch.setattr(contrastive, "_TILE_LOGITS", {"cpu": 2**8})
+    monkeypatch.setattr(tiles, "TILE_LOGITS", {"cpu": 2**8})
 
 
 @pytest.mark.parametrize("m, c, k, d", SHAPES)

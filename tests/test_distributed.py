@@ -25,6 +25,7 @@ def global_case():
 MODES = (("slot", "mean"), ("all", "mean"), ("all", "logsum"))
 SCOPES = (("image", "both"), ("image", "t2v"), ("batch", "both"), ("batch", "t2v"))
 CASES = [dict(loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)]
+CASES += [dict(loss="sigmoid", masked=m) for m in (False, True)]
 CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
 
 
@@ -35,6 +36,8 @@ def run_case(module, case, image, text, patches, mask):
     options = dict(text_mask=mask if masked else None, **case)
     if kind == "contrastive":
         loss = module.multi_positive_contrastive_loss(inputs[0], inputs[1], inputs[3], **options)
+    elif kind == "sigmoid":
+        loss = module.multi_positive_sigmoid_loss(inputs[0], inputs[1], inputs[3], -inputs[3], **options)
     else:
         loss = module.subcaption_grouping_loss(inputs[2], inputs[1], inputs[3], **options)
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)

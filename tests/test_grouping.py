@@ -148,6 +148,30 @@ def test_loss(contrast, direction, masked, scale):
     assert_no_worse_than_torch("loss", *worst_of(draws))
 
 
+@pytest.mark.parametrize("contrast", ["image", "batch"])
+def test_patches_of_an_autocast_tower_with_float32_captions(contrast):
+    """bf16 patches, fp32 captions: pooled at the patches' precision, contrasted with the captions as they are."""
+    patches, texts = region_like(6, 25, 5, 24, torch.bfloat16)
+    texts = reference.unit(texts.float()).requires_grad_()
+    patches.requires_grad_()
+    loss = dk.subcaption_grouping_loss(patches, texts, 20.0, contrast=contrast)
+    pooled = reference.unit(dk.group_patches(patches, texts.bfloat16()).float())
+    if contrast == "image":
+        z = 20.0 * pooled @ reference.unit(texts).mT
+        diagonal = z.diagonal(dim1=1, dim2=2)
+        expected = (z.logsumexp(2) + z.logsumexp(1) - 2 * diagonal).mean() / 2
+    else:
+        z = 20.0 * pooled.flatten(0, 1) @ reference.unit(texts).flatten(0, 1).T
+        expected = (z.logsumexp(1) + z.logsumexp(0) - 2 * z.diagonal()).mean() / 2
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    ours, theirs = torch.autograd.grad(loss, (patches, texts)), torch.autograd.grad(expected, (patches, texts))
+    assert ours[0].dtype == torch.bfloat16 and ours[1].dtype == torch.float32
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-2)
+    with pytest.raises(ValueError, match="share a dtype"):
+        dk.subcaption_grouping_loss(patches.float(), texts.bfloat16(), 20.0)
+
+
 def test_masked_captions_change_nothing_and_take_no_gradient():
     patches, texts = region_like(4, 16, 3, 8)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
@@ -255,7 +279,7 @@ BAD = [
     (dict(patches=torch.randn(4, 9, 0), texts=torch.randn(4, 2, 0)), "need a width D of at least 1"),
     (dict(patches=torch.randn(4, 9, 7)), "share their last dimension D"),
     (dict(patches=torch.randn(5, 9, 8)), "must share N"),
-    (dict(patches=torch.randn(4, 9, 8).half()), "share a dtype"),
+    (dict(patches=torch.randn(4, 9, 8).double()), "share a dtype"),
     (dict(patches=torch.randn(4, 8)), "3 dimensions"),
     (dict(patch_mask=torch.ones(4, 8).bool()), "patch_mask must have shape"),
     (dict(patch_mask=torch.ones(4, 9)), "patch_mask must be a bool"),

@@ -12,18 +12,20 @@ KERNELS = {
     "dispatch": {"torch", ".extension"},
     "extension": {"torch"},
     "distributed": {"torch"},
-    "contrastive": {"torch", ".dispatch", ".checks", ".distributed", ".contrastive_triton"},
+    "tiles": {"torch"},
+    "sigmoid": {"torch", ".checks", ".contrastive", ".distributed", ".tiles"},
+    "contrastive": {"torch", ".dispatch", ".checks", ".distributed", ".tiles", ".contrastive_triton"},
     "contrastive_triton": {"torch", "triton"},
     "grouping_triton": {"torch", "triton"},
     "grouping": {"torch", ".grouping_triton", ".dispatch", ".checks", ".distributed", ".contrastive", ".reference"},
-    "losses": {"torch", ".contrastive", ".grouping", ".distributed"},
+    "losses": {"torch", ".checks", ".sigmoid", ".contrastive", ".grouping", ".distributed"},
     "version": set(),
-    "__init__": {".contrastive", ".dispatch", ".grouping", ".losses", ".version"},
+    "__init__": {".contrastive", ".dispatch", ".grouping", ".losses", ".sigmoid", ".version"},
 }
 # Heavy dependencies of the trainer, each behind the files that wrap it.
 TRAINER_ONLY_IN = {
     "deepspeed": {"engine", "checkpoint"},
-    "open_clip": {"model", "class_prompts", "export", "hf_clip"},
+    "open_clip": {"model", "class_prompts", "export", "hf_clip", "tokenizer"},
     "webdataset": {"data", "prepare", "shards"},
 }
 

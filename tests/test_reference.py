@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from numerics import clip_like
 
 from dreamlip_kernels import reference
 
@@ -77,6 +78,21 @@ def test_per_slot_loss_is_the_mean_of_clip_losses():
         for k in range(text.shape[1])
     ]
     torch.testing.assert_close(reference.multi_positive_contrastive_loss(image, text, 1.0), torch.stack(clip).mean())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sigmoid_loss_against_loops(masked):
+    image, text = clip_like(4, 3, 8, torch.float64)
+    mask = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else torch.ones(4, 3, dtype=torch.bool)
+    total = 0.0
+    for j in range(4):
+        for i in range(4):
+            for k in range(3):
+                if mask[i, k]:
+                    z = float(5.0 * image[j] @ text[i, k] - 2.0)
+                    total += math.log1p(math.exp(-z if i == j else z))
+    got = reference.multi_positive_sigmoid_loss(image, text, 5.0, -2.0, text_mask=mask if masked else None)
+    assert got.item() == pytest.approx(total / int(mask.sum()), rel=1e-12)
 
 
 def test_reduction_none_averages_to_the_loss_and_is_zero_where_masked():

@@ -54,6 +54,6 @@ def write_index(folder: Path, counts: list[int]) -> None:
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "samples": sum(counts), "shards": shards}))
 
 
-def tokenize(texts: list[str]) -> torch.Tensor:
-    """The first 12 characters as numbers: enough to tell captions apart."""
-    return torch.tensor([[min(ord(c), 126) for c in text[-12:].ljust(12)] for text in texts])
+def tokenize(texts: list[str]) -> tuple[torch.Tensor, int]:
+    """The last 12 characters as numbers: enough to tell captions apart; and how many texts have more."""
+    return torch.tensor([[min(ord(c), 126) for c in text[-12:].ljust(12)] for text in texts]), sum(len(text) > 12 for text in texts)

@@ -34,7 +34,7 @@ def test_batches_are_as_described(tmp_path):
     batches = list(loader(write_shards(tmp_path, [20, 20])).epoch(0))
     assert len(batches) == 5
     batch = batches[0]
-    assert set(batch) == {"images", "text", "text_mask", "keys", "shards"}
+    assert set(batch) == {"images", "text", "text_mask", "cut", "keys", "shards"}
     assert {os.path.basename(shard) for shard in batch["shards"]} <= {"00000.tar", "00001.tar"}
     assert batch["images"].shape == (8, 3, 16, 16) and batch["images"].dtype == torch.uint8
     assert batch["text"].shape == (8, 3, 12) and batch["text"].dtype == torch.int64
@@ -149,14 +149,24 @@ def test_missing_captions_are_masked_slots_never_repeats(tmp_path):
     write_index(tmp_path, [8])
     (batch,) = loader(tmp_path).epoch(0)
     assert batch["text_mask"].tolist() == [[True, False, False]] * 8
-    assert torch.equal(batch["text"][0, 1:], tokenize(["", ""]))
+    assert torch.equal(batch["text"][0, 1:], tokenize(["", ""])[0])
 
 
 def test_txt_alone_is_a_raw_caption(tmp_path):
     write_tar(tmp_path / "00000.tar", [m for i in range(8) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.txt", b"a dog"))])
     write_index(tmp_path, [8])
     (batch,) = loader(tmp_path).epoch(0)
-    assert torch.equal(batch["text"][0, 0], tokenize(["a dog"])[0])
+    assert torch.equal(batch["text"][0, 0], tokenize(["a dog"])[0][0])
+
+
+def test_captions_that_are_cut_are_counted(tmp_path):
+    write_tar(
+        tmp_path / "00000.tar",
+        [m for i in range(8) for m in sample(f"{i}", i, raw_caption="thirteen char", shortSV_captions="twelve chars")],
+    )
+    write_index(tmp_path, [8])
+    (batch,) = loader(tmp_path).epoch(0)
+    assert batch["cut"] == 8
 
 
 BROKEN = {

@@ -18,12 +18,14 @@ LOSSES = {
     "contrastive": {"grouping_weight": 0.0},
     "grouping": {"mpcl_weight": 0.0},
     "one softmax": {"negatives": "all", "positives": "logsum"},
+    "sigmoid": {"pairs": "sigmoid"},
 }
 
 
 def run(stage: int, chunk: int, options: dict, steps: int = 10, rank: int = 0, world_size: int = 1):
     """Losses of ``steps`` steps and the weights after them."""
     config = tiny_config(stage, batch_size=GLOBAL_BATCH // world_size, chunk_size=chunk)
+    config.model.init_logit_bias = -2.0 if options.get("pairs") == "sigmoid" else None
     engine, loss_fn, losses = tiny_engine(config), DreamLIPLoss(**options), []
     patches = loss_fn.grouping_weight > 0
     for step in range(steps):
@@ -47,7 +49,7 @@ def one_pass():
 
 @pytest.mark.parametrize(
     ("stage", "chunk", "loss"),
-    [(1, 2, "both"), (2, 4, "both"), (1, 1, "both"), (1, 4, "contrastive"), (2, 2, "grouping"), (1, 2, "one softmax")],
+    [(1, 2, "both"), (2, 4, "both"), (1, 1, "both"), (1, 4, "contrastive"), (2, 2, "grouping"), (1, 2, "one softmax"), (1, 4, "sigmoid")],
 )
 def test_it_is_the_one_pass_step(one_pass, stage, chunk, loss):
     losses, weights = run(stage, chunk, LOSSES[loss])

@@ -35,10 +35,12 @@ def test_the_demo_model_is_small_and_has_a_patch_grid():
     assert sum(p.numel() for p in model.parameters()) < 20e6
 
 
-@pytest.mark.parametrize("name", ["clip", "laclip", "stablerep"])
+@pytest.mark.parametrize("name", ["clip", "laclip", "stablerep", "sigmoid"])
 def test_a_baseline_differs_from_dreamlip_in_its_captions_and_loss_alone(name):
     ours, baseline = RECIPES["cc3m_vitb16"](), RECIPES[f"{name}_cc3m_vitb16"]()
     allowed = {"data.caption_sources", "data.num_sub_captions", "loss.grouping_weight", "loss.negatives", "model.local_logit_scale"}
+    if name == "sigmoid":
+        allowed |= {"loss.pairs", "model.init_temperature", "model.init_logit_bias"}
     changed = differences(ours, baseline)
     assert set(changed) <= allowed and changed["loss.grouping_weight"] == (1.0, 0.0)
     assert (baseline.loss.negatives == "all") == (name == "stablerep") and (len(baseline.data.caption_sources) == 1) == (name == "clip")

@@ -1,0 +1,116 @@
+"""The multi-positive sigmoid loss against the float64 oracle, the real SigLipLoss, and what a user may give it."""
+
+import pytest
+import torch
+from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_and_grads
+from open_clip.loss import SigLipLoss
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import reference, tiles
+
+SHAPES = [(1, 1, 8), (3, 2, 8), (37, 5, 96), (65, 8, 123)]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of about 16 x 16, so that an image's captions lie on both sides of many edges."""
+    monkeypatch.setattr(tiles, "TILE_LOGITS", {"cpu": 2**8})
+
+
+def case(n, k, d, dtype=torch.float32):
+    image, text = clip_like(n, k, d, dtype)
+    return image, text, torch.tensor(14.3, dtype=dtype), torch.tensor(-4.0, dtype=dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("n, k, d", SHAPES)
+def test_against_the_oracle(small_tiles, n, k, d, dtype, masked):
+    mask = torch.rand(n, k, generator=torch.Generator().manual_seed(3)) > 0.3 if masked and n > 1 else None
+    ways = three_ways(
+        lambda *inputs: dk.multi_positive_sigmoid_loss(*inputs, text_mask=mask),
+        lambda *inputs: reference.multi_positive_sigmoid_loss(*inputs, text_mask=mask),
+        case(n, k, d, dtype),
+    )
+    assert_no_worse_than_torch("sigmoid loss", *ways)
+
+
+@pytest.mark.parametrize("scale, bias", [(0.01, 0.0), (100.0, -10.0), (1000.0, 50.0), (-5.0, 3.0)])
+def test_any_finite_input_is_right(small_tiles, scale, bias):
+    """Confident positives, whose loss is a small difference of large numbers to code that adds softplus and subtracts z; and opposed vectors."""
+    image, text = clip_like(40, 3, 64, torch.float64, noise=0.1)
+    text[:5] = -text[:5]
+    inputs = (image, text, torch.tensor(scale, dtype=torch.float64), torch.tensor(bias, dtype=torch.float64))
+    got = value_and_grads(lambda *i: dk.multi_positive_sigmoid_loss(*i), [x.float() for x in inputs])
+    low = value_and_grads(lambda *i: reference.multi_positive_sigmoid_loss(*i), [x.float() for x in inputs])
+    gold = value_and_grads(lambda *i: reference.multi_positive_sigmoid_loss(*i), [x.float().double() for x in inputs])
+    assert_no_worse_than_torch("sigmoid loss", got, low, gold)
+
+
+def test_one_caption_is_siglip():
+    image, text, scale, bias = case(24, 1, 32)
+    ours = value_and_grads(lambda i, t, s, b: dk.MultiPositiveSigmoidLoss()(i, t, s, b), (image, text[:, 0], scale, bias))
+    theirs = value_and_grads(lambda i, t, s, b: SigLipLoss()(i, t, s, b), (image, text[:, 0], scale, bias))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    loss = dk.MultiPositiveSigmoidLoss(False, 0, 1, "gather")(image, text, scale, output_dict=True)
+    torch.testing.assert_close(loss["contrastive_loss"], dk.multi_positive_sigmoid_loss(image, text, scale))
+
+
+def test_as_the_contrast_of_dreamlip_loss():
+    image, text, scale, bias = case(8, 3, 16)
+    mask = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)) > 0.3
+    loss = dk.DreamLIPLoss(pairs="sigmoid", grouping_weight=0.0, mpcl_weight=0.5)(image, text, scale, bias, text_mask=mask)
+    torch.testing.assert_close(loss, 0.5 * dk.multi_positive_sigmoid_loss(image, text, scale, bias, text_mask=mask))
+    with pytest.raises(ValueError, match="pairs must be one of"):
+        dk.DreamLIPLoss(pairs="softmin")
+    with pytest.raises(ValueError, match="no meaning with pairs='sigmoid'"):
+        dk.DreamLIPLoss(pairs="sigmoid", negatives="all")
+
+
+def test_nothing_present_is_zero_with_zero_gradients():
+    image, text, scale, bias = case(4, 2, 8)
+    mask = torch.zeros(4, 2, dtype=torch.bool)
+    values = value_and_grads(lambda *i: dk.multi_positive_sigmoid_loss(*i, text_mask=mask), (image, text, scale, bias))
+    assert all(torch.equal(v, torch.zeros_like(v)) for v in values)
+
+
+def test_gradcheck(small_tiles):
+    inputs = [x.requires_grad_() for x in case(7, 3, 5, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *i: dk.multi_positive_sigmoid_loss(*i), inputs)
+
+
+def test_opcheck():
+    image, text, scale, bias = (x.requires_grad_() for x in case(6, 2, 8))
+    for mask in (None, torch.ones(12, dtype=torch.bool)):
+        args = (image, text.detach().flatten(0, 1).requires_grad_(), scale, bias, mask, 0, 2)
+        torch.library.opcheck(torch.ops.dreamlip_kernels.sigmoid_pairs.default, args)
+
+
+def test_nan_features_show_in_the_loss():
+    image, text, scale, bias = case(6, 2, 8)
+    image[2, 3] = torch.nan
+    assert dk.multi_positive_sigmoid_loss(image, text, scale, bias).isnan()
+
+
+def test_repeats_are_bit_equal():
+    inputs = case(130, 8, 64)
+    first, second = (value_and_grads(lambda *i: dk.multi_positive_sigmoid_loss(*i), inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+BAD = [
+    (dict(image=torch.randn(4, 3)), "share their last dimension D"),
+    (dict(image=torch.randn(5, 8)), "must share N"),
+    (dict(text=torch.randn(4, 8)), "3 dimensions"),
+    (dict(bias=torch.ones(2)), "logit_bias must hold one value"),
+    (dict(text_mask=torch.ones(4, 2)), "bool"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(change, message):
+    arguments = dict(image=torch.randn(4, 8), text=torch.randn(4, 2, 8), bias=0.0) | change
+    image, text, bias = (arguments.pop(name) for name in ("image", "text", "bias"))
+    with pytest.raises(ValueError, match=message):
+        dk.multi_positive_sigmoid_loss(image, text, 3.0, bias, **arguments)
