@@ -20,8 +20,9 @@ demo: install
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/val/captions.csv --images $(DEMO)/scenes/val/images --masks $(DEMO)/scenes/val/masks --output $(DEMO)/shards/val
 	$(BIN)/dreamlip-train train demo --run-dir $(or $(DEMO_RUN),runs/demo) $(DEMO_FLAGS)
 
+# Two processes of one thread each: tests wait a lot, and two that both use all cores would slow each other many times over.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu"

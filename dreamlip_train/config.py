@@ -38,6 +38,8 @@ class DataConfig:
     """Area range of the random resized crop."""
     workers: int = 2
     """Loader processes a rank; 0 loads in the training process."""
+    pin_memory: bool = True
+    """Keep loaded batches in page-locked memory, from which a GPU copies by itself; without a GPU it has no effect."""
     shuffle_buffer: int = 1000
     """Samples held a worker for shuffling within its shards."""
     allow_pipe: bool = False
@@ -116,6 +118,8 @@ class OptimConfig:
     """Steps of linear warm-up from 0."""
     final_lr_fraction: float = 0.0
     """The cosine ends at this fraction of lr."""
+    fused: bool = True
+    """One AdamW kernel that reads and writes each weight once."""
     grad_clip_norm: float = 1.0
     """Global gradient norm bound; 0 turns clipping off."""
 
@@ -141,7 +145,11 @@ class EngineConfig:
     text_buckets: int = 4
     """The captions of a step go through the text tower in at most so many groups of like length; 1 pads all to the longest. One under ZeRO-3 and compile."""
     compile: bool = False
-    """torch.compile the towers."""
+    """torch.compile the towers; the first steps take minutes."""
+    channels_last: bool = True
+    """Images enter the patch embedding with channels last in memory, as they are decoded."""
+    prefetch: bool = True
+    """Make the next batch ready, and copy it to the device, while the current step computes."""
     seed: int = 0
     """Seeds weights, shard order, caption draws and crops."""
     log_every: int = 10

@@ -116,7 +116,7 @@ class TrainLoader:
             batch_size=None,
             num_workers=self.data.workers,
             worker_init_fn=partial(start_worker, beats=self.heartbeats),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.data.pin_memory and torch.cuda.is_available(),
             **waits,
         )
         self.heartbeats.leaving.value = 0

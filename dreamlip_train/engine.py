@@ -110,12 +110,13 @@ def build_engine(model: DreamLIP, engine: EngineConfig, optim: OptimConfig, devi
     if engine.grad_checkpointing:
         model.clip.set_grad_checkpointing()
     model.to(device)
+    model.channels_last = engine.channels_last
     if engine.compile:
-        model.compile()
+        model.compile_towers()
     # lr=0 here, the real rate before each step: DeepSpeed's bf16 ZeRO-0 optimizer takes one step with zero gradients to allocate its state, and that step
     # would decay the weights and start Adam's bias correction at 2.
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay), lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=device.type == "cuda"
+        parameter_groups(model, optim.weight_decay), lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=optim.fused
     )
     try:
         built = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
@@ -138,9 +139,9 @@ def move_batch(batch: dict[str, Any], device: torch.device, text_buckets: int = 
 def text_buckets(engine: EngineConfig) -> int:
     """How many groups a step's captions may have: one where each further call of the tower costs more than it saves.
 
-    Under ZeRO-3 every call gathers the weights anew, and all ranks must make the same calls; a compiled tower would be compiled for each set of lengths.
+    Under ZeRO-3 every call gathers the weights anew, and all ranks must make the same calls.
     """
-    return 1 if engine.zero_stage == 3 or engine.compile else engine.text_buckets
+    return 1 if engine.zero_stage == 3 else engine.text_buckets
 
 
 def train_step(

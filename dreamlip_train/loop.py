@@ -22,6 +22,7 @@ from dreamlip_train.data import TrainLoader
 from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, text_buckets, train_step
 from dreamlip_train.evaluate import StoppedError, evaluate
 from dreamlip_train.grad_cache import cached_train_step, split_batch
+from dreamlip_train.prefetch import prefetched
 from dreamlip_train.runlog import RunLog, Stopwatch, memory_gb
 from dreamlip_train.signals import StopRequest
 from dreamlip_train.spikes import LossSpikes
@@ -65,7 +66,7 @@ class Loop:
         with contextlib.closing(self._batches()) as batches:
             return self._steps(batches)
 
-    def _steps(self, batches: Iterator[dict[str, Any]]) -> bool:
+    def _steps(self, batches: Iterator[tuple[dict[str, Any], Any]]) -> bool:
         """True when all steps are done, False when a signal ended the run; a checkpoint of that moment is saved in both cases.
 
         Raises:
@@ -74,13 +75,13 @@ class Loop:
         config, progress = self.config, self.progress
         loss_fn = dreamlip_loss(config.loss)
         before, began = progress.seconds, time.perf_counter()
-        for batch in batches:
+        for batch, moved in batches:
             lr = learning_rate(progress.step, self.total_steps, config.optim)
             self.watchdog.now(f"in step {progress.step + 1}")
             self.watch.tokens += int((batch["text"] != 0).sum())
             self.watch.images += len(batch["keys"])
             self.watch.cut += batch["cut"]
-            result = self._step(loss_fn, batch, lr)
+            result = self._step(loss_fn, moved, lr)
             progress.advance(self.loader.layout, self.loader.steps_per_epoch)
             progress.seconds = before + time.perf_counter() - began
             loss, stop, save = self._agree(result)
@@ -104,17 +105,26 @@ class Loop:
         self._require_saved("trained to the end")
         return True
 
-    def _step(self, loss_fn: DreamLIPLoss, batch: dict[str, Any], lr: float) -> StepResult:
-        engine, device, patches = self.config.engine, self.engine.device, self.config.loss.grouping_weight > 0
-        if engine.chunk_size:
-            chunks = [move_batch(chunk, device, text_buckets(engine)) for chunk in split_batch(batch, engine.chunk_size)]
-            return cached_train_step(self.engine, loss_fn, chunks, lr, patches=patches)
-        return train_step(self.engine, loss_fn, move_batch(batch, device, text_buckets(engine)), lr, patches=patches)
+    def _step(self, loss_fn: DreamLIPLoss, moved: Any, lr: float) -> StepResult:
+        patches = self.config.loss.grouping_weight > 0
+        step = cached_train_step if self.config.engine.chunk_size else train_step
+        return step(self.engine, loss_fn, moved, lr, patches=patches)
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        """The batches that are left, epoch after epoch, the time spent waiting for each on the stopwatch."""
+    def _move(self, batch: dict[str, Any]) -> Any:
+        """``batch`` as the step takes it, on the device: whole, or in the chunks of gradient caching."""
+        engine, device = self.config.engine, self.engine.device
+        if engine.chunk_size:
+            return [move_batch(chunk, device, text_buckets(engine)) for chunk in split_batch(batch, engine.chunk_size)]
+        return move_batch(batch, device, text_buckets(engine))
+
+    def _batches(self) -> Iterator[tuple[dict[str, Any], Any]]:
+        """The batches that are left, epoch after epoch, as loaded and as moved, the time spent waiting for each on the stopwatch."""
         while self.progress.step < self.total_steps:
-            with contextlib.closing(self.loader.epoch(self.progress.epoch, tuple(self.progress.layouts))) as batches:
+            # Within an epoch only: the loader's workers are forked at its start, while this thread does nothing but wait.
+            with (
+                contextlib.closing(self.loader.epoch(self.progress.epoch, tuple(self.progress.layouts))) as loaded,
+                contextlib.closing(self._moved(loaded)) as batches,
+            ):
                 while self.progress.step < self.total_steps:
                     asked = time.perf_counter()
                     batch = next(batches, None)
@@ -122,6 +132,12 @@ class Loop:
                     if batch is None:
                         break
                     yield batch
+
+    def _moved(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
+        if self.config.engine.prefetch:
+            yield from prefetched(loaded, self._move, self.engine.device)
+        else:
+            yield from ((batch, self._move(batch)) for batch in loaded)
 
     def _agree(self, result: StepResult) -> tuple[float, bool, bool]:
         """(the global loss, whether any rank was asked to stop, whether the clock of rank 0 says to save), alike on every rank."""

@@ -79,6 +79,7 @@ class DreamLIP(nn.Module):
         self.logit_scale_local = nn.Parameter(clip.logit_scale.detach().clone()) if local_logit_scale else None
         # Here and not in open_clip's CLIP, which has one too: a bias changes no ranking, and weights without it load everywhere.
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
+        self.channels_last = True
         # Not buffers: a bf16 engine would round buffers to bf16, and training would see other pixels than evaluation.
         self.image_mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
         self.image_std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
@@ -97,6 +98,11 @@ class DreamLIP(nn.Module):
     def context_length(self) -> int:
         """Tokens a caption."""
         return self.clip.context_length
+
+    def compile_towers(self, backend: str = "inductor") -> None:
+        """torch.compile both towers: the image tower for its one shape, the text tower once for any number of captions of any length."""
+        self._image_features = torch.compile(self._image_features, backend=backend)
+        self._text_features = torch.compile(self._text_features, backend=backend, dynamic=True)
 
     def forward(self, images: Tensor, text: Tensor, patches: bool = True, buckets: Buckets | None = None) -> dict[str, Tensor | None]:
         image_features, patch_features = self._image_features(images, patches)
@@ -130,7 +136,8 @@ class DreamLIP(nn.Module):
         visual = self.clip.visual
         pixels = images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
         pixels = (pixels - self.image_mean.to(pixels.device)) / self.image_std.to(pixels.device)
-        pooled, tokens = visual(pixels.to(visual.conv1.weight.dtype))
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        pooled, tokens = visual(pixels.to(visual.conv1.weight.dtype, memory_format=layout))
         image_features = F.normalize(pooled.float(), dim=-1)
         if not patches:
             return image_features, None

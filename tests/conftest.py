@@ -19,3 +19,21 @@ def poisoned_empties():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+# Files that take half a minute and more come first: two processes share the files, and neither should end with a long one.
+_LONG = (
+    "test_two_ranks",
+    "test_train",
+    "test_faults",
+    "test_cluster",
+    "test_recaption",
+    "test_photographs",
+    "test_contrastive",
+    "test_contrastive_triton",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))

@@ -1,5 +1,6 @@
 """Losses over 2, 3 and 4 gloo ranks equal the single-process float64 oracle: values, all gradients, the scale's included."""
 
+import multiprocessing
 import socket
 
 import pytest
@@ -48,7 +49,9 @@ def spawn(worker, world, *args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(worker, args=(world, port, *args), nprocs=world, start_method="fork")
+    # Forked from a process that has imported torch and nothing else has happened in: this one may have a process group of other tests.
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+    mp.start_processes(worker, args=(world, port, *args), nprocs=world, start_method="forkserver")
 
 
 def join(rank, world, port):

@@ -1,0 +1,74 @@
+"""The next batch travels to the device while the current step computes: a thread makes it ready, on a CUDA device on a stream of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def prefetched(batches: Iterator[Any], move: Callable[[Any], Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """``(batch, move(batch))`` for each of ``batches``, in order, one ahead of what was asked for; errors come where their batch would have."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def offer(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            if stream is not None:
+                torch.cuda.set_device(device)  # of this thread
+            for batch in batches:
+                with torch.cuda.stream(stream):  # nothing where there is none
+                    moved = move(batch)
+                    copied = stream.record_event() if stream is not None else None
+                if not offer("batch", (batch, moved, copied)):
+                    return
+            offer("end", None)
+        except BaseException as error:
+            offer("error", error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            batch, moved, copied = value
+            if copied is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(copied)
+                for tensor in _tensors(moved):
+                    tensor.record_stream(current)  # or its memory would be given away while this stream still reads it
+            yield batch, moved
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dataclass_fields__"):  # Buckets
+        yield from _tensors(list(vars(value).values()))
