@@ -1,10 +1,10 @@
-# demo | test | lint | bench | gpu | gpu-ablate | ablate. Each installs what it needs into .venv from constraints.txt first.
+# demo | test | lint | bench | wheels | gpu | gpu-ablate | ablate. Each installs what it needs into .venv from constraints.txt first.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks/out
 DEMO := data/demo
 
-.PHONY: demo test test-slow sanitize lint bench gpu gpu-ablate ablate install clean
+.PHONY: demo test test-slow sanitize lint bench wheels gpu gpu-ablate ablate install clean
 
 install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -42,9 +42,15 @@ lint: install
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds
 
+# For a GPU machine without a package index: what its training benchmarks need beside torch. `make gpu` installs what lies in wheels/.
+wheels: install
+	$(BIN)/python -m pip download -q -d wheels --no-deps --only-binary=:all: --python-version $(or $(GPU_PYTHON),3.12) -c constraints.txt \
+		open_clip_torch ftfy regex wcwidth webdataset braceexpand simplejpeg
+
 # On a machine with a CUDA device: everything this repository can say about it, into files under OUT.
 gpu:
 	mkdir -p $(OUT)
+	if [ -d wheels ]; then python3 -m pip install -q --no-index --no-deps wheels/*.whl; fi
 	python3 setup.py build_ext --inplace 2>&1 | tail -n 40 | tee $(OUT)/build.txt
 	python3 -m pytest tests -m gpu 2>&1 | tee $(OUT)/tests.txt
 	python3 -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-json=$(OUT)/benchmarks.json 2>&1 | tee $(OUT)/benchmarks.txt

@@ -4,6 +4,7 @@ make bench        or        pytest benchmarks/bench_train_step.py --benchmark-on
 
 today     open_clip's own towers on captions padded to 77, its ClipLoss on each of the K slots, eager patch grouping
 ours      captions in groups of like length, the fused losses
+settings  the step of ours with one setting changed: what each of them is worth
 Caption lengths are those measured on human sub-captions (tests/train/caption_lengths.py). float32 on a CPU, bfloat16 autocast on a GPU.
 """
 
@@ -15,6 +16,14 @@ from conftest import DEVICE
 from dreamlip_kernels import DreamLIPLoss, reference
 
 K = 8
+SETTINGS = {
+    "shipped": {},
+    "adamw not fused": {"fused": False},
+    "channels first": {"channels_last": False},
+    "one text group": {"text_buckets": 1},
+    "grad checkpointing": {"grad_checkpointing": True},
+    "compiled": {"compile": True},
+}
 BATCH = 16 if DEVICE == "cpu" else 512
 MODELS = ["ViT-B-32"] if DEVICE == "cpu" else ["ViT-B-32", "ViT-B-16"]
 
@@ -88,3 +97,32 @@ def test_train_step(run, trained, loop):
         optimizer.zero_grad()
 
     run(step, rounds=3, images=BATCH)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("model", MODELS)
+def test_setting(run, model, setting):
+    pytest.importorskip("open_clip", reason="the train extra is not installed")
+    from dreamlip_train.config import ModelConfig
+    from dreamlip_train.model import build_model
+
+    changed = SETTINGS[setting]
+    trained = build_model(ModelConfig(name=model), seed=0).to(DEVICE)
+    trained.channels_last = changed.get("channels_last", True)
+    if "grad_checkpointing" in changed:
+        trained.clip.set_grad_checkpointing()
+    if "compile" in changed:
+        trained.compile_towers()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=changed.get("fused", True))
+    given, loss_fn = batch(), DreamLIPLoss()
+    given["images"] = given["images"].contiguous(memory_format=torch.channels_last)  # as the loader has them
+
+    def step():
+        ready = moved(given, changed.get("text_buckets", 4))
+        with autocast():
+            features = trained(ready["images"], ready["text"], True, ready["buckets"])
+        loss_fn(**features).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run(step, rounds=3, images=BATCH, warmup=1)

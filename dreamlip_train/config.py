@@ -143,7 +143,7 @@ class EngineConfig:
     grad_checkpointing: bool = False
     """Recompute activations in backward."""
     text_buckets: int = 4
-    """The captions of a step go through the text tower in at most so many groups of like length; 1 pads all to the longest. One under ZeRO-3 and compile."""
+    """The captions of a step go through the text tower in at most so many groups of like length; 1 pads all to the longest. One under ZeRO-3."""
     compile: bool = False
     """torch.compile the towers; the first steps take minutes."""
     channels_last: bool = True

@@ -129,6 +129,15 @@ def test_learning_rate_is_linear_then_cosine():
     assert learning_rate(0, 10, OptimConfig(lr=1.0, warmup_steps=0)) == 1.0
 
 
+def test_adamw_is_one_kernel_unless_asked_otherwise(torch_losses):
+    for fused in (True, False):
+        config = tiny_config(1)
+        config.optim.fused = fused
+        engine = tiny_engine(config)
+        assert engine.optimizer.optimizer.defaults["fused"] is fused
+        assert run_steps(engine, config, 0, 5) == pytest.approx(torch_losses[:5], rel=1e-6)
+
+
 def test_only_matrices_decay():
     model = build_model(tiny_model(), seed=0)
     decayed, plain = parameter_groups(model, 0.2)

@@ -66,6 +66,30 @@ def test_float_pictures_in_0_1_equal_uint8_ones(model):
             torch.testing.assert_close(whole, part)
 
 
+def test_the_layout_of_the_pixels_changes_no_feature(model):
+    images, tokens, shown = pictures(), tiny_tokenize(TEXTS).view(2, 3, -1).repeat(3, 1, 1), []
+    handle = model.clip.visual.conv1.register_forward_pre_hook(
+        lambda _, given: shown.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    outs = []
+    for model.channels_last in (False, True):
+        outs += [model(given, tokens)["patch_features"] for given in (images, images.contiguous(memory_format=torch.channels_last))]
+    handle.remove()
+    assert shown == [False, False, True, True]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-6, rtol=0)
+
+
+def test_patches_of_an_autocast_tower_stay_at_16_bits(model):
+    """They are the bulk of what the losses read; everything else is fp32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(pictures(), tiny_tokenize(TEXTS).view(2, 3, -1).repeat(3, 1, 1))
+        images, patches = model.encode_images(pictures())
+    assert out["patch_features"].dtype == torch.bfloat16
+    assert {out[name].dtype for name in ("image_features", "text_features", "logit_scale")} == {torch.float32}
+    assert (images.dtype, patches.dtype) == (torch.float32, torch.float32), "for evaluation"
+
+
 def test_patches_are_left_out_on_request(model):
     assert model(pictures(2), tiny_tokenize(TEXTS[:2]).view(2, 1, -1), patches=False)["patch_features"] is None
 
