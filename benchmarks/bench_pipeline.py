@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 K, SENTENCES, SIDE, BATCH, WORKERS = 8, 10, 256, 64, 2
 BATCHES_A_ROUND, ROUNDS = 15, 5
-PICTURES, SHARDS, A_SHARD = 400, 20, 450
+PICTURES, SHARDS, A_SHARD = 400, 20, 520
 WORDS = (
     "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting white black old wooden table window "
     "bright sky cloud building bicycle umbrella kitchen mountain grass holding wearing striped shirt left right corner foreground background its several"

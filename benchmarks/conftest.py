@@ -1,5 +1,6 @@
 """Named shapes, the compared providers' inputs and peak memory, for every benchmark."""
 
+import ctypes
 import gc
 import sys
 import threading
@@ -79,6 +80,7 @@ def _peak_bytes(step) -> int:
         return torch.cuda.max_memory_allocated() - before
     process, done = psutil.Process(), threading.Event()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system, or this one would find it there
     before = peak = process.memory_info().rss
 
     def watch():

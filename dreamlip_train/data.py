@@ -104,7 +104,10 @@ class TrainLoader:
 
     def epoch(self, epoch: int, past: Sequence[Layout] = ()) -> Iterator[dict[str, Any]]:
         """The batches that ``past`` left of an epoch: with the same readers exactly those an uninterrupted epoch gives from there, with others the
-        samples nobody has read yet (as many as bad samples were met on the way may come twice)."""
+        samples nobody has read yet (as many as bad samples were met on the way may come twice).
+
+        The workers start with this call, in this thread: only the main one hears at once that one of them was killed. The batches may be taken by another.
+        """
         begun = past[-1].steps if past and past[-1].same_readers(self.layout) else 0
         steps, streams = plan(sum(self.counts), past[:-1] if begun else past, self.layout)
         own = streams[self.rank * self.layout.workers :][: self.layout.workers]
@@ -120,9 +123,11 @@ class TrainLoader:
             **waits,
         )
         self.heartbeats.leaving.value = 0
-        batches = iter(loader)
+        return self._batches(iter(loader), steps - begun)
+
+    def _batches(self, batches: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
         try:
-            for _ in range(begun, steps):
+            for _ in range(count):
                 batch = self._next(batches)
                 self._account(batch.pop("seen"), batch.pop("bad"))
                 yield batch
@@ -139,6 +144,8 @@ class TrainLoader:
                     "give the same command again to go on from the newest checkpoint"
                 ) from error
             raise worker_error(error) from error
+        except (OSError, EOFError) as error:  # a worker ended while its batch was on the way
+            raise worker_error(f"DataLoader worker is gone in the middle of a batch ({type(error).__name__})") from error
         if "error" in batch:
             raise RuntimeError(batch["error"])
         return batch
@@ -164,7 +171,7 @@ def is_worker_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
-def worker_error(error: BaseException) -> RuntimeError:
+def worker_error(error: BaseException | str) -> RuntimeError:
     """The same with what to do about it."""
     said = str(error).splitlines()[0].rstrip(". ")
     return RuntimeError(f"data.workers: {said}. If the system ran out of memory, lower data.workers or data.shuffle_buffer")

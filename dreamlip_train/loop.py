@@ -120,7 +120,6 @@ class Loop:
     def _batches(self) -> Iterator[tuple[dict[str, Any], Any]]:
         """The batches that are left, epoch after epoch, as loaded and as moved, the time spent waiting for each on the stopwatch."""
         while self.progress.step < self.total_steps:
-            # Within an epoch only: the loader's workers are forked at its start, while this thread does nothing but wait.
             with (
                 contextlib.closing(self.loader.epoch(self.progress.epoch, tuple(self.progress.layouts))) as loaded,
                 contextlib.closing(self._moved(loaded)) as batches,
