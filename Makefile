@@ -40,7 +40,9 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds
+	mkdir -p $(OUT)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/benchmarks.json
+	$(BIN)/python benchmarks/plot_contrastive.py $(OUT)/benchmarks.json $(OUT)/contrastive.png
 
 # For a GPU machine without a package index: what its training benchmarks need beside torch. `make gpu` installs what lies in wheels/.
 wheels: install
@@ -52,9 +54,12 @@ gpu:
 	mkdir -p $(OUT)
 	if [ -d wheels ]; then python3 -m pip install -q --no-index --no-deps wheels/*.whl; fi
 	python3 setup.py build_ext --inplace 2>&1 | tail -n 40 | tee $(OUT)/build.txt
-	python3 -m pytest tests -m gpu 2>&1 | tee $(OUT)/tests.txt
-	python3 -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-json=$(OUT)/benchmarks.json 2>&1 | tee $(OUT)/benchmarks.txt
-	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/test_grouping_gpu.py -m gpu -x -k "oracle and minmax and 3-49-3-96 and bfloat16 and True" > $(OUT)/$$tool.txt 2>&1; echo "$$tool: $$?"; done
+	timeout 120 python3 -m pytest tests/test_*_gpu.py -m gpu 2>&1 | tee $(OUT)/tests.txt
+	for name in contrastive:150 grouping:60 train_step:100 pipeline:40; do \
+		timeout $${name#*:} python3 -m pytest benchmarks/bench_$${name%:*}.py --benchmark-only --benchmark-json=$(OUT)/$${name%:*}.json 2>&1 | tee $(OUT)/$${name%:*}.txt; done
+	-python3 benchmarks/plot_contrastive.py $(OUT)/contrastive.json $(OUT)/contrastive.png
+	for tool in memcheck racecheck; do \
+		timeout 60 compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/test_*_gpu.py -m sanitizer -x > $(OUT)/$$tool.txt 2>&1; echo "$$tool: $$?"; done
 
 # The paper's ablations on the built-in scenes: a night on two CPU cores; eight runs at a time on a machine with a GPU.
 ablate: install

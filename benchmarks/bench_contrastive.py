@@ -1,46 +1,102 @@
-"""Multi-positive contrast: this package against the per-slot open_clip ClipLoss and the materialised oracle.
+"""Multi-positive contrast: this package's backends against what people run today, torch.compile, Inf-CL, and matrix products with elementwise passes.
 
-make bench        or        pytest benchmarks/bench_contrastive.py --benchmark-only --benchmark-group-by=param:shape,param:phase
+make bench        or        pytest benchmarks/bench_contrastive.py --benchmark-only --benchmark-group-by=param:dtype,param:shape,param:phase
+
+Beside times the summary gives each one's share of the floor (1 U forward, 4 U both ways, U = 2 N N K D operations, at this run's own rate of a large matrix
+product), its peak memory, and once a shape its errors against float64. `python benchmarks/plot_contrastive.py RESULTS.json` draws time and memory against N.
 """
 
+import contrastive_peers as peers
 import pytest
 import torch
 from conftest import CONTRASTIVE_GPU_SHAPES, CONTRASTIVE_SHAPES, DEVICE, named
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import reference
+from dreamlip_kernels import dispatch
 
 
-def open_clip_per_slot(image, text, scale):
-    """What people run today: open_clip's ClipLoss for each slot."""
-    from open_clip.loss import ClipLoss
-
-    loss = ClipLoss()
-    return sum(loss(image, text[:, k], scale) for k in range(text.shape[1])) / text.shape[1]
+def ours(backend):
+    return lambda image, text, scale: dk.multi_positive_contrastive_loss(image, text, scale, backend=backend)
 
 
 PROVIDERS = {
-    "dreamlip_kernels": dk.multi_positive_contrastive_loss,
-    "open_clip per slot": open_clip_per_slot,
-    "materialised": reference.multi_positive_contrastive_loss,
+    "torch": ours("torch"),
+    "triton": ours("triton"),
+    "open_clip per slot": peers.open_clip_per_slot,
+    "flattened": peers.flattened,
+    "torch.compile": peers.cross_entropy_per_slot,
+    "chunked": peers.chunked_unfused,
+    "Inf-CL": peers.inf_cl,
 }
+COMPILED = [(8192, 8, 512), (512, 8, 512)]  # on a GPU, on a CPU
+DTYPES = ["float32", "bfloat16"] if DEVICE == "cuda" else ["float32"]
 
 
-@pytest.mark.parametrize("shape", named(CONTRASTIVE_SHAPES, CONTRASTIVE_GPU_SHAPES))
+def require(provider, image):
+    """The provider's function, or a skip that says why it cannot run here."""
+    if provider in ("torch", "triton"):
+        why = dispatch.why_not("bidirectional_logsumexp", provider, image)
+        if DEVICE == "cpu" and provider == "triton":
+            why = "Triton's interpreter is no benchmark"
+    else:
+        why = peers.why_not(provider)
+    if why:
+        pytest.skip(why)
+    return peers.compiled(PROVIDERS[provider]) if provider == "torch.compile" else PROVIDERS[provider]
+
+
+def features(shape, dtype):
+    """Unit images and captions that resemble theirs, and a scale."""
+    n, k, d = shape
+    image = torch.nn.functional.normalize(torch.randn(n, d, device=DEVICE), dim=-1)
+    text = torch.nn.functional.normalize(image[:, None] + torch.randn(n, k, d, device=DEVICE) / d**0.5, dim=-1)
+    dtype = getattr(torch, dtype)
+    return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), torch.tensor(14.3, device=DEVICE, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape", named(CONTRASTIVE_SHAPES, {}) if DEVICE == "cpu" else named({}, CONTRASTIVE_GPU_SHAPES))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("phase", ["forward", "forward+backward"])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_contrastive(run, provider, phase, shape):
+def test_contrastive(run, matmul_rate, provider, phase, dtype, shape):
     n, k, d = shape
-    image = torch.nn.functional.normalize(torch.randn(n, d, device=DEVICE), dim=-1).requires_grad_()
-    text = torch.nn.functional.normalize(image[:, None] + torch.randn(n, k, d, device=DEVICE) / d**0.5, dim=-1).detach().requires_grad_()
-    scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
+    if provider == "torch.compile" and (shape not in COMPILED or phase == "forward"):
+        pytest.skip(f"compiling takes its time: once a dtype, forward and backward, at {COMPILED}")
+    if dtype == "float32" and DEVICE == "cuda" and n != 8192:
+        pytest.skip("float32 inputs at N=8192 alone")
+    image, text, scale = features(shape, dtype)
+    loss_fn = require(provider, image)
 
     def step():
-        loss = PROVIDERS[provider](image, text, scale)
+        loss = loss_fn(image, text, scale)
         if phase != "forward":
             torch.autograd.grad(loss, (image, text, scale))
 
+    floor = (1 if phase == "forward" else 4) * 2 * n * n * k * d / matmul_rate
     try:
-        run(step)
+        run(step, floor=floor)
     except torch.cuda.OutOfMemoryError:
         pytest.skip(f"{provider} does not fit at {shape}")
+
+
+@pytest.mark.parametrize("shape", named({"N512-K8-D512": (512, 8, 512)}, {"N8192-K8-D512": (8192, 8, 512)})[-1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_error(run, provider, dtype, shape):
+    """Relative errors against float64 of the same inputs: of the loss, and of each gradient by its norm."""
+    image, text, scale = features(shape, dtype)
+    loss_fn = require(provider, image)
+
+    def value_and_grads(fn, inputs):
+        loss = fn(*inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    gold = value_and_grads(ours("torch"), [v.detach().double().requires_grad_() for v in (image, text, scale)])
+    got = value_and_grads(loss_fn, (image, text, scale))
+    errors = [float((g.double() - e).norm() / e.norm()) for g, e in zip(got, gold, strict=True)]
+    run(
+        lambda: None,
+        rounds=1,
+        warmup=0,
+        extra={f"error_{name}": error for name, error in zip(("loss", "d_image", "d_text", "d_scale"), errors, strict=True)},
+    )

@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/train"))  # caption_lengths.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# (N, K, D). A GPU runs all; a CPU the first ones.
+# (N, K, D).
 CONTRASTIVE_SHAPES = {"N512-K8-D512": (512, 8, 512), "N2048-K1-D512": (2048, 1, 512), "N2048-K8-D512": (2048, 8, 512)}
-CONTRASTIVE_GPU_SHAPES = {f"N{n}-K{k}-D512": (n, k, 512) for n in (4096, 8192, 32768) for k in (1, 8)}
+CONTRASTIVE_GPU_SHAPES = {f"N{n}-K{k}-D512": (n, k, 512) for n, k in ((4096, 8), (8192, 8), (32768, 1), (32768, 8))}
 # (N, P, K, D): the patch grids of ViT-B/32 and B/16.
 GROUPING_SHAPES = {"B32-N64-K8": (64, 49, 8, 512), "B16-N64-K8": (64, 196, 8, 512)}
 GROUPING_GPU_SHAPES = {"B32-N4096-K8": (4096, 49, 8, 512), "B16-N4096-K8": (4096, 196, 8, 512)}
@@ -45,17 +45,36 @@ def copy_rate():
     return rate
 
 
+@pytest.fixture(scope="session")
+def matmul_rate():
+    """Operations a second of a large matrix product on this device: bfloat16 on CUDA, float32 on a CPU, random values."""
+    size, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(13):
+        begin = time.perf_counter()
+        a @ b
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    rate = 2 * size**3 / sorted(seconds[3:])[5]
+    _SUMMARY.append(f"matrix products of this run: {rate / 1e12:.2f} TFLOP/s ({str(dtype)[6:]}, {size} cubed)")
+    return rate
+
+
 @pytest.fixture
 def run(benchmark, request):
-    """``run(step, floor=None, rounds=..., images=None, warmup=2)``: median time of ``step()``; with the seconds it must take at least, its share of it; with
-    the images it handles, images/s; and the peak of memory beyond what was in use before, the device's on CUDA and the process's on a CPU."""
+    """``run(step, floor=None, rounds=..., images=None, warmup=2, extra=None)``: median time of ``step()``; with the seconds it must take at least, its share
+    of that floor; with the images it handles, images/s; ``extra`` numbers as they are; and the peak of memory beyond what was in use before, the device's on
+    CUDA and the process's on a CPU."""
 
-    def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3, images=None, warmup=2):
+    def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3, images=None, warmup=2, extra=None):
         def synchronised():
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
+        benchmark.extra_info.update(extra or {})
         synchronised()
         benchmark.extra_info["peak_mb"] = _peak_bytes(synchronised) / 2**20
         benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=warmup)
@@ -65,7 +84,7 @@ def run(benchmark, request):
         if images is not None and median:
             benchmark.extra_info["images_per_s"] = images / median
         if median:
-            cells = [f"{name} {value:.2f}" if value < 10 else f"{name} {value:.0f}" for name, value in benchmark.extra_info.items()]
+            cells = [f"{name} {value:.2g}" if value < 10 else f"{name} {value:.0f}" for name, value in benchmark.extra_info.items()]
             _SUMMARY.append(f"{request.node.name:<90} {1e3 * median:9.3f} ms   {'  '.join(cells)}")
 
     return measure

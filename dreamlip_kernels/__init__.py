@@ -1,9 +1,11 @@
 """Exact, memory-linear losses for language-image pre-training with many captions an image. Needs torch alone."""
 
-from .contrastive import bidirectional_logsumexp, multi_positive_contrastive_loss
+from .contrastive import multi_positive_contrastive_loss
 from .dispatch import explain
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss
+from .logsumexp import bidirectional_logsumexp
 from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, MultiPositiveSigmoidLoss, SubcaptionGroupingLoss
+from .settings import configure
 from .sigmoid import multi_positive_sigmoid_loss
 from .version import __version__
 
@@ -14,6 +16,7 @@ __all__ = [
     "SubcaptionGroupingLoss",
     "__version__",
     "bidirectional_logsumexp",
+    "configure",
     "explain",
     "group_patches",
     "multi_positive_contrastive_loss",

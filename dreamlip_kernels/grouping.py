@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
-from .contrastive import agreement_sizes, bidirectional_logsumexp, global_mean
+from .contrastive import agreement_sizes, global_mean
 from .distributed import Group, all_gather_rows, all_reduce_logsumexp, check_agreement
+from .logsumexp import bidirectional_logsumexp
 
 NORMALIZATIONS = ("minmax", "softmax", "none")
 # Patch values the torch backend widens to float32 at a time.

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is an optional dependency 
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
 
 # Compiled in a process of its own: the suite's may have the interpreter switched on.
 SCRIPT = """
@@ -21,25 +21,31 @@ SCRIPT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels import contrastive_triton as module
+    from dreamlip_kernels import contrastive_kernels as module
+    from dreamlip_kernels.contrastive_blocks import blocks_for
 
-    arch, folder = int(sys.argv[1]), sys.argv[2]
-    masks = dict(x_mask_ptr="*i1", y_mask_ptr="*i1", scale_ptr="*fp32", M="i32", C="i32", D="i32")
-    for kernel, config in (("exp_sums", module.forward_blocks(arch)), ("gradient_tile", module.gradient_blocks(arch))):
-        m, c, d, warps, stages = config
-        blocks = dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d)
+    arch, folder, dtype, size = int(sys.argv[1]), sys.argv[2], sys.argv[3], 4 if sys.argv[3] == "fp32" else 2
+    descriptor = arch >= 90
+    strides = ("D", "stride_x", "stride_yk", "stride_y")
+    masks = dict(x_mask_ptr="*i1", y_mask_ptr="*i1", scale_ptr="*fp32", M="i32", C="i32", **dict.fromkeys(strides, "i32"))
+    for kernel in ("exp_sums", "gradient_tile"):
+        m, c, d, warps, stages = blocks_for(kernel, size, arch, 512)
+        blocks = dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, PRECISION="tf32x3" if size == 4 else "tf32", DESCRIPTOR=descriptor)
         for masked in (False, True):
-            signature = dict(masks, x_desc=f"tensordesc<fp16[{m},{d}]>", y_desc=f"tensordesc<fp16[1,{c},{d}]>")
+            operands = dict(x=f"tensordesc<{dtype}[{m},{d}]>", y=f"tensordesc<{dtype}[1,{c},{d}]>") if descriptor else dict(x=f"*{dtype}", y=f"*{dtype}")
+            signature = masks | operands
             if kernel == "exp_sums":
                 signature |= dict(row_ptr="*fp32", col_ptr="*fp32", first_tile="i32", row_tiles_stride="i32", band_rows="i32")
                 constants = dict(HAS_X_MASK=masked, HAS_Y_MASK=masked, MASK_COLUMNS=masked, **blocks)
             else:
-                signature |= dict(flag_ptr="*i32", row_ptr="*fp32", col_ptr="*fp32", g_ptr="*fp16")
+                signature |= dict(flag_ptr="*i32", row_ptr="*fp32", col_ptr="*fp32", g_ptr=f"*{dtype}")
                 signature |= dict.fromkeys(("slot", "first_row", "first_col", "rows", "cols", "diagonal"), "i32")
                 constants = dict(EXACT=False, HAS_X_MASK=masked, HAS_Y_MASK=masked, HAS_DIAGONAL=True, **blocks)
             names = getattr(module, kernel).arg_names
             full = {name: signature.get(name, "constexpr") for name in names}
-            source = ASTSource(getattr(module, kernel), signature=full, constexprs=constants)
+            # As in a run on features of a width in multiples of 16.
+            aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if full[name].startswith("*") or name in strides}
+            source = ASTSource(getattr(module, kernel), signature=full, constexprs=constants, attrs=aligned)
             built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
             path = f"{folder}/{kernel}-{'masked' if masked else 'plain'}.cubin"
             open(path, "wb").write(built.asm["cubin"])
@@ -98,11 +104,14 @@ def check(path, code, shared, arch, tensor_core):
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_shipped_configurations(arch, tmp_path):
-    built = list(compiled(SCRIPT, tmp_path, arch, tmp_path))
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow), pytest.param("fp32", marks=pytest.mark.slow)])
+def test_shipped_configurations(arch, dtype, tmp_path):
+    built = list(compiled(SCRIPT, tmp_path, arch, tmp_path, dtype))
     assert len(built) == 4
     for path, code, shared in built:
         check(path, code, shared, arch, TENSOR_CORE[arch])
+        copies = "UTMALDG" if arch >= 90 else r"LDGSTS"  # TMA, cp.async
+        assert re.search(rf"\b{copies}\b", code), f"{path}: loads are not asynchronous"
 
 
 SLOW = pytest.mark.slow

@@ -169,7 +169,7 @@ def test_opcheck():
     y, y_mask = y.transpose(0, 1), torch.ones(2, 6, dtype=torch.bool)
     scale = torch.tensor(3.0, requires_grad=True)
     for mask in (None, y_mask):
-        args = (x.clone().requires_grad_(), y.clone().requires_grad_(), scale, None, mask, -1, "torch")
+        args = (x.clone().requires_grad_(), y.clone().requires_grad_(), scale, None, mask, None, "torch")
         torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
     pair = (x.clone().requires_grad_(), y.clone().requires_grad_(), False)
     torch.library.opcheck(torch.ops.dreamlip_kernels.paired_dot.default, pair)

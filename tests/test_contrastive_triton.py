@@ -9,15 +9,15 @@ from numerics import clip_like, value_and_grads
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import dispatch, reference
+from dreamlip_kernels.settings import settings
 
 pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 
 
 @pytest.fixture(autouse=True)
-def where_it_runs(request):
-    on_device = request.node.get_closest_marker("gpu") is not None
-    if torch.cuda.is_available() and not on_device:
-        pytest.skip("with a CUDA device the kernels are compiled, and test_on_a_device runs them there")
+def where_it_runs():
+    if torch.cuda.is_available():
+        pytest.skip("with a CUDA device the kernels are compiled; test_contrastive_gpu.py runs them there")
 
 
 # numpy warns of the overflow that raises the flag; that is the case being tested.
@@ -119,7 +119,7 @@ def test_loss_with_its_positives_kept_out_of_the_rounded_gradient(negatives, pos
 
 def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
     """A nearly certain positive has p - 1 far below float16's step at 1: the gradient is several times better with it added apart."""
-    from dreamlip_kernels import contrastive
+    from dreamlip_kernels import logsumexp
 
     image, text = clip_like(32, 2, 32, noise=0.6)
     inputs = (image, text, torch.tensor(20.0))
@@ -130,9 +130,29 @@ def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
         return max((g.double() - e).abs().max() / e.abs().max() for g, e in zip(got[1:3], gold[1:3], strict=True))
 
     apart = error()
-    real = contrastive._BACKWARD["triton"]
-    monkeypatch.setitem(contrastive._BACKWARD, "triton", lambda *arguments: real(*arguments[:-1], -1))
+    real = logsumexp._BACKWARD["triton"]
+    monkeypatch.setitem(logsumexp._BACKWARD, "triton", lambda *arguments: real(*arguments[:-2], None, arguments[-1]))
     assert apart < 0.02 and apart < error() / 3
+
+
+@pytest.mark.parametrize("diagonal", [0, 5, -7, 30, -30, 200])
+def test_positives_may_lie_anywhere(diagonal):
+    """A stretch of the world's rows holds the positives of some columns, or of none."""
+    x, y = clip_like(40, 2, 24)
+    x, y = (v.half().float() for v in (x[:33].contiguous(), y.transpose(0, 1).contiguous()))  # so that only G is rounded
+    scale, gen = torch.tensor(14.3), torch.Generator().manual_seed(0)
+    row, col = reference.bidirectional_logsumexp(x, y, scale)
+    upstream = torch.rand(2, 33, generator=gen), torch.rand(2, 40, generator=gen)
+    got, apart = (
+        torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(x, y, scale, None, None, row, col, *upstream, at, "triton", True)
+        for at in (None, diagonal)
+    )
+    gold = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(
+        *(v.double() for v in (x, y, scale)), None, None, row.double(), col.double(), *(v.double() for v in upstream), None, "torch", True
+    )
+    for rounded_together, kept_apart, expected in zip(got, apart, gold, strict=True):
+        bound = 2**-10 * expected.abs().max()
+        assert (rounded_together - expected).abs().max() <= bound and (kept_apart - expected).abs().max() <= bound
 
 
 def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
@@ -140,11 +160,70 @@ def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
 
     x, y = clip_like(300, 2, 16)
     whole = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
-    monkeypatch.setattr(contrastive_triton, "WORKSPACE_BYTES", 2**15)
-    assert contrastive_triton._chunks(300, 300, 2) == (128, 128) and contrastive_triton._chunks(900, 100, 2)[0] < 900
+    monkeypatch.setattr(settings, "workspace_bytes", 2**15)
+    assert contrastive_triton._chunks(300, 300, 2, 2) == (128, 128) and contrastive_triton._chunks(900, 100, 2, 2)[0] < 900
     parts = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
+
+
+@pytest.fixture
+def pointers(monkeypatch):
+    """The kernels' loads as on a device without TMA."""
+    from dreamlip_kernels import contrastive_triton
+
+    real = contrastive_triton.Operands.arguments
+    monkeypatch.setattr(
+        contrastive_triton.Operands, "arguments", lambda self, blocks: real(self, blocks) | dict(x=self.x, y=self.y, DESCRIPTOR=False)
+    )
+
+
+@pytest.mark.parametrize("m, c, k, d", [(1, 1, 1, 8), (33, 70, 3, 13), (96, 65, 2, 40)])
+def test_pointer_loads_give_what_descriptors_give(monkeypatch, request, m, c, k, d):
+    x, y = clip_like(max(m, c), k, d)
+    inputs = (x[:m], y[:c].transpose(0, 1), torch.tensor(14.3))
+    y_mask = torch.rand(k, c, generator=torch.Generator().manual_seed(1)) > 0.2
+    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, y_mask=y_mask, backend="triton")  # noqa: E731
+    expected = value_and_grads(op, inputs)
+    request.getfixturevalue("pointers")
+    for got, want in zip(value_and_grads(op, inputs), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", ["plain", "masked", "flagged"])
+def test_float32_as_float32(monkeypatch, case):
+    """configure(float32="torch") with torch's precision at "highest"; the interpreter multiplies in float32."""
+    monkeypatch.setattr(settings, "float32", "torch")
+    mask = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) > 0.4 if case == "masked" else None
+    image, text = clip_like(40, 3, 26, noise=2.0)
+    inputs = (image, -text if case == "flagged" else text, torch.tensor(100.0 if case == "flagged" else 30.0))
+    options = dict(text_mask=mask)
+    op = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton", **options)  # noqa: E731
+    oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s, **options)  # noqa: E731
+    gold = value_and_grads(oracle, [v.double() for v in inputs])
+    for got, want in zip(value_and_grads(op, inputs), gold, strict=True):
+        # 4e-6: the loss is a difference of numbers up to the scale.
+        torch.testing.assert_close(got.double(), want, atol=4e-6 + 1e-5 * float(want.abs().max()), rtol=0)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not settings.exact_float32
+        rough = value_and_grads(op, inputs)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert any((a.double() - e).abs().max() > 4e-6 + 1e-5 * e.abs().max() for a, e in zip(rough, gold, strict=True)), "float16 would show"
+
+
+def test_settings_are_checked_and_kept(monkeypatch):
+    monkeypatch.setattr(settings, "workspace_bytes", settings.workspace_bytes)
+    monkeypatch.setattr(settings, "float32", settings.float32)
+    dk.configure(workspace_bytes=2**28)
+    dk.configure(float32="torch")
+    assert (settings.workspace_bytes, settings.float32) == (2**28, "torch")
+    with pytest.raises(ValueError, match="workspace_bytes must be at least 1048576"):
+        dk.configure(workspace_bytes=1000)
+    with pytest.raises(ValueError, match="float32 must be one of"):
+        dk.configure(float32="tf32", workspace_bytes=2**27)
+    assert (settings.workspace_bytes, settings.float32) == (2**28, "torch"), "a refused call changes nothing"
 
 
 def test_empty_inputs():
@@ -162,14 +241,3 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="needs a CUDA device, or TRITON_INTERPRET=1"):
         dispatch.select("bidirectional_logsumexp", torch.zeros(1), "triton")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("negatives", ["slot", "all"])
-def test_on_a_device(dtype, negatives):
-    inputs = [(*(v.cuda() for v in clip_like(1111, 5, 512, dtype, seed)), torch.tensor(50.0, device="cuda")) for seed in range(2)]
-    op = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton", negatives=negatives)  # noqa: E731
-    first, second = value_and_grads(op, inputs[0]), value_and_grads(op, inputs[0])
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "not deterministic"
-    close("loss", op, lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s, negatives=negatives), inputs)

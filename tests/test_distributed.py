@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from numerics import clip_like
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import reference
+from dreamlip_kernels import gathered_logsumexp, reference
 
 N, K, P, D = 12, 3, 9, 8  # N divides by 2, 3 and 4
 
@@ -28,6 +28,10 @@ SCOPES = (("image", "both"), ("image", "t2v"), ("batch", "both"), ("batch", "t2v
 CASES = [dict(loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)]
 CASES += [dict(loss="sigmoid", masked=m) for m in (False, True)]
 CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
+
+
+# Backward in three stretches of rows, of unequal length where n does not divide.
+IN_STRETCHES = [dict(stretches=3, loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)]
 
 
 def run_case(module, case, image, text, patches, mask):
@@ -64,7 +68,9 @@ def equality_worker(rank, world, port):
     n = N // world
     own = slice(rank * n, (rank + 1) * n)
     whole = global_case()
-    for case in CASES:
+    for case in CASES + IN_STRETCHES:
+        gathered_logsumexp.ROWS_A_STRETCH = N // 3 if case in IN_STRETCHES else 4096
+        case = {name: value for name, value in case.items() if name != "stretches"}
         expected_loss, expected_grads = run_case(reference, case, *whole)
         loss, grads = run_case(dk, case, *(t[own] for t in whole))
         dist.all_reduce(loss)
@@ -123,7 +129,7 @@ def test_groups_are_respected():
 
 
 def counting_worker(rank, world, port):
-    """Images travel once each way, captions never: the collectives of a step and their sizes."""
+    """Images travel once each way, captions never: the collectives of a step, the values each moves, and their type."""
     join(rank, world, port)
     calls = []
 
@@ -131,7 +137,8 @@ def counting_worker(rank, world, port):
         real = getattr(dist, name)
 
         def wrapper(*args, **kwargs):
-            calls.append((name, size_of(*args).numel()))
+            moved = size_of(*args)
+            calls.append((name, moved.numel(), str(moved.dtype)[6:]))
             return real(*args, **kwargs)
 
         setattr(dist, name, wrapper)
@@ -139,17 +146,26 @@ def counting_worker(rank, world, port):
     counted("all_gather_into_tensor", lambda out, *_: out)
     counted("reduce_scatter_tensor", lambda out, whole, *_: whole)
     counted("all_reduce", lambda x, *_: x)
-    whole = global_case()
     n = N // world
-    run_case(dk, CASES[0], *(t[rank * n : (rank + 1) * n] for t in whole))
-    agreement = ("all_gather_into_tensor", 4 * world)
-    assert calls == [
-        agreement,
-        ("all_gather_into_tensor", N * D),  # images
-        ("all_reduce", K * N), ("all_reduce", K * N),  # row log-sum-exp: MAX, then SUM
-        ("all_gather_into_tensor", K * N),  # its upstream
-        ("reduce_scatter_tensor", N * D),  # the images' gradients
-    ]  # fmt: skip
+    own = [t[rank * n : (rank + 1) * n] for t in global_case()]
+    for dtype, masked, stretches in (("float32", False, 1), ("bfloat16", False, 1), ("bfloat16", True, 3)):
+        gathered_logsumexp.ROWS_A_STRETCH = N // stretches
+        calls.clear()
+        images, texts, _, mask = own
+        images, texts = (t.to(getattr(torch, dtype)) for t in (images, texts))
+        scale = torch.tensor(9.0, requires_grad=True)
+        loss = dk.multi_positive_contrastive_loss(
+            images.requires_grad_(), texts.requires_grad_(), scale, text_mask=mask if masked else None
+        )
+        torch.autograd.grad(loss, (images, texts, scale))
+        assert calls == [
+            ("all_gather_into_tensor", 4 * world, "int64"),  # do all ranks hold the same shapes?
+            ("all_gather_into_tensor", N * D, dtype),  # images
+            ("all_reduce", K * N, "float32"), ("all_reduce", K * N, "float32"),  # row log-sum-exp: MAX, then SUM
+            *([("all_reduce", 1, "int64")] if masked else []),  # how many captions there are
+            ("all_gather_into_tensor", K * N, "float32"),  # the row sums' upstream
+            *[("reduce_scatter_tensor", N * D // stretches, "float32")] * stretches,  # the images' gradients
+        ], calls  # fmt: skip
     dist.destroy_process_group()
 
 

@@ -13,14 +13,19 @@ KERNELS = {
     "extension": {"torch"},
     "distributed": {"torch"},
     "tiles": {"torch"},
+    "settings": {"torch"},
     "sigmoid": {"torch", ".checks", ".contrastive", ".distributed", ".tiles"},
-    "contrastive": {"torch", ".dispatch", ".checks", ".distributed", ".tiles", ".contrastive_triton"},
-    "contrastive_triton": {"torch", "triton"},
+    "logsumexp": {"torch", ".dispatch", ".checks", ".tiles", ".contrastive_triton"},
+    "gathered_logsumexp": {"torch", ".distributed", ".logsumexp"},
+    "contrastive": {"torch", ".dispatch", ".checks", ".distributed", ".gathered_logsumexp", ".settings"},
+    "contrastive_triton": {"torch", "triton", ".settings", ".contrastive_blocks", ".contrastive_kernels"},
+    "contrastive_kernels": {"triton"},
+    "contrastive_blocks": set(),
     "grouping_triton": {"torch", "triton"},
-    "grouping": {"torch", ".grouping_triton", ".dispatch", ".checks", ".distributed", ".contrastive", ".reference"},
+    "grouping": {"torch", ".grouping_triton", ".dispatch", ".checks", ".distributed", ".contrastive", ".logsumexp", ".reference"},
     "losses": {"torch", ".checks", ".sigmoid", ".contrastive", ".grouping", ".distributed"},
     "version": set(),
-    "__init__": {".contrastive", ".dispatch", ".grouping", ".losses", ".sigmoid", ".version"},
+    "__init__": {".contrastive", ".logsumexp", ".dispatch", ".grouping", ".losses", ".settings", ".sigmoid", ".version"},
 }
 # Heavy dependencies of the trainer, each behind the files that wrap it.
 TRAINER_ONLY_IN = {

@@ -1,0 +1,51 @@
+"""Time and peak memory of the contrastive providers against N: ``python benchmarks/plot_contrastive.py PYTEST_BENCHMARK.json PICTURE.png``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+
+def curves(results: dict) -> dict[tuple[int, str], dict[str, list[tuple[int, float, float]]]]:
+    """{(K, dtype): {provider: [(N, seconds, peak MB), ...]}} of forward and backward."""
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for case in results["benchmarks"]:
+        given = case.get("params") or {}
+        if not case["name"].startswith("test_contrastive") or given["phase"] == "forward":
+            continue
+        n, k, _ = given["shape"]
+        found[k, given["dtype"]][given["provider"]].append((n, case["stats"]["median"], case["extra_info"].get("peak_mb", 0.0)))
+    return {key: {name: sorted(points) for name, points in providers.items()} for key, providers in found.items()}
+
+
+def main(source: str, target: str) -> None:
+    """Draw, or say why there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = curves(json.loads(Path(source).read_text()))
+    if not panels:
+        sys.exit(f"{source}: no test_contrastive in it")
+    figure, axes = plt.subplots(2, len(panels), figsize=(4.5 * len(panels), 7), squeeze=False, layout="constrained")
+    for column, ((k, dtype), providers) in enumerate(sorted(panels.items())):
+        for name, points in providers.items():
+            ours = name in ("torch", "triton")
+            style = dict(
+                marker="o", linewidth=2 if ours else 1, linestyle="-" if ours else "--", label=f"dreamlip_kernels, {name}" if ours else name
+            )
+            n, seconds, peak = zip(*points, strict=True)
+            axes[0][column].plot(n, [1e3 * value for value in seconds], **style)
+            axes[1][column].plot(n, [max(value, 1.0) for value in peak], **style)
+        for row, label in enumerate(("ms, forward + backward", "peak MB beyond inputs")):
+            axes[row][column].set(xscale="log", yscale="log", xlabel="N", ylabel=label, title=f"K = {k}, {dtype}")
+            axes[row][column].grid(True, which="both", alpha=0.2)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(target, dpi=130)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,79 @@
+"""The bidirectional log-sum-exp over ranks: images travel, captions stay, and neither way is waited for where there is work (docs/math.md section 2).
+
+    forward   gather the images || this rank's images x its captions; then the others' images x its captions; row sums over ranks
+    backward  a stretch of every rank's rows at a time: its gradient, whose sum over ranks travels || the next stretch's
+
+With one process it is ``bidirectional_logsumexp`` and issues no collective. n images a rank, N = n * ranks, K slots, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .distributed import Group, all_reduce_logsumexp, rank_and_size
+from .logsumexp import logsumexp_backward_op, logsumexp_op
+
+# Backward goes in so many stretches where each still has rows enough to fill a device.
+STRETCHES, ROWS_A_STRETCH = 4, 4096
+
+
+def gathered_logsumexp(
+    x: Tensor, y: Tensor, scale: Tensor, y_mask: Tensor | None, backend: str, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """row [K, n] of this rank's x [n, D] over the world's columns, and col [K, n] of its y [K, n, D] over the world's rows; (j, j) is a positive."""
+    if rank_and_size(group)[1] == 1:
+        return logsumexp_op(x, y, scale, None, y_mask, 0, backend)
+    row, col = _GatheredLogsumexp.apply(x, y, scale, y_mask, backend, group)
+    return all_reduce_logsumexp(row, group), col
+
+
+class _GatheredLogsumexp(torch.autograd.Function):
+    """row [K, N] over this rank's columns alone, col [K, n] over all rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, y_mask: Tensor | None, backend: str, group: Group):
+        rank, world = rank_and_size(group)
+        n = x.shape[0]
+        everyone = x.new_empty(world * n, *x.shape[1:])
+        travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=group, async_op=True)
+        row_own, col = logsumexp_op(x, y, scale, None, y_mask, 0, backend)
+        travelling.wait()
+        rows = [row_own]
+        for before, part in ((True, everyone[: rank * n]), (False, everyone[(rank + 1) * n :])):
+            if len(part):
+                row_part, col_part = logsumexp_op(part, y, scale, None, y_mask, None, backend)
+                rows.insert(0, row_part) if before else rows.append(row_part)
+                col = torch.logaddexp(col, col_part)
+        row = torch.cat(rows, dim=1)
+        ctx.save_for_backward(everyone, y, scale, y_mask, row, col)
+        ctx.backend, ctx.group = backend, group
+        return row, col
+
+    @staticmethod
+    def backward(ctx, d_row: Tensor, d_col: Tensor):
+        everyone, y, scale, y_mask, row, col = ctx.saved_tensors
+        rank, world = rank_and_size(ctx.group)
+        total, k = len(everyone), len(y)
+        n = total // world
+        count = max(1, min(STRETCHES, total // ROWS_A_STRETCH, n))
+        dx, dy, dscale = [], None, torch.zeros_like(scale)
+        travelling = []
+        for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
+            stretch = stop - start
+            part = everyone.view(world, n, -1)[:, start:stop].reshape(world * stretch, -1)
+            row_part, d_row_part = (v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row))
+            # The positives of this stretch: its own rows, which begin at rank * stretch, and columns from start on.
+            dx_part, dy_part, dscale_part = logsumexp_backward_op(
+                part, y, scale, None, y_mask, row_part, col, d_row_part, d_col, rank * stretch - start, ctx.backend, True
+            )
+            own = dx_part.new_empty(stretch, dx_part.shape[1])
+            # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.
+            travelling.append((dist.reduce_scatter_tensor(own, dx_part, group=ctx.group, async_op=True), dx_part))
+            dx.append(own)
+            dy = dy_part if dy is None else dy.add_(dy_part)
+            dscale += dscale_part
+        for work, _ in travelling:
+            work.wait()
+        return torch.cat(dx).to(everyone.dtype), dy.to(y.dtype), dscale, None, None, None

@@ -1,0 +1,170 @@
+"""The primitive under every contrastive loss here, the bidirectional log-sum-exp (docs/math.md section 1), and its torch backend.
+
+M rows, C columns, K slots, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .checks import accumulate_dtype, as_scale, check_features, check_mask
+from .tiles import tiles
+
+
+def bidirectional_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | float,
+    *,
+    y_mask: Tensor | None = None,
+    x_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Row and column log-sum-exp of ``scale * x @ y.T`` for each slot, without storing the [K, M, C] logits.
+
+    Equals ``z = scale * torch.einsum("md,kcd->kmc", x.float(), y.float()); return z.logsumexp(2), z.logsumexp(1)``.
+    docs/math.md, eq. 1-4. Differentiable once in x, y and scale.
+
+    Args:
+        x: [M, D], float32, bfloat16, float16 or float64, any strides; need not be normalised.
+        y: [K, C, D], same dtype and device, any strides.
+        scale: the logit multiplier, a float or a tensor of one value.
+        y_mask: [K, C] bool; False drops a column: -inf in ``col``, no part in ``row``, no gradient.
+        x_mask: [M] bool; False drops a row in the same way.
+        backend: "auto" or one that ``explain()`` lists.
+
+    Returns:
+        row [K, M] and col [K, C], float32 (float64 for float64 inputs). A row or column without a logit is -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.  RuntimeError: the requested backend cannot run here.
+    """
+    fn = "bidirectional_logsumexp"
+    check_features(fn, x=(x, 2), y=(y, 3))
+    check_mask(fn, "y_mask", y_mask, y.shape[:2], y)
+    check_mask(fn, "x_mask", x_mask, x.shape[:1], x)
+    return logsumexp_op(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, None, dispatch.select(fn, x, backend))
+
+
+# --- registered ops -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dreamlip_kernels::bidirectional_logsumexp", mutates_args=())
+def logsumexp_op(
+    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, diagonal: int | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``diagonal`` says that the pairs (diagonal + j, j) are positives, as far as there are such rows; a 16-bit backend adds their large gradient apart."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _FORWARD[backend](x, y, scale, x_mask, y_mask)
+
+
+@logsumexp_op.register_fake
+def _(x, y, scale, x_mask, y_mask, diagonal, backend):
+    k, c, _ = y.shape
+    dtype = accumulate_dtype(x)
+    return x.new_empty(k, x.shape[0], dtype=dtype), x.new_empty(k, c, dtype=dtype)
+
+
+@torch.library.custom_op("dreamlip_kernels::bidirectional_logsumexp_backward", mutates_args=())
+def logsumexp_backward_op(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    row: Tensor,
+    col: Tensor,
+    d_row: Tensor,
+    d_col: Tensor,
+    diagonal: int | None,
+    backend: str,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dy and dscale; ``wide`` leaves dx and dy in the dtype they were summed in, for a caller that sums on."""
+    with torch.autocast(x.device.type, enabled=False):
+        dx, dy, dscale = _BACKWARD[backend](
+            x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal, accumulate_dtype(x) if wide else x.dtype
+        )
+    return dx, dy, dscale
+
+
+@logsumexp_backward_op.register_fake
+def _(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal, backend, wide):
+    dtype = accumulate_dtype(x) if wide else x.dtype
+    return x.new_empty(x.shape, dtype=dtype), y.new_empty(y.shape, dtype=dtype), torch.empty_like(scale)
+
+
+def _setup_context(ctx, inputs, output):
+    x, y, scale, x_mask, y_mask, ctx.diagonal, ctx.backend = inputs
+    ctx.save_for_backward(x, y, scale, x_mask, y_mask, *output)
+
+
+def _backward(ctx, d_row, d_col):
+    dx, dy, dscale = logsumexp_backward_op(*ctx.saved_tensors, d_row, d_col, ctx.diagonal, ctx.backend, False)
+    return dx, dy, dscale, None, None, None, None
+
+
+logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- torch backend: one tile of logits at a time, true maxima ---------------------------------------------------------------
+
+
+def _logits(x_scaled: Tensor, y: Tensor, rows: slice, cols: slice, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
+    z = x_scaled[rows] @ y[cols].to(x_scaled.dtype).T
+    if y_mask is not None:
+        z.masked_fill_(~y_mask[None, cols], -torch.inf)
+    if x_mask is not None:
+        z.masked_fill_(~x_mask[rows, None], -torch.inf)
+    return z
+
+
+def _forward_torch(x, y, scale, x_mask, y_mask):
+    x_scaled = x.to(scale.dtype) * scale
+    row = x_scaled.new_full((y.shape[0], x.shape[0]), -torch.inf)
+    col = x_scaled.new_full(y.shape[:2], -torch.inf)
+    for k in range(y.shape[0]):
+        for rows, cols in tiles(x.shape[0], y.shape[1], x.device):
+            z = _logits(x_scaled, y[k], rows, cols, x_mask, None if y_mask is None else y_mask[k])
+            row[k, rows] = torch.logaddexp(row[k, rows], z.logsumexp(1))
+            col[k, cols] = torch.logaddexp(col[k, cols], z.logsumexp(0))
+    return row, col
+
+
+def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal, dtype):
+    x_wide = x.to(scale.dtype)
+    x_scaled = x_wide * scale
+    dx = torch.zeros_like(x_wide)
+    dy = y.new_empty(y.shape, dtype=dtype)
+    # A row or column without a logit has no gradient: exp(z - inf) is 0, and its upstream may be anything.
+    d_row, row = torch.where(torch.isneginf(row), 0, d_row), row.masked_fill(torch.isneginf(row), torch.inf)
+    d_col, col = torch.where(torch.isneginf(col), 0, d_col), col.masked_fill(torch.isneginf(col), torch.inf)
+    for k in range(y.shape[0]):
+        dy_k = torch.zeros_like(y[k], dtype=scale.dtype)
+        for rows, cols in tiles(x.shape[0], y.shape[1], x.device):
+            z = _logits(x_scaled, y[k], rows, cols, x_mask, None if y_mask is None else y_mask[k])
+            g = (z - row[k, rows, None]).exp_().mul_(d_row[k, rows, None])
+            g.add_(z.sub_(col[k, None, cols]).exp_().mul_(d_col[k, None, cols]))
+            dx[rows].addmm_(g, y[k, cols].to(g.dtype))
+            dy_k[cols].addmm_(g.T, x_wide[rows])
+        dy[k] = dy_k.mul_(scale)
+    dscale = (x_wide * dx).sum(dtype=torch.float64).to(scale.dtype)
+    return dx.mul_(scale).to(dtype), dy, dscale
+
+
+def _forward_triton(x, y, scale, x_mask, y_mask):
+    from . import contrastive_triton
+
+    return contrastive_triton.forward(x, y, scale, x_mask, y_mask)
+
+
+def _backward_triton(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal, dtype):
+    from . import contrastive_triton
+
+    return contrastive_triton.backward(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, diagonal, dtype)
+
+
+_FORWARD = {"torch": _forward_torch, "triton": _forward_triton}
+_BACKWARD = {"torch": _backward_torch, "triton": _backward_triton}
