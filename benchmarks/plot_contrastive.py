@@ -7,6 +7,17 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+# The same colour in every panel, whoever is in it.
+COLOURS = {
+    "triton": "tab:blue",
+    "torch": "tab:cyan",
+    "open_clip per slot": "tab:orange",
+    "flattened": "tab:green",
+    "torch.compile": "tab:red",
+    "chunked": "tab:purple",
+    "Inf-CL": "tab:brown",
+}
+
 
 def curves(results: dict) -> dict[tuple[int, str], dict[str, list[tuple[int, float, float]]]]:
     """{(K, dtype): {provider: [(N, seconds, peak MB), ...]}} of forward and backward."""
@@ -34,16 +45,19 @@ def main(source: str, target: str) -> None:
     for column, ((k, dtype), providers) in enumerate(sorted(panels.items())):
         for name, points in providers.items():
             ours = name in ("torch", "triton")
-            style = dict(
-                marker="o", linewidth=2 if ours else 1, linestyle="-" if ours else "--", label=f"dreamlip_kernels, {name}" if ours else name
-            )
+            label = f"dreamlip_kernels, {name}" if ours else name
+            style = dict(marker="o", color=COLOURS[name], linewidth=2.5 if ours else 1, linestyle="-" if ours else "--", label=label)
             n, seconds, peak = zip(*points, strict=True)
             axes[0][column].plot(n, [1e3 * value for value in seconds], **style)
             axes[1][column].plot(n, [max(value, 1.0) for value in peak], **style)
         for row, label in enumerate(("ms, forward + backward", "peak MB beyond inputs")):
             axes[row][column].set(xscale="log", yscale="log", xlabel="N", ylabel=label, title=f"K = {k}, {dtype}")
             axes[row][column].grid(True, which="both", alpha=0.2)
-    axes[0][0].legend(fontsize=8)
+            sizes = sorted({n for points in providers.values() for n, *_ in points})
+            axes[row][column].set_xticks(sizes, [str(n) for n in sizes])
+            axes[row][column].set_xticks([], minor=True)
+    entries = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(target, dpi=130)
 
 

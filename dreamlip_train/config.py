@@ -146,7 +146,7 @@ class EngineConfig:
     """The captions of a step go through the text tower in at most so many groups of like length; 1 pads all to the longest. One under ZeRO-3."""
     compile: bool = False
     """torch.compile the towers; the first steps take minutes."""
-    channels_last: bool = True
+    channels_last: bool = False
     """Images enter the patch embedding with channels last in memory, as they are decoded."""
     prefetch: bool = True
     """Make the next batch ready, and copy it to the device, while the current step computes."""

@@ -79,7 +79,7 @@ class DreamLIP(nn.Module):
         self.logit_scale_local = nn.Parameter(clip.logit_scale.detach().clone()) if local_logit_scale else None
         # Here and not in open_clip's CLIP, which has one too: a bias changes no ranking, and weights without it load everywhere.
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
-        self.channels_last = True
+        self.channels_last = False
         # Not buffers: a bf16 engine would round buffers to bf16, and training would see other pixels than evaluation.
         self.image_mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
         self.image_std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
