@@ -118,7 +118,7 @@ class DreamLIP(nn.Module):
             "text_features": text_features.unflatten(0, text.shape[:2]),
             "logit_scale": logit_multiplier(self.clip.logit_scale),
             "logit_scale_local": None if self.logit_scale_local is None else logit_multiplier(self.logit_scale_local),
-            "logit_bias": None if self.logit_bias is None else self.logit_bias.float().squeeze(),
+            "logit_bias": None if self.logit_bias is None else self.logit_bias.float().sum(),
         }
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from tiny import TOWERS, tiny_model, tiny_tokenize
 
 from dreamlip_train.config import ModelConfig
+from dreamlip_train.flops import training_flops
 from dreamlip_train.model import MAX_LOGIT_SCALE, BoundedBelowLog100, build_model, crop_to_longest, logit_multiplier, open_clip_state_dict
 
 TEXTS = ["red", "a small red star", "the large blue moon left near two round square", "", "green " * 40, "a small star above the moon"]
@@ -88,6 +89,23 @@ def test_patches_of_an_autocast_tower_stay_at_16_bits(model):
     assert out["patch_features"].dtype == torch.bfloat16
     assert {out[name].dtype for name in ("image_features", "text_features", "logit_scale")} == {torch.float32}
     assert (images.dtype, patches.dtype) == (torch.float32, torch.float32), "for evaluation"
+
+
+@pytest.mark.parametrize("extra", [{}, {"local_logit_scale": False, "init_logit_bias": -10.0}, {"patch_projection": "local"}])
+def test_flops_are_counted_whatever_is_learned_beside_the_towers(extra):
+    image, token = training_flops(build_model(tiny_model(**extra), seed=0))
+    width, layers, patches = 32, 2, 16
+    blocks = 3 * 2 * layers * 12 * width**2  # forward and backward; 2 a multiply-add; attention's and the MLP's matrices
+    assert image == pytest.approx((patches + 1) * blocks, rel=0.5) and token == pytest.approx(blocks, rel=0.5)
+
+
+def test_the_bias_of_the_sigmoid_loss_is_no_part_of_what_is_exported(model, plain):
+    biased = build_model(tiny_model(init_logit_bias=-10.0), seed=0)
+    out = biased(pictures(2), tiny_tokenize(TEXTS[:2]).view(2, 1, -1))
+    assert out["logit_bias"].shape == () and float(out["logit_bias"]) == -10.0
+    assert open_clip_state_dict(biased).keys() == open_clip_state_dict(model).keys()
+    out["logit_bias"].backward()
+    assert biased.logit_bias.grad.tolist() == [1.0] and biased.clip.logit_scale.grad is None
 
 
 def test_patches_are_left_out_on_request(model):
