@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -20,6 +19,20 @@ CONTRASTIVE_GPU_SHAPES = {f"N{n}-K{k}-D512": (n, k, 512) for n, k in ((4096, 8),
 # (N, P, K, D): the patch grids of ViT-B/32 and B/16.
 GROUPING_SHAPES = {"B32-N64-K8": (64, 49, 8, 512), "B16-N64-K8": (64, 196, 8, 512)}
 GROUPING_GPU_SHAPES = {"B32-N4096-K8": (4096, 49, 8, 512), "B16-N4096-K8": (4096, 196, 8, 512)}
+
+
+_BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun; the others are skipped")
+
+
+@pytest.fixture(autouse=True)
+def within_budget(request):
+    """A lent machine's time ends: what was measured until then is in the table, and what was not says so."""
+    if time.monotonic() - _BEGAN > request.config.getoption("--budget"):
+        pytest.skip(f"over --budget {request.config.getoption('--budget'):.0f} s")
 
 
 def named(cpu: dict, gpu: dict):
@@ -97,6 +110,8 @@ def _peak_bytes(step) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    import psutil  # a dev dependency, which a GPU machine need not have
+
     process, done = psutil.Process(), threading.Event()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system, or this one would find it there

@@ -33,7 +33,13 @@ def map_bounded(function: Callable[[Any], Any], items: Iterable[Any], processes:
                 return
             yield item
 
-    with context.Pool(processes, initializer=_plain_sigterm) as pool:
+    # Held back in this thread, and so in its forks, until each of them has the default in place.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        made = context.Pool(processes, initializer=_plain_sigterm)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with made as pool:
         try:
             for result in pool.imap(_call, paced()):
                 room.release()
@@ -48,8 +54,9 @@ def map_bounded(function: Callable[[Any], Any], items: Iterable[Any], processes:
 
 def _plain_sigterm() -> None:
     """The pool ends its processes with SIGTERM. A handler inherited from the parent (Ray installs one) could come too late: Python runs it only after the
-    wait that the process has just begun, and the pool would wait for it for ever."""
+    wait that the process has just begun, or lose it where an exception is ignored, and the pool would wait for it for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _call(item: Any) -> Any:
