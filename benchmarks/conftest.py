@@ -25,7 +25,9 @@ _BEGAN = time.monotonic()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun; the others are skipped")
+    parser.addoption(
+        "--budget", type=float, default=float("inf"), help="seconds after which no further case is begun; the others are skipped"
+    )
 
 
 @pytest.fixture(autouse=True)
