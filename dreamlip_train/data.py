@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +29,7 @@ from dreamlip_train.streams import Layout, batches_of_worker, plan
 
 logger = logging.getLogger("dreamlip_train")
 
+_LOOK_EVERY = 5  # seconds after which a wait for a batch looks whether it still makes sense
 _JUDGED_AFTER = 200  # samples seen before data.max_bad_fraction can stop a run: a first bad sample is no rate
 
 
@@ -113,7 +115,7 @@ class TrainLoader:
         own = streams[self.rank * self.layout.workers :][: self.layout.workers]
         make = _MakeReader(self, epoch, own, begun, steps)
         dataset = ReaderDataset(make, self.layout.workers, begun % self.layout.workers, self.heartbeats)
-        waits = {"prefetch_factor": 4, "timeout": self.data.stall_seconds} if self.data.workers else {}
+        waits = {"prefetch_factor": 4, "timeout": min(_LOOK_EVERY, self.data.stall_seconds or _LOOK_EVERY)} if self.data.workers else {}
         loader = DataLoader(
             dataset,
             batch_size=None,
@@ -129,23 +131,38 @@ class TrainLoader:
         try:
             for _ in range(count):
                 batch = self._next(batches)
+                if batch is None:
+                    return
                 self._account(batch.pop("seen"), batch.pop("bad"))
                 yield batch
         finally:
             self.heartbeats.leaving.value = 1
 
-    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        try:
-            batch = next(batches)
-        except RuntimeError as error:  # the DataLoader's: a worker is silent or was killed
-            if silent := self.heartbeats.silent(self.data.stall_seconds / 2):
-                raise RuntimeError(
-                    f"data.stall_seconds: no batch for {self.data.stall_seconds} s: {'; '.join(silent)}. Look at that file and its storage; "
-                    "give the same command again to go on from the newest checkpoint"
-                ) from error
-            raise worker_error(error) from error
-        except (OSError, EOFError) as error:  # a worker ended while its batch was on the way
-            raise worker_error(f"DataLoader worker is gone in the middle of a batch ({type(error).__name__})") from error
+    def leave(self) -> None:
+        """No further batch is wanted: who waits for one, in whatever thread, returns within seconds."""
+        self.heartbeats.leaving.value = 1
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The next batch; None after ``leave``."""
+        began = time.monotonic()
+        while True:
+            try:
+                batch = next(batches)
+                break
+            except RuntimeError as error:  # the DataLoader's: nothing for _LOOK_EVERY seconds, or a worker was killed
+                waited = time.monotonic() - began
+                if "timed out" not in str(error):
+                    raise worker_error(error) from error
+                if self.heartbeats.leaving.value:
+                    return None
+                if self.data.stall_seconds and waited >= self.data.stall_seconds:
+                    silent = self.heartbeats.silent(self.data.stall_seconds / 2) or ["no worker says which shard it reads"]
+                    raise RuntimeError(
+                        f"data.stall_seconds: no batch for {self.data.stall_seconds} s: {'; '.join(silent)}. Look at that file and its storage; "
+                        "give the same command again to go on from the newest checkpoint"
+                    ) from error
+            except (OSError, EOFError) as error:  # a worker ended while its batch was on the way
+                raise worker_error(f"DataLoader worker is gone in the middle of a batch ({type(error).__name__})") from error
         if "error" in batch:
             raise RuntimeError(batch["error"])
         return batch

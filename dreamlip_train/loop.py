@@ -133,10 +133,16 @@ class Loop:
                     yield batch
 
     def _moved(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
-        if self.config.engine.prefetch:
-            yield from prefetched(loaded, self._move, self.engine.device)
-        else:
+        if not self.config.engine.prefetch:
             yield from ((batch, self._move(batch)) for batch in loaded)
+            return
+        batches = prefetched(loaded, self._move, self.engine.device)
+        try:
+            for batch in batches:  # noqa: UP028 - `yield from` would close it, and wait for its thread, before the loader hears of it
+                yield batch
+        finally:
+            self.loader.leave()
+            batches.close()
 
     def _agree(self, result: StepResult) -> tuple[float, bool, bool]:
         """(the global loss, whether any rank was asked to stop, whether the clock of rank 0 says to save), alike on every rank."""

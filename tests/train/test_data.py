@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from shard_files import jpeg, record, sample, tokenize, write_index, write_shard
 from dreamlip_train.config import DataConfig
 from dreamlip_train.data import train_loader
 from dreamlip_train.held_out import val_samples
+from dreamlip_train.prefetch import prefetched
 
 
 def loader(folder, *, workers=0, batch_size=8, rank=0, world_size=1, seed=0, quarantine=None, **data):
@@ -142,6 +144,18 @@ def test_a_stuck_reader_is_named_with_its_shard(tmp_path):
     while multiprocessing.active_children() and time.time() < deadline:
         time.sleep(0.1)
     assert not multiprocessing.active_children()  # or the training process would wait for the stuck worker when it exits
+
+
+def test_who_waits_for_a_stuck_reader_can_leave(tmp_path):
+    """A signal ends a run although another thread waits for the next batch, for ever as far as anybody knows."""
+    write_shards(tmp_path, [16, 16])
+    (tmp_path / "00001.tar").unlink()
+    os.mkfifo(tmp_path / "00001.tar")
+    made = loader(tmp_path, workers=2, stall_seconds=0)
+    threading.Timer(1.0, made.leave).start()
+    began = time.time()
+    assert len(list(prefetched(made.epoch(0), lambda batch: batch, torch.device("cpu")))) <= 1
+    assert time.time() - began < 20
 
 
 def test_missing_captions_are_masked_slots_never_repeats(tmp_path):
