@@ -62,7 +62,7 @@ class _GatheredLogsumexp(torch.autograd.Function):
         travelling = []
         for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
             stretch = stop - start
-            part = everyone.view(world, n, -1)[:, start:stop].reshape(world * stretch, -1)
+            part = everyone.view(world, n, everyone.shape[1])[:, start:stop].reshape(world * stretch, everyone.shape[1])
             row_part, d_row_part = (v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row))
             # The positives of this stretch: its own rows, which begin at rank * stretch, and columns from start on.
             dx_part, dy_part, dscale_part = logsumexp_backward_op(

@@ -104,6 +104,18 @@ def unequal_worker(rank, world, port):
     dist.destroy_process_group()
 
 
+def empty_worker(rank, world, port):
+    join(rank, world, port)
+    image, text = torch.randn(0, D, requires_grad=True), torch.randn(0, K, D, requires_grad=True)
+    loss = dk.multi_positive_contrastive_loss(image, text, 3.0)
+    assert loss == 0 and torch.autograd.grad(loss, image)[0].shape == (0, D)
+    dist.destroy_process_group()
+
+
+def test_an_empty_batch_on_every_rank_is_zero():
+    spawn(empty_worker, 2)
+
+
 def test_unequal_batches_raise_on_every_rank():
     """A rank with a smaller last batch: an error everywhere, not a hang."""
     spawn(unequal_worker, 3)

@@ -37,7 +37,7 @@ def test_a_json_file_that_several_processes_write_is_whole(tmp_path):
 
 
 def test_an_inherited_signal_handler_does_not_keep_the_pool_from_ending():
-    subprocess.run([sys.executable, "-c", PARENT_WITH_A_HANDLER], env=clean_environment(), check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", PARENT_WITH_A_HANDLER], env=clean_environment(), check=True, timeout=60)
 
 
 def test_an_error_lets_the_others_finish_what_they_have_begun(tmp_path):
