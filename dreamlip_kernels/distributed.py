@@ -26,12 +26,14 @@ def check_agreement(fn: str, sizes: dict[str, int], device: torch.device, group:
     """Raise ValueError on every rank unless all ranks hold the same sizes.
 
     One all-gather of a few integers, read on the host: collectives on unequal sizes hang or return garbage, and no rank can know
-    from its own tensors. Skipped while a CUDA graph is captured (a graph's shapes are fixed).
+    from its own tensors. Skipped while a CUDA graph is captured (a graph's shapes are fixed). Where the group connects CPUs too
+    (``init_process_group("cpu:gloo,cuda:nccl")``), the integers go that way and no device is waited for.
     """
     rank, world = rank_and_size(group)
     if world == 1 or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return
-    mine = torch.tensor(list(sizes.values()), dtype=torch.int64, device=device)
+    connects_cpus = "cpu:" in dist.get_backend_config(group)
+    mine = torch.tensor(list(sizes.values()), dtype=torch.int64, device="cpu" if connects_cpus else device)
     everyone = mine.new_empty(world * len(sizes))
     dist.all_gather_into_tensor(everyone, mine, group=group)
     for name, column in zip(sizes, everyone.view(world, -1).T.tolist(), strict=True):
@@ -47,12 +49,13 @@ def all_gather_rows(x: Tensor, group: Group = None) -> Tensor:
     return x if rank_and_size(group)[1] == 1 else _AllGatherRows.apply(x, group)
 
 
-def all_reduce_logsumexp(partial: Tensor, group: Group = None) -> Tensor:
-    """``logsumexp`` over ranks of partial [K, W*n], reduced to the columns this rank owns -> [K, n].
+def reduce_scatter_logsumexp(partial: Tensor, group: Group = None) -> Tensor:
+    """``logsumexp`` over ranks of partial [K, W*n], of the columns this rank owns -> [K, n].
 
-    Backward gathers the upstream gradient [K, n] of every rank, so it costs as much as one all-gather of [K, W*n].
+    One all-to-all of [K, W*n] each way: an owner sees every rank's part, so the sum is exact at any scale without a maximum agreed on first, and the owner
+    knows what each rank's gradient is.
     """
-    return partial if rank_and_size(group)[1] == 1 else _AllReduceLogsumexp.apply(partial, group)
+    return partial if rank_and_size(group)[1] == 1 else _ReduceScatterLogsumexp.apply(partial, group)
 
 
 def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
@@ -86,26 +89,24 @@ class _AllGatherRows(torch.autograd.Function):
         return own.to(grad.dtype), None
 
 
-class _AllReduceLogsumexp(torch.autograd.Function):
+class _ReduceScatterLogsumexp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, partial: Tensor, group: Group) -> Tensor:
-        rank, world = rank_and_size(group)
-        shift = partial.clone()
-        dist.all_reduce(shift, op=dist.ReduceOp.MAX, group=group)
-        shift = torch.where(torch.isneginf(shift), 0, shift)
-        total = (partial - shift).exp()
-        dist.all_reduce(total, group=group)
-        total = total.log() + shift
+        k, world = partial.shape[0], rank_and_size(group)[1]
+        sent = partial.view(k, world, -1).transpose(0, 1).contiguous()
+        parts = torch.empty_like(sent)
+        dist.all_to_all_single(parts, sent, group=group)
+        total = parts.logsumexp(dim=0)
         ctx.group = group
-        ctx.save_for_backward(partial, total)
-        n = partial.shape[1] // world
-        return total[:, rank * n : (rank + 1) * n].clone()
+        ctx.save_for_backward(parts, total)
+        return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        partial, total = ctx.saved_tensors
-        _, world = rank_and_size(ctx.group)
-        k, n = grad.shape
-        everyone = _gather(grad, world, ctx.group).view(world, k, n).transpose(0, 1).reshape(k, world * n)
-        share = torch.where(torch.isneginf(total), 0, (partial - total).exp())
-        return torch.where(share == 0, 0, everyone * share), None
+        parts, total = ctx.saved_tensors
+        # An empty sum has no part in anything, and -inf - -inf would be NaN.
+        share = torch.where(torch.isneginf(parts), 0, (parts - total).exp())
+        sent = torch.where(share == 0, 0, grad * share)
+        d_parts = torch.empty_like(sent)
+        dist.all_to_all_single(d_parts, sent, group=ctx.group)
+        return d_parts.transpose(0, 1).reshape(grad.shape[0], -1), None

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Group, all_reduce_logsumexp, rank_and_size
+from .distributed import Group, reduce_scatter_logsumexp, rank_and_size
 from .logsumexp import logsumexp_backward_op, logsumexp_op
 
 # Backward goes in so many stretches where each still has rows enough to fill a device.
@@ -26,7 +26,7 @@ def gathered_logsumexp(
     if rank_and_size(group)[1] == 1:
         return logsumexp_op(x, y, scale, None, y_mask, 0, backend)
     row, col = _GatheredLogsumexp.apply(x, y, scale, y_mask, backend, group)
-    return all_reduce_logsumexp(row, group), col
+    return reduce_scatter_logsumexp(row, group), col
 
 
 class _GatheredLogsumexp(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
 from .contrastive import agreement_sizes, global_mean
-from .distributed import Group, all_gather_rows, all_reduce_logsumexp, check_agreement
+from .distributed import Group, all_gather_rows, reduce_scatter_logsumexp, check_agreement
 from .logsumexp import bidirectional_logsumexp
 
 NORMALIZATIONS = ("minmax", "softmax", "none")
@@ -139,7 +139,7 @@ def subcaption_grouping_loss(
                 y_mask=None if flat is None else flat[None],
                 x_mask=None if flat is None else all_gather_rows(flat, group),
             )  # fmt: skip
-            over_texts, over_groups = all_reduce_logsumexp(row, group).reshape(n, k), col.reshape(n, k)
+            over_texts, over_groups = reduce_scatter_logsumexp(row, group).reshape(n, k), col.reshape(n, k)
         pair = over_groups - pos
         if direction == "both":
             pair = (pair + over_texts - pos) / 2

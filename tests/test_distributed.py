@@ -1,5 +1,6 @@
 """Losses over 2, 3 and 4 gloo ranks equal the single-process float64 oracle: values, all gradients, the scale's included."""
 
+import math
 import multiprocessing
 import socket
 
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 from numerics import clip_like
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import gathered_logsumexp, reference
+from dreamlip_kernels import distributed, gathered_logsumexp, reference
 
 N, K, P, D = 12, 3, 9, 8  # N divides by 2, 3 and 4
 
@@ -109,10 +110,17 @@ def empty_worker(rank, world, port):
     image, text = torch.randn(0, D, requires_grad=True), torch.randn(0, K, D, requires_grad=True)
     loss = dk.multi_positive_contrastive_loss(image, text, 3.0)
     assert loss == 0 and torch.autograd.grad(loss, image)[0].shape == (0, D)
+    # Sums that are empty here, and everywhere: minus infinity, with no gradient and no NaN.
+    part = torch.zeros(1, 2 * world, dtype=torch.float64)
+    part[0, 0], part[0, 1] = (-torch.inf if rank else 3.0), -torch.inf
+    total = distributed.reduce_scatter_logsumexp(part.requires_grad_())
+    assert total.tolist() == ([[3.0, -torch.inf]] if rank == 0 else [[pytest.approx(math.log(2))] * 2])
+    grad = torch.autograd.grad(total, part, torch.ones_like(total))[0]
+    assert grad[0, :2].tolist() == [float(rank == 0), 0.0] and grad[0, 2:].tolist() == [pytest.approx(0.5)] * 2
     dist.destroy_process_group()
 
 
-def test_an_empty_batch_on_every_rank_is_zero():
+def test_what_is_empty_on_every_rank_has_no_gradient():
     spawn(empty_worker, 2)
 
 
@@ -158,6 +166,7 @@ def counting_worker(rank, world, port):
     counted("all_gather_into_tensor", lambda out, *_: out)
     counted("reduce_scatter_tensor", lambda out, whole, *_: whole)
     counted("all_reduce", lambda x, *_: x)
+    counted("all_to_all_single", lambda out, *_: out)
     n = N // world
     own = [t[rank * n : (rank + 1) * n] for t in global_case()]
     for dtype, masked, stretches in (("float32", False, 1), ("bfloat16", False, 1), ("bfloat16", True, 3)):
@@ -173,9 +182,9 @@ def counting_worker(rank, world, port):
         assert calls == [
             ("all_gather_into_tensor", 4 * world, "int64"),  # do all ranks hold the same shapes?
             ("all_gather_into_tensor", N * D, dtype),  # images
-            ("all_reduce", K * N, "float32"), ("all_reduce", K * N, "float32"),  # row log-sum-exp: MAX, then SUM
+            ("all_to_all_single", K * N, "float32"),  # each rank's part of the rows' log-sum-exp, to the rows' owner
             *([("all_reduce", 1, "int64")] if masked else []),  # how many captions there are
-            ("all_gather_into_tensor", K * N, "float32"),  # the row sums' upstream
+            ("all_to_all_single", K * N, "float32"),  # the upstream of each part, back
             *[("reduce_scatter_tensor", N * D // stretches, "float32")] * stretches,  # the images' gradients
         ], calls  # fmt: skip
     dist.destroy_process_group()
