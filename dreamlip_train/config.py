@@ -142,8 +142,8 @@ class EngineConfig:
     """DeepSpeed ZeRO stage."""
     grad_checkpointing: bool = False
     """Recompute activations in backward."""
-    text_buckets: int = 4
-    """The captions of a step go through the text tower in at most so many groups of like length; 1 pads all to the longest. One under ZeRO-3."""
+    pack_captions: bool = True
+    """Captions go through the text tower one after another in shared rows; False pads all to the longest of the step."""
     compile: bool = False
     """torch.compile the towers; the first steps take minutes."""
     channels_last: bool = False
@@ -279,7 +279,7 @@ class Config:
             'loss.contrast="batch" needs the patches of the whole batch at once; use loss.contrast="image", or no gradient caching',
         )
         _require(self.engine.steps > 0 or self.engine.epochs > 0, "engine.epochs", self.engine.epochs, "give engine.epochs or engine.steps")
-        for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps", "text_buckets"):
+        for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps"):
             _require(getattr(self.engine, name) >= 1, f"engine.{name}", getattr(self.engine, name), "give at least 1")
         _require(self.engine.save_every_minutes >= 0, "engine.save_every_minutes", self.engine.save_every_minutes, "0 goes by steps alone")
         _require(

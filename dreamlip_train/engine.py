@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dreamlip_train.caption_packing import PackedCaptions, pack_captions
 from dreamlip_train.config import EngineConfig, ModelConfig, OptimConfig
 from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.model import DreamLIP, build_model, crop_to_longest
-from dreamlip_train.text_buckets import length_buckets
 
 LOGIT_SCALARS = ("logit_scale", "logit_scale_local", "logit_bias")
 
@@ -128,20 +128,17 @@ def build_engine(model: DreamLIP, engine: EngineConfig, optim: OptimConfig, devi
     return built
 
 
-def move_batch(batch: dict[str, Any], device: torch.device, text_buckets: int = 1) -> dict[str, Any]:
-    """``batch`` on ``device``, its captions cropped to the longest of them before they travel, in at most ``text_buckets`` groups of like length."""
-    batch = {**batch, "text": crop_to_longest(batch["text"]), "buckets": length_buckets(batch["text"], text_buckets)}
-    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()} | {
-        "buckets": batch["buckets"].to(device) if batch["buckets"] is not None else None
+def move_batch(batch: dict[str, Any], device: torch.device, pack: bool = True) -> dict[str, Any]:
+    """``batch`` on ``device``, its captions packed into rows before they travel, or without ``pack`` cropped to the longest of them."""
+    batch = {**batch, "text": pack_captions(batch["text"]) if pack else crop_to_longest(batch["text"])}
+    return {
+        key: value.to(device, non_blocking=True)
+        if isinstance(value, Tensor)
+        else value.to(device)
+        if isinstance(value, PackedCaptions)
+        else value
+        for key, value in batch.items()
     }
-
-
-def text_buckets(engine: EngineConfig) -> int:
-    """How many groups a step's captions may have: one where each further call of the tower costs more than it saves.
-
-    Under ZeRO-3 every call gathers the weights anew, and all ranks must make the same calls.
-    """
-    return 1 if engine.zero_stage == 3 else engine.text_buckets
 
 
 def train_step(
@@ -150,7 +147,7 @@ def train_step(
     """One optimizer step on a batch of ``move_batch``; a step whose loss or gradients are not finite on any rank leaves the weights as they were."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    features = engine(batch["images"], batch["text"], patches, batch.get("buckets"))
+    features = engine(batch["images"], batch["text"], patches)
     losses = loss_fn(**features, text_mask=batch["text_mask"], output_dict=True)
     loss = sum(losses.values())
     scales = {name: features[name].detach() for name in LOGIT_SCALARS if features[name] is not None}

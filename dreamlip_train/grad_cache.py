@@ -53,7 +53,7 @@ def cached_train_step(engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str,
         rows = slice(first, first + len(chunk["images"]))
         first = rows.stop
         with _replayed(state):
-            out = engine(chunk["images"], chunk["text"], grouped, chunk["buckets"])
+            out = engine(chunk["images"], chunk["text"], grouped)
         surrogate = out["image_features"].sum() * 0
         if gradients is not None:
             surrogate = sum((out[name] * gradients[name][rows]).sum() for name in _ROWS)
@@ -80,7 +80,7 @@ def _features(engine: Any, chunks: list[dict[str, Any]]) -> tuple[list[tuple[Ten
     with torch.no_grad():
         for chunk in chunks:
             states.append(_random_state(engine.device))
-            out = engine(chunk["images"], chunk["text"], False, chunk["buckets"])
+            out = engine(chunk["images"], chunk["text"], False)
             outs.append(out)
     leaves = {name: torch.cat([out[name] for out in outs]) for name in _ROWS}
     leaves |= {name: outs[-1][name].clone() for name in ("logit_scale", "logit_bias") if outs[-1][name] is not None}

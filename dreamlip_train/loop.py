@@ -19,7 +19,7 @@ from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train import checkpoint
 from dreamlip_train.config import Config, LossConfig
 from dreamlip_train.data import TrainLoader
-from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, text_buckets, train_step
+from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
 from dreamlip_train.evaluate import StoppedError, evaluate
 from dreamlip_train.grad_cache import cached_train_step, split_batch
 from dreamlip_train.prefetch import prefetched
@@ -114,8 +114,8 @@ class Loop:
         """``batch`` as the step takes it, on the device: whole, or in the chunks of gradient caching."""
         engine, device = self.config.engine, self.engine.device
         if engine.chunk_size:
-            return [move_batch(chunk, device, text_buckets(engine)) for chunk in split_batch(batch, engine.chunk_size)]
-        return move_batch(batch, device, text_buckets(engine))
+            return [move_batch(chunk, device, engine.pack_captions) for chunk in split_batch(batch, engine.chunk_size)]
+        return move_batch(batch, device, engine.pack_captions)
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], Any]]:
         """The batches that are left, epoch after epoch, as loaded and as moved, the time spent waiting for each on the stopwatch."""

@@ -19,8 +19,8 @@ from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dreamlip_train.caption_packing import PackedCaptions, RowAttention, row_mask
 from dreamlip_train.config import ModelConfig
-from dreamlip_train.text_buckets import Buckets
 from dreamlip_train.tokenizer import CaptionTokenizer
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -55,7 +55,7 @@ def logit_multiplier(log_scale: Tensor) -> Tensor:
 class DreamLIP(nn.Module):
     """open_clip's towers with patch features and K sub-captions an image.
 
-    ``forward(images [n,3,H,W], text [n,K,L])``, with ``buckets`` the captions group by group at their own lengths, returns a dict:
+    ``forward(images [n,3,H,W], text [n,K,L], or the same captions packed)`` returns a dict:
     image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected, not normalised (None with ``patches=False``);
     logit_scale, logit_scale_local and logit_bias, scalars (None where the model has none). All fp32, the patches in the towers' dtype: they are the bulk.
     """
@@ -73,6 +73,9 @@ class DreamLIP(nn.Module):
         self.clip = clip
         # An attribute, not state: checkpoints do not change, and open_clip's own encode_image(normalize=True) is never called here.
         self.clip.visual.output_tokens = True
+        for block in self.clip.transformer.resblocks:
+            if type(block.attn) is nn.MultiheadAttention:  # open_clip's other blocks have an attention that takes masks by row
+                block.attn.__class__ = RowAttention
         self.tokenize = tokenizer
         self.local_proj = nn.Parameter(clip.visual.proj.detach().clone()) if local_projection else None
         # One element, not zero-dimensional: DeepSpeed cannot broadcast 0-dim parameters.
@@ -100,22 +103,22 @@ class DreamLIP(nn.Module):
         return self.clip.context_length
 
     def compile_towers(self, backend: str = "inductor") -> None:
-        """torch.compile both towers: the image tower for its one shape, the text tower once for any number of captions of any length."""
+        """torch.compile both towers: one graph each, for one picture size and for any number of packed rows."""
         self._image_features = torch.compile(self._image_features, backend=backend)
-        self._text_features = torch.compile(self._text_features, backend=backend, dynamic=True)
+        self._packed_text_features = torch.compile(self._packed_text_features, backend=backend)
 
-    def forward(self, images: Tensor, text: Tensor, patches: bool = True, buckets: Buckets | None = None) -> dict[str, Tensor | None]:
+    def forward(self, images: Tensor, text: Tensor | PackedCaptions, patches: bool = True) -> dict[str, Tensor | None]:
         image_features, patch_features = self._image_features(images, patches)
-        tokens = text.flatten(0, 1)
-        if buckets is None:
-            text_features = self._text_features(tokens)
+        if isinstance(text, PackedCaptions):
+            for by_row in (text.tokens, text.positions, text.captions):
+                torch._dynamo.maybe_mark_dynamic(by_row, 0)  # their number is another one each step
+            text_features = self._packed_text_features(text.tokens, text.positions, text.captions, text.ends)
         else:
-            groups = [self._text_features(tokens[rows, :length]) for rows, length in buckets.groups]
-            text_features = torch.cat(groups)[buckets.inverse]
+            text_features = self._text_features(text.flatten(0, 1))
         return {
             "image_features": image_features,
             "patch_features": patch_features,
-            "text_features": text_features.unflatten(0, text.shape[:2]),
+            "text_features": text_features.unflatten(0, (len(images), -1)),
             "logit_scale": logit_multiplier(self.clip.logit_scale),
             "logit_scale_local": None if self.logit_scale_local is None else logit_multiplier(self.logit_scale_local),
             "logit_bias": None if self.logit_bias is None else self.logit_bias.float().sum(),
@@ -146,13 +149,23 @@ class DreamLIP(nn.Module):
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         """open_clip's CLIP.encode_text for any length up to the context, without its fixed-length check."""
-        clip, length = self.clip, tokens.shape[1]
+        clip, (count, length) = self.clip, tokens.shape
         if length > clip.context_length:
             raise ValueError(f"DreamLIP: text has {length} tokens a row, model.context_length is {clip.context_length}")
+        ends = torch.arange(count, device=tokens.device) * length + tokens.argmax(dim=-1)  # the end token has the highest id
+        return self._pooled_text(tokens, clip.positional_embedding[:length], clip.attn_mask[:length, :length], ends)
+
+    def _packed_text_features(self, tokens: Tensor, positions: Tensor, captions: Tensor, ends: Tensor) -> Tensor:
+        """``_text_features`` of the captions in a PackedCaptions' tensors."""
+        embedding = self.clip.positional_embedding
+        return self._pooled_text(tokens, F.embedding(positions, embedding), row_mask(captions, embedding.dtype), ends)
+
+    def _pooled_text(self, tokens: Tensor, positions: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+        """Unit features [B,D] at ``ends``, indices into the flattened token rows; ``positions`` are embeddings."""
+        clip = self.clip
         dtype = clip.transformer.get_cast_dtype()
-        x = clip.token_embedding(tokens).to(dtype) + clip.positional_embedding[:length].to(dtype)
-        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
-        x = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=-1)]  # the end token has the highest id
+        x = clip.token_embedding(tokens).to(dtype) + positions.to(dtype)
+        x = clip.ln_final(clip.transformer(x, attn_mask=mask)).flatten(0, 1).index_select(0, ends)
         projection = clip.text_projection
         if projection is not None:
             x = projection(x) if isinstance(projection, nn.Linear) else x @ projection

@@ -70,5 +70,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif hasattr(value, "__dataclass_fields__"):  # Buckets
+    elif hasattr(value, "__dataclass_fields__"):  # PackedCaptions
         yield from _tensors(list(vars(value).values()))

@@ -31,7 +31,7 @@ _FIXED = (
 _FREE = (
     "data.shards", "data.val_shards", "data.workers", "data.allow_pipe", "data.max_bad_fraction", "data.stall_seconds", "data.eval_source",
     "model.pretrained", "loss.backend", "engine.batch_size", "engine.epochs", "engine.steps", "engine.grad_checkpointing",
-    "data.pin_memory", "optim.fused", "engine.compile", "engine.channels_last", "engine.prefetch", "engine.text_buckets", "engine.chunk_size",
+    "data.pin_memory", "optim.fused", "engine.compile", "engine.channels_last", "engine.prefetch", "engine.pack_captions", "engine.chunk_size",
     "engine.log_every", "engine.save_every_steps", "engine.save_every_minutes", "engine.keep_last", "engine.max_nonfinite_steps",
     "engine.wandb_project", "engine.deepspeed", "eval.every_steps", "eval.batch_size", "eval.max_samples", "eval.threshold",
 )  # fmt: skip

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
+from dreamlip_train.caption_packing import PackedCaptions
 from dreamlip_train.prefetch import _tensors, prefetched
-from dreamlip_train.text_buckets import Buckets
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,6 @@ def test_closing_early_waits_for_the_thread_so_that_the_source_can_be_closed():
 
 
 def test_the_tensors_of_a_moved_batch_are_all_found():
-    a, b, c, d = (torch.zeros(i + 1) for i in range(4))
-    moved = [{"images": a, "keys": ["x"], "buckets": Buckets(((b, 8), (c, 16)), d)}, {"buckets": None}]
-    assert [len(tensor) for tensor in _tensors(moved)] == [1, 2, 3, 4]
+    a, *packed = (torch.zeros(i + 1) for i in range(5))
+    moved = [{"images": a, "keys": ["x"], "text": PackedCaptions(*packed)}, {"seen": None}]
+    assert [len(tensor) for tensor in _tensors(moved)] == [1, 2, 3, 4, 5]
