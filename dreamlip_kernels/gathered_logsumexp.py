@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Group, reduce_scatter_logsumexp, rank_and_size
+from .distributed import Group, rank_and_size, reduce_scatter_logsumexp
 from .logsumexp import logsumexp_backward_op, logsumexp_op
 
 # Backward goes in so many stretches where each still has rows enough to fill a device.

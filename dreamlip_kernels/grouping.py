@@ -14,7 +14,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
 from .contrastive import agreement_sizes, global_mean
-from .distributed import Group, all_gather_rows, reduce_scatter_logsumexp, check_agreement
+from .distributed import Group, all_gather_rows, check_agreement, reduce_scatter_logsumexp
 from .logsumexp import bidirectional_logsumexp
 
 NORMALIZATIONS = ("minmax", "softmax", "none")
