@@ -90,7 +90,7 @@ def main() -> None:
     x = torch.nn.functional.normalize(torch.randn(N, given.width, device="cuda"), dim=-1).to(dtype)
     y = torch.nn.functional.normalize(torch.randn(K, N, given.width, device="cuda"), dim=-1).to(dtype)
     scale = torch.tensor(14.3, device="cuda")
-    operands = contrastive_triton.Operands(x, y, scale)
+    operands = contrastive_triton.Operands(x, y, scale, None, None)
     flag = torch.zeros((), dtype=torch.int32, device="cuda")
     rows, cols = (torch.rand(3, N, device="cuda") for _ in range(2))
     workspace = operands.x.new_empty(N * N)

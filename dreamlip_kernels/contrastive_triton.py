@@ -5,7 +5,8 @@
 
 A fixed exponent offset in place of running maxima makes row and column sums plain adds. z is at most scale for unit vectors, so the
 offset ``scale - 106`` (in powers of two) puts the largest term at 2^106 and keeps sums of up to 2^20 of them in range; sums below
-2^-82 or beyond 2^126 raise a flag on the device, and kernels that are always launched and otherwise exit at once recompute exactly.
+2^-82 or beyond 2^126 raise a flag on the device, and kernels that are always launched and otherwise exit at once recompute exactly. So does a scale
+of 0: the infinity that drops a column is NaN then.
 
 M rows, C columns, K slots, D width. Kernels compute in 16 bits: bfloat16 inputs as they are, float32 inputs as float16 after a
 power-of-two scaling (unit vectors cannot overflow, and float16's rounding is 8 times finer).
@@ -31,10 +32,10 @@ GRADIENT_EXPONENT = 14  # |G| is scaled up to 2^14: float16 then holds it normal
 class Operands:
     """x and y as the kernels read them, D padded to TMA's 16 bytes: 16-bit, with the factors that undo float16's power-of-two scaling, or float32."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor):
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None):
         wide = x.dtype == torch.float32 and settings.exact_float32
-        self.x, self.x_unit = (_aligned(x), x.new_ones(())) if wide else _sixteen_bit(x)
-        self.y, self.y_unit = (_aligned(y), y.new_ones(())) if wide else _sixteen_bit(y)
+        self.x, self.x_unit = (_aligned(x), x.new_ones(())) if wide else _sixteen_bit(x, x_mask)
+        self.y, self.y_unit = (_aligned(y), y.new_ones(())) if wide else _sixteen_bit(y, y_mask)
         self.precision = "tf32x3" if wide else "tf32"  # the latter has no meaning for 16-bit operands
         slope = scale * self.x_unit * self.y_unit * LOG2E
         # The offset bounds scale * x . y for unit vectors; others are caught by the flag.
@@ -59,13 +60,17 @@ class Operands:
         return given | strides | tile | dict(PRECISION=self.precision, DESCRIPTOR=descriptor)
 
 
-def _sixteen_bit(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(16-bit v / unit, aligned; unit): unit is a power of two on the device, 1 for 16-bit inputs."""
+def _sixteen_bit(v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(16-bit v / unit, aligned; unit): unit is a power of two on the device, 1 for 16-bit inputs. Dropped rows of float32 become 0: whatever they
+    hold, it does not decide how the others are rounded."""
     unit = v.new_ones((), dtype=torch.float32)
     if v.dtype == torch.float32:
-        largest = v.abs().amax() if v.numel() else unit
+        largest = torch.linalg.vector_norm(v, torch.inf, dim=-1) if v.numel() else unit
+        largest = (largest if mask is None else largest.where(mask, 0)).amax()
         unit = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
-        v = (v / unit).half()
+        v = torch.div(v, unit, out=v.new_empty(v.shape, dtype=torch.float16))
+        if mask is not None:
+            v.masked_fill_(~mask[..., None], 0)
     return _aligned(v), unit
 
 
@@ -86,7 +91,7 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: 
     if m == 0 or c == 0 or k == 0:
         return x.new_full((k, m), -torch.inf, dtype=torch.float32), x.new_full((k, c), -torch.inf, dtype=torch.float32)
     y_mask = None if y_mask is None else y_mask.contiguous()
-    operands = Operands(x, y, scale)
+    operands = Operands(x, y, scale, x_mask, y_mask)
     row_sum, col_sum = _sums(operands, x_mask, y_mask)
     flag = _out_of_range(row_sum, x_mask) | _out_of_range(col_sum, y_mask)
     offset = operands.slope_and_offset[1]
@@ -154,15 +159,15 @@ def backward(
     if m == 0 or c == 0 or k == 0:
         return x.new_zeros(x.shape, dtype=dtype), y.new_zeros(y.shape, dtype=dtype), torch.zeros_like(scale)
     y_mask = None if y_mask is None else y_mask.contiguous()
-    operands = Operands(x, y, scale)
-    offset = operands.slope_and_offset[1]
+    operands = Operands(x, y, scale, x_mask, y_mask)
+    slope, offset = operands.slope_and_offset
     a = torch.where(torch.isneginf(row), 0, d_row)
     b = torch.where(torch.isneginf(col), 0, d_col)
     row, col = (v.masked_fill(torch.isneginf(v), torch.inf) for v in (row, col))
     # One power of two for the whole G: its largest coefficient comes to 2^14.
     largest = torch.maximum(a.abs().amax(), b.abs().amax())
     g_unit = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) - GRADIENT_EXPONENT), 1.0)
-    flag = (_log_out_of_range(row, offset, x_mask) | _log_out_of_range(col, offset, y_mask)).to(torch.int32)
+    flag = (_log_out_of_range(row, offset, x_mask) | _log_out_of_range(col, offset, y_mask) | (slope == 0)).to(torch.int32)
     rows = torch.stack([a / g_unit * torch.exp2(offset - row * LOG2E), row * LOG2E, a / g_unit])  # [3, K, M]
     cols = torch.stack([b / g_unit * torch.exp2(offset - col * LOG2E), col * LOG2E, b / g_unit])
     dx = x.new_zeros(m, operands.x.shape[1], dtype=torch.float32)

@@ -78,14 +78,15 @@ def _layouts(counts: list[int], length: int) -> Iterator[tuple[list[int], int]]:
 
 
 class RowAttention(nn.MultiheadAttention):
-    """Self-attention of nn.MultiheadAttention whose additive mask may differ by row, [R,1,L,L], without a copy of it for each head."""
+    """nn.MultiheadAttention of x with itself, whose additive mask may differ by row, [R,1,L,L], without a copy of it for each head.
+
+    Called as open_clip's blocks do. That key and value are x is taken for granted: under ZeRO-3 they arrive as three views of it.
+    """
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+        self, x: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        if not (query is key is value) or need_weights:
-            raise ValueError("RowAttention: query, key and value must be one tensor, and it gives no weights")
-        q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 

@@ -96,6 +96,11 @@ def compiled(script, tmp_path, *arguments):
         yield path, subprocess.run([disassembler, path], capture_output=True, text=True, check=True).stdout, int(shared)
 
 
+def registers(path):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return int(re.search(r"REG:(\d+)", subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout)[1])
+
+
 def check(path, code, shared, arch, tensor_core):
     assert re.search(rf"\b({tensor_core})\b", code), f"{path}: no tensor-core instruction"
     spills = len(re.findall(r"\b(LDL|STL)\b", code))
@@ -111,6 +116,8 @@ def test_shipped_configurations(arch, dtype, tmp_path):
     for path, code, shared in built:
         # TF32 products are another instruction of sm_100.
         check(path, code, shared, arch, r"UTC\w*MMA" if (arch, dtype) == (100, "fp32") else TENSOR_CORE[arch])
+        if dtype != "fp32":
+            assert registers(path) <= 128, f"{path}: a second program does not fit on a processor"
         copies = "UTMALDG" if arch >= 90 else r"LDGSTS"  # TMA, cp.async
         assert re.search(rf"\b{copies}\b", code), f"{path}: loads are not asynchronous"
 

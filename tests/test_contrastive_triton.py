@@ -46,9 +46,9 @@ def close(name, op, oracle, draws):
         assert error <= bound, f"{name}[{i}]: error {error:.2e} exceeds {bound:.2e} (largest {largest:.2e})"
 
 
-def compare(make, scale, **masks):
+def compare(make, scale, op=None, **masks):
     """``make(seed)`` -> x, y."""
-    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks)  # noqa: E731
+    op = op or (lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks))
     oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))  # noqa: E731
     close("row, col, dx, dy, dscale", op, oracle, [(*make(seed), torch.tensor(scale)) for seed in range(4)])
 
@@ -64,20 +64,27 @@ def test_logsumexp(m, c, k, d, dtype, scale):
     compare(make, scale)
 
 
-@pytest.mark.parametrize("slot", ["some", "a whole slot"])
-def test_masks(slot):
+@pytest.mark.parametrize("slot, scale", [("some", 14.3), ("a whole slot", 14.3), ("some", -14.3), ("some", 0.0), ("some", 100.0)])
+@pytest.mark.parametrize("held", [0.0, 1e30])
+def test_masks(slot, scale, held):
+    """Whichever way a scale turns infinity, and whatever is ``held`` where something is dropped."""
     gen = torch.Generator().manual_seed(1)
     y_mask = (torch.rand(45, 3, generator=gen) > 0.4).T  # not contiguous, as the loss passes it
     if slot != "some":
         y_mask = y_mask.clone()
         y_mask[1] = False
     x_mask = torch.rand(45, generator=gen) > 0.3
+    masks = dict(y_mask=y_mask, x_mask=x_mask)
 
     def make(seed):
         x, y = clip_like(45, 3, 20, seed=seed)
         return x, y.transpose(0, 1)
 
-    compare(make, 14.3, y_mask=y_mask, x_mask=x_mask)
+    def op(x, y, s):
+        x, y = x + held * ~x_mask[:, None], y + held * ~y_mask[..., None]
+        return dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks)
+
+    compare(make, scale, op, **masks)
 
 
 @pytest.mark.parametrize("case", ["opposed at scale 100", "not normalised", "scale 1000", "large and small"])
