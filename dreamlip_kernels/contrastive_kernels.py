@@ -41,8 +41,8 @@ def _y_tile(y, stride_k, stride_c, slot, first, C, d, D, BLOCK_C: tl.constexpr, 
 def _drop_columns(acc, keep_c, slope, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENT: tl.constexpr):
     """acc, with slope * acc at minus infinity in the columns that are not kept (a slope of 0 is the caller's to avoid).
 
-    As a product 1 * -inf more, an eighth of the tensor cores' smallest step: masks spread over the tile's layout took 108 registers, and with them the second
-    program on a processor.
+    By one more product of depth 16, ones times 0 or -inf: a mask spread over the tile's layout took 108 registers, and with them the second program on a
+    processor.
     """
     ones = tl.full((BLOCK_M, 16), 1.0, ELEMENT)
     far = tl.where(keep_c, 0.0, tl.where(slope < 0, float("inf"), float("-inf"))).to(ELEMENT)
