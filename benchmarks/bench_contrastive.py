@@ -100,3 +100,20 @@ def test_error(run, provider, dtype, shape):
         warmup=0,
         extra={f"error_{name}": error for name, error in zip(("loss", "d_image", "d_text", "d_scale"), errors, strict=True)},
     )
+
+
+@pytest.mark.parametrize("shape", named({"N2048-K8-D512": (2048, 8, 512)}, {"N32768-K8-D512": (32768, 8, 512)})[-1:])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dropped", [0.0, 0.2])
+def test_mask(run, dropped, backend, shape):
+    """What a mask costs, forward and backward: training always has one, for images with fewer than K captions."""
+    n, k, _ = shape
+    image, text, scale = features(shape, DTYPES[-1])
+    require(backend, image)
+    mask = torch.rand(n, k, device=DEVICE) >= dropped if dropped else None
+
+    def step():
+        loss = dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend=backend)
+        torch.autograd.grad(loss, (image, text, scale))
+
+    run(step)

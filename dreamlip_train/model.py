@@ -105,13 +105,18 @@ class DreamLIP(nn.Module):
     def compile_towers(self, backend: str = "inductor") -> None:
         """torch.compile both towers: one graph each, for one picture size and for any number of packed rows."""
         self._image_features = torch.compile(self._image_features, backend=backend)
-        self._packed_text_features = torch.compile(self._packed_text_features, backend=backend)
+        packed_text_features = torch.compile(self._packed_text_features, backend=backend)
+
+        def for_any_number_of_rows(tokens: Tensor, positions: Tensor, captions: Tensor, ends: Tensor) -> Tensor:
+            for by_row in (tokens, positions, captions):
+                torch._dynamo.maybe_mark_dynamic(by_row, 0)  # another number each step; the rows' length and the number of captions stay
+            return packed_text_features(tokens, positions, captions, ends)
+
+        self._packed_text_features = for_any_number_of_rows
 
     def forward(self, images: Tensor, text: Tensor | PackedCaptions, patches: bool = True) -> dict[str, Tensor | None]:
         image_features, patch_features = self._image_features(images, patches)
         if isinstance(text, PackedCaptions):
-            for by_row in (text.tokens, text.positions, text.captions):
-                torch._dynamo.maybe_mark_dynamic(by_row, 0)  # their number is another one each step
             text_features = self._packed_text_features(text.tokens, text.positions, text.captions, text.ends)
         else:
             text_features = self._text_features(text.flatten(0, 1))
