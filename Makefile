@@ -47,7 +47,7 @@ bench: install
 # For a GPU machine without a package index: what its training benchmarks need beside torch. `make gpu` installs what lies in wheels/.
 wheels: install
 	$(BIN)/python -m pip download -q -d wheels --no-deps --only-binary=:all: --python-version $(or $(GPU_PYTHON),3.12) -c constraints.txt \
-		open_clip_torch ftfy regex wcwidth webdataset braceexpand simplejpeg
+		open_clip_torch ftfy regex wcwidth webdataset braceexpand simplejpeg inf-cl
 
 # On a machine with a CUDA device: everything this repository can say about it, into files under OUT.
 gpu:

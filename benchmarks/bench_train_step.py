@@ -18,10 +18,10 @@ from dreamlip_kernels import DreamLIPLoss, reference
 K = 8
 SETTINGS = {
     "shipped": {},
-    "captions cropped": {"pack_captions": False},
-    "other precision": {"other_precision": True},  # bfloat16 autocast on a CPU, float32 on a GPU
-    "grad checkpointing": {"grad_checkpointing": True},
     "compiled": {"compile": True},
+    "captions cropped": {"pack_captions": False},
+    "grad checkpointing": {"grad_checkpointing": True},
+    "other precision": {"other_precision": True},  # bfloat16 autocast on a CPU, float32 on a GPU
 }
 BATCH = 16 if DEVICE == "cpu" else 512
 MODELS = ["ViT-B-32", "ViT-B-16"]
@@ -53,6 +53,8 @@ def autocast(other=False):
 
 @pytest.mark.parametrize("captions_as", ["padded", "cropped", "packed"])
 def test_text_tower(run, trained, captions_as):
+    if trained.grid != (7, 7):
+        pytest.skip("the text tower of ViT-B/32 once more")
     given = batch()
     text = (given if captions_as == "padded" else moved(given, captions_as == "packed"))["text"].to(DEVICE)
 

@@ -90,7 +90,10 @@ def run(benchmark, request):
                 torch.cuda.synchronize()
 
         benchmark.extra_info.update(extra or {})
-        synchronised()
+        try:
+            synchronised()
+        except torch.cuda.OutOfMemoryError:
+            pytest.skip("does not fit in this device's memory")
         benchmark.extra_info["peak_mb"] = _peak_bytes(synchronised) / 2**20
         benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=warmup)
         median = benchmark.stats.stats.median if benchmark.stats else None  # none with --benchmark-disable
