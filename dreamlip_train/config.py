@@ -289,6 +289,12 @@ class Config:
             "does not run with engine.zero_stage=3; use stage 0, 1 or 2",
         )
         _require(
+            self.engine.pack_captions or not self.engine.compile,
+            "engine.pack_captions",
+            False,
+            "engine.compile compiles the text tower for packed captions; leave them packed, or do not compile",
+        )
+        _require(
             0 <= self.optim.final_lr_fraction <= 1, "optim.final_lr_fraction", self.optim.final_lr_fraction, "give a fraction in [0, 1]"
         )
         needs_shards = self.eval.every_steps == 0 or bool(self.data.val_shards)

@@ -31,6 +31,7 @@ from dreamlip_train.config_file import differences, format_config, override, rea
         ({"engine": {"epochs": 0}}, "engine.epochs"),
         ({"engine": {"keep_last": 0}}, "engine.keep_last"),
         ({"engine": {"compile": True, "zero_stage": 3}}, "engine.compile"),
+        ({"engine": {"compile": True, "pack_captions": False}}, "engine.pack_captions"),
         ({"eval": {"every_steps": 10}}, "eval.every_steps"),
     ],
 )
