@@ -20,6 +20,8 @@ class Blocks(NamedTuple):
 
 
 INTERPRETED = Blocks(32, 32, 16, 4, 1)
+# online_rows, which only runs where sums left float32's range, by bytes of an operand's element: a shape for every device.
+ONLINE = {2: Blocks(64, 64, 64, 4, 2), 4: Blocks(64, 64, 32, 8, 2)}
 
 # (kernel, bytes of an operand's element, compute capability's major) -> {D the entry was found at: Blocks}. All compiled, none timed.
 TABLE: dict[tuple[str, int, int], dict[int, Blocks]] = {

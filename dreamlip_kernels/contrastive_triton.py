@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .contrastive_blocks import INTERPRETED, Blocks, blocks_for
+from .contrastive_blocks import INTERPRETED, ONLINE, Blocks, blocks_for
 from .contrastive_kernels import exp_sums, gradient_tile, online_rows
 from .settings import settings
 
@@ -137,14 +137,15 @@ def _online(operands: Operands, flag: Tensor, row: Tensor, col: Tensor, x_mask: 
     """Recompute row and col exactly, in place, where the flag is set."""
     x, y = operands.x, operands.y
     d, (k, c, _) = x.shape[1], y.shape
-    blocks = dict(BLOCK_R=64, BLOCK_S=64, BLOCK_D=min(64, max(16, triton.next_power_of_2(d))), num_warps=4, num_stages=2)
-    blocks["PRECISION"] = operands.precision
+    rows, columns, depth, warps, stages = ONLINE[x.element_size()]
+    depth = min(depth, max(16, triton.next_power_of_2(d)))
+    blocks = dict(BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, num_warps=warps, num_stages=stages, PRECISION=operands.precision)
     for out, q, kk, q_mask, k_mask, q_strides, k_strides, mask_strides in (
         (row, x, y, x_mask, y_mask, (0, x.stride(0)), (y.stride(0), y.stride(1)), (0, c)),
         (col, y, x, y_mask, x_mask, (y.stride(0), y.stride(1)), (0, x.stride(0)), (c, 0)),
     ):
         r, s = out.shape[1], kk.shape[-2]
-        online_rows[(triton.cdiv(r, 64), k)](
+        online_rows[(triton.cdiv(r, rows), k)](
             flag, q, kk, q_mask, k_mask, operands.slope_and_offset, out, r, s, d, *q_strides, *k_strides, *mask_strides,
             HAS_Q_MASK=q_mask is not None, HAS_K_MASK=k_mask is not None, **blocks,
         )  # fmt: skip
