@@ -6,6 +6,7 @@ A scene is a pure function of (seed, split, index). Sentence j of each long capt
 from __future__ import annotations
 
 import csv
+import io
 import multiprocessing
 import os
 import sys
@@ -224,10 +225,14 @@ def prepare_scenes(output: str | Path, num_train: int = 6000, num_val: int = 200
         for name in ("images", "masks"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         rows = _map_processes(partial(write_scene, folder, seed, split), count)
-        with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["Image Path", *CAPTION_COLUMNS])
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, ["Image Path", *CAPTION_COLUMNS])
+        writer.writeheader()
+        writer.writerows(rows)
+        captions, text = folder / "captions.csv", table.getvalue().encode()
+        # Left alone where it is the same: shards know their table by its time too, and would be refused as another one's.
+        if not captions.is_file() or captions.read_bytes() != text:
+            captions.write_bytes(text)
         summary[split] = (
             {"samples": count} | {name: str(folder / name) for name in ("images", "masks")} | {"captions": str(folder / "captions.csv")}
         )

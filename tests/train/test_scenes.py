@@ -9,6 +9,7 @@ from PIL import Image
 
 from dreamlip_train import scene_painting
 from dreamlip_train.captions import CAPTION_COLUMNS, LONG, split_sub_captions
+from dreamlip_train.prepare import prepare_folder
 from dreamlip_train.scenes import PLACES, prepare_scenes
 
 
@@ -86,3 +87,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_p
 def test_rendering_is_fast_enough_for_the_demo(world):
     _, seconds = world
     assert 80 / seconds > 15, f"{80 / seconds:.0f} scenes/s with process start"
+
+
+def test_rendered_again_the_shards_made_of_it_go_on(tmp_path):
+    """`make demo` a second time: the table is the one that the shards were made of."""
+    for _ in range(2):
+        made = prepare_scenes(tmp_path / "scenes", num_train=12, num_val=0)["train"]
+        prepare_folder(made["captions"], made["images"], tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 1
+    prepare_scenes(tmp_path / "scenes", num_train=12, num_val=0, seed=1)
+    with pytest.raises(ValueError, match="holds shards of another table"):
+        prepare_folder(made["captions"], made["images"], tmp_path / "shards")
