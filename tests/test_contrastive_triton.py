@@ -64,10 +64,12 @@ def test_logsumexp(m, c, k, d, dtype, scale):
     compare(make, scale)
 
 
-@pytest.mark.parametrize("slot, scale", [("some", 14.3), ("a whole slot", 14.3), ("some", -14.3), ("some", 0.0), ("some", 100.0)])
-@pytest.mark.parametrize("held", [0.0, 1e30])
-def test_masks(slot, scale, held):
-    """Whichever way a scale turns infinity, and whatever is ``held`` where something is dropped."""
+@pytest.mark.parametrize(
+    "slot, scale", [("some", 14.3), ("a whole slot", 14.3), ("some", -14.3), ("some", 0.0), ("some", 100.0), ("some", 1000.0)]
+)
+@pytest.mark.parametrize("dtype, held", [(torch.float32, 0.0), (torch.float32, 1e30), (torch.float16, 0.0), (torch.float16, 6e4)])
+def test_masks(slot, scale, dtype, held):
+    """Whichever way a scale turns infinity, in the exact kernels too (1000), and whatever is ``held`` where something is dropped."""
     gen = torch.Generator().manual_seed(1)
     y_mask = (torch.rand(45, 3, generator=gen) > 0.4).T  # not contiguous, as the loss passes it
     if slot != "some":
@@ -77,11 +79,11 @@ def test_masks(slot, scale, held):
     masks = dict(y_mask=y_mask, x_mask=x_mask)
 
     def make(seed):
-        x, y = clip_like(45, 3, 20, seed=seed)
+        x, y = clip_like(45, 3, 20, dtype, seed)
         return x, y.transpose(0, 1)
 
     def op(x, y, s):
-        x, y = x + held * ~x_mask[:, None], y + held * ~y_mask[..., None]
+        x, y = (v + (held * ~mask[..., None]).to(dtype) for v, mask in ((x, x_mask), (y, y_mask)))
         return dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks)
 
     compare(make, scale, op, **masks)
