@@ -29,9 +29,9 @@ class PackedCaptions:
     captions: Tensor
     ends: Tensor
 
-    def to(self, device: torch.device) -> PackedCaptions:
+    def to(self, device: torch.device, non_blocking: bool = False) -> PackedCaptions:
         """The same on ``device``."""
-        return PackedCaptions(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return PackedCaptions(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
 
 def pack_captions(tokens: Tensor) -> PackedCaptions:

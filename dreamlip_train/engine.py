@@ -132,12 +132,7 @@ def move_batch(batch: dict[str, Any], device: torch.device, pack: bool = True) -
     """``batch`` on ``device``, its captions packed into rows before they travel, or without ``pack`` cropped to the longest of them."""
     batch = {**batch, "text": pack_captions(batch["text"]) if pack else crop_to_longest(batch["text"])}
     return {
-        key: value.to(device, non_blocking=True)
-        if isinstance(value, Tensor)
-        else value.to(device)
-        if isinstance(value, PackedCaptions)
-        else value
-        for key, value in batch.items()
+        key: value.to(device, non_blocking=True) if isinstance(value, (Tensor, PackedCaptions)) else value for key, value in batch.items()
     }
 
 
