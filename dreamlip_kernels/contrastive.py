@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
+from .checks import as_scale, check_choice, check_features, check_mask, check_shared
 from .distributed import Group, all_reduce_sum, check_agreement, rank_and_size
 from .gathered_logsumexp import gathered_logsumexp
-from .settings import settings
 
 
 def multi_positive_contrastive_loss(
@@ -75,8 +74,7 @@ def multi_positive_contrastive_loss(
     text_KND = text_features.transpose(0, 1)
     mask_KN = None if text_mask is None else text_mask.T
     chosen = dispatch.select("bidirectional_logsumexp", image_features, backend)
-    row, col = gathered_logsumexp(image_features, text_KND, scale, mask_KN, chosen, group)
-    pos = scale * _paired_dot(image_features, text_KND, chosen != "torch" and not settings.exact_float32)  # [K, n]
+    row, col, pos = gathered_logsumexp(image_features, text_KND, scale, mask_KN, chosen, group)  # [K, n] each
     if negatives == "all":
         row = _logsumexp_slots(row).expand_as(pos)
     col_term = _where(mask_KN, col - pos)
@@ -111,53 +109,3 @@ def _logsumexp_slots(z: Tensor) -> Tensor:
     # [K, n] -> [1, n]. An image without a caption anywhere has only -inf, where torch's own gradient would be NaN.
     empty = torch.isneginf(z).all(0, keepdim=True)
     return torch.where(empty, -torch.inf, torch.where(empty, 0, z).logsumexp(0, keepdim=True))
-
-
-# --- registered op --------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("dreamlip_kernels::paired_dot", mutates_args=())
-def _paired_dot(x: Tensor, y: Tensor, rounded: bool) -> Tensor:
-    """``torch.einsum("nd,knd->kn", x.float(), y.float())`` without a float copy of y: x [N,D], y [K,N,D] -> [K,N] float32.
-
-    ``rounded`` rounds float32 inputs to the 11 bits of float16, as a backend does that computes the log-sum-exps so: the same
-    rounding in a positive and in the sum that contains it cancels in the loss.
-    """
-    round_ = _eleven_bits if rounded and x.dtype == torch.float32 else (lambda v: v)
-    x = round_(x.to(accumulate_dtype(x)))
-    out = x.new_empty(y.shape[:2])
-    for k in range(y.shape[0]):
-        torch.sum(x * round_(y[k]), dim=-1, out=out[k])
-    return out
-
-
-def _eleven_bits(v: Tensor) -> Tensor:
-    # Dekker's splitting: float16's significand without its range.
-    shifted = v * (2**13 + 1)
-    return shifted - (shifted - v)
-
-
-@_paired_dot.register_fake
-def _(x, y, rounded):
-    return x.new_empty(y.shape[:2], dtype=accumulate_dtype(x))
-
-
-@torch.library.custom_op("dreamlip_kernels::paired_dot_backward", mutates_args=())
-def _paired_dot_backward(x: Tensor, y: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    dx = torch.zeros_like(x, dtype=d_out.dtype)
-    dy = torch.empty_like(y)
-    for k in range(y.shape[0]):
-        dx.addcmul_(d_out[k, :, None], y[k].to(d_out.dtype))
-        dy[k] = d_out[k, :, None] * x
-    return dx.to(x.dtype), dy
-
-
-@_paired_dot_backward.register_fake
-def _(x, y, d_out):
-    return torch.empty_like(x), torch.empty_like(y)
-
-
-_paired_dot.register_autograd(
-    lambda ctx, d_out: (*_paired_dot_backward(*ctx.saved_tensors, d_out), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
-)

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contrastive_blocks import INTERPRETED, ONLINE, Blocks, blocks_for
 from .contrastive_kernels import exp_sums, gradient_tile, online_rows
+from .paired_dot import paired_dot, paired_slices
 from .settings import settings
 
 LOG2E = 1.4426950408889634
@@ -85,11 +86,14 @@ def _aligned(v: Tensor) -> Tensor:
     return padded
 
 
-def forward(x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """row [K, M] and col [K, C], float32."""
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, paired: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row [K, M], col [K, C] and, with ``paired``, the logits of the pairs (j, j) [K, C], of the operands as the sums have them; float32."""
     m, (k, c, _) = x.shape[0], y.shape
     if m == 0 or c == 0 or k == 0:
-        return x.new_full((k, m), -torch.inf, dtype=torch.float32), x.new_full((k, c), -torch.inf, dtype=torch.float32)
+        row, col = (x.new_full((k, n), -torch.inf, dtype=torch.float32) for n in (m, c))
+        return row, col, x.new_empty((k, c) if paired else (0, 0), dtype=torch.float32)
     y_mask = None if y_mask is None else y_mask.contiguous()
     operands = Operands(x, y, scale, x_mask, y_mask)
     row_sum, col_sum = _sums(operands, x_mask, y_mask)
@@ -98,7 +102,8 @@ def forward(x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: 
     row, col = ((s.log2() + offset) / LOG2E for s in (row_sum, col_sum))
     flag = flag.to(torch.int32)
     _online(operands, flag, row, col, x_mask, y_mask)
-    return row, col
+    pos = paired_dot(operands.x, operands.y).mul_(scale * operands.x_unit * operands.y_unit) if paired else row.new_empty(0, 0)
+    return row, col, pos
 
 
 def _out_of_range(sums: Tensor, mask: Tensor | None) -> Tensor:
@@ -123,8 +128,9 @@ def _sums(operands: Operands, x_mask: Tensor | None, y_mask: Tensor | None) -> t
     whole = tiles if c % block_c == 0 else tiles - 1
     launches = [(first, min(per_launch, whole - first), False) for first in range(0, whole, per_launch)]
     launches += [(whole, 1, True)] if whole < tiles else []
+    partials = x.new_empty(k * max(count for _, count, _ in launches) * m, dtype=torch.float32)
     for first, count, ragged in launches:
-        row = x.new_empty(k, count, m, dtype=torch.float32)
+        row = partials[: k * count * m].view(k, count, m)
         exp_sums[(count, bands, k)](
             x_mask_ptr=x_mask, y_mask_ptr=y_mask, scale_ptr=operands.slope_and_offset, row_ptr=row, col_ptr=col, M=m, C=c, D=d,
             first_tile=first, row_tiles_stride=count, band_rows=band_rows, MASK_COLUMNS=ragged or y_mask is not None, **given,
@@ -153,12 +159,12 @@ def _online(operands: Operands, flag: Tensor, row: Tensor, col: Tensor, x_mask: 
 
 def backward(
     x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None,
-    row: Tensor, col: Tensor, d_row: Tensor, d_col: Tensor, diagonal: int | None, dtype: torch.dtype,
+    row: Tensor, col: Tensor, d_row: Tensor, d_col: Tensor, d_pos: Tensor | None, diagonal: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dy in ``dtype`` and dscale. With ``diagonal`` the pairs (diagonal + j, j) are kept out of the rounded G and added in float32."""
+    """dx, dy in ``dtype`` and dscale. With d_pos [K, C] the pairs (diagonal + j, j) are positives: kept out of the rounded G and added in float32."""
     (m, d), (k, c, _) = x.shape, y.shape
     if m == 0 or c == 0 or k == 0:
-        return x.new_zeros(x.shape, dtype=dtype), y.new_zeros(y.shape, dtype=dtype), torch.zeros_like(scale)
+        return x.new_zeros(x.shape, dtype=dtype), torch.zeros_like(y, dtype=dtype), torch.zeros_like(scale)
     y_mask = None if y_mask is None else y_mask.contiguous()
     operands = Operands(x, y, scale, x_mask, y_mask)
     slope, offset = operands.slope_and_offset
@@ -171,14 +177,24 @@ def backward(
     flag = (_log_out_of_range(row, offset, x_mask) | _log_out_of_range(col, offset, y_mask) | (slope == 0)).to(torch.int32)
     rows = torch.stack([a / g_unit * torch.exp2(offset - row * LOG2E), row * LOG2E, a / g_unit])  # [3, K, M]
     cols = torch.stack([b / g_unit * torch.exp2(offset - col * LOG2E), col * LOG2E, b / g_unit])
+    own_m, own_c = slice(0, 0), slice(0, 0)
+    if d_pos is not None:
+        own_m, own_c = paired_slices(m, c, diagonal)
+    apart = own_c.stop > own_c.start
+    if apart:  # before there is a workspace: this needs memory of its own
+        dot = paired_dot(operands.x[own_m], operands.y[:, own_c])
+        z = slope * dot
+        g_own = torch.exp2(z - rows[1, :, own_m]).mul_(a[:, own_m]) + torch.exp2(z - cols[1, :, own_c]).mul_(b[:, own_c])
+        if y_mask is not None:
+            g_own.masked_fill_(~y_mask[:, own_c], 0)
+        if x_mask is not None:
+            g_own.masked_fill_(~x_mask[own_m], 0)
+        g_own += d_pos[:, own_c]
+        dscale = (g_own * dot).sum(dtype=torch.float64) * (operands.x_unit * operands.y_unit)
+    else:
+        dscale = scale.new_zeros((), dtype=torch.float64)
     dx = x.new_zeros(m, operands.x.shape[1], dtype=torch.float32)
-    # The columns whose positive is among the rows, and those rows.
-    own_c = slice(0, 0) if diagonal is None else slice(min(c, max(0, -diagonal)), max(0, min(c, m - diagonal)))
-    own_m = slice(0, 0) if diagonal is None else slice(own_c.start + diagonal, own_c.stop + diagonal)
-    kept_apart = own_c.stop > own_c.start
-    dx_own = x.new_zeros(max(0, own_c.stop - own_c.start), d, dtype=torch.float32)
-    dscale = torch.zeros((), dtype=torch.float64, device=x.device)
-    dy = y.new_empty(y.shape, dtype=dtype)
+    dy = torch.empty_like(y, dtype=dtype)
     chunk_rows, chunk_cols = _chunks(m, c, k, operands.x.element_size())
     workspace = operands.x.new_empty(chunk_rows * chunk_cols)
     for slot in range(k):
@@ -187,38 +203,23 @@ def backward(
         for i in range(0, m, chunk_rows):
             for j in range(0, c, chunk_cols):
                 g = _gradient(
-                    operands,
-                    flag,
-                    x_mask,
-                    y_mask,
-                    slot_rows,
-                    slot_cols,
-                    workspace,
-                    slot,
-                    i,
-                    j,
-                    chunk_rows,
-                    chunk_cols,
-                    diagonal if kept_apart else None,
-                )
+                    operands, flag, x_mask, y_mask, slot_rows, slot_cols, workspace, slot, i, j, chunk_rows, chunk_cols,
+                    diagonal if apart else None,
+                )  # fmt: skip
                 _accumulate(dx[i : i + chunk_rows], g, operands.y[slot, j : j + chunk_cols])
                 _accumulate(dy_slot[j : j + chunk_cols], g.T, operands.x[i : i + chunk_rows])
-        dy_slot = dy_slot[:, :d] * (g_unit * operands.x_unit)
-        if kept_apart:
-            dot = (operands.x[own_m].float() * operands.y[slot, own_c].float()).sum(1)
-            z = operands.slope_and_offset[0] * dot
-            g_own = torch.exp2(z - slot_rows[1, own_m]) * slot_rows[2, own_m] + torch.exp2(z - slot_cols[1, own_c]) * slot_cols[2, own_c]
-            g_own = g_own if y_mask is None else g_own.masked_fill(~y_mask[slot, own_c], 0)
-            g_own = g_own if x_mask is None else g_own.masked_fill(~x_mask[own_m], 0)
-            dy_slot[own_c].addcmul_(g_own[:, None] * g_unit, x[own_m])
-            dx_own.addcmul_(g_own[:, None] * g_unit, y[slot, own_c])
-            dscale += (g_own * dot).sum(dtype=torch.float64) * (g_unit * operands.x_unit * operands.y_unit)
+        dy_slot = dy_slot.mul_(g_unit * operands.x_unit)[:, :d]
+        if apart:
+            dy_slot[own_c].addcmul_(g_own[slot, :, None], x[own_m])
         dy[slot] = dy_slot.mul_(scale)
-    dx = dx[:, :d] * (g_unit * operands.y_unit)
+    del workspace, g, dy_slot
+    dx = dx.mul_(g_unit * operands.y_unit)[:, :d]
     # The scale's gradient is what is left where large terms cancel: with the x that the terms were computed from.
-    dscale += (operands.x[:, :d].float() * operands.x_unit * dx).sum(dtype=torch.float64)
-    dx[own_m] += dx_own
-    return dx.mul_(scale).to(dtype), dy, dscale.to(scale.dtype)
+    dscale += (operands.x[:, :d] * dx).sum(dtype=torch.float64) * operands.x_unit
+    if apart:
+        for slot in range(k):
+            dx[own_m].addcmul_(g_own[slot, :, None], y[slot, own_c])
+    return dx.mul_(scale).to(dtype).contiguous(), dy, dscale.to(scale.dtype)
 
 
 def _log_out_of_range(lse: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,16 +21,16 @@ STRETCHES, ROWS_A_STRETCH = 4, 4096
 
 def gathered_logsumexp(
     x: Tensor, y: Tensor, scale: Tensor, y_mask: Tensor | None, backend: str, group: Group = None
-) -> tuple[Tensor, Tensor]:
-    """row [K, n] of this rank's x [n, D] over the world's columns, and col [K, n] of its y [K, n, D] over the world's rows; (j, j) is a positive."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row [K, n] of this rank's x [n, D] over the world's columns, col [K, n] of its y [K, n, D] over the world's rows, and the logits pos [K, n] of (j, j)."""
     if rank_and_size(group)[1] == 1:
-        return logsumexp_op(x, y, scale, None, y_mask, 0, backend)
-    row, col = _GatheredLogsumexp.apply(x, y, scale, y_mask, backend, group)
-    return reduce_scatter_logsumexp(row, group), col
+        return logsumexp_op(x, y, scale, None, y_mask, True, backend)
+    row, col, pos = _GatheredLogsumexp.apply(x, y, scale, y_mask, backend, group)
+    return reduce_scatter_logsumexp(row, group), col, pos
 
 
 class _GatheredLogsumexp(torch.autograd.Function):
-    """row [K, N] over this rank's columns alone, col [K, n] over all rows."""
+    """row [K, N] over this rank's columns alone, col [K, n] over all rows, pos [K, n]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, y_mask: Tensor | None, backend: str, group: Group):
@@ -38,21 +38,21 @@ class _GatheredLogsumexp(torch.autograd.Function):
         n = x.shape[0]
         everyone = x.new_empty(world * n, *x.shape[1:])
         travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=group, async_op=True)
-        row_own, col = logsumexp_op(x, y, scale, None, y_mask, 0, backend)
+        row_own, col, pos = logsumexp_op(x, y, scale, None, y_mask, True, backend)
         travelling.wait()
         rows = [row_own]
         for before, part in ((True, everyone[: rank * n]), (False, everyone[(rank + 1) * n :])):
             if len(part):
-                row_part, col_part = logsumexp_op(part, y, scale, None, y_mask, None, backend)
+                row_part, col_part, _ = logsumexp_op(part, y, scale, None, y_mask, False, backend)
                 rows.insert(0, row_part) if before else rows.append(row_part)
                 col = torch.logaddexp(col, col_part)
         row = torch.cat(rows, dim=1)
         ctx.save_for_backward(everyone, y, scale, y_mask, row, col)
         ctx.backend, ctx.group = backend, group
-        return row, col
+        return row, col, pos
 
     @staticmethod
-    def backward(ctx, d_row: Tensor, d_col: Tensor):
+    def backward(ctx, d_row: Tensor, d_col: Tensor, d_pos: Tensor):
         everyone, y, scale, y_mask, row, col = ctx.saved_tensors
         rank, world = rank_and_size(ctx.group)
         total, k = len(everyone), len(y)
@@ -64,9 +64,11 @@ class _GatheredLogsumexp(torch.autograd.Function):
             stretch = stop - start
             part = everyone.view(world, n, everyone.shape[1])[:, start:stop].reshape(world * stretch, everyone.shape[1])
             row_part, d_row_part = (v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row))
-            # The positives of this stretch: its own rows, which begin at rank * stretch, and columns from start on.
+            # The positives of this stretch: its own rows, which begin at rank * stretch, and the columns from start to stop.
+            d_pos_part = torch.zeros_like(d_pos)
+            d_pos_part[:, start:stop] = d_pos[:, start:stop]
             dx_part, dy_part, dscale_part = logsumexp_backward_op(
-                part, y, scale, None, y_mask, row_part, col, d_row_part, d_col, rank * stretch - start, ctx.backend, True
+                part, y, scale, None, y_mask, row_part, col, d_row_part, d_col, d_pos_part, rank * stretch - start, ctx.backend, True
             )
             own = dx_part.new_empty(stretch, dx_part.shape[1])
             # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.

@@ -169,10 +169,9 @@ def test_opcheck():
     y, y_mask = y.transpose(0, 1), torch.ones(2, 6, dtype=torch.bool)
     scale = torch.tensor(3.0, requires_grad=True)
     for mask in (None, y_mask):
-        args = (x.clone().requires_grad_(), y.clone().requires_grad_(), scale, None, mask, None, "torch")
-        torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
-    pair = (x.clone().requires_grad_(), y.clone().requires_grad_(), False)
-    torch.library.opcheck(torch.ops.dreamlip_kernels.paired_dot.default, pair)
+        for paired in (False, True):
+            args = (x.clone().requires_grad_(), y.clone().requires_grad_(), scale, None, mask, paired, "torch")
+            torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
 
 
 def test_compiles_whole():
@@ -183,6 +182,14 @@ def test_compiles_whole():
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     for got, expected in zip(value_and_grads(compiled, inputs), value_and_grads(fn, inputs), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_gradients_of_16_bit_features_are_rounded_once():
+    """A positive's pull and its share of the softmax's nearly cancel late in training: each rounded on its own, what is left would be noise."""
+    inputs = (*clip_like(256, 4, 128, torch.bfloat16, noise=0.5), torch.tensor(14.3))
+    gold = value_and_grads(lambda *i: reference.multi_positive_contrastive_loss(*i), [v.double() for v in inputs])
+    for got, expected in zip(value_and_grads(dk.multi_positive_contrastive_loss, inputs)[1:3], gold[1:3], strict=True):
+        assert (got.double() - expected).norm() < 2**-8 * expected.norm()
 
 
 def test_autocast_does_not_touch_the_logits():

@@ -147,7 +147,7 @@ def test_graph_capture_of_forward_and_backward():
 
 def test_opcheck():
     image, text, scale = (v.requires_grad_() for v in inputs_like(64, 2, 32, torch.float32))
-    args = (image, text.detach().transpose(0, 1).contiguous().requires_grad_(), scale, None, None, 0, "triton")
+    args = (image, text.detach().transpose(0, 1).contiguous().requires_grad_(), scale, None, None, True, "triton")
     torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
 
 

@@ -3,6 +3,8 @@
 float32 inputs are computed in float16, so the bar is the oracle on float16-rounded inputs: what the rounding alone costs, twice over.
 """
 
+import itertools
+
 import pytest
 import torch
 from numerics import clip_like, value_and_grads
@@ -108,6 +110,20 @@ def test_the_flagged_fallback_is_right(case):
     compare(make, scale)
 
 
+def test_opcheck():
+    """Compiled code is told the truth about shapes, dtypes and strides, of a D that the kernels pad too."""
+    x, y = clip_like(9, 2, 13)
+    x, y, scale = x.requires_grad_(), y.transpose(0, 1).requires_grad_(), torch.tensor(3.0, requires_grad=True)
+    torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, (x, y, scale, None, None, True, "triton"))
+    x, y, scale = x.detach(), y.detach(), scale.detach()
+    sums = (*reference.bidirectional_logsumexp(x, y, scale), *torch.rand(3, 2, 9))
+    for wide in (False, True):
+        args = (x, y, scale, None, None, *sums, 0, "triton", wide)
+        torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward.default, args)
+        dx, dy, _ = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(*args)
+        assert dx.is_contiguous() and dy.stride() == y.stride()  # which opcheck does not compare
+
+
 def test_strides_are_any():
     def make(seed):
         x, y = clip_like(40, 2, 24, seed=seed)
@@ -140,7 +156,13 @@ def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
 
     apart = error()
     real = logsumexp._BACKWARD["triton"]
-    monkeypatch.setitem(logsumexp._BACKWARD, "triton", lambda *arguments: real(*arguments[:-2], None, arguments[-1]))
+
+    def together(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, d_pos, diagonal, dtype):
+        dx, dy, dscale = real(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, None, 0, dtype)
+        pull = scale * d_pos[..., None]
+        return dx + (pull * y).sum(0), dy + pull * x, dscale + (d_pos[..., None] * x * y).sum()
+
+    monkeypatch.setitem(logsumexp._BACKWARD, "triton", together)
     assert apart < 0.02 and apart < error() / 3
 
 
@@ -150,18 +172,25 @@ def test_positives_may_lie_anywhere(diagonal):
     x, y = clip_like(40, 2, 24)
     x, y = (v.half().float() for v in (x[:33].contiguous(), y.transpose(0, 1).contiguous()))  # so that only G is rounded
     scale, gen = torch.tensor(14.3), torch.Generator().manual_seed(0)
-    row, col = reference.bidirectional_logsumexp(x, y, scale)
+    row, col = reference.bidirectional_logsumexp(x.double(), y.double(), scale.double())
     upstream = torch.rand(2, 33, generator=gen), torch.rand(2, 40, generator=gen)
-    got, apart = (
-        torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(x, y, scale, None, None, row, col, *upstream, at, "triton", True)
-        for at in (None, diagonal)
-    )
-    gold = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(
-        *(v.double() for v in (x, y, scale)), None, None, row.double(), col.double(), *(v.double() for v in upstream), None, "torch", True
-    )
-    for rounded_together, kept_apart, expected in zip(got, apart, gold, strict=True):
-        bound = 2**-10 * expected.abs().max()
-        assert (rounded_together - expected).abs().max() <= bound and (kept_apart - expected).abs().max() <= bound
+    positives = -torch.rand(2, 40, generator=gen)
+    columns = torch.arange(40)
+    there = (diagonal + columns >= 0) & (diagonal + columns < 33)
+    x64, y64, scale64 = (v.double().requires_grad_() for v in (x, y, scale))
+    for d_pos in (None, positives):
+        value = sum((lse * d).sum() for lse, d in zip(reference.bidirectional_logsumexp(x64, y64, scale64), upstream, strict=True))
+        if d_pos is not None:
+            value = value + scale64 * (d_pos[:, there, None] * x64[(diagonal + columns)[there]] * y64[:, there]).sum()
+        gold = torch.autograd.grad(value, (x64, y64, scale64))
+        for backend, rounding, dtype in (("torch", 1e-12, torch.float64), ("triton", 2**-10, torch.float32)):
+            inputs, sums = ((v.to(dtype) for v in values) for values in ((x, y, scale), (row, col, *upstream)))
+            upstream_pos = None if d_pos is None else d_pos.to(dtype)
+            got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(
+                *inputs, None, None, *sums, upstream_pos, diagonal, backend, True
+            )
+            for g, expected in zip(got, gold, strict=True):
+                assert (g - expected).abs().max() <= rounding * expected.abs().max(), (backend, d_pos is None)
 
 
 def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
@@ -220,6 +249,58 @@ def test_float32_as_float32(monkeypatch, case):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert any((a.double() - e).abs().max() > 4e-6 + 1e-5 * e.abs().max() for a, e in zip(rough, gold, strict=True)), "float16 would show"
+
+
+class NothingLaunched:
+    """In place of a kernel: kernels allocate nothing, so that what torch is asked for can be counted at shapes no interpreter gets through."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+def most_allocated(step):
+    """(what ``step()`` returns, the most bytes it had allocated at a time)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = step()
+    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return out, max(itertools.accumulate(e.nbytes() for e in events))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Everything but the kernels and cuBLAS runs, with a device's tiles."""
+    from dreamlip_kernels import contrastive_triton
+    from dreamlip_kernels.contrastive_blocks import blocks_for
+
+    for kernel in ("exp_sums", "online_rows", "gradient_tile"):
+        monkeypatch.setattr(contrastive_triton, kernel, NothingLaunched())
+    monkeypatch.setattr(contrastive_triton, "_accumulate", lambda out, a, b: None)  # on a CPU it would widen its operands first
+    monkeypatch.setattr(
+        contrastive_triton.Operands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
+    )
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_memory_by_count_at_a_sixteenth_of_the_full_shape(counted, monkeypatch, dtype, masked):
+    """N=8192, K=8, D=128 and 32 MB to work in: beyond inputs and gradients at most a sixteenth of the 1 GB that N=32768, D=512 with 512 MB may take."""
+    monkeypatch.setattr(settings, "workspace_bytes", 2**25)
+    image, text = (v.requires_grad_() for v in clip_like(8192, 8, 128, dtype))
+    scale = torch.tensor(14.3, requires_grad=True)
+    mask = torch.ones(8192, 8, dtype=torch.bool) if masked else None
+    loss = lambda: dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")  # noqa: E731
+    grads, most = most_allocated(lambda: torch.autograd.grad(loss(), (image, text, scale)))
+    assert grads[1].is_contiguous(), "the gradient of a [N, K, D] tensor, not of the kernels' [K, N, D] view of it"
+    assert most - sum(g.numel() * g.element_size() for g in grads) <= 2**26, f"{most / 2**20:.0f} MB"
+
+
+def test_partial_sums_of_all_launches_share_one_workspace(counted, monkeypatch):
+    """N=4096, K=8 and 2 MB: the sums of 16 of the 32 column tiles at a time."""
+    monkeypatch.setattr(settings, "workspace_bytes", 2**21)
+    image, text = clip_like(4096, 8, 16, torch.bfloat16)
+    _, most = most_allocated(lambda: dk.bidirectional_logsumexp(image, text.transpose(0, 1), 14.3, backend="triton"))
+    assert 2**21 < most <= 1.75 * 2**21, f"{most / 2**20:.1f} MB"
 
 
 def test_settings_are_checked_and_kept(monkeypatch):
