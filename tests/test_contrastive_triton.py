@@ -142,6 +142,21 @@ def test_loss_with_its_positives_kept_out_of_the_rounded_gradient(negatives, pos
     close("loss", op, oracle, [(*clip_like(40, 3, 24, seed=seed), torch.tensor(30.0)) for seed in range(4)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("negatives, positives", [("slot", "mean"), ("all", "mean"), ("all", "logsum")])
+def test_at_least_as_close_as_eager_amp(dtype, negatives, positives):
+    """Captions at a cosine of 0.37, and eager code with 16-bit logits: bfloat16 where the features are float32, as under autocast."""
+    options = dict(negatives=negatives, positives=positives)
+    inputs = (*clip_like(128, 3, 64, dtype, noise=2.5), torch.tensor(30.0))
+    oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), **options)  # noqa: E731
+    gold = value_and_grads(oracle, [v.double() for v in inputs])
+    amp = value_and_grads(oracle, [v.bfloat16() if dtype == torch.float32 and v.ndim > 1 else v for v in inputs])
+    got = value_and_grads(lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton", **options), inputs)
+    for name, ours, theirs, expected in zip(("loss", "d_image", "d_text", "d_scale"), got, amp, gold, strict=True):
+        error, allowed = ((v.double() - expected).norm() for v in (ours, theirs))
+        assert error <= (allowed / 5 if expected.ndim else allowed), f"{name}: {error:.2e}, eager {allowed:.2e}"
+
+
 def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
     """A nearly certain positive has p - 1 far below float16's step at 1: the gradient is several times better with it added apart."""
     from dreamlip_kernels import logsumexp
