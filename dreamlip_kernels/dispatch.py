@@ -14,6 +14,7 @@ from . import extension
 
 logger = logging.getLogger("dreamlip_kernels")
 
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile would not trace it
 _Check = Callable[[str, torch.dtype], str | None]  # device type and dtype -> why the backend cannot run there, or None
 
 
@@ -22,7 +23,7 @@ def _always(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _triton(device: str, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
     if dtype == torch.float64:
         return "it computes in float32 or less; float64 needs backend='torch'"

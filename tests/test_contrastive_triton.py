@@ -124,6 +124,14 @@ def test_opcheck():
         assert dx.is_contiguous() and dy.stride() == y.stride()  # which opcheck does not compare
 
 
+def test_compiles_whole():
+    inputs = (*clip_like(12, 3, 8), torch.tensor(7.0))
+    fn = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton")  # noqa: E731
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(value_and_grads(compiled, inputs), value_and_grads(fn, inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_strides_are_any():
     def make(seed):
         x, y = clip_like(40, 2, 24, seed=seed)
