@@ -83,11 +83,11 @@ def test_train_step(run, trained, loop):
 
     def today():
         images, text = given["images"].to(DEVICE), given["text"].to(DEVICE)
-        with autocast():
+        with autocast():  # the losses too, as in open_clip's loop
             features = trained(images, text)
-        image, texts = features["image_features"], features["text_features"]
-        loss = sum(clip_loss(image, texts[:, k], features["logit_scale"]) for k in range(K)) / K
-        return loss + reference.subcaption_grouping_loss(features["patch_features"], texts, features["logit_scale_local"])
+            image, texts = features["image_features"], features["text_features"]
+            loss = sum(clip_loss(image, texts[:, k], features["logit_scale"]) for k in range(K)) / K
+            return loss + reference.subcaption_grouping_loss(features["patch_features"], texts, features["logit_scale_local"])
 
     def ours():
         ready = moved(given)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dreamlip_kernels import patch_weights
 from dreamlip_train.config import DataConfig, EvalConfig, Normalization
-from dreamlip_train.held_out import val_samples
+from dreamlip_train.held_out import no_sentences, val_samples
 
 KS = (1, 5, 10)
 
@@ -239,10 +239,7 @@ def evaluate(
                     weights.append(weight_KP.cpu()[in_view])
                     regions.append(region_KP[in_view])
     if not images:
-        raise ValueError(
-            f"data.val_shards: none of the samples of {data.val_shards!r} has a sentence in {data.eval_source!r} or another long caption "
-            f"({skipped['no sentence in a long caption']} read); set data.eval_source to a column that has text"
-        )
+        raise no_sentences(data, skipped["no sentence in a long caption"])
     image_ND = torch.stack(images)
     owner_M = torch.tensor(owner)
     one_each = torch.arange(len(images))

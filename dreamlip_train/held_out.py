@@ -39,6 +39,24 @@ def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> I
         logger.warning("held-out samples left out: %s", bad)
 
 
+def check_held_out(data: DataConfig, *, image_size: int) -> None:
+    """Raise ValueError unless data.val_shards has a sample with a sentence: said before a run, not at its first evaluation, which may be days later."""
+    read = 0
+    for sample in val_samples(data, image_size=image_size):
+        if sample["sentences"]:
+            return
+        read += 1
+    raise no_sentences(data, read)
+
+
+def no_sentences(data: DataConfig, read: int) -> ValueError:
+    """The error of held-out shards in which nothing can be asked."""
+    return ValueError(
+        f"data.val_shards: none of the samples of {data.val_shards!r} has a sentence in {data.eval_source!r} or another long caption "
+        f"({read} read); set data.eval_source to a column that has text"
+    )
+
+
 def _held_out(shard: str, bad: BadCounts) -> Iterator[dict[str, Any]]:
     try:
         yield from read_shard(shard)

@@ -18,6 +18,7 @@ from dreamlip_train.doctor import backends, versions
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed
 from dreamlip_train.evaluate import StoppedError
 from dreamlip_train.flops import peak_flops, training_flops
+from dreamlip_train.held_out import check_held_out
 from dreamlip_train.loop import Cost, Loop
 from dreamlip_train.model import build_model
 from dreamlip_train.report import final_report
@@ -65,6 +66,8 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
         seed=config.engine.seed,
         quarantine=run_dir / "quarantine.jsonl",
     )
+    if config.data.val_shards:
+        check_held_out(config.data, image_size=model.image_size)
     changed = resume.check_fits(start_from, config, ranks, loader.fingerprint, accept_changes) if start_from else {}
     total_steps = config.engine.steps or config.engine.epochs * loader.steps_per_epoch
     log = RunLog(run_dir, rank, total_steps, config.engine.wandb_project)

@@ -240,6 +240,14 @@ def test_unknown_shards_are_named_before_anything_is_written(scenes, tmp_path, c
     assert "data.shards: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("held_out", ["none*.tar", "base.toml"])
+def test_held_out_shards_are_tried_before_a_run_and_not_at_its_end(scenes, tmp_path, capsys, held_out):
+    with pytest.raises(SystemExit):
+        cli.main(train_words(scenes, tmp_path / "run", "--data.val-shards", str(scenes / held_out)))
+    assert "data.val_shards: " in capsys.readouterr().err
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoints").exists()
+
+
 def launched(words: list[str], *arguments: str) -> None:
     done = subprocess.run([*arguments, *words], env=clean_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
