@@ -90,6 +90,38 @@ def test_equal_to_one_process(world):
     spawn(equality_worker, world)
 
 
+def triton_worker(rank, world, port):
+    """The Triton kernels inside, in their interpreter: float32 images and captions computed in float16, the other ranks' positives not theirs."""
+    join(rank, world, port)
+    n, k, d = 16, 2, 24
+    image, text = clip_like(n * world, k, d, noise=1.5)
+    mask = torch.rand(n * world, k, generator=torch.Generator().manual_seed(2)) > 0.3
+    own = slice(rank * n, (rank + 1) * n)
+    for negatives, positives, masked, stretches in (("slot", "mean", True, 1), ("all", "logsum", False, 1), ("slot", "mean", False, 3)):
+        gathered_logsumexp.ROWS_A_STRETCH = n * world // stretches
+        options = dict(negatives=negatives, positives=positives)
+        inputs = [v.double().requires_grad_() for v in (image, text, torch.tensor(20.0))]
+        expected = reference.multi_positive_contrastive_loss(*inputs, text_mask=mask if masked else None, **options)
+        gold = torch.autograd.grad(expected, inputs)
+        inputs = [v.clone().requires_grad_() for v in (image[own], text[own], torch.tensor(20.0))]
+        loss = dk.multi_positive_contrastive_loss(*inputs, text_mask=mask[own] if masked else None, backend="triton", **options)
+        d_image, d_text, d_scale = torch.autograd.grad(loss, inputs)
+        for total in (loss.detach(), d_scale):
+            dist.all_reduce(total)
+        torch.testing.assert_close(loss.detach().double() / world, expected.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(d_scale.double() / world, gold[2], atol=1e-4, rtol=1e-2)
+        for got, want in ((d_image / world, gold[0][own]), (d_text / world, gold[1][own])):
+            assert (got - want).norm() < 2**-9 * want.norm(), (options, masked, stretches)
+    dist.destroy_process_group()
+
+
+def test_the_triton_backend_over_ranks():
+    pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
+    if torch.cuda.is_available():
+        pytest.skip("with a CUDA device Triton compiles for it, and gloo's tensors are the CPU's")
+    spawn(triton_worker, 2)
+
+
 def unequal_worker(rank, world, port):
     join(rank, world, port)
     image, text, patches, mask = (t[: 4 - (rank == 1)] for t in global_case())
