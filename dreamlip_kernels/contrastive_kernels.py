@@ -135,22 +135,16 @@ def online_rows(
 
 
 @triton.jit
-def gradient_tile(
-    flag_ptr, x, y, x_mask_ptr, y_mask_ptr, scale_ptr, row_ptr, col_ptr, g_ptr,
+def _gradient_of(
+    tile_m, tile_c, x, y, x_mask_ptr, y_mask_ptr, scale_ptr, row_ptr, col_ptr, g_ptr,
     M, C, D, stride_x, stride_yk, stride_y, slot, first_row, first_col, rows, cols, diagonal,
     EXACT: tl.constexpr, HAS_X_MASK: tl.constexpr, HAS_Y_MASK: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """G [rows, cols] = a exp(z - row) + b exp(z - col) of one slot and chunk, rounded once; the pairs (diagonal + j, j) are left 0.
-
-    row_ptr and col_ptr hold three vectors each, [3, M] and [3, C]: the coefficient of exp2(z - offset) (one exp2 a pair), and for EXACT
-    the log-sum-exp in powers of two and the upstream gradient (two exp2, always in range). Both are launched; the flag says which runs.
-    """
-    if (tl.load(flag_ptr) != 0) != EXACT:
-        return
+    """One tile of gradient_tile's G."""
     ELEMENT: tl.constexpr = x.dtype if DESCRIPTOR else x.dtype.element_ty
-    first_m = first_row + tl.program_id(1) * BLOCK_M
-    first_c = first_col + tl.program_id(0) * BLOCK_C
+    first_m = first_row + tile_m * BLOCK_M
+    first_c = first_col + tile_c * BLOCK_C
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for d in range(0, D, BLOCK_D):
         x_tile = _x_tile(x, stride_x, first_m, M, d, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
@@ -185,7 +179,37 @@ def gradient_tile(
     if HAS_DIAGONAL:  # noqa: SIM102 - decided when compiling, the next when running
         if (first_m < first_c + diagonal + BLOCK_C) & (first_c + diagonal < first_m + BLOCK_M):
             g = tl.where(offs_m[:, None] == (offs_c + diagonal)[None, :], 0.0, g)
-    place_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    place_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    place_c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (place_m < rows)[:, None] & (place_c < cols)[None, :]
     tl.store(g_ptr + place_m.to(tl.int64)[:, None] * cols + place_c[None, :], g.to(g_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_tile(
+    flag_ptr, x, y, x_mask_ptr, y_mask_ptr, scale_ptr, row_ptr, col_ptr, g_ptr,
+    M, C, D, stride_x, stride_yk, stride_y, slot, first_row, first_col, rows, cols, diagonal,
+    EXACT: tl.constexpr, HAS_X_MASK: tl.constexpr, HAS_Y_MASK: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """G [rows, cols] = a exp(z - row) + b exp(z - col) of one slot and chunk, rounded once; the pairs (diagonal + j, j) are left 0.
+
+    row_ptr and col_ptr hold three vectors each, [3, M] and [3, C]: the coefficient of exp2(z - offset) (one exp2 a pair), and for EXACT
+    the log-sum-exp in powers of two and the upstream gradient (two exp2, always in range). Both are launched; the flag says which runs. A program makes one
+    tile; of EXACT, which as a rule has nothing to do, few programs make many: thousands that only read the flag would be waited for.
+    """
+    if (tl.load(flag_ptr) != 0) != EXACT:
+        return
+    across = tl.cdiv(cols, BLOCK_C)
+    if EXACT:
+        for tile in tl.range(tl.program_id(0), across * tl.cdiv(rows, BLOCK_M), tl.num_programs(0), disable_licm=True):
+            _gradient_of(
+                tile // across, tile % across, x, y, x_mask_ptr, y_mask_ptr, scale_ptr, row_ptr, col_ptr, g_ptr, M, C, D, stride_x, stride_yk, stride_y,
+                slot, first_row, first_col, rows, cols, diagonal, EXACT, HAS_X_MASK, HAS_Y_MASK, HAS_DIAGONAL, BLOCK_M, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTOR,
+            )  # fmt: skip
+    else:
+        tile = tl.program_id(0)
+        _gradient_of(
+            tile // across, tile % across, x, y, x_mask_ptr, y_mask_ptr, scale_ptr, row_ptr, col_ptr, g_ptr, M, C, D, stride_x, stride_yk, stride_y,
+            slot, first_row, first_col, rows, cols, diagonal, EXACT, HAS_X_MASK, HAS_Y_MASK, HAS_DIAGONAL, BLOCK_M, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTOR,
+        )  # fmt: skip

@@ -27,6 +27,7 @@ from .settings import settings
 LOG2E = 1.4426950408889634
 HEADROOM = 106.0  # binary exponent of the largest possible term of a sum
 SMALLEST_SUM, LARGEST_SUM = 2.0**-82, 2.0**126
+EXACT_PROGRAMS = 264  # of gradient_tile when it is only there in case: two for each processor of an H200
 GRADIENT_EXPONENT = 14  # |G| is scaled up to 2^14: float16 then holds it normally down to 2^-28 of the largest
 
 
@@ -251,8 +252,9 @@ def _gradient(operands, flag, x_mask, y_mask, row, col, workspace, slot, i, j, c
         HAS_X_MASK=x_mask is not None, HAS_Y_MASK=y_mask is not None, HAS_DIAGONAL=diagonal is not None
     )
     slot_mask = None if y_mask is None else y_mask[slot]
+    tiles = triton.cdiv(cols, blocks.c) * triton.cdiv(rows, blocks.m)
     for exact in (False, True):
-        gradient_tile[(triton.cdiv(cols, blocks.c), triton.cdiv(rows, blocks.m))](
+        gradient_tile[(min(tiles, EXACT_PROGRAMS) if exact else tiles,)](
             flag_ptr=flag, x_mask_ptr=x_mask, y_mask_ptr=slot_mask, scale_ptr=operands.slope_and_offset, row_ptr=row, col_ptr=col, g_ptr=g,
             M=m, C=c, D=d, slot=slot, first_row=i, first_col=j, rows=rows, cols=cols, diagonal=0 if diagonal is None else diagonal, EXACT=exact, **given,
         )  # fmt: skip
