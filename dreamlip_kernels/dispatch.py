@@ -14,7 +14,9 @@ from . import extension
 
 logger = logging.getLogger("dreamlip_kernels")
 
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile would not trace it
+# Looked up here: torch.compile would not trace it.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TORCH_SUFFICES = torch.__version__ >= (2, 10)  # the first whose addmm adds 16-bit products to a float32 matrix
 _Check = Callable[[str, torch.dtype], str | None]  # device type and dtype -> why the backend cannot run there, or None
 
 
@@ -25,6 +27,8 @@ def _always(device: str, dtype: torch.dtype) -> str | None:
 def _triton(device: str, dtype: torch.dtype) -> str | None:
     if not _TRITON_INSTALLED:
         return "triton is not installed"
+    if not _TORCH_SUFFICES:
+        return f"it needs torch 2.10 or later, this is {torch.__version__}"
     if dtype == torch.float64:
         return "it computes in float32 or less; float64 needs backend='torch'"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -35,6 +35,12 @@ def test_an_explicit_request_works_or_raises(a_backend_that_cannot_run):
         dispatch.select("group_patches", torch.zeros(1), "slow")
 
 
+def test_a_torch_too_old_for_triton_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "_TORCH_SUFFICES", False)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: it needs torch 2.10 or later, this is 2"):
+        dispatch.select("bidirectional_logsumexp", torch.zeros(1), "triton")
+
+
 def test_explain_lists_every_op_and_reason(a_backend_that_cannot_run):
     table = dk.explain()
     for word in ("bidirectional_logsumexp", "group_patches", "torch", "fast", "it needs a moon"):
