@@ -347,13 +347,15 @@ def _backward_compiled(patches, texts, similarity, inv_norm, threshold, normaliz
 def _forward_triton(*arguments):
     from . import grouping_triton
 
-    return grouping_triton.forward(*arguments)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, which need not be theirs
+        return grouping_triton.forward(*arguments)
 
 
 def _backward_triton(*arguments):
     from . import grouping_triton
 
-    return grouping_triton.backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return grouping_triton.backward(*arguments)
 
 
 _FORWARD = {"torch": _forward_torch, "cpp": _forward_compiled, "triton": _forward_triton, "cuda": _forward_compiled}

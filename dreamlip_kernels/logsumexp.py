@@ -169,13 +169,15 @@ def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, d_pos, 
 def _forward_triton(*arguments):
     from . import contrastive_triton
 
-    return contrastive_triton.forward(*arguments)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, which need not be theirs
+        return contrastive_triton.forward(*arguments)
 
 
 def _backward_triton(*arguments):
     from . import contrastive_triton
 
-    return contrastive_triton.backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return contrastive_triton.backward(*arguments)
 
 
 _FORWARD = {"torch": _forward_torch, "triton": _forward_triton}

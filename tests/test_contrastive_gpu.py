@@ -146,6 +146,15 @@ def test_graph_capture_of_forward_and_backward():
     torch.testing.assert_close(outs[1], expected[1].roll(1, 0), atol=1e-6, rtol=1e-2)
 
 
+def test_tensors_need_not_be_on_the_current_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    inputs = inputs_like(64, 2, 32, torch.bfloat16)
+    there = [v.to("cuda:1") for v in inputs]
+    for got, expected in zip(value_and_grads(ours, there), value_and_grads(ours, inputs), strict=True):
+        assert got.device.index == 1 and torch.equal(got.to(0), expected)
+
+
 def test_opcheck():
     image, text, scale = (v.requires_grad_() for v in inputs_like(64, 2, 32, torch.float32))
     args = (image, text.detach().transpose(0, 1).contiguous().requires_grad_(), scale, None, None, True, "triton")
