@@ -7,9 +7,14 @@ dreamlip_kernels/contrastive_blocks.py, so that no user's first step has to sear
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import multiprocessing
+import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import triton
@@ -46,6 +51,48 @@ def spills(kernel: triton.runtime.JITFunction) -> int:
     """Spilled registers of what was compiled last for ``kernel``: of the usual variant, not of the exact one that runs when a flag says so."""
     (compiled, *_) = kernel.device_caches[torch.cuda.current_device()]
     return min((built.n_spills or 0 for built in compiled.values()), default=0)
+
+
+def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], tuple[str, int, int]]]:
+    """Of each kernel, a step that launches it as training does, and its key in the table."""
+    if dtype == torch.float32:
+        contrastive_triton.settings.float32 = "torch"
+    x = torch.nn.functional.normalize(torch.randn(N, width, device="cuda"), dim=-1).to(dtype)
+    y = torch.nn.functional.normalize(torch.randn(K, N, width, device="cuda"), dim=-1).to(dtype)
+    operands = contrastive_triton.Operands(x, y, torch.tensor(14.3, device="cuda"), None, None)
+    flag = torch.zeros((), dtype=torch.int32, device="cuda")
+    rows, cols = (torch.rand(3, N, device="cuda") for _ in range(2))
+    workspace = operands.x.new_empty(N * N)
+
+    def gradients() -> None:
+        for slot in range(K):
+            contrastive_triton._gradient(operands, flag, None, None, rows, cols, workspace, slot, 0, 0, N, N, 0)
+
+    arch = contrastive_triton._arch(x)
+    place = (operands.x.element_size(), arch // 10 if arch // 10 in (8, 9, 10) else 8)
+    return {
+        "exp_sums": (lambda: contrastive_triton._sums(operands, None, None), ("exp_sums", *place)),
+        "gradient_tile": (gradients, ("gradient_tile", *place)),
+    }
+
+
+def compile_all(width: int, dtype: torch.dtype, element_bytes: int) -> None:
+    """Run every candidate once, in as many processes as there are cores: Triton's cache on disk then has what the timing below needs."""
+    begin = time.perf_counter()
+    todo = [(name, blocks, width, dtype) for blocks in candidates(element_bytes) for name in ("exp_sums", "gradient_tile")]
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, todo))
+    print(f"{len(todo)} candidates compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def compile_one(job: tuple[str, Blocks, int, torch.dtype]) -> None:
+    """One candidate, whose failure is reported when it is its turn to be timed."""
+    name, blocks, width, dtype = job
+    with contextlib.suppress(Exception):
+        step, key = steps(width, dtype)[name]
+        contrastive_blocks.TABLE[key] = {width: blocks}
+        step()
+        torch.cuda.synchronize()
 
 
 def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width: int) -> None:
@@ -85,25 +132,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "tune_contrastive: needs a CUDA device\n")
     dtype = getattr(torch, given.dtype)
-    if dtype == torch.float32:
-        contrastive_triton.settings.float32 = "torch"
-    x = torch.nn.functional.normalize(torch.randn(N, given.width, device="cuda"), dim=-1).to(dtype)
-    y = torch.nn.functional.normalize(torch.randn(K, N, given.width, device="cuda"), dim=-1).to(dtype)
-    scale = torch.tensor(14.3, device="cuda")
-    operands = contrastive_triton.Operands(x, y, scale, None, None)
-    flag = torch.zeros((), dtype=torch.int32, device="cuda")
-    rows, cols = (torch.rand(3, N, device="cuda") for _ in range(2))
-    workspace = operands.x.new_empty(N * N)
-
-    def gradients() -> None:
-        for slot in range(K):
-            contrastive_triton._gradient(operands, flag, None, None, rows, cols, workspace, slot, 0, 0, N, N, 0)
-
-    arch = contrastive_triton._arch(x)
-    major = arch // 10 if arch // 10 in (8, 9, 10) else 8
-    key = (operands.x.element_size(), major)
-    tune("exp_sums", lambda: contrastive_triton._sums(operands, None, None), ("exp_sums", *key), given.width)
-    tune("gradient_tile", gradients, ("gradient_tile", *key), given.width)
+    compile_all(given.width, dtype, dtype.itemsize)
+    for name, (step, key) in steps(given.width, dtype).items():
+        tune(name, step, key, given.width)
 
 
 if __name__ == "__main__":
