@@ -178,22 +178,16 @@ def backward(
     flag = (_log_out_of_range(row, offset, x_mask) | _log_out_of_range(col, offset, y_mask) | (slope == 0)).to(torch.int32)
     rows = torch.stack([a / g_unit * torch.exp2(offset - row * LOG2E), row * LOG2E, a / g_unit])  # [3, K, M]
     cols = torch.stack([b / g_unit * torch.exp2(offset - col * LOG2E), col * LOG2E, b / g_unit])
-    own_m, own_c = slice(0, 0), slice(0, 0)
-    if d_pos is not None:
-        own_m, own_c = paired_slices(m, c, diagonal)
-    apart = own_c.stop > own_c.start
+    own_m, own_c = paired_slices(m, c, diagonal)
+    apart = d_pos is not None and own_c.stop > own_c.start
+    dscale = scale.new_zeros((), dtype=torch.float64)
     if apart:  # before there is a workspace: this needs memory of its own
         dot = paired_dot(operands.x[own_m], operands.y[:, own_c])
-        z = slope * dot
-        g_own = torch.exp2(z - rows[1, :, own_m]).mul_(a[:, own_m]) + torch.exp2(z - cols[1, :, own_c]).mul_(b[:, own_c])
-        if y_mask is not None:
-            g_own.masked_fill_(~y_mask[:, own_c], 0)
-        if x_mask is not None:
-            g_own.masked_fill_(~x_mask[own_m], 0)
+        g_own = torch.exp2(slope * dot - rows[1, :, own_m]) * a[:, own_m] + torch.exp2(slope * dot - cols[1, :, own_c]) * b[:, own_c]
+        for mask in (None if y_mask is None else y_mask[:, own_c], None if x_mask is None else x_mask[own_m]):
+            g_own = g_own if mask is None else g_own.masked_fill(~mask, 0)
         g_own += d_pos[:, own_c]
-        dscale = (g_own * dot).sum(dtype=torch.float64) * (operands.x_unit * operands.y_unit)
-    else:
-        dscale = scale.new_zeros((), dtype=torch.float64)
+        dscale += (g_own * dot).sum(dtype=torch.float64) * (operands.x_unit * operands.y_unit)
     dx = x.new_zeros(m, operands.x.shape[1], dtype=torch.float32)
     dy = torch.empty_like(y, dtype=dtype)
     chunk_rows, chunk_cols = _chunks(m, c, k, operands.x.element_size())
