@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks/out
-DEMO := data/demo
+DEMO := data/demo$(addprefix -,$(DEMO_TRAIN))
 
 .PHONY: demo test test-slow sanitize lint bench wheels gpu gpu-ablate ablate install clean
 
@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/dreamlip-train prepare scenes --output $(DEMO)/scenes --num-train $(or $(DEMO_TRAIN),6000) --num-val 200
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/train/captions.csv --images $(DEMO)/scenes/train/images --shard-size 100 --output $(DEMO)/shards/train
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/val/captions.csv --images $(DEMO)/scenes/val/images --masks $(DEMO)/scenes/val/masks --output $(DEMO)/shards/val
-	$(BIN)/dreamlip-train train demo --run-dir $(or $(DEMO_RUN),runs/demo) $(DEMO_FLAGS)
+	$(BIN)/dreamlip-train train demo --run-dir $(or $(DEMO_RUN),runs/demo) --data.shards $(DEMO)/shards/train --data.val-shards $(DEMO)/shards/val $(DEMO_FLAGS)
 
 # Two processes of one thread each: tests wait a lot, and two that both use all cores would slow each other many times over.
 test: install
