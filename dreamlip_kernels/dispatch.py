@@ -14,12 +14,9 @@ from . import extension
 
 logger = logging.getLogger("dreamlip_kernels")
 
-# Looked up here: torch.compile would not trace it.
+# Looked up here, since torch.compile would not trace it. torch 2.10 is the first whose addmm adds 16-bit products to a float32 matrix.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_TORCH_SUFFICES = tuple(map(int, torch.__version__.split(".")[:2])) >= (
-    2,
-    10,
-)  # the first whose addmm adds 16-bit products to a float32 matrix
+_TORCH_SUFFICES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 _Check = Callable[[str, torch.dtype], str | None]  # device type and dtype -> why the backend cannot run there, or None
 
 
