@@ -76,10 +76,10 @@ def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object
     }
 
 
-def compile_all(width: int, dtype: torch.dtype, element_bytes: int) -> None:
+def compile_all(width: int, dtype: torch.dtype) -> None:
     """Run every candidate once, in as many processes as there are cores: Triton's cache on disk then has what the timing below needs."""
     begin = time.perf_counter()
-    todo = [(name, blocks, width, dtype) for blocks in candidates(element_bytes) for name in ("exp_sums", "gradient_tile")]
+    todo = [(name, blocks, width, dtype) for blocks in candidates(dtype.itemsize) for name in ("exp_sums", "gradient_tile")]
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, todo))
     print(f"{len(todo)} candidates compiled in {time.perf_counter() - begin:.0f} s", flush=True)
@@ -132,7 +132,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "tune_contrastive: needs a CUDA device\n")
     dtype = getattr(torch, given.dtype)
-    compile_all(given.width, dtype, dtype.itemsize)
+    compile_all(given.width, dtype)
     for name, (step, key) in steps(given.width, dtype).items():
         tune(name, step, key, given.width)
 

@@ -51,6 +51,10 @@ def check_held_out(data: DataConfig, *, image_size: int) -> None:
 
 def no_sentences(data: DataConfig, read: int) -> ValueError:
     """The error of held-out shards in which nothing can be asked."""
+    if read == 0:
+        return ValueError(
+            f"data.val_shards: no sample of {data.val_shards!r} could be read; `dreamlip-train prepare validate` says what is in it"
+        )
     return ValueError(
         f"data.val_shards: none of the samples of {data.val_shards!r} has a sentence in {data.eval_source!r} or another long caption "
         f"({read} read); set data.eval_source to a column that has text"

@@ -309,16 +309,19 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
-def test_memory_by_count_at_a_sixteenth_of_the_full_shape(counted, monkeypatch, dtype, masked):
-    """N=8192, K=8, D=128 and 32 MB to work in: beyond inputs and gradients at most a sixteenth of the 1 GB that N=32768, D=512 with 512 MB may take."""
-    monkeypatch.setattr(settings, "workspace_bytes", 2**25)
-    image, text = (v.requires_grad_() for v in clip_like(8192, 8, 128, dtype))
+@pytest.mark.parametrize("n, d, part", [(8192, 128, 16), pytest.param(32768, 512, 1, marks=pytest.mark.slow)])
+def test_memory_by_count(counted, monkeypatch, n, d, part, dtype, masked):
+    """Beyond inputs and gradients at most 1 GB at N=32768, K=8, D=512 with 512 MB to work in, or a sixteenth of each."""
+    monkeypatch.setattr(settings, "workspace_bytes", 2**29 // part)
+    image, text = (v.requires_grad_() for v in clip_like(n, 8, d, dtype))
     scale = torch.tensor(14.3, requires_grad=True)
-    mask = torch.ones(8192, 8, dtype=torch.bool) if masked else None
+    mask = torch.ones(n, 8, dtype=torch.bool) if masked else None
     loss = lambda: dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")  # noqa: E731
     grads, most = most_allocated(lambda: torch.autograd.grad(loss(), (image, text, scale)))
     assert grads[1].is_contiguous(), "the gradient of a [N, K, D] tensor, not of the kernels' [K, N, D] view of it"
-    assert most - sum(g.numel() * g.element_size() for g in grads) <= 2**26, f"{most / 2**20:.0f} MB"
+    extra = most - sum(g.numel() * g.element_size() for g in grads)
+    print(f"{extra / 2**20:.0f} MB beyond inputs and gradients")
+    assert extra <= 2**30 // part, f"{extra / 2**20:.0f} MB"
 
 
 def test_partial_sums_of_all_launches_share_one_workspace(counted, monkeypatch):
