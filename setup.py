@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # PTX of compute_90 also runs on later GPUs; nothing here needs the features of sm_90a alone.
 ARCHITECTURES = "8.0;9.0+PTX"
@@ -60,7 +60,7 @@ def extension() -> dict:
 
 
 setup(
-    packages=["dreamlip_kernels", "dreamlip_kernels.csrc", "dreamlip_train"],
+    packages=[*find_packages(include=["dreamlip_kernels*", "dreamlip_train*"]), "dreamlip_kernels.csrc"],
     package_dir={"dreamlip_kernels.csrc": "csrc"},
     package_data={"dreamlip_kernels": ["py.typed"], "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"]},
     **extension(),
