@@ -22,8 +22,8 @@ import torch
 
 from dreamlip_train.ablation_grid import CLAIMS, LONG, RAW, SHORT, VARIANTS, Variant, config_of
 from dreamlip_train.config_file import format_config
-from dreamlip_train.json_file import write_json
-from dreamlip_train.progress import Progress
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.progress_line import Progress
 
 # What a run is judged by. Retrieval: R@1, mean of both directions, in percent; the rest: percent, steps a second.
 SCORES = {

@@ -258,7 +258,7 @@ def _load(checkpoint: str, name: str) -> tuple[Any, Any]:
 
 
 def _write(path: str, content: Any) -> None:
-    from dreamlip_train.json_file import write_json
+    from dreamlip_train.jobs.atomic_json import write_json
 
     write_json(Path(path), content)
 

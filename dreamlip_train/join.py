@@ -22,11 +22,11 @@ from typing import Any
 from dreamlip_train.caption_statistics import Statistics
 from dreamlip_train.caption_table import ALIASES, IMAGE_COLUMN, SUFFIXES, read_rows
 from dreamlip_train.captions import CAPTION_COLUMNS
-from dreamlip_train.cluster import map_tasks
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.job_folder import claim_output
+from dreamlip_train.jobs.map_tasks import map_tasks
+from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.join_shards import index_shard, rewrite_shard
-from dreamlip_train.json_file import write_json
-from dreamlip_train.output_folder import claim_output
-from dreamlip_train.progress import Progress
 from dreamlip_train.shards import MANIFEST, list_shards
 from dreamlip_train.urls import normal_path, normal_url
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dreamlip_train.caption_statistics import Statistics
 from dreamlip_train.captions import caption_pool
-from dreamlip_train.json_file import write_json
+from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.shard_writer import ShardWriter
 from dreamlip_train.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.urls import normal_path, normal_url

@@ -22,10 +22,10 @@ from dreamlip_train.caption_statistics import CountTokens, Statistics, character
 from dreamlip_train.caption_table import IMAGE_COLUMN, read_rows
 from dreamlip_train.captions import caption_pool
 from dreamlip_train.images import ImageError, decode_image
-from dreamlip_train.json_file import write_json
-from dreamlip_train.output_folder import claim_output
-from dreamlip_train.processes import map_bounded
-from dreamlip_train.progress import Progress
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.job_folder import claim_output
+from dreamlip_train.jobs.process_pool import map_bounded
+from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.shard_writer import add_member
 from dreamlip_train.shards import IMAGE_EXTENSIONS, MANIFEST
 

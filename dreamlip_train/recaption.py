@@ -18,11 +18,11 @@ from typing import Any
 from dreamlip_train.caption_statistics import Statistics
 from dreamlip_train.captioners import Answer, Endpoint, LocalModel, Prompt
 from dreamlip_train.captions import caption_pool
-from dreamlip_train.claims import Claims
-from dreamlip_train.cluster import map_tasks
-from dreamlip_train.json_file import write_json
-from dreamlip_train.output_folder import claim_output
-from dreamlip_train.progress import Progress
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.job_folder import claim_output
+from dreamlip_train.jobs.map_tasks import map_tasks
+from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.work_claims import Claims
 from dreamlip_train.shard_writer import ShardWriter
 from dreamlip_train.shards import MANIFEST, ShardError, image_of, list_shards, read_shard, record_of
 

@@ -11,7 +11,7 @@ import torch
 from dreamlip_train.config import Config
 from dreamlip_train.evaluate import evaluate, format_report
 from dreamlip_train.held_out import val_samples
-from dreamlip_train.json_file import write_json
+from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.model import DreamLIP
 from dreamlip_train.runlog import RunLog
 

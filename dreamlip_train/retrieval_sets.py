@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dreamlip_train.evaluate import eval_mode, retrieval, retrieval_chance
 from dreamlip_train.images import ImageError, decode_image, resize_center_crop
+from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.model import DreamLIP
-from dreamlip_train.progress import Progress
 from dreamlip_train.shards import ShardError, image_of, read_shard
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.captions import CAPTION_COLUMNS, caption_pool, split_sub_captions
 from dreamlip_train.images import ImageError, decode_image
-from dreamlip_train.json_file import write_json
-from dreamlip_train.processes import map_bounded
-from dreamlip_train.progress import Progress
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.process_pool import map_bounded
+from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.shard_writer import ShardWriter
 from dreamlip_train.shards import MANIFEST, ShardError, image_of, list_shards, local_folder, read_shard, record_of
 

@@ -8,14 +8,14 @@ import time
 import pytest
 from tiny import clean_environment
 
-from dreamlip_train.json_file import write_json
-from dreamlip_train.processes import map_bounded
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.process_pool import map_bounded
 
 PARENT_WITH_A_HANDLER = """
 import signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray leaves it
-from dreamlip_train.json_file import write_json
-from dreamlip_train.processes import map_bounded
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.process_pool import map_bounded
 for _ in range(100):
     assert list(map_bounded(abs, range(-6, 0), processes=2)) == [6, 5, 4, 3, 2, 1]
 """

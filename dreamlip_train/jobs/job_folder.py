@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.json_file import write_json
+from dreamlip_train.jobs.atomic_json import write_json
 
 
 def claim_output(output: Path, state: str, job: dict[str, Any], what: str) -> Path:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dreamlip_train.processes import map_bounded
+from dreamlip_train.jobs.process_pool import map_bounded
 
 _WAITING_PER_CPU = 4
 
