@@ -67,7 +67,7 @@ def _photographs(rng):
 
 def ours(folder):
     """dreamlip_train's batches."""
-    from dreamlip_train.config import DataConfig
+    from dreamlip_train.config.schema import DataConfig
     from dreamlip_train.data import train_loader
     from dreamlip_train.tokenizer import CaptionTokenizer
 

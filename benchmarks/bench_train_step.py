@@ -30,7 +30,7 @@ MODELS = ["ViT-B-32", "ViT-B-16"]
 @pytest.fixture(scope="module", params=MODELS)
 def trained(request):
     pytest.importorskip("open_clip", reason="the train extra is not installed")
-    from dreamlip_train.config import ModelConfig
+    from dreamlip_train.config.schema import ModelConfig
     from dreamlip_train.model import build_model
 
     return build_model(ModelConfig(name=request.param), seed=0).to(DEVICE)
@@ -107,7 +107,7 @@ def test_train_step(run, trained, loop):
 @pytest.mark.parametrize("model", MODELS[:1] if DEVICE == "cpu" else MODELS[1:])
 def test_setting(run, model, setting):
     pytest.importorskip("open_clip", reason="the train extra is not installed")
-    from dreamlip_train.config import ModelConfig
+    from dreamlip_train.config.schema import ModelConfig
     from dreamlip_train.model import build_model
 
     changed = SETTINGS[setting]
@@ -135,7 +135,7 @@ def test_setting(run, model, setting):
 def test_gradient_caching(run, model, chunks):
     """engine.chunk_size through the real engine: a whole step in one pass, and in four chunks that go through the towers twice."""
     pytest.importorskip("deepspeed", reason="the train extra is not installed")
-    from dreamlip_train.config import EngineConfig, ModelConfig, OptimConfig
+    from dreamlip_train.config.schema import EngineConfig, ModelConfig, OptimConfig
     from dreamlip_train.engine import build_engine, init_distributed, train_step
     from dreamlip_train.grad_cache import cached_train_step, split_batch
     from dreamlip_train.model import build_model

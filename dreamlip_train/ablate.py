@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dreamlip_train.ablation_grid import CLAIMS, LONG, RAW, SHORT, VARIANTS, Variant, config_of
-from dreamlip_train.config_file import format_config
+from dreamlip_train.config.toml import format_config
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.progress_line import Progress
 

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from dreamlip_train.config import Config
-from dreamlip_train.recipes import demo
+from dreamlip_train.config.recipes import demo
+from dreamlip_train.config.schema import Config
 
 RAW, SHORT, LONG = "raw_caption", "shortIB_captions", "longIB_captions"
 

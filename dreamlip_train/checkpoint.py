@@ -32,8 +32,8 @@ from dreamlip_train.checkpoint_files import (
     refuse_foreign_pickles,
     step_folder,
 )  # fmt: skip
-from dreamlip_train.config import Config, ModelConfig
-from dreamlip_train.config_file import format_config, read_config
+from dreamlip_train.config.schema import Config, ModelConfig
+from dreamlip_train.config.toml import format_config, read_config
 from dreamlip_train.model import DreamLIP, build_model
 from dreamlip_train.streams import Layout
 

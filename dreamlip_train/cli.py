@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dreamlip_train import cli_eval, cli_prepare
-from dreamlip_train.config import Config
-from dreamlip_train.config_file import read_config
-from dreamlip_train.recipes import RECIPES
+from dreamlip_train.config.recipes import RECIPES
+from dreamlip_train.config.schema import Config
+from dreamlip_train.config.toml import read_config
 
 PROGRAM = "dreamlip-train"
 

@@ -52,7 +52,7 @@ def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
     import torch
 
     from dreamlip_train.checkpoint import load_for_eval
-    from dreamlip_train.config import EvalConfig
+    from dreamlip_train.config.schema import EvalConfig
     from dreamlip_train.evaluate import evaluate
 
     model, config = load_for_eval(options.checkpoint, options.model)

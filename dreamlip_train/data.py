@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dreamlip_train.config import DataConfig
+from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.quarantine import BadCounts, read_quarantine
 from dreamlip_train.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
 from dreamlip_train.shards import list_shards, sample_counts

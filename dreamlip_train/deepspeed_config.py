@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from dreamlip_train.config import EngineConfig, OptimConfig
+from dreamlip_train.config.schema import EngineConfig, OptimConfig
 
 # DeepSpeed accepts unknown top-level keys silently, so a typing error would be a setting that never acts.
 _DEEPSPEED_KEYS = (

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from dreamlip_train.config import DataConfig
+from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.quarantine import BadCounts
 from dreamlip_train.samples import BadSample, val_sample
 from dreamlip_train.shards import ShardError, list_shards, read_shard

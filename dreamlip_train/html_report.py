@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dreamlip_train import paper
 from dreamlip_train.checkpoint import load_for_eval
-from dreamlip_train.config import Config
-from dreamlip_train.config_file import read_config
+from dreamlip_train.config.schema import Config
+from dreamlip_train.config.toml import read_config
 from dreamlip_train.held_out import val_samples
 from dreamlip_train.retrieval_examples import Example, retrieval_examples
 from dreamlip_train.shards import list_shards

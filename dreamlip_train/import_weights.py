@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamlip_train.config import ModelConfig
+from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.hf_clip import open_clip_config, open_clip_weights
 from dreamlip_train.model import build_model, known_models, open_clip_state_dict
 

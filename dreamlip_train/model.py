@@ -20,7 +20,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dreamlip_train.caption_packing import PackedCaptions, RowAttention, row_mask
-from dreamlip_train.config import ModelConfig
+from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.tokenizer import CaptionTokenizer
 
 MAX_LOGIT_SCALE = math.log(100.0)

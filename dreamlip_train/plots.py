@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from dreamlip_train.config import Normalization
+from dreamlip_train.config.schema import Normalization
 from dreamlip_train.evaluate import encode_batch, eval_mode, sub_caption_weights
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"

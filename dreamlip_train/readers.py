@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from dreamlip_train.config import DataConfig
+from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.quarantine import BadCounts
 from dreamlip_train.samples import BadSample, prepare_sample
 from dreamlip_train.shards import ShardError, image_of, read_shard

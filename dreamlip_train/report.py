@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dreamlip_train.config import Config
+from dreamlip_train.config.schema import Config
 from dreamlip_train.evaluate import evaluate, format_report
 from dreamlip_train.held_out import val_samples
 from dreamlip_train.jobs.atomic_json import write_json

@@ -17,8 +17,8 @@ from dreamlip_train.checkpoint_files import (
     newest,
     read_manifest,
 )  # fmt: skip
-from dreamlip_train.config import Config
-from dreamlip_train.config_file import differences, read_config
+from dreamlip_train.config.schema import Config
+from dreamlip_train.config.toml import differences, read_config
 
 logger = logging.getLogger("dreamlip_train")
 

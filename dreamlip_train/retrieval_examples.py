@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamlip_train.config import DataConfig
+from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.evaluate import encode_batch, eval_mode
 from dreamlip_train.held_out import val_samples
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from dreamlip_train import checkpoint, resume
 from dreamlip_train.checkpoint_files import read_manifest
-from dreamlip_train.config import Config
-from dreamlip_train.config_file import format_config
+from dreamlip_train.config.schema import Config
+from dreamlip_train.config.toml import format_config
 from dreamlip_train.data import TrainLoader, is_worker_error, train_loader, worker_error
 from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.doctor import backends, versions

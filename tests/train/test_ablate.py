@@ -8,8 +8,8 @@ from dreamlip_train import cli
 from dreamlip_train.ablate import SCORES, ablate, format_ablation, judge
 from dreamlip_train.ablation_grid import CLAIMS, VARIANTS, config_of
 from dreamlip_train.ablation_plot import plot_ablation
-from dreamlip_train.config_file import format_config, read_config
-from dreamlip_train.recipes import demo
+from dreamlip_train.config.recipes import demo
+from dreamlip_train.config.toml import format_config, read_config
 
 
 def test_every_variant_is_a_valid_config_that_survives_its_file(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from tiny import clean_environment
 
 from dreamlip_train import cli
-from dreamlip_train.config import Config
-from dreamlip_train.config_file import format_config
+from dreamlip_train.config.schema import Config
+from dreamlip_train.config.toml import format_config
 
 
 def fails(capsys, *words: str) -> str:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dreamlip_train.config import Config, LossConfig
-from dreamlip_train.config_file import differences, format_config, override, read_config
+from dreamlip_train.config.schema import Config, LossConfig
+from dreamlip_train.config.toml import differences, format_config, override, read_config
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from planted import GRID, PlantedModel, planted_sample
 
 from dreamlip_train import evaluate as module
-from dreamlip_train.config import DataConfig, EvalConfig
+from dreamlip_train.config.schema import DataConfig, EvalConfig
 from dreamlip_train.evaluate import evaluate, format_report, localization, mask_to_regions, retrieval, retrieval_chance
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisio
 
 from dreamlip_train import cli, export
 from dreamlip_train.checkpoint import Progress, load_for_eval, save
-from dreamlip_train.config import ModelConfig
+from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.export import export_checkpoint
 from dreamlip_train.model import build_model, open_clip_state_dict
 

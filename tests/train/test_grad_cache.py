@@ -8,7 +8,7 @@ import torch
 from tiny import GLOBAL_BATCH, STEPS, TOWERS, batch, tiny_config, tiny_engine, tiny_model
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.config import Config, EngineConfig, LossConfig
+from dreamlip_train.config.schema import Config, EngineConfig, LossConfig
 from dreamlip_train.engine import learning_rate, move_batch, train_step
 from dreamlip_train.grad_cache import _features, cached_train_step, split_batch
 from dreamlip_train.model import build_model

@@ -18,7 +18,7 @@ from tiny import clean_environment
 
 from dreamlip_train import cli
 from dreamlip_train.caption_table import IMAGE_COLUMN, read_rows
-from dreamlip_train.config import DataConfig
+from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data import train_loader
 from dreamlip_train.join import join_captions
 from dreamlip_train.shards import read_shard

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TOWERS, tiny_model, tiny_tokenize
 
-from dreamlip_train.config import ModelConfig
+from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.flops import training_flops
 from dreamlip_train.model import MAX_LOGIT_SCALE, BoundedBelowLog100, build_model, crop_to_longest, logit_multiplier, open_clip_state_dict
 

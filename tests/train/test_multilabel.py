@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from dreamlip_train import cli
 from dreamlip_train.class_prompts import class_features, read_classes, read_templates
-from dreamlip_train.config import ModelConfig
+from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.model import build_model
 from dreamlip_train.multilabel import average_precision, evaluate_labels, format_labels, read_labels
 

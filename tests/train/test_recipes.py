@@ -2,9 +2,9 @@
 
 import pytest
 
-from dreamlip_train.config_file import differences, format_config, override
+from dreamlip_train.config.recipes import RECIPES
+from dreamlip_train.config.toml import differences, format_config, override
 from dreamlip_train.model import build_model
-from dreamlip_train.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -10,7 +10,7 @@ from shard_files import jpeg, write_tar
 from tiny import clean_environment
 
 from dreamlip_train import cli
-from dreamlip_train.config import ModelConfig
+from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.model import build_model
 from dreamlip_train.zeroshot import format_zero_shot, zero_shot
 

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from dreamlip_train.config import Config
+from dreamlip_train.config.schema import Config
 
 
 def read_config(path: str | Path, base: Config | None = None) -> Config:

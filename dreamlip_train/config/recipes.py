@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dreamlip_train.config import Config, DataConfig, EngineConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from dreamlip_train.config.schema import Config, DataConfig, EngineConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
 
 # The paper's main tables train on the raw caption and ShareGPT4V's short and long ones.
 _PAPER_SOURCES = ("raw_caption", "shortSV_captions", "longSV_captions")
