@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from dreamlip_train.caption_table import IMAGE_COLUMN
+from dreamlip_train.captions.table import IMAGE_COLUMN
 from dreamlip_train.join import match, stage_table
 
 WORDS = (

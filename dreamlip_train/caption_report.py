@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from dreamlip_train.caption_statistics import CountTokens, percentile
-from dreamlip_train.captions import CAPTION_COLUMNS, Splitter, caption_pool
+from dreamlip_train.captions.sentences import CAPTION_COLUMNS, Splitter, caption_pool
+from dreamlip_train.captions.statistics import CountTokens, percentile
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.shards import ShardError, list_shards, read_shard, record_of

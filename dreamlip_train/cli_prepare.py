@@ -85,7 +85,7 @@ class JoinOptions:
 def prepare_join(arguments: list[str], program: str) -> None:
     """Caption tables x existing image shards: --captions TABLES --shards PATTERN --on url --output DIR"""
     options = tyro.cli(JoinOptions, args=arguments, prog=program)
-    from dreamlip_train.caption_statistics import format_summary
+    from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.join import format_join, join_captions
 
     given = dataclasses.asdict(options)
@@ -111,7 +111,7 @@ class ValidateOptions:
 def prepare_validate(arguments: list[str], program: str) -> None:
     """Check, index and repair existing shards (img2dataset, FLAIR, open_clip): PATTERN [--fix DIR]"""
     options = tyro.cli(ValidateOptions, args=arguments, prog=program)
-    from dreamlip_train.caption_statistics import format_summary
+    from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.model import count_tokens
     from dreamlip_train.shard_check import validate_shards
 

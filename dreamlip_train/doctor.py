@@ -12,7 +12,7 @@ import torch
 
 import dreamlip_kernels
 from dreamlip_kernels.dispatch import select, why
-from dreamlip_train.caption_statistics import format_summary
+from dreamlip_train.captions.statistics import format_summary
 from dreamlip_train.shard_check import validate_shards
 
 _PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")

@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import Statistics
-from dreamlip_train.caption_table import ALIASES, IMAGE_COLUMN, SUFFIXES, read_rows
-from dreamlip_train.captions import CAPTION_COLUMNS
+from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.captions.statistics import Statistics
+from dreamlip_train.captions.table import ALIASES, IMAGE_COLUMN, SUFFIXES, read_rows
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import Statistics
-from dreamlip_train.captions import caption_pool
+from dreamlip_train.captions.sentences import caption_pool
+from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.shard_writer import ShardWriter
 from dreamlip_train.shards import ShardError, image_of, read_shard, record_of

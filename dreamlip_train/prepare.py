@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns, format_summary
-from dreamlip_train.caption_table import IMAGE_COLUMN, read_rows
-from dreamlip_train.captions import caption_pool
+from dreamlip_train.captions.sentences import caption_pool
+from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns, format_summary
+from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.images import ImageError, decode_image
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output

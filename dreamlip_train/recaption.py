@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import Statistics
 from dreamlip_train.captioners import Answer, Endpoint, LocalModel, Prompt
-from dreamlip_train.captions import caption_pool
+from dreamlip_train.captions.sentences import caption_pool
+from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks

@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.caption_statistics import CountTokens, Statistics, character_split_columns
-from dreamlip_train.captions import CAPTION_COLUMNS, caption_pool, split_sub_captions
+from dreamlip_train.captions.sentences import CAPTION_COLUMNS, caption_pool, split_sub_captions
+from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.images import ImageError, decode_image
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.process_pool import map_bounded

@@ -17,7 +17,7 @@ from shard_files import jpeg, tokenize, write_tar
 from tiny import clean_environment
 
 from dreamlip_train import cli
-from dreamlip_train.caption_table import IMAGE_COLUMN, read_rows
+from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data import train_loader
 from dreamlip_train.join import join_captions

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dreamlip_train import scene_painting
-from dreamlip_train.captions import CAPTION_COLUMNS, LONG, split_sub_captions
+from dreamlip_train.captions.sentences import CAPTION_COLUMNS, LONG, split_sub_captions
 from dreamlip_train.prepare import prepare_folder
 from dreamlip_train.scenes import PLACES, prepare_scenes
 

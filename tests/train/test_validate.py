@@ -10,7 +10,7 @@ from shard_files import jpeg, sample, write_tar
 
 from dreamlip_train import cli
 from dreamlip_train.caption_report import caption_histograms, crop_buckets, format_histograms
-from dreamlip_train.caption_statistics import percentile
+from dreamlip_train.captions.statistics import percentile
 from dreamlip_train.shard_check import validate_shards
 from dreamlip_train.shards import read_shard
 

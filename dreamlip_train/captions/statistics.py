@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dreamlip_train.captions import CAPTION_COLUMNS, is_character_split, is_whole, split_sub_captions
+from dreamlip_train.captions.sentences import CAPTION_COLUMNS, is_character_split, is_whole, split_sub_captions
 
 CountTokens = Callable[[str], int]
 """Tokens of a text, start and end included."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions import CAPTION_COLUMNS
+from dreamlip_train.captions.sentences import CAPTION_COLUMNS
 
 IMAGE_COLUMN = "Image Path"
 SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
