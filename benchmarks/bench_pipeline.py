@@ -32,7 +32,7 @@ def shards(tmp_path_factory):
     """A folder of shards, read once so that no disk is measured."""
     for package in ("webdataset", "simplejpeg", "open_clip", "skimage"):
         pytest.importorskip(package, reason=f"{package} is not installed: the train and dev extras have it")
-    from dreamlip_train.shard_writer import ShardWriter
+    from dreamlip_train.data.shard_writer import ShardWriter
 
     folder, rng = tmp_path_factory.mktemp("pipeline"), random.Random(0)
     pictures = list(itertools.islice(_photographs(rng), PICTURES))
@@ -68,7 +68,7 @@ def _photographs(rng):
 def ours(folder):
     """dreamlip_train's batches."""
     from dreamlip_train.config.schema import DataConfig
-    from dreamlip_train.data import train_loader
+    from dreamlip_train.data.loader import train_loader
     from dreamlip_train.tokenizer import CaptionTokenizer
 
     config = DataConfig(shards=str(folder), num_sub_captions=K, workers=WORKERS)

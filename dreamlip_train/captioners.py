@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamlip_train.captions.sentences import split_sub_captions
-from dreamlip_train.images import decode_image
+from dreamlip_train.data.images import decode_image
 
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0

@@ -34,8 +34,8 @@ from dreamlip_train.checkpoint_files import (
 )  # fmt: skip
 from dreamlip_train.config.schema import Config, ModelConfig
 from dreamlip_train.config.toml import format_config, read_config
+from dreamlip_train.data.epoch_plan import Layout
 from dreamlip_train.model import DreamLIP, build_model
-from dreamlip_train.streams import Layout
 
 
 class SaveError(RuntimeError):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dreamlip_kernels import patch_weights
 from dreamlip_train.config.schema import DataConfig, EvalConfig, Normalization
-from dreamlip_train.held_out import no_sentences, val_samples
+from dreamlip_train.data.validation import no_sentences, val_samples
 
 KS = (1, 5, 10)
 

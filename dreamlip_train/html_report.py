@@ -19,9 +19,9 @@ from dreamlip_train import paper
 from dreamlip_train.checkpoint import load_for_eval
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
-from dreamlip_train.held_out import val_samples
+from dreamlip_train.data.shards import list_shards
+from dreamlip_train.data.validation import val_samples
 from dreamlip_train.retrieval_examples import Example, retrieval_examples
-from dreamlip_train.shards import list_shards
 
 _STYLE = """
 :root { --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --good: #0b7a5b; --bad: #b3331f; }

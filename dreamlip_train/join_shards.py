@@ -10,9 +10,9 @@ from typing import Any
 
 from dreamlip_train.captions.sentences import caption_pool
 from dreamlip_train.captions.statistics import Statistics
+from dreamlip_train.data.shard_writer import ShardWriter
+from dreamlip_train.data.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
-from dreamlip_train.shard_writer import ShardWriter
-from dreamlip_train.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.urls import normal_path, normal_url
 
 _URL_FIELDS = ("url", "Image Path", "ImagePath", "URL", "image_url")

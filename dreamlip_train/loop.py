@@ -18,7 +18,7 @@ import torch.distributed as dist
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train import checkpoint
 from dreamlip_train.config.schema import Config, LossConfig
-from dreamlip_train.data import TrainLoader
+from dreamlip_train.data.loader import TrainLoader
 from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
 from dreamlip_train.evaluate import StoppedError, evaluate
 from dreamlip_train.grad_cache import cached_train_step, split_batch

@@ -21,13 +21,13 @@ from urllib.parse import unquote, urlsplit
 from dreamlip_train.captions.sentences import caption_pool
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns, format_summary
 from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
-from dreamlip_train.images import ImageError, decode_image
+from dreamlip_train.data.images import ImageError, decode_image
+from dreamlip_train.data.shard_writer import add_member
+from dreamlip_train.data.shards import IMAGE_EXTENSIONS, MANIFEST
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
-from dreamlip_train.shard_writer import add_member
-from dreamlip_train.shards import IMAGE_EXTENSIONS, MANIFEST
 
 STATE = ".prepare"
 Row = tuple[int, dict[str, Any] | None, str]

@@ -18,13 +18,13 @@ from typing import Any
 from dreamlip_train.captioners import Answer, Endpoint, LocalModel, Prompt
 from dreamlip_train.captions.sentences import caption_pool
 from dreamlip_train.captions.statistics import Statistics
+from dreamlip_train.data.shard_writer import ShardWriter
+from dreamlip_train.data.shards import MANIFEST, ShardError, image_of, list_shards, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.work_claims import Claims
-from dreamlip_train.shard_writer import ShardWriter
-from dreamlip_train.shards import MANIFEST, ShardError, image_of, list_shards, read_shard, record_of
 
 STATE = ".recaption"
 _JUDGED_AFTER = 50  # pictures asked about before max_bad_fraction can stop a run

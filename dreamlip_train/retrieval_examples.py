@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dreamlip_train.config.schema import DataConfig
+from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluate import encode_batch, eval_mode
-from dreamlip_train.held_out import val_samples
 
 
 @dataclass(frozen=True)

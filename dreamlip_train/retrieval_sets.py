@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
+from dreamlip_train.data.shards import ShardError, image_of, read_shard
 from dreamlip_train.evaluate import eval_mode, retrieval, retrieval_chance
-from dreamlip_train.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.model import DreamLIP
-from dreamlip_train.shards import ShardError, image_of, read_shard
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dreamlip_train.class_prompts import class_features
+from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.evaluate import eval_mode
-from dreamlip_train.images import ImageError, decode_image
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.model import DreamLIP
 from dreamlip_train.segmentation_sets import IGNORED, Layout, Segmented, read_label_map

@@ -10,12 +10,12 @@ from typing import Any
 
 from dreamlip_train.captions.sentences import CAPTION_COLUMNS, caption_pool, split_sub_captions
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns
-from dreamlip_train.images import ImageError, decode_image
+from dreamlip_train.data.images import ImageError, decode_image
+from dreamlip_train.data.shard_writer import ShardWriter
+from dreamlip_train.data.shards import MANIFEST, ShardError, image_of, list_shards, local_folder, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
-from dreamlip_train.shard_writer import ShardWriter
-from dreamlip_train.shards import MANIFEST, ShardError, image_of, list_shards, local_folder, read_shard, record_of
 
 
 def validate_shards(

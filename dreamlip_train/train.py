@@ -12,13 +12,13 @@ from dreamlip_train import checkpoint, resume
 from dreamlip_train.checkpoint_files import read_manifest
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import format_config
-from dreamlip_train.data import TrainLoader, is_worker_error, train_loader, worker_error
+from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loader, worker_error
+from dreamlip_train.data.validation import check_held_out
 from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.doctor import backends, versions
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed
 from dreamlip_train.evaluate import StoppedError
 from dreamlip_train.flops import peak_flops, training_flops
-from dreamlip_train.held_out import check_held_out
 from dreamlip_train.loop import Cost, Loop
 from dreamlip_train.model import build_model
 from dreamlip_train.report import final_report

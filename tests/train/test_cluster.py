@@ -18,9 +18,9 @@ from chat_server import ChatServer
 from shard_files import jpeg, write_tar
 from tiny import clean_environment
 
+from dreamlip_train.data.shards import read_shard
 from dreamlip_train.join import join_captions
 from dreamlip_train.recaption import recaption_shards
-from dreamlip_train.shards import read_shard
 
 
 def free_port() -> int:

@@ -12,8 +12,8 @@ import torch
 from shard_files import jpeg, record, sample, tokenize, write_index, write_shards, write_tar
 
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.data import train_loader
-from dreamlip_train.held_out import val_samples
+from dreamlip_train.data.loader import train_loader
+from dreamlip_train.data.validation import val_samples
 from dreamlip_train.prefetch import prefetched
 
 

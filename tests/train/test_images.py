@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dreamlip_train.images import ImageError, _crop_box, decode_image, random_resized_crop, resize_center_crop
+from dreamlip_train.data.images import ImageError, _crop_box, decode_image, random_resized_crop, resize_center_crop
 
 
 def picture(width=80, height=60, mode="RGB"):

@@ -19,9 +19,9 @@ from tiny import clean_environment
 from dreamlip_train import cli
 from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.data import train_loader
+from dreamlip_train.data.loader import train_loader
+from dreamlip_train.data.shards import read_shard
 from dreamlip_train.join import join_captions
-from dreamlip_train.shards import read_shard
 from dreamlip_train.urls import normal_path, normal_url
 
 COLUMNS = ["raw_caption", "shortSV_captions", "longSV_captions"]

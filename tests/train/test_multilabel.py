@@ -66,7 +66,7 @@ def test_the_map_of_a_model(lists, model):
     assert labelled == read_labels(lists / "numbered.txt", classes, lists / "imgs")
     templates = ("a photo of a {c}.", "one {c}")
     found = evaluate_labels(model, labelled, classes, templates, "cpu", batch_size=5)
-    from dreamlip_train.images import decode_image, resize_center_crop
+    from dreamlip_train.data.images import decode_image, resize_center_crop
 
     with torch.no_grad():
         images = torch.cat([model.encode_images(resize_center_crop(decode_image(p.read_bytes()), 32)[None])[0] for p in labelled.images])

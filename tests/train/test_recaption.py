@@ -18,9 +18,9 @@ from tiny_llava import save_tiny_llava
 
 from dreamlip_train import captioners, cli
 from dreamlip_train.captioners import caption_text
+from dreamlip_train.data.shards import read_shard
 from dreamlip_train.jobs.work_claims import Claims
 from dreamlip_train.recaption import recaption_shards
-from dreamlip_train.shards import read_shard
 
 PER_SHARD = 8
 

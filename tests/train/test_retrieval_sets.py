@@ -10,7 +10,7 @@ from shard_files import jpeg, write_tar
 from tiny import tiny_model
 
 from dreamlip_train import cli
-from dreamlip_train.images import decode_image, resize_center_crop
+from dreamlip_train.data.images import decode_image, resize_center_crop
 from dreamlip_train.model import build_model
 from dreamlip_train.retrieval_sets import evaluate_set, format_set, read_set
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dreamlip_train.streams import Layout, Piece, batches_of_worker, plan
+from dreamlip_train.data.epoch_plan import Layout, Piece, batches_of_worker, plan
 
 
 def samples(piece: Piece) -> list[int]:

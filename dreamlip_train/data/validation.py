@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.quarantine import BadCounts
-from dreamlip_train.samples import BadSample, val_sample
-from dreamlip_train.shards import ShardError, list_shards, read_shard
+from dreamlip_train.data.quarantine import BadCounts
+from dreamlip_train.data.samples import BadSample, val_sample
+from dreamlip_train.data.shards import ShardError, list_shards, read_shard
 
 logger = logging.getLogger("dreamlip_train")
 

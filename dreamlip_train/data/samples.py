@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dreamlip_train.captions.sentences import LONG, caption_pool, sample_sub_captions, split_sub_captions
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.images import ImageError, decode_image, random_resized_crop, resize_center_crop
-from dreamlip_train.shards import image_of, record_of
+from dreamlip_train.data.images import ImageError, decode_image, random_resized_crop, resize_center_crop
+from dreamlip_train.data.shards import image_of, record_of
 
 
 class BadSample(Exception):

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.quarantine import BadCounts
-from dreamlip_train.samples import BadSample, prepare_sample
-from dreamlip_train.shards import ShardError, image_of, read_shard
-from dreamlip_train.streams import Piece
+from dreamlip_train.data.epoch_plan import Piece
+from dreamlip_train.data.quarantine import BadCounts
+from dreamlip_train.data.samples import BadSample, prepare_sample
+from dreamlip_train.data.shards import ShardError, image_of, read_shard
 
 Tokenize = Callable[[list[str]], tuple[Tensor, int]]
 """B texts -> their tokens int64 [B, L], and how many were too long and lost their ends."""

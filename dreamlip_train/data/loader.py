@@ -2,7 +2,7 @@
 
     {"images" uint8 [n,3,H,W], "text" int64 [n,K,L], "text_mask" bool [n,K], "cut" captions that lost their ends, "keys", "shards"}
 
-streams.py says who reads what, readers.py does it in the workers; here are the loader of a rank and its count of what could not be used.
+epoch_plan.py says who reads what, readers.py does it in the workers; here are the loader of a rank and its count of what could not be used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.quarantine import BadCounts, read_quarantine
-from dreamlip_train.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
-from dreamlip_train.shards import list_shards, sample_counts
-from dreamlip_train.streams import Layout, batches_of_worker, plan
+from dreamlip_train.data.epoch_plan import Layout, batches_of_worker, plan
+from dreamlip_train.data.quarantine import BadCounts, read_quarantine
+from dreamlip_train.data.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
+from dreamlip_train.data.shards import list_shards, sample_counts
 
 logger = logging.getLogger("dreamlip_train")
 
