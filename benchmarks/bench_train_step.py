@@ -31,7 +31,7 @@ MODELS = ["ViT-B-32", "ViT-B-16"]
 def trained(request):
     pytest.importorskip("open_clip", reason="the train extra is not installed")
     from dreamlip_train.config.schema import ModelConfig
-    from dreamlip_train.model import build_model
+    from dreamlip_train.model.dreamlip import build_model
 
     return build_model(ModelConfig(name=request.param), seed=0).to(DEVICE)
 
@@ -76,7 +76,7 @@ def test_train_step(run, trained, loop):
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=loop == "ours" or None)
     given = batch()
     clip_loss, dreamlip_loss = pytest.importorskip("open_clip").loss.ClipLoss(), DreamLIPLoss()
-    from dreamlip_train.caption_packing import RowAttention
+    from dreamlip_train.model.packing import RowAttention
 
     for block in trained.clip.transformer.resblocks:  # open_clip's own attention for today's loop
         block.attn.__class__ = torch.nn.MultiheadAttention if loop == "today" else RowAttention
@@ -108,7 +108,7 @@ def test_train_step(run, trained, loop):
 def test_setting(run, model, setting):
     pytest.importorskip("open_clip", reason="the train extra is not installed")
     from dreamlip_train.config.schema import ModelConfig
-    from dreamlip_train.model import build_model
+    from dreamlip_train.model.dreamlip import build_model
 
     changed = SETTINGS[setting]
     trained = build_model(ModelConfig(name=model), seed=0).to(DEVICE)
@@ -138,7 +138,7 @@ def test_gradient_caching(run, model, chunks):
     from dreamlip_train.config.schema import EngineConfig, ModelConfig, OptimConfig
     from dreamlip_train.engine import build_engine, init_distributed, train_step
     from dreamlip_train.grad_cache import cached_train_step, split_batch
-    from dreamlip_train.model import build_model
+    from dreamlip_train.model.dreamlip import build_model
 
     settings = EngineConfig(
         batch_size=BATCH, chunk_size=BATCH // chunks if chunks > 1 else 0, precision="fp32" if DEVICE == "cpu" else "amp_bf16"

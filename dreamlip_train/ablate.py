@@ -121,7 +121,7 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
 
 def _prepare_data(data: Path, num_train: int, num_val: int) -> tuple[str, str]:
     """The scenes as shards: (training, held out)."""
-    from dreamlip_train.model import count_tokens
+    from dreamlip_train.model.dreamlip import count_tokens
     from dreamlip_train.prepare import prepare_folder
     from dreamlip_train.scenes import prepare_scenes
 

@@ -35,7 +35,7 @@ from dreamlip_train.checkpoint_files import (
 from dreamlip_train.config.schema import Config, ModelConfig
 from dreamlip_train.config.toml import format_config, read_config
 from dreamlip_train.data.epoch_plan import Layout
-from dreamlip_train.model import DreamLIP, build_model
+from dreamlip_train.model.dreamlip import DreamLIP, build_model
 
 
 class SaveError(RuntimeError):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamlip_train.model import DreamLIP
+from dreamlip_train.model.dreamlip import DreamLIP
 
 PHOTO = ("a photo of a {c}.",)
 

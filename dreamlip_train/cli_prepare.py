@@ -51,7 +51,7 @@ def prepare_folder(arguments: list[str], program: str) -> None:
     """A caption table and a folder of images into shards: --captions FILE --images DIR --output DIR"""
     options = tyro.cli(FolderOptions, args=arguments, prog=program)
     from dreamlip_train import prepare
-    from dreamlip_train.model import count_tokens
+    from dreamlip_train.model.dreamlip import count_tokens
 
     prepare.prepare_folder(
         options.captions, options.images, options.output, masks=options.masks, shard_size=options.shard_size, count_tokens=count_tokens
@@ -112,7 +112,7 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     """Check, index and repair existing shards (img2dataset, FLAIR, open_clip): PATTERN [--fix DIR]"""
     options = tyro.cli(ValidateOptions, args=arguments, prog=program)
     from dreamlip_train.captions.statistics import format_summary
-    from dreamlip_train.model import count_tokens
+    from dreamlip_train.model.dreamlip import count_tokens
     from dreamlip_train.shard_check import validate_shards
 
     checked = validate_shards(options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe, crop=options.crop, fix=options.fix)
@@ -140,7 +140,7 @@ def prepare_stats(arguments: list[str], program: str) -> None:
     """Sub-captions and tokens by source, as a table and a PNG: PATTERN --output captions.png"""
     options = tyro.cli(StatsOptions, args=arguments, prog=program)
     from dreamlip_train.caption_report import caption_histograms, format_histograms, plot_histograms
-    from dreamlip_train.model import count_tokens
+    from dreamlip_train.model.dreamlip import count_tokens
 
     found = caption_histograms(options.pattern, count_tokens, max_shards=options.max_shards, splitter=options.splitter)
     print(format_histograms(found))

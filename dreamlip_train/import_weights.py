@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.hf_clip import open_clip_config, open_clip_weights
-from dreamlip_train.model import build_model, known_models, open_clip_state_dict
+from dreamlip_train.model.dreamlip import build_model, known_models, open_clip_state_dict
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 

@@ -18,7 +18,7 @@ from dreamlip_train.class_prompts import class_features
 from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.evaluate import eval_mode
 from dreamlip_train.jobs.progress_line import Progress
-from dreamlip_train.model import DreamLIP
+from dreamlip_train.model.dreamlip import DreamLIP
 
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
 

@@ -18,9 +18,9 @@ from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.doctor import backends, versions
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed
 from dreamlip_train.evaluate import StoppedError
-from dreamlip_train.flops import peak_flops, training_flops
 from dreamlip_train.loop import Cost, Loop
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.flops import peak_flops, training_flops
 from dreamlip_train.report import final_report
 from dreamlip_train.runlog import RunLog
 from dreamlip_train.signals import StopRequest

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dreamlip_train.data.images import resize_center_crop
 from dreamlip_train.evaluate import eval_mode
-from dreamlip_train.model import DreamLIP
+from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.paper import ZERO_SHOT
 
 DATASETS = (

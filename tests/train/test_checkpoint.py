@@ -16,7 +16,7 @@ from dreamlip_train.checkpoint import Progress, SaveError, load, load_for_eval, 
 from dreamlip_train.checkpoint_files import complete_checkpoints, find_checkpoint, newest
 from dreamlip_train.data.epoch_plan import Layout
 from dreamlip_train.engine import evaluation_model
-from dreamlip_train.model import open_clip_state_dict
+from dreamlip_train.model.dreamlip import open_clip_state_dict
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "amp_bf16"), (0, "bf16")])

@@ -10,7 +10,7 @@ from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.config.schema import EngineConfig, OptimConfig
 from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.engine import evaluation_model, learning_rate, move_batch, parameter_groups, train_step
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dreamlip_train import cli, export
 from dreamlip_train.checkpoint import Progress, load_for_eval, save
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.export import export_checkpoint
-from dreamlip_train.model import build_model, open_clip_state_dict
+from dreamlip_train.model.dreamlip import build_model, open_clip_state_dict
 
 TEXTS = ["a photo of a dog", "Two RED cars &amp; a house, isn't it?", "naïve café  über 12,000 — x", "word " * 200]
 

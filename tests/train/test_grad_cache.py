@@ -11,7 +11,7 @@ from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.config.schema import Config, EngineConfig, LossConfig
 from dreamlip_train.engine import learning_rate, move_batch, train_step
 from dreamlip_train.grad_cache import _features, cached_train_step, split_batch
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 
 LOSSES = {
     "both": {},

@@ -9,8 +9,15 @@ import torch
 from tiny import TOWERS, tiny_model, tiny_tokenize
 
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.flops import training_flops
-from dreamlip_train.model import MAX_LOGIT_SCALE, BoundedBelowLog100, build_model, crop_to_longest, logit_multiplier, open_clip_state_dict
+from dreamlip_train.model.dreamlip import (
+    MAX_LOGIT_SCALE,
+    BoundedBelowLog100,
+    build_model,
+    crop_to_longest,
+    logit_multiplier,
+    open_clip_state_dict,
+)
+from dreamlip_train.model.flops import training_flops
 
 TEXTS = ["red", "a small red star", "the large blue moon left near two round square", "", "green " * 40, "a small star above the moon"]
 

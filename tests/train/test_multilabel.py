@@ -12,7 +12,7 @@ from tiny import tiny_model
 from dreamlip_train import cli
 from dreamlip_train.class_prompts import class_features, read_classes, read_templates
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.multilabel import average_precision, evaluate_labels, format_labels, read_labels
 
 CLASSES = ["red star", "blue moon", "dog; hound", "nothing like it"]

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from dreamlip_train.caption_packing import PackedCaptions
+from dreamlip_train.model.packing import PackedCaptions
 from dreamlip_train.prefetch import _tensors, prefetched
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 
 from dreamlip_train.config.recipes import RECIPES
 from dreamlip_train.config.toml import differences, format_config, override
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from dreamlip_train import cli
 from dreamlip_train.data.images import decode_image, resize_center_crop
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.retrieval_sets import evaluate_set, format_set, read_set
 
 COUNT = 24

@@ -11,7 +11,7 @@ from torch import nn
 
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.segment import confusion, format_segmentation, intersection_over_union, predict, segment, similarity_map, window_starts
 from dreamlip_train.segmentation_sets import LAYOUTS, Layout, read_label_map, read_segmentation
 

@@ -6,8 +6,8 @@ import open_clip
 import pytest
 import torch
 
-from dreamlip_train import tokenizer
-from dreamlip_train.tokenizer import CaptionTokenizer
+from dreamlip_train.model import tokenizer
+from dreamlip_train.model.tokenizer import CaptionTokenizer
 
 TEXTS = [
     "",

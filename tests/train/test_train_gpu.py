@@ -7,9 +7,9 @@ from caption_lengths import HUMAN, captions
 pytest.importorskip("open_clip", reason="the train extra is not installed")
 from tiny import TOWERS, tiny_model
 
-from dreamlip_train.caption_packing import pack_captions
 from dreamlip_train.engine import move_batch
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.packing import pack_captions
 from dreamlip_train.prefetch import prefetched
 
 pytestmark = pytest.mark.gpu

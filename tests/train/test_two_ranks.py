@@ -11,7 +11,7 @@ from tiny import STEPS, clean_environment, run_steps, tiny_config
 
 from dreamlip_train.checkpoint import Progress, load, save
 from dreamlip_train.engine import build_engine, init_distributed
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
 

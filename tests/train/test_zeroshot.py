@@ -11,7 +11,7 @@ from tiny import clean_environment
 
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.zeroshot import format_zero_shot, zero_shot
 
 pytest.importorskip("clip_benchmark", reason="the benchmark extra is not installed")

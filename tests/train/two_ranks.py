@@ -17,7 +17,7 @@ from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train import checkpoint
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed, learning_rate, move_batch, train_step
 from dreamlip_train.grad_cache import cached_train_step, split_batch
-from dreamlip_train.model import build_model
+from dreamlip_train.model.dreamlip import build_model
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
 

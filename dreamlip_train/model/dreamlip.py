@@ -19,9 +19,9 @@ from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dreamlip_train.caption_packing import PackedCaptions, RowAttention, row_mask
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.tokenizer import CaptionTokenizer
+from dreamlip_train.model.packing import PackedCaptions, RowAttention, row_mask
+from dreamlip_train.model.tokenizer import CaptionTokenizer
 
 MAX_LOGIT_SCALE = math.log(100.0)
 _VISION_WITHOUT_PATCHES = ("timm_model_name", "attentional_pool")

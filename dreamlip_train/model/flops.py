@@ -10,7 +10,7 @@ import copy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamlip_train.model import DreamLIP
+from dreamlip_train.model.dreamlip import DreamLIP
 
 # Dense bf16 tensor-core TFLOP/s by words of the device's name, from the makers' data sheets; the first whose words are all there counts.
 _PEAK_TFLOPS = {
