@@ -155,7 +155,7 @@ def _scores(run: Path) -> dict[str, Any]:
     path = run / "ablation.json"
     if path.is_file():
         return json.loads(path.read_text())
-    from dreamlip_train.checkpoint import load_for_eval
+    from dreamlip_train.checkpoint.state import load_for_eval
     from dreamlip_train.evaluate import evaluate
 
     model, config = load_for_eval(run)

@@ -253,7 +253,7 @@ class ExportOptions:
 def _export(arguments: list[str], program: str) -> None:
     """A trained model for open_clip, clip_benchmark, SAN, transformers and LLaVA: CHECKPOINT --to FORMAT --output PATH"""
     options = tyro.cli(ExportOptions, args=arguments, prog=program)
-    from dreamlip_train.export import export_checkpoint
+    from dreamlip_train.checkpoint.export import export_checkpoint
 
     found = export_checkpoint(options.checkpoint, options.output, options.to, options.model)
     if found["image"] is None:
@@ -277,7 +277,7 @@ class ImportOptions:
 def _import(arguments: list[str], program: str) -> None:
     """open_clip's, DreamLIP's or transformers' weights as a starting point: WEIGHTS --model NAME --output FILE"""
     options = tyro.cli(ImportOptions, args=arguments, prog=program)
-    from dreamlip_train.import_weights import import_weights
+    from dreamlip_train.checkpoint.import_weights import import_weights
 
     print(import_weights(options.weights, options.output, options.model))
 

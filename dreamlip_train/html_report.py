@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamlip_train import paper
-from dreamlip_train.checkpoint import load_for_eval
+from dreamlip_train.checkpoint.state import load_for_eval
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shards import list_shards

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train import checkpoint
+from dreamlip_train.checkpoint import state as checkpoint
 from dreamlip_train.config.schema import Config, LossConfig
 from dreamlip_train.data.loader import TrainLoader
 from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step

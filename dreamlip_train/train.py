@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dreamlip_train import checkpoint, resume
-from dreamlip_train.checkpoint_files import read_manifest
+from dreamlip_train.checkpoint import resume
+from dreamlip_train.checkpoint import state as checkpoint
+from dreamlip_train.checkpoint.files import read_manifest
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import format_config
 from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loader, worker_error

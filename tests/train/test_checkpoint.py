@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny import STEPS, TOWERS, clean_environment, run_steps, tiny_config, tiny_engine
 
-from dreamlip_train.checkpoint import Progress, SaveError, load, load_for_eval, save
-from dreamlip_train.checkpoint_files import complete_checkpoints, find_checkpoint, newest
+from dreamlip_train.checkpoint.files import complete_checkpoints, find_checkpoint, newest
+from dreamlip_train.checkpoint.state import Progress, SaveError, load, load_for_eval, save
 from dreamlip_train.data.epoch_plan import Layout
 from dreamlip_train.engine import evaluation_model
 from dreamlip_train.model.dreamlip import open_clip_state_dict
@@ -70,7 +70,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from tiny import run_steps, tiny_config, tiny_engine
-from dreamlip_train import checkpoint
+from dreamlip_train.checkpoint import state as checkpoint
 config = tiny_config()
 engine = tiny_engine(config)
 run_steps(engine, config, 0, 2)

@@ -11,10 +11,11 @@ from tiny import TOWERS, run_steps, tiny_config, tiny_engine
 from torch.nn.functional import normalize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from dreamlip_train import cli, export
-from dreamlip_train.checkpoint import Progress, load_for_eval, save
+from dreamlip_train import cli
+from dreamlip_train.checkpoint import export
+from dreamlip_train.checkpoint.export import export_checkpoint
+from dreamlip_train.checkpoint.state import Progress, load_for_eval, save
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.export import export_checkpoint
 from dreamlip_train.model.dreamlip import build_model, open_clip_state_dict
 
 TEXTS = ["a photo of a dog", "Two RED cars &amp; a house, isn't it?", "naïve café  über 12,000 — x", "word " * 200]
@@ -183,7 +184,7 @@ def test_models_transformers_does_not_know_are_refused(tmp_path, changes, messag
 
 
 def test_a_wrong_translation_is_found_and_leaves_nothing(run, tmp_path, monkeypatch):
-    from dreamlip_train import hf_clip
+    from dreamlip_train.checkpoint import hf_clip
 
     monkeypatch.setitem(hf_clip._IN_BLOCK, "ln_1", "layer_norm2")
     monkeypatch.setitem(hf_clip._IN_BLOCK, "ln_2", "layer_norm1")

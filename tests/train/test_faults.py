@@ -17,7 +17,7 @@ from shard_files import write_shards
 from tiny import batch, clean_environment, tiny_config, tiny_engine
 
 from dreamlip_train import loop
-from dreamlip_train.checkpoint_files import complete_checkpoints, newest
+from dreamlip_train.checkpoint.files import complete_checkpoints, newest
 from dreamlip_train.config.toml import format_config
 from dreamlip_train.engine import move_batch, train_step
 from dreamlip_train.spikes import LossSpikes

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dreamlip_train import cli
-from dreamlip_train.checkpoint import load_for_eval
-from dreamlip_train.import_weights import import_weights
+from dreamlip_train.checkpoint.import_weights import import_weights
+from dreamlip_train.checkpoint.state import load_for_eval
 
 NAME = "ViT-S-32-alt"
 
@@ -18,7 +18,7 @@ def sources(tmp_path_factory):
     """The same weights as a file with DDP's prefix, a bare safetensors file, an open_clip folder and a transformers folder."""
     from safetensors.torch import save_file
 
-    from dreamlip_train.export import export_checkpoint
+    from dreamlip_train.checkpoint.export import export_checkpoint
 
     folder = tmp_path_factory.mktemp("sources")
     state = open_clip.create_model(NAME).state_dict()

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from tiny import tiny_config, tiny_engine
 
-from dreamlip_train.checkpoint import Progress, save
-from dreamlip_train.checkpoint_files import clean_up, complete_checkpoints, damaged_files
-from dreamlip_train.resume import check_fits, starting_point
+from dreamlip_train.checkpoint.files import clean_up, complete_checkpoints, damaged_files
+from dreamlip_train.checkpoint.resume import check_fits, starting_point
+from dreamlip_train.checkpoint.state import Progress, save
 
 DATA = "3 shards, 24 samples, 0123456789abcdef"
 

@@ -9,7 +9,7 @@ import pytest
 from test_engine import torch_losses  # noqa: F401 (a fixture)
 from tiny import STEPS, clean_environment, run_steps, tiny_config
 
-from dreamlip_train.checkpoint import Progress, load, save
+from dreamlip_train.checkpoint.state import Progress, load, save
 from dreamlip_train.engine import build_engine, init_distributed
 from dreamlip_train.model.dreamlip import build_model
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tiny import GLOBAL_BATCH, STEPS, batch, run_steps, tiny_config, tiny_engine
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train import checkpoint
+from dreamlip_train.checkpoint import state as checkpoint
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed, learning_rate, move_batch, train_step
 from dreamlip_train.grad_cache import cached_train_step, split_batch
 from dreamlip_train.model.dreamlip import build_model

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamlip_train.checkpoint.hf_clip import open_clip_config, open_clip_weights
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.hf_clip import open_clip_config, open_clip_weights
 from dreamlip_train.model.dreamlip import build_model, known_models, open_clip_state_dict
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dreamlip_train.checkpoint_files import (
+from dreamlip_train.checkpoint.files import (
     clean_up,
     complete_checkpoints,
     damaged_files,

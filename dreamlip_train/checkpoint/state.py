@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: saved in two phases around DeepSpeed's writer, resumed exactly, also on another number of ranks.
 
-All ranks write ``step-NNNNNNNN.partial``; when every one of them has succeeded, rank 0 gives it a manifest and its name (checkpoint_files.py). A crash or a
+All ranks write ``step-NNNNNNNN.partial``; when every one of them has succeeded, rank 0 gives it a manifest and its name (files.py). A crash or a
 full disk leaves the checkpoints before it as they were.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dreamlip_train.checkpoint_files import (
+from dreamlip_train.checkpoint.files import (
     commit,
     complete_checkpoints,
     describe,

@@ -19,9 +19,9 @@ import open_clip
 import torch
 from torch import Tensor
 
-from dreamlip_train.checkpoint import load_for_eval
+from dreamlip_train.checkpoint.hf_clip import clip_config, clip_state_dict, processor_config, write_tokenizer
+from dreamlip_train.checkpoint.state import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.hf_clip import clip_config, clip_state_dict, processor_config, write_tokenizer
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.model.dreamlip import DreamLIP, open_clip_state_dict
 
