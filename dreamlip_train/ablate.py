@@ -122,8 +122,8 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
 def _prepare_data(data: Path, num_train: int, num_val: int) -> tuple[str, str]:
     """The scenes as shards: (training, held out)."""
     from dreamlip_train.model.dreamlip import count_tokens
-    from dreamlip_train.prepare import prepare_folder
-    from dreamlip_train.scenes import prepare_scenes
+    from dreamlip_train.prepare.folder import prepare_folder
+    from dreamlip_train.prepare.scenes import prepare_scenes
 
     if not (data / "shards" / "val" / "manifest.json").is_file():
         prepare_scenes(data / "scenes", num_train, num_val)

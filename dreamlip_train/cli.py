@@ -230,7 +230,7 @@ class RecaptionOptions:
 def _recaption(arguments: list[str], program: str) -> None:
     """New captions from a multimodal model: PATTERN --output DIR --model MODEL [--endpoint URL]"""
     options = tyro.cli(RecaptionOptions, args=arguments, prog=program)
-    from dreamlip_train.recaption import format_counts, recaption_shards
+    from dreamlip_train.prepare.recaption import format_counts, recaption_shards
 
     given = dataclasses.asdict(options)
     print(format_counts(recaption_shards(given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given)))

@@ -26,7 +26,7 @@ class ScenesOptions:
 def prepare_scenes(arguments: list[str], program: str) -> None:
     """Render the built-in demo world: --output DIR"""
     options = tyro.cli(ScenesOptions, args=arguments, prog=program)
-    from dreamlip_train import scenes
+    from dreamlip_train.prepare import scenes
 
     scenes.prepare_scenes(options.output, options.num_train, options.num_val, options.seed)
 
@@ -50,8 +50,8 @@ class FolderOptions:
 def prepare_folder(arguments: list[str], program: str) -> None:
     """A caption table and a folder of images into shards: --captions FILE --images DIR --output DIR"""
     options = tyro.cli(FolderOptions, args=arguments, prog=program)
-    from dreamlip_train import prepare
     from dreamlip_train.model.dreamlip import count_tokens
+    from dreamlip_train.prepare import folder as prepare
 
     prepare.prepare_folder(
         options.captions, options.images, options.output, masks=options.masks, shard_size=options.shard_size, count_tokens=count_tokens
@@ -86,7 +86,7 @@ def prepare_join(arguments: list[str], program: str) -> None:
     """Caption tables x existing image shards: --captions TABLES --shards PATTERN --on url --output DIR"""
     options = tyro.cli(JoinOptions, args=arguments, prog=program)
     from dreamlip_train.captions.statistics import format_summary
-    from dreamlip_train.join import format_join, join_captions
+    from dreamlip_train.prepare.join import format_join, join_captions
 
     given = dataclasses.asdict(options)
     manifest = join_captions(given.pop("captions"), given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given)
@@ -113,7 +113,7 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     options = tyro.cli(ValidateOptions, args=arguments, prog=program)
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.model.dreamlip import count_tokens
-    from dreamlip_train.shard_check import validate_shards
+    from dreamlip_train.prepare.validate import validate_shards
 
     checked = validate_shards(options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe, crop=options.crop, fix=options.fix)
     print(format_summary(options.pattern, checked))

@@ -13,7 +13,7 @@ import torch
 import dreamlip_kernels
 from dreamlip_kernels.dispatch import select, why
 from dreamlip_train.captions.statistics import format_summary
-from dreamlip_train.shard_check import validate_shards
+from dreamlip_train.prepare.validate import validate_shards
 
 _PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")
 

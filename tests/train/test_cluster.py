@@ -19,8 +19,8 @@ from shard_files import jpeg, write_tar
 from tiny import clean_environment
 
 from dreamlip_train.data.shards import read_shard
-from dreamlip_train.join import join_captions
-from dreamlip_train.recaption import recaption_shards
+from dreamlip_train.prepare.join import join_captions
+from dreamlip_train.prepare.recaption import recaption_shards
 
 
 def free_port() -> int:

@@ -17,8 +17,8 @@ from shard_files import jpeg, record, sample, tokenize, write_shards, write_tar
 from dreamlip_train.captions.sentences import CAPTION_COLUMNS
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
-from dreamlip_train.prepare import prepare_folder
-from dreamlip_train.shard_check import validate_shards
+from dreamlip_train.prepare.folder import prepare_folder
+from dreamlip_train.prepare.validate import validate_shards
 
 
 def count_tokens(text):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamlip_train import scene_painting
 from dreamlip_train.captions.sentences import CAPTION_COLUMNS, LONG, split_sub_captions
-from dreamlip_train.prepare import prepare_folder
-from dreamlip_train.scenes import PLACES, prepare_scenes
+from dreamlip_train.prepare import scene_painting
+from dreamlip_train.prepare.folder import prepare_folder
+from dreamlip_train.prepare.scenes import PLACES, prepare_scenes
 
 
 @pytest.fixture(scope="module")

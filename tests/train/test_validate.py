@@ -12,7 +12,7 @@ from dreamlip_train import cli
 from dreamlip_train.caption_report import caption_histograms, crop_buckets, format_histograms
 from dreamlip_train.captions.statistics import percentile
 from dreamlip_train.data.shards import read_shard
-from dreamlip_train.shard_check import validate_shards
+from dreamlip_train.prepare.validate import validate_shards
 
 
 def write(path, samples):

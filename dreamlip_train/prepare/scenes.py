@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from . import scene_painting as painting
-from .captions import CAPTION_COLUMNS
+from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.prepare import scene_painting as painting
 
 Split = Literal["train", "val"]
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captioners import Answer, Endpoint, LocalModel, Prompt
 from dreamlip_train.captions.sentences import caption_pool
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.data.shard_writer import ShardWriter
@@ -25,6 +24,7 @@ from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.work_claims import Claims
+from dreamlip_train.prepare.captioners import Answer, Endpoint, LocalModel, Prompt
 
 STATE = ".recaption"
 _JUDGED_AFTER = 50  # pictures asked about before max_bad_fraction can stop a run

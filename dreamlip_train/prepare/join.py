@@ -27,8 +27,8 @@ from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
-from dreamlip_train.join_shards import index_shard, rewrite_shard
-from dreamlip_train.urls import normal_path, normal_url
+from dreamlip_train.prepare.join_shards import index_shard, rewrite_shard
+from dreamlip_train.prepare.url_keys import normal_path, normal_url
 
 STATE = ".join"
 _ROWS_A_GROUP = 20_000
@@ -53,7 +53,7 @@ def join_captions(
         captions: tables: a file, folder or glob, several joined with "::". Where two tables give a sample the same column, the first does; where a
             table names a picture twice, its first row does.
         shards: image shards, as data.shards.
-        on: "url", "path" or "key", or the name of a json field of the samples. URLs and paths are compared in one spelling (urls.py).
+        on: "url", "path" or "key", or the name of a json field of the samples. URLs and paths are compared in one spelling (url_keys.py).
         table_column: the tables' column that is compared; by default "Image Path" for url and path, else the name ``on``.
         columns: {column in the shards: column in the tables} of further or differently named captions.
         matched_only: leave samples out that no table knows.

@@ -13,7 +13,7 @@ from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.data.shard_writer import ShardWriter
 from dreamlip_train.data.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
-from dreamlip_train.urls import normal_path, normal_url
+from dreamlip_train.prepare.url_keys import normal_path, normal_url
 
 _URL_FIELDS = ("url", "Image Path", "ImagePath", "URL", "image_url")
 
