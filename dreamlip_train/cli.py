@@ -154,7 +154,7 @@ def _doctor(arguments: list[str], program: str) -> None:
 
     def doctor(pattern: tyro.conf.Positional[str] = "") -> None:
         """Versions, devices and kernel backends of this machine; with a PATTERN also a check of those shards."""
-        from dreamlip_train.doctor import examine
+        from dreamlip_train.monitoring.environment import examine
 
         with contextlib.suppress(BrokenPipeError):
             print(examine(pattern))

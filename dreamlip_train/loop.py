@@ -22,11 +22,11 @@ from dreamlip_train.data.loader import TrainLoader
 from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
 from dreamlip_train.evaluate import StoppedError, evaluate
 from dreamlip_train.grad_cache import cached_train_step, split_batch
+from dreamlip_train.monitoring.loss_spikes import LossSpikes
+from dreamlip_train.monitoring.run_log import RunLog, Stopwatch, memory_gb
+from dreamlip_train.monitoring.stop_signals import StopRequest
+from dreamlip_train.monitoring.watchdog import Watchdog
 from dreamlip_train.prefetch import prefetched
-from dreamlip_train.runlog import RunLog, Stopwatch, memory_gb
-from dreamlip_train.signals import StopRequest
-from dreamlip_train.spikes import LossSpikes
-from dreamlip_train.watchdog import Watchdog
 
 _MANY_CUT = 0.02  # of the captions
 

@@ -13,7 +13,7 @@ from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluate import evaluate, format_report
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.model.dreamlip import DreamLIP
-from dreamlip_train.runlog import RunLog
+from dreamlip_train.monitoring.run_log import RunLog
 
 
 def final_report(

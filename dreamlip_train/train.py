@@ -16,16 +16,16 @@ from dreamlip_train.config.toml import format_config
 from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loader, worker_error
 from dreamlip_train.data.validation import check_held_out
 from dreamlip_train.deepspeed_config import deepspeed_config
-from dreamlip_train.doctor import backends, versions
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed
 from dreamlip_train.evaluate import StoppedError
 from dreamlip_train.loop import Cost, Loop
 from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.model.flops import peak_flops, training_flops
+from dreamlip_train.monitoring.environment import backends, versions
+from dreamlip_train.monitoring.run_log import RunLog
+from dreamlip_train.monitoring.stop_signals import StopRequest
+from dreamlip_train.monitoring.watchdog import Watchdog
 from dreamlip_train.report import final_report
-from dreamlip_train.runlog import RunLog
-from dreamlip_train.signals import StopRequest
-from dreamlip_train.watchdog import Watchdog
 
 
 def train(config: Config, run_dir: str | Path, start: str = "auto", accept_changes: bool = False) -> dict[str, Any] | None:

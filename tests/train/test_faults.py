@@ -20,9 +20,9 @@ from dreamlip_train import loop
 from dreamlip_train.checkpoint.files import complete_checkpoints, newest
 from dreamlip_train.config.toml import format_config
 from dreamlip_train.engine import move_batch, train_step
-from dreamlip_train.spikes import LossSpikes
+from dreamlip_train.monitoring.loss_spikes import LossSpikes
+from dreamlip_train.monitoring.watchdog import Watchdog
 from dreamlip_train.train import train
-from dreamlip_train.watchdog import Watchdog
 
 HERE = Path(__file__).parent
 
@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path, num
 
 SLEEPER = """
 import time
-from dreamlip_train.signals import StopRequest
+from dreamlip_train.monitoring.stop_signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     for _ in range(200):
