@@ -156,7 +156,7 @@ def _scores(run: Path) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text())
     from dreamlip_train.checkpoint.state import load_for_eval
-    from dreamlip_train.evaluate import evaluate
+    from dreamlip_train.evaluation.held_out import evaluate
 
     model, config = load_for_eval(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

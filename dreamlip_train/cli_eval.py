@@ -53,7 +53,7 @@ def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
 
     from dreamlip_train.checkpoint.state import load_for_eval
     from dreamlip_train.config.schema import EvalConfig
-    from dreamlip_train.evaluate import evaluate
+    from dreamlip_train.evaluation.held_out import evaluate
 
     model, config = load_for_eval(options.checkpoint, options.model)
     data = dataclasses.replace(
@@ -71,7 +71,7 @@ def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from dreamlip_train.evaluate import format_report
+    from dreamlip_train.evaluation.held_out import format_report
 
     print(format_report(report))
 
@@ -102,7 +102,7 @@ def retrieval_set(arguments: list[str], program: str) -> None:
     """Recall on Flickr30k or COCO: CHECKPOINT --annotations FILE --images DIR"""
     options = tyro.cli(SetOptions, args=arguments, prog=program)
     _must_be_writable(options.output)
-    from dreamlip_train.retrieval_sets import evaluate_set, format_set, read_set
+    from dreamlip_train.evaluation.retrieval_sets import evaluate_set, format_set, read_set
 
     pictured = read_set(options.annotations, options.images, options.split)
     model, device = _load(options.checkpoint, options.model)
@@ -137,7 +137,7 @@ class ZeroShotOptions:
 def zeroshot(arguments: list[str], program: str) -> None:
     """Accuracy on ImageNet and ten other sets through clip_benchmark: CHECKPOINT --root DIR [--datasets NAME ...]"""
     options = tyro.cli(ZeroShotOptions, args=arguments, prog=program)
-    from dreamlip_train.zeroshot import DATASETS, format_zero_shot, zero_shot
+    from dreamlip_train.evaluation.zero_shot import DATASETS, format_zero_shot, zero_shot
 
     _must_be_writable(options.output)
     model, device = _load(options.checkpoint, options.model)
@@ -182,8 +182,8 @@ class MultiLabelOptions:
 def multilabel(arguments: list[str], program: str) -> None:
     """mAP on OpenImages, ImageNet-Multi or HICO lists: CHECKPOINT --annotations FILE --classes FILE --images DIR"""
     options = tyro.cli(MultiLabelOptions, args=arguments, prog=program)
-    from dreamlip_train.class_prompts import read_classes, read_templates
-    from dreamlip_train.multilabel import evaluate_labels, format_labels, read_labels
+    from dreamlip_train.evaluation.class_prompts import read_classes, read_templates
+    from dreamlip_train.evaluation.multi_label import evaluate_labels, format_labels, read_labels
 
     _must_be_writable(options.output)
     classes, templates = read_classes(options.classes), read_templates(options.templates)
@@ -224,9 +224,9 @@ class SegmentOptions:
 def segment(arguments: list[str], program: str) -> None:
     """mIoU on VOC, Pascal Context or ADE without training: CHECKPOINT --root DIR --layout NAME"""
     options = tyro.cli(SegmentOptions, args=arguments, prog=program)
-    from dreamlip_train import segment as segmentation
-    from dreamlip_train.class_prompts import read_classes, read_templates
-    from dreamlip_train.segmentation_sets import LAYOUTS, read_segmentation
+    from dreamlip_train.evaluation import segmentation
+    from dreamlip_train.evaluation.class_prompts import read_classes, read_templates
+    from dreamlip_train.evaluation.segmentation_sets import LAYOUTS, read_segmentation
 
     _must_be_writable(options.output)
     layout = LAYOUTS[options.layout]

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamlip_train import paper
 from dreamlip_train.checkpoint.state import load_for_eval
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shards import list_shards
 from dreamlip_train.data.validation import val_samples
+from dreamlip_train.evaluation import paper
 from dreamlip_train.retrieval_examples import Example, retrieval_examples
 
 _STYLE = """

@@ -20,7 +20,7 @@ from dreamlip_train.checkpoint import state as checkpoint
 from dreamlip_train.config.schema import Config, LossConfig
 from dreamlip_train.data.loader import TrainLoader
 from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
-from dreamlip_train.evaluate import StoppedError, evaluate
+from dreamlip_train.evaluation.held_out import StoppedError, evaluate
 from dreamlip_train.grad_cache import cached_train_step, split_batch
 from dreamlip_train.monitoring.loss_spikes import LossSpikes
 from dreamlip_train.monitoring.run_log import RunLog, Stopwatch, memory_gb

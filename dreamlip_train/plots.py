@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dreamlip_train.config.schema import Normalization
-from dreamlip_train.evaluate import encode_batch, eval_mode, sub_caption_weights
+from dreamlip_train.evaluation.held_out import encode_batch, eval_mode, sub_caption_weights
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = ("#2563eb", "#e8590c", "#0f9d76", "#c2255c", "#7048e8")

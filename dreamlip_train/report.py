@@ -10,7 +10,7 @@ import torch
 
 from dreamlip_train.config.schema import Config
 from dreamlip_train.data.validation import val_samples
-from dreamlip_train.evaluate import evaluate, format_report
+from dreamlip_train.evaluation.held_out import evaluate, format_report
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.monitoring.run_log import RunLog

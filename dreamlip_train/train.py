@@ -17,7 +17,7 @@ from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loade
 from dreamlip_train.data.validation import check_held_out
 from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.engine import build_engine, evaluation_model, init_distributed
-from dreamlip_train.evaluate import StoppedError
+from dreamlip_train.evaluation.held_out import StoppedError
 from dreamlip_train.loop import Cost, Loop
 from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.model.flops import peak_flops, training_flops

@@ -7,9 +7,9 @@ import pytest
 import torch
 from planted import GRID, PlantedModel, planted_sample
 
-from dreamlip_train import evaluate as module
 from dreamlip_train.config.schema import DataConfig, EvalConfig
-from dreamlip_train.evaluate import evaluate, format_report, localization, mask_to_regions, retrieval, retrieval_chance
+from dreamlip_train.evaluation import held_out as module
+from dreamlip_train.evaluation.held_out import evaluate, format_report, localization, mask_to_regions, retrieval, retrieval_chance
 
 
 def unit(*shape, seed=0):

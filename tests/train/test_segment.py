@@ -11,9 +11,17 @@ from torch import nn
 
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.evaluation.segmentation import (
+    confusion,
+    format_segmentation,
+    intersection_over_union,
+    predict,
+    segment,
+    similarity_map,
+    window_starts,
+)
+from dreamlip_train.evaluation.segmentation_sets import LAYOUTS, Layout, read_label_map, read_segmentation
 from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.segment import confusion, format_segmentation, intersection_over_union, predict, segment, similarity_map, window_starts
-from dreamlip_train.segmentation_sets import LAYOUTS, Layout, read_label_map, read_segmentation
 
 THREE = Layout("images", "labels", "", ("red", "green", "blue"))
 

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dreamlip_train.data.images import resize_center_crop
-from dreamlip_train.evaluate import eval_mode
+from dreamlip_train.evaluation.held_out import eval_mode
+from dreamlip_train.evaluation.paper import ZERO_SHOT
 from dreamlip_train.model.dreamlip import DreamLIP
-from dreamlip_train.paper import ZERO_SHOT
 
 DATASETS = (
     "food101",

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamlip_train.class_prompts import class_features
 from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
-from dreamlip_train.evaluate import eval_mode
+from dreamlip_train.evaluation.class_prompts import class_features
+from dreamlip_train.evaluation.held_out import eval_mode
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.model.dreamlip import DreamLIP
 

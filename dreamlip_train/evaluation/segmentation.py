@@ -14,12 +14,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from dreamlip_train.class_prompts import class_features
 from dreamlip_train.data.images import ImageError, decode_image
-from dreamlip_train.evaluate import eval_mode
+from dreamlip_train.evaluation.class_prompts import class_features
+from dreamlip_train.evaluation.held_out import eval_mode
+from dreamlip_train.evaluation.segmentation_sets import IGNORED, Layout, Segmented, read_label_map
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.model.dreamlip import DreamLIP
-from dreamlip_train.segmentation_sets import IGNORED, Layout, Segmented, read_label_map
 
 _LOGIT_SCALE = 100.0  # of the softmax that the background threshold applies to; CLIP's
 

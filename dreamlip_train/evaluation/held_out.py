@@ -205,7 +205,7 @@ def evaluate(
     under ZeRO-3, whose forward gathers parameters, and on any rank otherwise. Training and eval modes are as before afterwards.
 
     Args:
-        model: DreamLIP (model.py), already on `device`.
+        model: DreamLIP (model/dreamlip.py), already on `device`.
         threshold, normalization: of the patch selection; pass the run's loss.threshold and loss.normalization.
         should_stop: asked before each batch; True ends it.
     Returns:

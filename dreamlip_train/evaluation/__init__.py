@@ -1,0 +1,1 @@
+"""Scores of a model: retrieval, localization, zero-shot, multi-label and segmentation, with the paper's numbers beside."""
