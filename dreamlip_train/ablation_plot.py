@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from dreamlip_train.ablation_grid import VARIANTS
-from dreamlip_train.plots import COLORS, GRID, MUTED, STYLE
+from dreamlip_train.reporting.curves import COLORS, GRID, MUTED, STYLE
 
 _PANELS = (
     ("long", "R@1, long caption\n(mean of its sentences)"),

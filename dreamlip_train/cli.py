@@ -181,7 +181,7 @@ def _plot(arguments: list[str], program: str) -> None:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise ValueError(f"RUN...: no file {missing[0]}; give run folders of `{PROGRAM} train`")
-    from dreamlip_train.plots import plot_runs
+    from dreamlip_train.reporting.curves import plot_runs
 
     plot_runs(dict(zip(_distinct(options.runs), paths, strict=True)), options.output)
     print(f"wrote {options.output}")
@@ -328,7 +328,7 @@ class ReportOptions:
 def _report(arguments: list[str], program: str) -> None:
     """A run as one HTML page: curves, tables beside the paper's, grouping maps, retrieval right and wrong: RUN"""
     options = tyro.cli(ReportOptions, args=arguments, prog=program)
-    from dreamlip_train.html_report import write_report
+    from dreamlip_train.reporting.html_report import write_report
 
     print(f"wrote {write_report(options.run, options.output, examples=options.examples)}")
 

@@ -139,8 +139,8 @@ class StatsOptions:
 def prepare_stats(arguments: list[str], program: str) -> None:
     """Sub-captions and tokens by source, as a table and a PNG: PATTERN --output captions.png"""
     options = tyro.cli(StatsOptions, args=arguments, prog=program)
-    from dreamlip_train.caption_report import caption_histograms, format_histograms, plot_histograms
     from dreamlip_train.model.dreamlip import count_tokens
+    from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms, plot_histograms
 
     found = caption_histograms(options.pattern, count_tokens, max_shards=options.max_shards, splitter=options.splitter)
     print(format_histograms(found))

@@ -26,7 +26,7 @@ def final_report(
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Evaluate on data.val_shards where given, draw the pictures, write summary.json (``facts`` and the numbers), print the table."""
-    from dreamlip_train.plots import plot_curves, plot_grouping
+    from dreamlip_train.reporting.curves import plot_curves, plot_grouping
 
     summary = dict(facts)
     selection = config.selection()

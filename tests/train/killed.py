@@ -19,8 +19,8 @@ import torch
 from shard_files import write_shards
 from tiny import tiny_config
 
-from dreamlip_train import plots  # noqa: F401
 from dreamlip_train.checkpoint.files import complete_checkpoints
+from dreamlip_train.reporting import curves as plots  # noqa: F401
 from dreamlip_train.train import train
 
 INTERVAL = 2

@@ -8,7 +8,7 @@ from PIL import Image
 from planted import PlantedModel, planted_sample
 
 from dreamlip_train import cli
-from dreamlip_train.plots import plot_curves, plot_grouping
+from dreamlip_train.reporting.curves import plot_curves, plot_grouping
 
 
 def pixels(path):

@@ -9,10 +9,10 @@ from PIL import Image
 from shard_files import jpeg, sample, write_tar
 
 from dreamlip_train import cli
-from dreamlip_train.caption_report import caption_histograms, crop_buckets, format_histograms
 from dreamlip_train.captions.statistics import percentile
 from dreamlip_train.data.shards import read_shard
 from dreamlip_train.prepare.validate import validate_shards
+from dreamlip_train.reporting.caption_histograms import caption_histograms, crop_buckets, format_histograms
 
 
 def write(path, samples):

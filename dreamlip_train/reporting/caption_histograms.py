@@ -99,7 +99,7 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from dreamlip_train.plots import COLORS, STYLE
+    from dreamlip_train.reporting.curves import COLORS, STYLE
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

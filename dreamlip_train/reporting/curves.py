@@ -192,7 +192,7 @@ def plot_grouping(
     everything else is dimmed. A sample's mask, where it has one, is drawn as an outline.
 
     Args:
-        model: DreamLIP (model.py) with patch features.
+        model: DreamLIP (model/dreamlip.py) with patch features.
         samples: what held_out.val_samples yields; only as many as are drawn are read.
         threshold, normalization: of the patch selection; pass the run's loss.threshold and loss.normalization.
     Raises:

@@ -21,7 +21,7 @@ from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shards import list_shards
 from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluation import paper
-from dreamlip_train.retrieval_examples import Example, retrieval_examples
+from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
 
 _STYLE = """
 :root { --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --good: #0b7a5b; --bad: #b3331f; }
@@ -121,7 +121,7 @@ def _header(run: Path, config: Config, summary: dict[str, Any]) -> str:
 
 
 def _curves(run: Path) -> str:
-    from dreamlip_train.plots import plot_curves
+    from dreamlip_train.reporting.curves import plot_curves
 
     with tempfile.TemporaryDirectory() as folder:
         plot_curves(run / "metrics.jsonl", Path(folder) / "curves.png")
@@ -162,7 +162,7 @@ def _localization(summary: dict[str, Any]) -> str:
 
 
 def _grouping(model: Any, config: Config) -> str:
-    from dreamlip_train.plots import plot_grouping
+    from dreamlip_train.reporting.curves import plot_grouping
 
     with tempfile.TemporaryDirectory() as folder:
         samples = val_samples(config.data, image_size=model.image_size)
