@@ -42,7 +42,7 @@ def batch():
 
 
 def moved(given, pack=True):
-    from dreamlip_train.engine import move_batch
+    from dreamlip_train.training.engine import move_batch
 
     return move_batch(given, torch.device(DEVICE), pack)
 
@@ -136,9 +136,9 @@ def test_gradient_caching(run, model, chunks):
     """engine.chunk_size through the real engine: a whole step in one pass, and in four chunks that go through the towers twice."""
     pytest.importorskip("deepspeed", reason="the train extra is not installed")
     from dreamlip_train.config.schema import EngineConfig, ModelConfig, OptimConfig
-    from dreamlip_train.engine import build_engine, init_distributed, train_step
-    from dreamlip_train.grad_cache import cached_train_step, split_batch
     from dreamlip_train.model.dreamlip import build_model
+    from dreamlip_train.training.engine import build_engine, init_distributed, train_step
+    from dreamlip_train.training.grad_cache import cached_train_step, split_batch
 
     settings = EngineConfig(
         batch_size=BATCH, chunk_size=BATCH // chunks if chunks > 1 else 0, precision="fp32" if DEVICE == "cpu" else "amp_bf16"

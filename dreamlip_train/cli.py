@@ -122,7 +122,7 @@ def _train(arguments: list[str], program: str) -> None:
     if options.deepspeed_config is not None:
         config.engine.deepspeed = _read_json(options.deepspeed_config)
     config.validate()
-    from dreamlip_train.train import train
+    from dreamlip_train.training.run import train
 
     train(config, options.run_dir, options.resume, options.accept_changes)
 

@@ -21,7 +21,7 @@ from tiny import tiny_config
 
 from dreamlip_train.checkpoint.files import complete_checkpoints
 from dreamlip_train.reporting import curves as plots  # noqa: F401
-from dreamlip_train.train import train
+from dreamlip_train.training.run import train
 
 INTERVAL = 2
 

@@ -6,9 +6,9 @@ from caption_lengths import HUMAN, MACHINE, captions
 from tiny import run_steps, tiny_config, tiny_engine, tiny_model
 from torch import nn
 
-from dreamlip_train.engine import move_batch
 from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.model.packing import RowAttention, pack_captions, row_mask
+from dreamlip_train.training.engine import move_batch
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from tiny import STEPS, TOWERS, clean_environment, run_steps, tiny_config, tiny_
 from dreamlip_train.checkpoint.files import complete_checkpoints, find_checkpoint, newest
 from dreamlip_train.checkpoint.state import Progress, SaveError, load, load_for_eval, save
 from dreamlip_train.data.epoch_plan import Layout
-from dreamlip_train.engine import evaluation_model
 from dreamlip_train.model.dreamlip import open_clip_state_dict
+from dreamlip_train.training.engine import evaluation_model
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "amp_bf16"), (0, "bf16")])

@@ -25,9 +25,9 @@ def fails(capsys, *words: str) -> str:
 def trained(monkeypatch):
     """The (config, run_dir, resume) that a train command hands over, without training."""
     calls = []
-    import dreamlip_train.train
+    import dreamlip_train.training.run
 
-    monkeypatch.setattr(dreamlip_train.train, "train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(dreamlip_train.training.run, "train", lambda *arguments: calls.append(arguments))
     return calls
 
 

@@ -14,7 +14,7 @@ from shard_files import jpeg, record, sample, tokenize, write_index, write_shard
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
 from dreamlip_train.data.validation import val_samples
-from dreamlip_train.prefetch import prefetched
+from dreamlip_train.training.prefetch import prefetched
 
 
 def loader(folder, *, workers=0, batch_size=8, rank=0, world_size=1, seed=0, quarantine=None, **data):

@@ -8,9 +8,9 @@ from tiny import STEPS, batch, run_steps, tiny_config, tiny_engine, tiny_model
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.config.schema import EngineConfig, OptimConfig
-from dreamlip_train.deepspeed_config import deepspeed_config
-from dreamlip_train.engine import evaluation_model, learning_rate, move_batch, parameter_groups, train_step
 from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.training.deepspeed_config import deepspeed_config
+from dreamlip_train.training.engine import evaluation_model, learning_rate, move_batch, parameter_groups, train_step
 
 
 @pytest.fixture(scope="module")

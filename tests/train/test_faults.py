@@ -16,13 +16,13 @@ import pytest
 from shard_files import write_shards
 from tiny import batch, clean_environment, tiny_config, tiny_engine
 
-from dreamlip_train import loop
 from dreamlip_train.checkpoint.files import complete_checkpoints, newest
 from dreamlip_train.config.toml import format_config
-from dreamlip_train.engine import move_batch, train_step
 from dreamlip_train.monitoring.loss_spikes import LossSpikes
 from dreamlip_train.monitoring.watchdog import Watchdog
-from dreamlip_train.train import train
+from dreamlip_train.training import loop
+from dreamlip_train.training.engine import move_batch, train_step
+from dreamlip_train.training.run import train
 
 HERE = Path(__file__).parent
 

@@ -9,9 +9,9 @@ from tiny import GLOBAL_BATCH, STEPS, TOWERS, batch, tiny_config, tiny_engine, t
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.config.schema import Config, EngineConfig, LossConfig
-from dreamlip_train.engine import learning_rate, move_batch, train_step
-from dreamlip_train.grad_cache import _features, cached_train_step, split_batch
 from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.training.engine import learning_rate, move_batch, train_step
+from dreamlip_train.training.grad_cache import _features, cached_train_step, split_batch
 
 LOSSES = {
     "both": {},

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreamlip_train.model.packing import PackedCaptions
-from dreamlip_train.prefetch import _tensors, prefetched
+from dreamlip_train.training.prefetch import _tensors, prefetched
 
 CPU = torch.device("cpu")
 

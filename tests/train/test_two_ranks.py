@@ -10,8 +10,8 @@ from test_engine import torch_losses  # noqa: F401 (a fixture)
 from tiny import STEPS, clean_environment, run_steps, tiny_config
 
 from dreamlip_train.checkpoint.state import Progress, load, save
-from dreamlip_train.engine import build_engine, init_distributed
 from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.training.engine import build_engine, init_distributed
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
 

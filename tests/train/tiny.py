@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.config.schema import Config, EngineConfig, ModelConfig, OptimConfig
-from dreamlip_train.engine import build_engine, init_distributed, learning_rate, move_batch, train_step
 from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.training.engine import build_engine, init_distributed, learning_rate, move_batch, train_step
 
 TOWERS = {
     "embed_dim": 32,

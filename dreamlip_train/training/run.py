@@ -15,17 +15,17 @@ from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import format_config
 from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loader, worker_error
 from dreamlip_train.data.validation import check_held_out
-from dreamlip_train.deepspeed_config import deepspeed_config
-from dreamlip_train.engine import build_engine, evaluation_model, init_distributed
 from dreamlip_train.evaluation.held_out import StoppedError
-from dreamlip_train.loop import Cost, Loop
 from dreamlip_train.model.dreamlip import build_model
 from dreamlip_train.model.flops import peak_flops, training_flops
 from dreamlip_train.monitoring.environment import backends, versions
 from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
-from dreamlip_train.report import final_report
+from dreamlip_train.training.deepspeed_config import deepspeed_config
+from dreamlip_train.training.engine import build_engine, evaluation_model, init_distributed
+from dreamlip_train.training.loop import Cost, Loop
+from dreamlip_train.training.summary import final_report
 
 
 def train(config: Config, run_dir: str | Path, start: str = "auto", accept_changes: bool = False) -> dict[str, Any] | None:

@@ -19,14 +19,14 @@ from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.checkpoint import state as checkpoint
 from dreamlip_train.config.schema import Config, LossConfig
 from dreamlip_train.data.loader import TrainLoader
-from dreamlip_train.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
 from dreamlip_train.evaluation.held_out import StoppedError, evaluate
-from dreamlip_train.grad_cache import cached_train_step, split_batch
 from dreamlip_train.monitoring.loss_spikes import LossSpikes
 from dreamlip_train.monitoring.run_log import RunLog, Stopwatch, memory_gb
 from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
-from dreamlip_train.prefetch import prefetched
+from dreamlip_train.training.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
+from dreamlip_train.training.grad_cache import cached_train_step, split_batch
+from dreamlip_train.training.prefetch import prefetched
 
 _MANY_CUT = 0.02  # of the captions
 

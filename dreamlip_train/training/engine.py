@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreamlip_train.config.schema import EngineConfig, ModelConfig, OptimConfig
-from dreamlip_train.deepspeed_config import deepspeed_config
 from dreamlip_train.model.dreamlip import DreamLIP, build_model, crop_to_longest
 from dreamlip_train.model.packing import PackedCaptions, pack_captions
+from dreamlip_train.training.deepspeed_config import deepspeed_config
 
 LOGIT_SCALARS = ("logit_scale", "logit_scale_local", "logit_bias")
 

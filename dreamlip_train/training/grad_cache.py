@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.engine import LOGIT_SCALARS, StepResult, finite_everywhere
+from dreamlip_train.training.engine import LOGIT_SCALARS, StepResult, finite_everywhere
 
 _ROWS = ("image_features", "text_features")
 
