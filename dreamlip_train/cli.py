@@ -307,7 +307,7 @@ class AblateOptions:
 def _ablate(arguments: list[str], program: str) -> None:
     """The paper's ablations in miniature, on the built-in scenes: --output DIR"""
     options = tyro.cli(AblateOptions, args=arguments, prog=program)
-    from dreamlip_train.ablate import ablate, format_ablation
+    from dreamlip_train.ablation.run import ablate, format_ablation
 
     given = dataclasses.asdict(options)
     print(format_ablation(ablate(given.pop("output"), **given)))

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from dreamlip_train import cli
-from dreamlip_train.ablate import SCORES, ablate, format_ablation, judge
-from dreamlip_train.ablation_grid import CLAIMS, VARIANTS, config_of
-from dreamlip_train.ablation_plot import plot_ablation
+from dreamlip_train.ablation.grid import CLAIMS, VARIANTS, config_of
+from dreamlip_train.ablation.plot import plot_ablation
+from dreamlip_train.ablation.run import SCORES, ablate, format_ablation, judge
 from dreamlip_train.config.recipes import demo
 from dreamlip_train.config.toml import format_config, read_config
 

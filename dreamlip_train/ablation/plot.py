@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from dreamlip_train.ablation_grid import VARIANTS
+from dreamlip_train.ablation.grid import VARIANTS
 from dreamlip_train.reporting.curves import COLORS, GRID, MUTED, STYLE
 
 _PANELS = (

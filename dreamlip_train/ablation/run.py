@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dreamlip_train.ablation_grid import CLAIMS, LONG, RAW, SHORT, VARIANTS, Variant, config_of
+from dreamlip_train.ablation.grid import CLAIMS, LONG, RAW, SHORT, VARIANTS, Variant, config_of
 from dreamlip_train.config.toml import format_config
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.progress_line import Progress
@@ -194,7 +194,7 @@ def _by_variant(variants: Sequence[Variant], done: dict[tuple[str, int], dict[st
 
 def write_results(folder: Path, settings: dict[str, int], runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     """ablation.json, ablation.md and ablation.png of what is there so far; returns the first."""
-    from dreamlip_train.ablation_plot import plot_ablation
+    from dreamlip_train.ablation.plot import plot_ablation
 
     scores = {name: {seed: found["scores"] for seed, found in row.items()} for name, row in runs.items()}
     chance = next(iter(runs.values()), {}).get(0, {}).get("chance", {})
