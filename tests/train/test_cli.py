@@ -8,6 +8,7 @@ import pytest
 from tiny import clean_environment
 
 from dreamlip_train import cli
+from dreamlip_train.cli.main import COMMANDS
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import format_config
 
@@ -113,7 +114,7 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch):
     def broken(arguments, program):
         raise ValueError("raised inside a library")
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", broken)
+    monkeypatch.setitem(COMMANDS, "doctor", broken)
     with pytest.raises(ValueError, match="inside a library"):
         cli.main(["doctor"])
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dreamlip_train import cli_eval, cli_prepare
+from dreamlip_train.cli import evaluate, prepare
 from dreamlip_train.config.recipes import RECIPES
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
@@ -334,10 +334,10 @@ def _report(arguments: list[str], program: str) -> None:
 
 
 COMMANDS: dict[str, Any] = {
-    "prepare": cli_prepare.COMMANDS,
+    "prepare": prepare.COMMANDS,
     "recaption": _recaption,
     "train": _train,
-    "eval": cli_eval.COMMANDS,
+    "eval": evaluate.COMMANDS,
     "ablate": _ablate,
     "report": _report,
     "import": _import,
