@@ -12,7 +12,7 @@ import torch
 from conftest import CONTRASTIVE_GPU_SHAPES, CONTRASTIVE_SHAPES, DEVICE, named
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import dispatch
+from dreamlip_kernels.backends import dispatch
 
 
 def ours(backend):

@@ -11,7 +11,8 @@ import torch
 from conftest import DEVICE, GROUPING_GPU_SHAPES, GROUPING_SHAPES, named
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import dispatch, reference
+from dreamlip_kernels import reference
+from dreamlip_kernels.backends import dispatch
 
 BACKENDS = ("cpp", "torch", "triton", "cuda")
 DTYPES = (

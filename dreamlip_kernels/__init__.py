@@ -1,11 +1,11 @@
 """Exact, memory-linear losses for language-image pre-training with many captions an image. Needs torch alone."""
 
+from .backends.dispatch import explain
+from .backends.settings import configure
 from .contrastive import multi_positive_contrastive_loss
-from .dispatch import explain
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss
 from .logsumexp import bidirectional_logsumexp
 from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, MultiPositiveSigmoidLoss, SubcaptionGroupingLoss
-from .settings import configure
 from .sigmoid import multi_positive_sigmoid_loss
 from .version import __version__
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch
+from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared
 from .distributed import Group, all_reduce_sum, check_agreement, rank_and_size
 from .gathered_logsumexp import gathered_logsumexp

@@ -19,10 +19,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .backends.settings import settings
 from .contrastive_blocks import INTERPRETED, ONLINE, Blocks, blocks_for
 from .contrastive_kernels import exp_sums, gradient_tile, online_rows
 from .paired_dot import paired_dot, paired_slices
-from .settings import settings
 
 LOG2E = 1.4426950408889634
 HEADROOM = 106.0  # binary exponent of the largest possible term of a sum

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import reference
+from .backends import dispatch
 from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
 from .contrastive import agreement_sizes, global_mean
 from .distributed import Group, all_gather_rows, check_agreement, reduce_scatter_logsumexp

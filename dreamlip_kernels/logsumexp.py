@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch
+from .backends import dispatch
 from .checks import accumulate_dtype, as_scale, check_features, check_mask
 from .paired_dot import paired_dot, paired_slices
 from .tiles import tiles

@@ -6,7 +6,7 @@ from numerics import clip_like, value_and_grads
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
-from dreamlip_kernels.settings import settings
+from dreamlip_kernels.backends.settings import settings
 
 pytestmark = pytest.mark.gpu
 MODES = [("slot", "mean"), ("all", "mean"), ("all", "logsum")]

@@ -10,8 +10,9 @@ import torch
 from numerics import clip_like, value_and_grads
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import dispatch, reference
-from dreamlip_kernels.settings import settings
+from dreamlip_kernels import reference
+from dreamlip_kernels.backends import dispatch
+from dreamlip_kernels.backends.settings import settings
 
 pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 

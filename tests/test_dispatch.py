@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import dispatch
+from dreamlip_kernels.backends import dispatch
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from test_grouping import region_like
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import dispatch, extension
+from dreamlip_kernels.backends import dispatch, extension
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,8 @@ from numerics import value_and_grads
 from test_grouping import compare, region_like
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import dispatch, reference
+from dreamlip_kernels import reference
+from dreamlip_kernels.backends import dispatch
 
 pytestmark = pytest.mark.gpu
 SHAPES = [

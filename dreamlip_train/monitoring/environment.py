@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import dreamlip_kernels
-from dreamlip_kernels.dispatch import select, why
+from dreamlip_kernels.backends.dispatch import select, why
 from dreamlip_train.captions.statistics import format_summary
 from dreamlip_train.prepare.validate import validate_shards
 

@@ -24,7 +24,7 @@ _state: dict[str, Any] = {}
 
 def sources() -> Path | None:
     """The folder of the C++ sources: beside the package in a checkout, inside it when installed."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     return next((folder for folder in (here / "csrc", here.parent / "csrc") if (folder / "ops.cpp").is_file()), None)
 
 
