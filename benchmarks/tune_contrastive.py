@@ -1,7 +1,7 @@
 """Find the tiles of the contrastive Triton kernels on this machine's GPU: ``python benchmarks/tune_contrastive.py [--width 512] [--dtype float16]``.
 
 Every candidate that compiles without spilling is timed at N = C = 8192, K = 4, without masks; the table ends with the lines to put into
-dreamlip_kernels/contrastive_blocks.py, so that no user's first step has to search.
+dreamlip_kernels/ops/logsumexp_tiles.py, so that no user's first step has to search.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import triton
 
-from dreamlip_kernels import contrastive_blocks, contrastive_kernels, contrastive_triton
-from dreamlip_kernels.contrastive_blocks import Blocks
+from dreamlip_kernels.ops import logsumexp_kernels, logsumexp_tiles, logsumexp_triton
+from dreamlip_kernels.ops.logsumexp_tiles import Blocks
 
 N, K = 8192, 4
 
@@ -56,22 +56,22 @@ def spills(kernel: triton.runtime.JITFunction) -> int:
 def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], tuple[str, int, int]]]:
     """Of each kernel, a step that launches it as training does, and its key in the table."""
     if dtype == torch.float32:
-        contrastive_triton.settings.float32 = "torch"
+        logsumexp_triton.settings.float32 = "torch"
     x = torch.nn.functional.normalize(torch.randn(N, width, device="cuda"), dim=-1).to(dtype)
     y = torch.nn.functional.normalize(torch.randn(K, N, width, device="cuda"), dim=-1).to(dtype)
-    operands = contrastive_triton.Operands(x, y, torch.tensor(14.3, device="cuda"), None, None)
+    operands = logsumexp_triton.Operands(x, y, torch.tensor(14.3, device="cuda"), None, None)
     flag = torch.zeros((), dtype=torch.int32, device="cuda")
     rows, cols = (torch.rand(3, N, device="cuda") for _ in range(2))
     workspace = operands.x.new_empty(N * N)
 
     def gradients() -> None:
         for slot in range(K):
-            contrastive_triton._gradient(operands, flag, None, None, rows, cols, workspace, slot, 0, 0, N, N, 0)
+            logsumexp_triton._gradient(operands, flag, None, None, rows, cols, workspace, slot, 0, 0, N, N, 0)
 
-    arch = contrastive_triton._arch(x)
+    arch = logsumexp_triton._arch(x)
     place = (operands.x.element_size(), arch // 10 if arch // 10 in (8, 9, 10) else 8)
     return {
-        "exp_sums": (lambda: contrastive_triton._sums(operands, None, None), ("exp_sums", *place)),
+        "exp_sums": (lambda: logsumexp_triton._sums(operands, None, None), ("exp_sums", *place)),
         "gradient_tile": (gradients, ("gradient_tile", *place)),
     }
 
@@ -90,16 +90,16 @@ def compile_one(job: tuple[str, Blocks, int, torch.dtype]) -> None:
     name, blocks, width, dtype = job
     with contextlib.suppress(Exception):
         step, key = steps(width, dtype)[name]
-        contrastive_blocks.TABLE[key] = {width: blocks}
+        logsumexp_tiles.TABLE[key] = {width: blocks}
         step()
         torch.cuda.synchronize()
 
 
 def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width: int) -> None:
     """Time every candidate of kernel ``name`` in ``step`` and print them, fastest first."""
-    kept, kernel, found = contrastive_blocks.TABLE[key], getattr(contrastive_kernels, name), []
+    kept, kernel, found = logsumexp_tiles.TABLE[key], getattr(logsumexp_kernels, name), []
     for blocks in candidates(key[1]):
-        contrastive_blocks.TABLE[key] = {width: blocks}
+        logsumexp_tiles.TABLE[key] = {width: blocks}
         kernel.device_caches.clear()
         try:
             step()
@@ -110,7 +110,7 @@ def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width
             found.append((milliseconds(step), blocks))
         except Exception as error:  # too much shared memory, or nothing the compiler can make
             print(f"{name} {tuple(blocks)}: {str(error).splitlines()[0][:100]}", flush=True)
-    contrastive_blocks.TABLE[key] = kept
+    logsumexp_tiles.TABLE[key] = kept
     for ms, blocks in sorted(found)[:10]:
         print(f"{name:14} {tuple(blocks)!s:26} {ms:8.3f} ms   {2 * N * N * K * width / ms / 1e9:6.0f} TFLOP/s")
     if found:

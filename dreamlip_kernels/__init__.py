@@ -4,8 +4,8 @@ from .backends.dispatch import explain
 from .backends.settings import configure
 from .contrastive import multi_positive_contrastive_loss
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss
-from .logsumexp import bidirectional_logsumexp
 from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, MultiPositiveSigmoidLoss, SubcaptionGroupingLoss
+from .ops.logsumexp import bidirectional_logsumexp
 from .sigmoid import multi_positive_sigmoid_loss
 from .version import __version__
 

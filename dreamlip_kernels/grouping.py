@@ -16,7 +16,7 @@ from .backends import dispatch
 from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
 from .contrastive import agreement_sizes, global_mean
 from .distributed import Group, all_gather_rows, check_agreement, reduce_scatter_logsumexp
-from .logsumexp import bidirectional_logsumexp
+from .ops.logsumexp import bidirectional_logsumexp
 
 NORMALIZATIONS = ("minmax", "softmax", "none")
 # Patch values the torch backend widens to float32 at a time.
@@ -342,21 +342,21 @@ def _backward_compiled(patches, texts, similarity, inv_norm, threshold, normaliz
     return torch.ops.dreamlip_csrc.patch_pool_backward(patches, texts, similarity, inv_norm, *options, patch_mask, d_pooled)
 
 
-# --- triton backend: grouping_triton.py --------------------------------------------------------------------------------------
+# --- triton backend: ops/group_patches_triton.py --------------------------------------------------------------------------------------
 
 
 def _forward_triton(*arguments):
-    from . import grouping_triton
+    from .ops import group_patches_triton
 
     with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, which need not be theirs
-        return grouping_triton.forward(*arguments)
+        return group_patches_triton.forward(*arguments)
 
 
 def _backward_triton(*arguments):
-    from . import grouping_triton
+    from .ops import group_patches_triton
 
     with torch.cuda.device_of(arguments[0]):
-        return grouping_triton.backward(*arguments)
+        return group_patches_triton.backward(*arguments)
 
 
 _FORWARD = {"torch": _forward_torch, "cpp": _forward_compiled, "triton": _forward_triton, "cuda": _forward_compiled}

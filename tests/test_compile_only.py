@@ -21,8 +21,8 @@ SCRIPT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels import contrastive_kernels as module
-    from dreamlip_kernels.contrastive_blocks import ONLINE, blocks_for
+    from dreamlip_kernels.ops import logsumexp_kernels as module
+    from dreamlip_kernels.ops.logsumexp_tiles import ONLINE, blocks_for
 
     arch, folder, dtype, size = int(sys.argv[1]), sys.argv[2], sys.argv[3], 4 if sys.argv[3] == "fp32" else 2
     descriptor = arch >= 90
@@ -70,7 +70,7 @@ GROUPING = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels import grouping_triton as module
+    from dreamlip_kernels.ops import group_patches_triton as module
 
     arch, folder, kp, dtype = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     block_p, block_d, warps, stages = module.BLOCKS[kp, dtype == "fp32"]

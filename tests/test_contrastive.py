@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_and_grads, worst_of
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import reference, tiles
+from dreamlip_kernels import reference
+from dreamlip_kernels.ops import tiles
 
 # (M, C, K, D): one pair; tiny and odd; aligned; primes over tile edges; one of realistic shape.
 SHAPES = [(1, 1, 1, 8), (3, 7, 2, 8), (64, 128, 3, 96), (127, 65, 8, 512), (252, 507, 3, 123), (256, 256, 8, 768)]

@@ -95,9 +95,9 @@ def test_masks(slot, scale, dtype, held):
 @pytest.mark.parametrize("case", ["opposed at scale 100", "not normalised", "scale 1000", "large and small"])
 def test_the_flagged_fallback_is_right(case, monkeypatch):
     """Sums that leave float32's range at the fixed offset: the flag sends everything to the exact kernels, of which few programs make all tiles."""
-    from dreamlip_kernels import contrastive_triton
+    from dreamlip_kernels.ops import logsumexp_triton
 
-    monkeypatch.setattr(contrastive_triton, "EXACT_PROGRAMS", 3)  # for four tiles
+    monkeypatch.setattr(logsumexp_triton, "EXACT_PROGRAMS", 3)  # for four tiles
     scale = {"opposed at scale 100": 100.0, "scale 1000": 1000.0}.get(case, 3.0)
 
     def make(seed):
@@ -171,7 +171,7 @@ def test_at_least_as_close_as_eager_amp(dtype, negatives, positives):
 
 def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
     """A nearly certain positive has p - 1 far below float16's step at 1: the gradient is several times better with it added apart."""
-    from dreamlip_kernels import logsumexp
+    from dreamlip_kernels.ops import logsumexp
 
     image, text = clip_like(32, 2, 32, noise=0.6)
     inputs = (image, text, torch.tensor(20.0))
@@ -221,12 +221,12 @@ def test_positives_may_lie_anywhere(diagonal):
 
 
 def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
-    from dreamlip_kernels import contrastive_triton
+    from dreamlip_kernels.ops import logsumexp_triton
 
     x, y = clip_like(300, 2, 16)
     whole = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
     monkeypatch.setattr(settings, "workspace_bytes", 2**15)
-    assert contrastive_triton._chunks(300, 300, 2, 2) == (128, 128) and contrastive_triton._chunks(900, 100, 2, 2)[0] < 900
+    assert logsumexp_triton._chunks(300, 300, 2, 2) == (128, 128) and logsumexp_triton._chunks(900, 100, 2, 2)[0] < 900
     parts = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
@@ -235,11 +235,11 @@ def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
 @pytest.fixture
 def pointers(monkeypatch):
     """The kernels' loads as on a device without TMA."""
-    from dreamlip_kernels import contrastive_triton
+    from dreamlip_kernels.ops import logsumexp_triton
 
-    real = contrastive_triton.Operands.arguments
+    real = logsumexp_triton.Operands.arguments
     monkeypatch.setattr(
-        contrastive_triton.Operands, "arguments", lambda self, blocks: real(self, blocks) | dict(x=self.x, y=self.y, DESCRIPTOR=False)
+        logsumexp_triton.Operands, "arguments", lambda self, blocks: real(self, blocks) | dict(x=self.x, y=self.y, DESCRIPTOR=False)
     )
 
 
@@ -296,14 +296,14 @@ def most_allocated(step):
 @pytest.fixture
 def counted(monkeypatch):
     """Everything but the kernels and cuBLAS runs, with a device's tiles."""
-    from dreamlip_kernels import contrastive_triton
-    from dreamlip_kernels.contrastive_blocks import blocks_for
+    from dreamlip_kernels.ops import logsumexp_triton
+    from dreamlip_kernels.ops.logsumexp_tiles import blocks_for
 
     for kernel in ("exp_sums", "online_rows", "gradient_tile"):
-        monkeypatch.setattr(contrastive_triton, kernel, NothingLaunched())
-    monkeypatch.setattr(contrastive_triton, "_accumulate", lambda out, a, b: None)  # on a CPU it would widen its operands first
+        monkeypatch.setattr(logsumexp_triton, kernel, NothingLaunched())
+    monkeypatch.setattr(logsumexp_triton, "_accumulate", lambda out, a, b: None)  # on a CPU it would widen its operands first
     monkeypatch.setattr(
-        contrastive_triton.Operands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
+        logsumexp_triton.Operands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
     )
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 

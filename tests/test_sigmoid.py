@@ -6,7 +6,8 @@ from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_an
 from open_clip.loss import SigLipLoss
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import reference, tiles
+from dreamlip_kernels import reference
+from dreamlip_kernels.ops import tiles
 
 SHAPES = [(1, 1, 8), (3, 2, 8), (37, 5, 96), (65, 8, 123)]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import dispatch
-from .checks import accumulate_dtype, as_scale, check_features, check_mask
+from ..backends import dispatch
+from ..checks import accumulate_dtype, as_scale, check_features, check_mask
 from .paired_dot import paired_dot, paired_slices
 from .tiles import tiles
 
@@ -167,17 +167,17 @@ def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, d_pos, 
 
 
 def _forward_triton(*arguments):
-    from . import contrastive_triton
+    from . import logsumexp_triton
 
     with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, which need not be theirs
-        return contrastive_triton.forward(*arguments)
+        return logsumexp_triton.forward(*arguments)
 
 
 def _backward_triton(*arguments):
-    from . import contrastive_triton
+    from . import logsumexp_triton
 
     with torch.cuda.device_of(arguments[0]):
-        return contrastive_triton.backward(*arguments)
+        return logsumexp_triton.backward(*arguments)
 
 
 _FORWARD = {"torch": _forward_torch, "triton": _forward_triton}

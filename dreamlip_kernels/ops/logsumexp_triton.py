@@ -19,9 +19,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backends.settings import settings
-from .contrastive_blocks import INTERPRETED, ONLINE, Blocks, blocks_for
-from .contrastive_kernels import exp_sums, gradient_tile, online_rows
+from ..backends.settings import settings
+from .logsumexp_kernels import exp_sums, gradient_tile, online_rows
+from .logsumexp_tiles import INTERPRETED, ONLINE, Blocks, blocks_for
 from .paired_dot import paired_dot, paired_slices
 
 LOG2E = 1.4426950408889634
