@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared
-from .distributed import Group, all_reduce_sum, check_agreement, rank_and_size
-from .gathered_logsumexp import gathered_logsumexp
+from .distributed.collectives import Group, all_reduce_sum, check_agreement, rank_and_size
+from .distributed.gathered_logsumexp import gathered_logsumexp
 
 
 def multi_positive_contrastive_loss(

@@ -15,7 +15,7 @@ from . import reference
 from .backends import dispatch
 from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
 from .contrastive import agreement_sizes, global_mean
-from .distributed import Group, all_gather_rows, check_agreement, reduce_scatter_logsumexp
+from .distributed.collectives import Group, all_gather_rows, check_agreement, reduce_scatter_logsumexp
 from .ops.logsumexp import bidirectional_logsumexp
 
 NORMALIZATIONS = ("minmax", "softmax", "none")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice
 from .contrastive import multi_positive_contrastive_loss
-from .distributed import Group, rank_and_size
+from .distributed.collectives import Group, rank_and_size
 from .grouping import subcaption_grouping_loss
 from .sigmoid import multi_positive_sigmoid_loss
 

@@ -11,7 +11,9 @@ import torch.multiprocessing as mp
 from numerics import clip_like
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import distributed, gathered_logsumexp, reference
+from dreamlip_kernels import reference
+from dreamlip_kernels.distributed import collectives as distributed
+from dreamlip_kernels.distributed import gathered_logsumexp
 
 N, K, P, D = 12, 3, 9, 8  # N divides by 2, 3 and 4
 

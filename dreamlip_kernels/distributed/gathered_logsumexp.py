@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Group, rank_and_size, reduce_scatter_logsumexp
-from .ops.logsumexp import logsumexp_backward_op, logsumexp_op
+from ..ops.logsumexp import logsumexp_backward_op, logsumexp_op
+from .collectives import Group, rank_and_size, reduce_scatter_logsumexp
 
 # Backward goes in so many stretches where each still has rows enough to fill a device.
 STRETCHES, ROWS_A_STRETCH = 4, 4096

@@ -1,0 +1,1 @@
+"""What ranks exchange: differentiable collectives, and the log-sum-exp over all of them."""
