@@ -54,13 +54,13 @@ gpu:
 	mkdir -p $(OUT)
 	if [ -d wheels ]; then python3 -m pip install -q --no-index --no-deps wheels/*.whl; fi
 	python3 setup.py build_ext --inplace 2>&1 | tail -n 40 | tee $(OUT)/build.txt
-	timeout -s INT -k 15 130 python3 -m pytest tests/test_*_gpu.py -m gpu 2>&1 | tee $(OUT)/tests.txt
-	timeout -s INT -k 15 40 python3 -m pytest tests/train/test_*_gpu.py -m gpu 2>&1 | tee $(OUT)/tests_train.txt
+	timeout -s INT -k 15 130 python3 -m pytest tests/kernels/test_*_gpu.py -m gpu 2>&1 | tee $(OUT)/tests.txt
+	timeout -s INT -k 15 40 python3 -m pytest tests/train/*/test_*_gpu.py -m gpu 2>&1 | tee $(OUT)/tests_train.txt
 	for name in contrastive:110 grouping:30 train_step:70 pipeline:15; do \
 		timeout 170 python3 -m pytest benchmarks/bench_$${name%:*}.py --budget $${name#*:} --benchmark-only --benchmark-json=$(OUT)/$${name%:*}.json 2>&1 | tee $(OUT)/$${name%:*}.txt; done
 	-python3 benchmarks/plot_contrastive.py $(OUT)/contrastive.json $(OUT)/contrastive.png
 	for tool in memcheck racecheck; do \
-		timeout -k 5 30 compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/test_*_gpu.py -m sanitizer -x > $(OUT)/$$tool.txt 2>&1; echo "$$tool: $$?"; done
+		timeout -k 5 30 compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/kernels/test_*_gpu.py -m sanitizer -x > $(OUT)/$$tool.txt 2>&1; echo "$$tool: $$?"; done
 
 # The paper's ablations on the built-in scenes: a night on two CPU cores; eight runs at a time on a machine with a GPU.
 ablate: install

@@ -9,7 +9,7 @@ product), its peak memory, and once a shape its errors against float64. `python 
 import contrastive_peers as peers
 import pytest
 import torch
-from conftest import CONTRASTIVE_GPU_SHAPES, CONTRASTIVE_SHAPES, DEVICE, named
+from shapes import CONTRASTIVE_GPU_SHAPES, CONTRASTIVE_SHAPES, DEVICE, named
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import dispatch

@@ -8,7 +8,7 @@ backward) at the same run's copy rate.
 
 import pytest
 import torch
-from conftest import DEVICE, GROUPING_GPU_SHAPES, GROUPING_SHAPES, named
+from shapes import DEVICE, GROUPING_GPU_SHAPES, GROUPING_SHAPES, named
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference

@@ -5,13 +5,13 @@ make bench        or        pytest benchmarks/bench_train_step.py --benchmark-on
 today     open_clip's own towers on captions padded to 77, its ClipLoss on each of the K slots, eager patch grouping, AdamW as open_clip makes it
 ours      captions packed, the fused losses, fused AdamW
 settings  the step of ours with one setting changed: what each of them is worth
-Caption lengths are those measured on human sub-captions (tests/train/caption_lengths.py). float32 on a CPU, bfloat16 autocast on a GPU.
+Caption lengths are those measured on human sub-captions (tests/support/caption_lengths.py). float32 on a CPU, bfloat16 autocast on a GPU.
 """
 
 import pytest
 import torch
 from caption_lengths import HUMAN, captions
-from conftest import DEVICE
+from shapes import DEVICE
 
 from dreamlip_kernels import DreamLIPLoss, reference
 

@@ -26,7 +26,7 @@ _LONG = (
     "test_two_ranks",
     "test_train",
     "test_faults",
-    "test_cluster",
+    "test_map_tasks",
     "test_recaption",
     "test_photographs",
     "test_contrastive",

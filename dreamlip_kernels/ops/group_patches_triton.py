@@ -292,7 +292,7 @@ def _kept_gradient(u, kept, uniform, inv_total, da, mean, NORMALIZATION: tl.cons
     return tl.where(kept & (uniform == 0)[:, None], slope * (da - mean[:, None]), 0.0)
 
 
-# (BLOCK_P, BLOCK_D, warps, stages) by (KP, float32): without spills on sm_80 and sm_90 (tests/test_compile_only.py); not tuned on a device yet.
+# (BLOCK_P, BLOCK_D, warps, stages) by (KP, float32): without spills on sm_80 and sm_90 (tests/kernels/test_compile_only.py); not tuned on a device yet.
 BLOCKS = {(16, False): (32, 128, 4, 3), (16, True): (32, 64, 8, 2), (32, False): (32, 32, 8, 2), (32, True): (16, 64, 8, 2)}
 
 

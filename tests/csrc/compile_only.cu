@@ -1,4 +1,4 @@
-// Every CUDA kernel that is shipped, without torch's headers: what tests/test_compile_only.py compiles and reads.
+// Every CUDA kernel that is shipped, without torch's headers: what tests/kernels/test_compile_only.py compiles and reads.
 #include "patch_pool.cuh"
 
 namespace dreamlip {

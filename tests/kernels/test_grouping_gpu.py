@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import value_and_grads
-from test_grouping import compare, region_like
+from patch_cases import compare, region_like
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference

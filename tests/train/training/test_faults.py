@@ -24,7 +24,7 @@ from dreamlip_train.training import loop
 from dreamlip_train.training.engine import move_batch, train_step
 from dreamlip_train.training.run import train
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[2] / "support"
 
 
 def tiny_run(shards: Path, steps: int, **engine):
@@ -40,7 +40,7 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_the_losses_are_those_of_the_undisturbed_run_to_the_bit(tmp_path, kills):
-    command = [sys.executable, str(HERE / "killed.py"), str(tmp_path), str(kills), str(time.time_ns())]
+    command = [sys.executable, str(SUPPORT / "killed.py"), str(tmp_path), str(kills), str(time.time_ns())]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     facts = json.loads((tmp_path / "facts.json").read_text())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import value_and_grads
-from test_grouping import compare, degenerate, region_like
+from patch_cases import compare, degenerate, region_like
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def where_it_runs():
     if torch.cuda.is_available():
-        pytest.skip("with a CUDA device the kernels are compiled, and tests/test_grouping_gpu.py runs them there")
+        pytest.skip("with a CUDA device the kernels are compiled, and tests/kernels/test_grouping_gpu.py runs them there")
 
 
 def both(**options):

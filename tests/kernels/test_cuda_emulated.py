@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: csrc/patch_pool.cuh compiled for the CPU, every thread a fiber, against the oracle (tests/csrc/emulate.h).
 
-It shows that indices, fragments, waits and barriers fit together; what only a device can show is in tests/test_grouping_gpu.py.
+It shows that indices, fragments, waits and barriers fit together; what only a device can show is in tests/kernels/test_grouping_gpu.py.
 """
 
 import ctypes
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from numerics import value_and_grads
-from test_grouping import compare, region_like
+from patch_cases import compare, region_like
 
 from dreamlip_kernels import reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOOLKITS = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
 CUDA = next((path for path in TOOLKITS if path and Path(path, "include/cuda_bf16.h").is_file()), None)
 pytestmark = pytest.mark.skipif(

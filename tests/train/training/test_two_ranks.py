@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_engine import torch_losses  # noqa: F401 (a fixture)
 from tiny import STEPS, clean_environment, run_steps, tiny_config
 
 from dreamlip_train.checkpoint.state import Progress, load, save
@@ -32,7 +31,7 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
 @pytest.fixture(scope="module")
 def facts(one_process) -> dict:
     folder, _ = one_process
-    script = str(Path(__file__).with_name("two_ranks.py"))
+    script = str(Path(__file__).parents[2] / "support/two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, str(folder)]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,12 +39,12 @@ def facts(one_process) -> dict:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_train_as_one_process(facts, torch_losses, stage):  # noqa: F811
+def test_two_ranks_train_as_one_process(facts, torch_losses, stage):
     assert facts["losses"][str(stage)] == pytest.approx(torch_losses, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("run", ["1 2", "2 1"])
-def test_two_ranks_with_gradient_caching_train_as_one_process_at_once(facts, torch_losses, run):  # noqa: F811
+def test_two_ranks_with_gradient_caching_train_as_one_process_at_once(facts, torch_losses, run):
     assert facts["chunks"][run] == pytest.approx(torch_losses[:10], rel=1e-6, abs=0)
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_grouping import region_like
+from patch_cases import region_like
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import dispatch, extension
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, **environment: str) -> str:
     """What a fresh Python prints."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"} | environment
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=250).stdout
 
 

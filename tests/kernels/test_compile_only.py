@@ -11,7 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 

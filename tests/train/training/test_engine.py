@@ -13,26 +13,6 @@ from dreamlip_train.training.deepspeed_config import deepspeed_config
 from dreamlip_train.training.engine import evaluation_model, learning_rate, move_batch, parameter_groups, train_step
 
 
-@pytest.fixture(scope="module")
-def torch_losses():
-    """The trajectory of plain torch: AdamW, clipping and the same rates."""
-    config = tiny_config()
-    model, loss_fn = build_model(config.model, config.engine.seed), DreamLIPLoss()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.98), eps=1e-8)
-    losses = []
-    for step in range(STEPS):
-        data = batch(step)
-        loss = loss_fn(**model(data["images"], data["text"]), text_mask=data["text_mask"])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, config.optim)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_follows_plain_torch(stage, torch_losses):
     config = tiny_config(stage)

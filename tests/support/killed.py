@@ -19,8 +19,8 @@ import torch
 from shard_files import write_shards
 from tiny import tiny_config
 
+import dreamlip_train.reporting.curves  # noqa: F401
 from dreamlip_train.checkpoint.files import complete_checkpoints
-from dreamlip_train.reporting import curves as plots  # noqa: F401
 from dreamlip_train.training.run import train
 
 INTERVAL = 2

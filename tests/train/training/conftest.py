@@ -1,0 +1,29 @@
+"""What one process of plain torch does on the tiny model, for the tests of one rank and of two."""
+
+import pytest
+import torch
+from tiny import STEPS, batch, tiny_config
+
+from dreamlip_kernels import DreamLIPLoss
+from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.training.engine import learning_rate, parameter_groups
+
+
+@pytest.fixture(scope="module")
+def torch_losses():
+    """The trajectory of plain torch: AdamW, clipping and the same rates."""
+    config = tiny_config()
+    model, loss_fn = build_model(config.model, config.engine.seed), DreamLIPLoss()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.98), eps=1e-8)
+    losses = []
+    for step in range(STEPS):
+        data = batch(step)
+        loss = loss_fn(**model(data["images"], data["text"]), text_mask=data["text_mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, config.optim)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
