@@ -24,7 +24,9 @@ def extension() -> dict:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        tell("torch is not importable here (build isolation), so nothing is compiled now; the C++ kernels are compiled at their first use")
+        tell(
+            "torch is not importable here (build isolation), so nothing is compiled now; the C++ kernels are compiled at their first use"
+        )
         return {}
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
@@ -56,7 +58,10 @@ def extension() -> dict:
                 self.extensions = []
 
     module = kind("dreamlip_kernels._C", sources, define_macros=macros, extra_compile_args=flags)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrGoOn.with_options(use_ninja=shutil.which("ninja") is not None)}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": BuildOrGoOn.with_options(use_ninja=shutil.which("ninja") is not None)},
+    }
 
 
 setup(

@@ -51,10 +51,16 @@ def features(shape, dtype):
     image = torch.nn.functional.normalize(torch.randn(n, d, device=DEVICE), dim=-1)
     text = torch.nn.functional.normalize(image[:, None] + torch.randn(n, k, d, device=DEVICE) / d**0.5, dim=-1)
     dtype = getattr(torch, dtype)
-    return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), torch.tensor(14.3, device=DEVICE, requires_grad=True)
+    return (
+        image.to(dtype).requires_grad_(),
+        text.to(dtype).requires_grad_(),
+        torch.tensor(14.3, device=DEVICE, requires_grad=True),
+    )
 
 
-@pytest.mark.parametrize("shape", named(CONTRASTIVE_SHAPES, {}) if DEVICE == "cpu" else named({}, CONTRASTIVE_GPU_SHAPES))
+@pytest.mark.parametrize(
+    "shape", named(CONTRASTIVE_SHAPES, {}) if DEVICE == "cpu" else named({}, CONTRASTIVE_GPU_SHAPES)
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("phase", ["forward", "forward+backward"])
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -95,7 +101,9 @@ def test_error(run, provider, dtype, shape):
         lambda: None,
         rounds=1,
         warmup=0,
-        extra={f"error_{name}": error for name, error in zip(("loss", "d_image", "d_text", "d_scale"), errors, strict=True)},
+        extra={
+            f"error_{name}": error for name, error in zip(("loss", "d_image", "d_text", "d_scale"), errors, strict=True)
+        },
     )
 
 

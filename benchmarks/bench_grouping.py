@@ -16,7 +16,9 @@ from dreamlip_kernels.backends import dispatch
 
 BACKENDS = ("cpp", "torch", "triton", "cuda")
 DTYPES = (
-    {"float32": torch.float32, "bfloat16": torch.bfloat16} if DEVICE == "cpu" else {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if DEVICE == "cpu"
+    else {"bfloat16": torch.bfloat16, "float32": torch.float32}
 )
 
 

@@ -23,9 +23,7 @@ import pyarrow.parquet
 from dreamlip_train.captions.table import IMAGE_COLUMN
 from dreamlip_train.prepare.join import match, stage_table
 
-WORDS = (
-    "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting white black old".split()
-)
+WORDS = "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting white black old".split()
 
 
 def write_inputs(folder: Path, rows: int) -> None:
@@ -35,7 +33,9 @@ def write_inputs(folder: Path, rows: int) -> None:
         writer = csv.writer(file)
         writer.writerow([IMAGE_COLUMN, "raw_caption", "longSV_captions"])
         for row in range(rows):
-            writer.writerow([f"http://img{row % 97}.example.com/photos/{row:09d}.jpg", f"raw {row}", f"{texts[row % 500]}. {row}"])
+            writer.writerow(
+                [f"http://img{row % 97}.example.com/photos/{row:09d}.jpg", f"raw {row}", f"{texts[row % 500]}. {row}"]
+            )
     order = list(range(rows // 20, rows + rows // 20))
     rng.shuffle(order)
     (folder / "shards").mkdir()
@@ -70,11 +70,15 @@ def main(rows: int) -> None:
         write_inputs(folder, rows)
         (folder / "tables").mkdir()
         read = measured(
-            lambda: stage_table((0, folder / "captions.csv"), state=folder / "tables", on="url", column=IMAGE_COLUMN, columns={})
+            lambda: stage_table(
+                (0, folder / "captions.csv"), state=folder / "tables", on="url", column=IMAGE_COLUMN, columns={}
+            )
         )
         joined = measured(lambda: match(folder, "3GB"))
         size = (folder / "captions.csv").stat().st_size / 1e9
-        print(f"{rows} rows, {size:.2f} GB of CSV: read {read[0]:.0f} s in {read[1]:.2f} GB, join {joined[0]:.0f} s in {joined[1]:.2f} GB")
+        print(
+            f"{rows} rows, {size:.2f} GB of CSV: read {read[0]:.0f} s in {read[1]:.2f} GB, join {joined[0]:.0f} s in {joined[1]:.2f} GB"
+        )
     finally:
         shutil.rmtree(folder)
 

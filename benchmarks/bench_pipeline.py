@@ -39,9 +39,13 @@ def shards(tmp_path_factory):
     for shard in range(SHARDS):
         with ShardWriter(folder / f"{shard:05d}.tar") as writer:
             for i in range(A_SHARD):
-                sentences = [" ".join(rng.choices(WORDS, k=rng.randint(12, 32))).capitalize() + "." for _ in range(SENTENCES)]
+                sentences = [
+                    " ".join(rng.choices(WORDS, k=rng.randint(12, 32))).capitalize() + "." for _ in range(SENTENCES)
+                ]
                 record = {"raw_caption": "a photograph", "longSV_captions": " ".join(sentences)}
-                writer.add({"key": f"{shard:05d}{i:04d}", "jpg": rng.choice(pictures), "json": json.dumps(record).encode()})
+                writer.add(
+                    {"key": f"{shard:05d}{i:04d}", "jpg": rng.choice(pictures), "json": json.dumps(record).encode()}
+                )
     index = {f"{shard:05d}.tar": {"samples": A_SHARD, "bytes": 0} for shard in range(SHARDS)}
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "samples": SHARDS * A_SHARD, "shards": index}))
     return folder
@@ -59,7 +63,9 @@ def _photographs(rng):
         source = rng.choice(sources)
         width = rng.uniform(0.5, 1.0) * min(source.width, source.height * 4 / 3)
         left, top = rng.uniform(0, source.width - width), rng.uniform(0, source.height - width * 3 / 4)
-        window = source.resize((SIDE * 4 // 3, SIDE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + width * 3 / 4))
+        window = source.resize(
+            (SIDE * 4 // 3, SIDE), Image.Resampling.BICUBIC, box=(left, top, left + width, top + width * 3 / 4)
+        )
         file = io.BytesIO()
         window.save(file, "JPEG", quality=95)
         yield file.getvalue()
@@ -88,7 +94,10 @@ class Today(IterableDataset):
 
         torch.set_num_threads(1)
         worker = torch.utils.data.get_worker_info().id
-        transform, tokenizer = open_clip.image_transform(224, is_train=True), open_clip.SimpleTokenizer(context_length=77)
+        transform, tokenizer = (
+            open_clip.image_transform(224, is_train=True),
+            open_clip.SimpleTokenizer(context_length=77),
+        )
         images, texts = [], []
         os.environ.pop("WDS_SECURE", None)  # it refuses local files
         for sample in tarfile_samples([{"url": str(path)} for path in self.paths[worker::WORKERS]]):

@@ -87,7 +87,9 @@ def test_train_step(run, trained, loop):
             features = trained(images, text)
             image, texts = features["image_features"], features["text_features"]
             loss = sum(clip_loss(image, texts[:, k], features["logit_scale"]) for k in range(K)) / K
-            return loss + reference.subcaption_grouping_loss(features["patch_features"], texts, features["logit_scale_local"])
+            return loss + reference.subcaption_grouping_loss(
+                features["patch_features"], texts, features["logit_scale_local"]
+            )
 
     def ours():
         ready = moved(given)
@@ -141,7 +143,9 @@ def test_gradient_caching(run, model, chunks):
     from dreamlip_train.training.grad_cache import cached_train_step, split_batch
 
     settings = EngineConfig(
-        batch_size=BATCH, chunk_size=BATCH // chunks if chunks > 1 else 0, precision="fp32" if DEVICE == "cpu" else "amp_bf16"
+        batch_size=BATCH,
+        chunk_size=BATCH // chunks if chunks > 1 else 0,
+        precision="fp32" if DEVICE == "cpu" else "amp_bf16",
     )
     device = init_distributed()
     engine = build_engine(build_model(ModelConfig(name=model), seed=0), settings, OptimConfig(), device)
@@ -149,7 +153,9 @@ def test_gradient_caching(run, model, chunks):
 
     def step():
         if chunks > 1:
-            cached_train_step(engine, loss_fn, [moved(chunk) for chunk in split_batch(given, settings.chunk_size)], lr=1e-5)
+            cached_train_step(
+                engine, loss_fn, [moved(chunk) for chunk in split_batch(given, settings.chunk_size)], lr=1e-5
+            )
         else:
             train_step(engine, loss_fn, moved(given), lr=1e-5)
 

@@ -14,7 +14,10 @@ _BEGAN = time.monotonic()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--budget", type=float, default=float("inf"), help="seconds after which no further case is begun; the others are skipped"
+        "--budget",
+        type=float,
+        default=float("inf"),
+        help="seconds after which no further case is begun; the others are skipped",
     )
 
 
@@ -88,7 +91,10 @@ def run(benchmark, request):
         if images is not None and median:
             benchmark.extra_info["images_per_s"] = images / median
         if median:
-            cells = [f"{name} {value:.2g}" if value < 10 else f"{name} {value:.0f}" for name, value in benchmark.extra_info.items()]
+            cells = [
+                f"{name} {value:.2g}" if value < 10 else f"{name} {value:.0f}"
+                for name, value in benchmark.extra_info.items()
+            ]
             _SUMMARY.append(f"{request.node.name:<90} {1e3 * median:9.3f} ms   {'  '.join(cells)}")
 
     return measure
@@ -105,7 +111,9 @@ def _peak_bytes(step) -> int:
 
     process, done = psutil.Process(), threading.Event()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system, or this one would find it there
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # what earlier steps freed goes back to the system, or this one would find it there
     before = peak = process.memory_info().rss
 
     def watch():

@@ -46,7 +46,11 @@ class _ChunkedLogsumexp(torch.autograd.Function):
 
     @staticmethod
     def logits(image, text, scale):
-        z = torch.mm(image, text.T, out_dtype=torch.float32) if image.is_cuda and image.dtype != torch.float32 else image @ text.T
+        z = (
+            torch.mm(image, text.T, out_dtype=torch.float32)
+            if image.is_cuda and image.dtype != torch.float32
+            else image @ text.T
+        )
         return z.float().mul_(scale)
 
     @staticmethod
@@ -91,7 +95,10 @@ def inf_cl(image, text, scale):
     total = 0
     for k in range(text.shape[1]):
         caption = text[:, k].contiguous()
-        total = total + (cal_flash_loss(image, caption, scale=scale) + cal_flash_loss(caption, image, scale=scale)).mean() / 2
+        total = (
+            total
+            + (cal_flash_loss(image, caption, scale=scale) + cal_flash_loss(caption, image, scale=scale)).mean() / 2
+        )
     return total / text.shape[1]
 
 

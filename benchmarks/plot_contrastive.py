@@ -27,7 +27,9 @@ def curves(results: dict) -> dict[tuple[int, str], dict[str, list[tuple[int, flo
         if not case["name"].startswith("test_contrastive") or given["phase"] == "forward":
             continue
         n, k, _ = given["shape"]
-        found[k, given["dtype"]][given["provider"]].append((n, case["stats"]["median"], case["extra_info"].get("peak_mb", 0.0)))
+        found[k, given["dtype"]][given["provider"]].append(
+            (n, case["stats"]["median"], case["extra_info"].get("peak_mb", 0.0))
+        )
     return {key: {name: sorted(points) for name, points in providers.items()} for key, providers in found.items()}
 
 
@@ -46,7 +48,13 @@ def main(source: str, target: str) -> None:
         for name, points in providers.items():
             ours = name in ("torch", "triton")
             label = f"dreamlip_kernels, {name}" if ours else name
-            style = dict(marker="o", color=COLOURS[name], linewidth=2.5 if ours else 1, linestyle="-" if ours else "--", label=label)
+            style = dict(
+                marker="o",
+                color=COLOURS[name],
+                linewidth=2.5 if ours else 1,
+                linestyle="-" if ours else "--",
+                label=label,
+            )
             n, seconds, peak = zip(*points, strict=True)
             axes[0][column].plot(n, [1e3 * value for value in seconds], **style)
             axes[1][column].plot(n, [max(value, 1.0) for value in peak], **style)
@@ -56,7 +64,9 @@ def main(source: str, target: str) -> None:
             sizes = sorted({n for points in providers.values() for n, *_ in points})
             axes[row][column].set_xticks(sizes, [str(n) for n in sizes])
             axes[row][column].set_xticks([], minor=True)
-    entries = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    entries = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(target, dpi=130)
 

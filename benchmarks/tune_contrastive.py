@@ -79,8 +79,12 @@ def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object
 def compile_all(width: int, dtype: torch.dtype) -> None:
     """Run every candidate once, in as many processes as there are cores: Triton's cache on disk then has what the timing below needs."""
     begin = time.perf_counter()
-    todo = [(name, blocks, width, dtype) for blocks in candidates(dtype.itemsize) for name in ("exp_sums", "gradient_tile")]
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=multiprocessing.get_context("spawn")) as pool:
+    todo = [
+        (name, blocks, width, dtype) for blocks in candidates(dtype.itemsize) for name in ("exp_sums", "gradient_tile")
+    ]
+    with ProcessPoolExecutor(
+        max(1, (os.cpu_count() or 1) - 1), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         list(pool.map(compile_one, todo))
     print(f"{len(todo)} candidates compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -126,7 +130,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="float32 is tuned as three TF32 products"
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="float32 is tuned as three TF32 products",
     )
     given = parser.parse_args()
     if not torch.cuda.is_available():

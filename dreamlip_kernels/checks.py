@@ -20,11 +20,17 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
         if tensor.ndim != ndim:
             raise ValueError(f"{fn}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{fn}: {name} must be a floating tensor ({', '.join(str(t)[6:] for t in FLOATS)}), got {tensor.dtype}")
+            raise ValueError(
+                f"{fn}: {name} must be a floating tensor ({', '.join(str(t)[6:] for t in FLOATS)}), got {tensor.dtype}"
+            )
         if tensor.dtype != first.dtype:
-            raise ValueError(f"{fn}: {first_name} and {name} must share a dtype, got {first.dtype} and {tensor.dtype}; cast one of them")
+            raise ValueError(
+                f"{fn}: {first_name} and {name} must share a dtype, got {first.dtype} and {tensor.dtype}; cast one of them"
+            )
         if tensor.device != first.device:
-            raise ValueError(f"{fn}: {first_name} and {name} must share a device, got {first.device} and {tensor.device}; move one")
+            raise ValueError(
+                f"{fn}: {first_name} and {name} must share a device, got {first.device} and {tensor.device}; move one"
+            )
         if tensor.shape[-1] != first.shape[-1]:
             raise ValueError(
                 f"{fn}: {first_name} and {name} must share their last dimension D, got {tuple(first.shape)} and {tuple(tensor.shape)}"

@@ -67,7 +67,9 @@ def multi_positive_contrastive_loss(
     if positives == "logsum" and negatives != "all":
         raise ValueError(f"{fn}: positives='logsum' needs negatives='all', got negatives={negatives!r}")
     if positives == "logsum" and reduction == "none":
-        raise ValueError(f"{fn}: reduction='none' needs positives='mean': the sum inside the log has no loss of a single pair")
+        raise ValueError(
+            f"{fn}: reduction='none' needs positives='mean': the sum inside the log has no loss of a single pair"
+        )
     check_agreement(fn, agreement_sizes(text_features, text_mask), image_features.device, group)
 
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
@@ -90,7 +92,12 @@ def multi_positive_contrastive_loss(
 def agreement_sizes(text_features: Tensor, mask: Tensor | None) -> dict[str, int]:
     """What all ranks must agree on before their first collective."""
     n, k, d = text_features.shape
-    return {"N (images a rank)": n, "K (sub-captions)": k, "D (width)": d, "text_mask (1 = given)": int(mask is not None)}
+    return {
+        "N (images a rank)": n,
+        "K (sub-captions)": k,
+        "D (width)": d,
+        "text_mask (1 = given)": int(mask is not None),
+    }
 
 
 def global_mean(terms: Tensor, mask: Tensor | None, group: Group = None) -> Tensor:

@@ -77,7 +77,11 @@ def patch_weights(
     wide = accumulate_dtype(patch_features)
     with torch.autocast(patch_features.device.type, enabled=False):
         return reference.patch_weights(
-            patch_features.to(wide), text_features.to(wide), threshold=threshold, normalization=normalization, patch_mask=patch_mask
+            patch_features.to(wide),
+            text_features.to(wide),
+            threshold=threshold,
+            normalization=normalization,
+            patch_mask=patch_mask,
         )
 
 
@@ -125,7 +129,12 @@ def subcaption_grouping_loss(
     check_agreement(fn, agreement_sizes(text_features, text_mask), text_features.device, group)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
     pooled = group_patches(
-        patch_features, queries, threshold=threshold, normalization=normalization, patch_mask=patch_mask, backend=backend
+        patch_features,
+        queries,
+        threshold=threshold,
+        normalization=normalization,
+        patch_mask=patch_mask,
+        backend=backend,
     )
     with torch.autocast(text_features.device.type, enabled=False):
         pooled, text = reference.unit(pooled.to(scale.dtype)), reference.unit(text_features.to(scale.dtype))
@@ -162,15 +171,22 @@ def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | No
 def _check(fn, patch_features, text_features, threshold, normalization, patch_mask) -> None:
     check_features(fn, patch_features=(patch_features, 3), text_features=(text_features, 3))
     check_shared(fn, "N", "patch_features", patch_features.shape[:1], "text_features", text_features.shape[:1])
-    for name, features, what in (("patch_features", patch_features, "patch"), ("text_features", text_features, "sub-caption")):
+    for name, features, what in (
+        ("patch_features", patch_features, "patch"),
+        ("text_features", text_features, "sub-caption"),
+    ):
         if features.shape[1] == 0:
             raise ValueError(f"{fn}: {name} needs at least one {what} an image, got shape {tuple(features.shape)}")
     if patch_features.shape[2] == 0:
-        raise ValueError(f"{fn}: patch_features and text_features need a width D of at least 1, got shape {tuple(patch_features.shape)}")
+        raise ValueError(
+            f"{fn}: patch_features and text_features need a width D of at least 1, got shape {tuple(patch_features.shape)}"
+        )
     check_mask(fn, "patch_mask", patch_mask, patch_features.shape[:2], patch_features)
     check_choice(fn, "normalization", normalization, NORMALIZATIONS)
     if threshold is not None and not isinstance(threshold, (int, float)):
-        raise ValueError(f"{fn}: threshold must be a number or None (1 / valid patches), got {type(threshold).__name__}")
+        raise ValueError(
+            f"{fn}: threshold must be a number or None (1 / valid patches), got {type(threshold).__name__}"
+        )
 
 
 # --- registered ops -------------------------------------------------------------------------------------------------------
@@ -254,7 +270,11 @@ def _inverse_norm(x: Tensor) -> Tensor:
 def _weights(w: Tensor, threshold: float | None, normalization: str, patch_mask: Tensor | None):
     """Similarities w [n,K,P] -> weights a [n,K,P] (eq. 10-11), and for their backward: kept [n,K,P], total [n,K,1], uniform [n,K,1]."""
     valid = None if patch_mask is None else patch_mask[:, None, :]
-    count = torch.full_like(w[:, :1, :1], w.shape[-1]) if valid is None else valid.sum(-1, keepdim=True).clamp(min=1).to(w.dtype)
+    count = (
+        torch.full_like(w[:, :1, :1], w.shape[-1])
+        if valid is None
+        else valid.sum(-1, keepdim=True).clamp(min=1).to(w.dtype)
+    )
     uniform = torch.zeros_like(w[..., :1], dtype=torch.bool)
     u = relative = w
     if normalization == "minmax":
@@ -308,7 +328,13 @@ def _backward_torch(patches, texts, similarity, inv_norm, threshold, normalizati
     wide = accumulate_dtype(patches)
     d_patches, d_texts = patches.new_empty(patches.shape), texts.new_empty(texts.shape)
     for i in _chunks(patches):
-        x, t, dv, w, inv_x = patches[i].to(wide), texts[i].to(wide), d_pooled[i].to(wide), similarity[i], inv_norm[i, None, :]
+        x, t, dv, w, inv_x = (
+            patches[i].to(wide),
+            texts[i].to(wide),
+            d_pooled[i].to(wide),
+            similarity[i],
+            inv_norm[i, None, :],
+        )
         inv_t = _inverse_norm(t)[..., None]
         t_unit = t * inv_t
         mask = None if patch_mask is None else patch_mask[i]
@@ -330,16 +356,22 @@ _DEFAULT_THRESHOLD = -1e38  # csrc reads anything below -1e30 as 1 / (valid patc
 
 
 def _compiled_options(threshold: float | None, normalization: str) -> tuple[float, int]:
-    return _DEFAULT_THRESHOLD if threshold is None else max(float(threshold), -1e29), NORMALIZATIONS.index(normalization)
+    return _DEFAULT_THRESHOLD if threshold is None else max(float(threshold), -1e29), NORMALIZATIONS.index(
+        normalization
+    )
 
 
 def _forward_compiled(patches, texts, threshold, normalization, patch_mask):
-    return torch.ops.dreamlip_csrc.patch_pool_forward(patches, texts, *_compiled_options(threshold, normalization), patch_mask)
+    return torch.ops.dreamlip_csrc.patch_pool_forward(
+        patches, texts, *_compiled_options(threshold, normalization), patch_mask
+    )
 
 
 def _backward_compiled(patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled):
     options = _compiled_options(threshold, normalization)
-    return torch.ops.dreamlip_csrc.patch_pool_backward(patches, texts, similarity, inv_norm, *options, patch_mask, d_pooled)
+    return torch.ops.dreamlip_csrc.patch_pool_backward(
+        patches, texts, similarity, inv_norm, *options, patch_mask, d_pooled
+    )
 
 
 # --- triton backend: ops/group_patches_triton.py --------------------------------------------------------------------------------------
@@ -360,4 +392,9 @@ def _backward_triton(*arguments):
 
 
 _FORWARD = {"torch": _forward_torch, "cpp": _forward_compiled, "triton": _forward_triton, "cuda": _forward_compiled}
-_BACKWARD = {"torch": _backward_torch, "cpp": _backward_compiled, "triton": _backward_triton, "cuda": _backward_compiled}
+_BACKWARD = {
+    "torch": _backward_torch,
+    "cpp": _backward_compiled,
+    "triton": _backward_triton,
+    "cuda": _backward_compiled,
+}

@@ -100,7 +100,9 @@ class MultiPositiveSigmoidLoss(nn.Module):
         if text_features.ndim == 2:
             text_features = text_features[:, None]
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = multi_positive_sigmoid_loss(image_features, text_features, logit_scale, bias, text_mask=text_mask, group=self.group)
+        loss = multi_positive_sigmoid_loss(
+            image_features, text_features, logit_scale, bias, text_mask=text_mask, group=self.group
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -113,7 +115,9 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
         group: Group = None, backend: str = "auto",
     ):  # fmt: skip
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
-        self.options = dict(threshold=threshold, normalization=normalization, contrast=contrast, direction=direction, backend=backend)
+        self.options = dict(
+            threshold=threshold, normalization=normalization, contrast=contrast, direction=direction, backend=backend
+        )
 
     def forward(
         self,
@@ -127,7 +131,13 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
     ) -> Tensor | dict[str, Tensor]:
         """patch_features [N,P,D], text_features [N,K,D], masks [N,K] and [N,P] bool -> scalar, or {"grouping_loss": scalar}."""
         loss = subcaption_grouping_loss(
-            patch_features, text_features, logit_scale, text_mask=text_mask, patch_mask=patch_mask, group=self.group, **self.options
+            patch_features,
+            text_features,
+            logit_scale,
+            text_mask=text_mask,
+            patch_mask=patch_mask,
+            group=self.group,
+            **self.options,
         )
         return {"grouping_loss": loss} if output_dict else loss
 
@@ -163,7 +173,12 @@ class DreamLIPLoss(_ClipLossArguments):
             else MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=backend)
         )
         self.grouping = SubcaptionGroupingLoss(
-            threshold=threshold, normalization=normalization, contrast=contrast, direction=direction, group=group, backend=backend
+            threshold=threshold,
+            normalization=normalization,
+            contrast=contrast,
+            direction=direction,
+            group=group,
+            backend=backend,
         )
 
     def forward(

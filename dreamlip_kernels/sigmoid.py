@@ -62,14 +62,18 @@ def multi_positive_sigmoid_loss(
     check_agreement(fn, agreement_sizes(text_features, text_mask), image_features.device, group)
     rank, world = rank_and_size(group)
     mask = None if text_mask is None else text_mask.reshape(-1)
-    total = _sigmoid_pairs(all_gather_rows(image_features, group), text_features.flatten(0, 1), scale, bias, mask, rank * n, k)
+    total = _sigmoid_pairs(
+        all_gather_rows(image_features, group), text_features.flatten(0, 1), scale, bias, mask, rank * n, k
+    )
     if mask is None:
         return total / max(n * k, 1)
     return total * world / all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)
 
 
 @torch.library.custom_op("dreamlip_kernels::sigmoid_pairs", mutates_args=())
-def _sigmoid_pairs(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, y_mask: Tensor | None, first: int, k: int) -> Tensor:
+def _sigmoid_pairs(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, y_mask: Tensor | None, first: int, k: int
+) -> Tensor:
     """``-logsigmoid(sign * (scale * x @ y.T + bias)).sum()``, sign +1 at (first + c // k, c) and -1 elsewhere, masked columns left out."""
     with torch.autocast(x.device.type, enabled=False):
         x_scaled = x.to(scale.dtype) * scale
@@ -103,7 +107,12 @@ def _sigmoid_pairs_backward(
             dbias += g.sum(dtype=torch.float64)
         dscale = (x_wide * dx).sum(dtype=torch.float64) * d_total
         factor = scale * d_total
-        return dx.mul_(factor).to(x.dtype), dy.mul_(factor).to(y.dtype), dscale.to(scale.dtype), (dbias * d_total).to(scale.dtype)
+        return (
+            dx.mul_(factor).to(x.dtype),
+            dy.mul_(factor).to(y.dtype),
+            dscale.to(scale.dtype),
+            (dbias * d_total).to(scale.dtype),
+        )
 
 
 @_sigmoid_pairs_backward.register_fake

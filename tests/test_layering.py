@@ -69,7 +69,11 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            base = [*here[: len(here) - node.level + 1], *filter(None, [node.module])] if node.level else node.module.split(".")
+            base = (
+                [*here[: len(here) - node.level + 1], *filter(None, [node.module])]
+                if node.level
+                else node.module.split(".")
+            )
             names |= {".".join([*base, alias.name]) for alias in node.names} if len(base) == 1 else {".".join(base)}
     return names
 
@@ -91,7 +95,9 @@ def test_heavy_dependencies_are_wrapped(path):
         assert package in HEAVY[name].split(), f"{name} belongs into {HEAVY[name]}, not {package}"
     if root == "dreamlip_kernels":
         assert tops <= {root, "torch", "triton"}, f"dreamlip_kernels needs torch alone, not {sorted(tops)}"
-        assert "triton" not in tops or path.stem.endswith(("_triton", "_kernels")), f"{path.name} must run without triton"
+        assert "triton" not in tops or path.stem.endswith(("_triton", "_kernels")), (
+            f"{path.name} must run without triton"
+        )
 
 
 @each_file
@@ -100,7 +106,9 @@ def test_the_trainer_uses_public_names_of_the_kernels(path):
         inner = {name for name in imports(path) if name.startswith("dreamlip_kernels.")}
         private = {name for name in inner if name.count(".") > 1 and name != "dreamlip_kernels.backends.dispatch"}
         modules = {name for name in inner if name.count(".") == 1 and name.split(".")[1] in LAYERS["dreamlip_kernels"]}
-        assert not private | modules, f"{path.name} imports {sorted(private | modules)}: the trainer uses public names only"
+        assert not private | modules, (
+            f"{path.name} imports {sorted(private | modules)}: the trainer uses public names only"
+        )
 
 
 @each_file

@@ -39,7 +39,9 @@ def why_not(device: str, build: bool = False) -> str | None:
     if not _state:  # could be compiled, and nobody has asked yet
         return None if device == "cpu" else "the extension is not built; install with nvcc on PATH"
     if device == "cuda" and not build_info()["cuda"]:
-        return "the extension was built without CUDA; install with nvcc on PATH (CUDA_HOME) and without DREAMLIP_NO_CUDA"
+        return (
+            "the extension was built without CUDA; install with nvcc on PATH (CUDA_HOME) and without DREAMLIP_NO_CUDA"
+        )
     return None
 
 
@@ -68,11 +70,15 @@ def _find() -> None:
             module = importlib.import_module(_BUILT)
         except ImportError as error:  # symbols of another torch
             reason = str(error).splitlines()[0]
-            _state["why"] = f"the extension was built against another torch than {torch.__version__} ({reason}); install the package again"
+            _state["why"] = (
+                f"the extension was built against another torch than {torch.__version__} ({reason}); install the package again"
+            )
             return
         built_for = module.build_info()["torch"]
         if built_for.split("+")[0] != torch.__version__.split("+")[0]:
-            _state["why"] = f"the extension was built against torch {built_for}, this is {torch.__version__}; install the package again"
+            _state["why"] = (
+                f"the extension was built against torch {built_for}, this is {torch.__version__}; install the package again"
+            )
             return
         _state["module"] = module
         return
@@ -99,7 +105,9 @@ def _compile() -> None:
         files = [str(folder / "ops.cpp"), str(folder / "patch_pool_cpu.cpp")]
         _state["module"] = cpp_extension.load(name, files, extra_cflags=["-O3", "-g0", "-Wno-psabi"], verbose=False)
     except Exception as error:  # compilers and torch's builder raise whatever they like
-        _state["why"] = f"compiling it failed: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
+        _state["why"] = (
+            f"compiling it failed: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
+        )
         logger.warning("the C++ kernels could not be compiled: %s", _state["why"])
         return
     logger.warning("compiled the C++ kernels in %.0f s", time.monotonic() - began)

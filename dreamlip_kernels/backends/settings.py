@@ -40,7 +40,9 @@ def configure(*, workspace_bytes: int | None = None, float32: str | None = None)
         ValueError: a value is not one of these.
     """
     if workspace_bytes is not None and workspace_bytes < _SMALLEST_WORKSPACE:
-        raise ValueError(f"configure: workspace_bytes must be at least {_SMALLEST_WORKSPACE} (1 MB), got {workspace_bytes!r}")
+        raise ValueError(
+            f"configure: workspace_bytes must be at least {_SMALLEST_WORKSPACE} (1 MB), got {workspace_bytes!r}"
+        )
     if float32 is not None and float32 not in _FLOAT32:
         raise ValueError(f"configure: float32 must be one of {_FLOAT32}, got {float32!r}")
     if workspace_bytes is not None:

@@ -63,12 +63,26 @@ class _GatheredLogsumexp(torch.autograd.Function):
         for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
             stretch = stop - start
             part = everyone.view(world, n, everyone.shape[1])[:, start:stop].reshape(world * stretch, everyone.shape[1])
-            row_part, d_row_part = (v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row))
+            row_part, d_row_part = (
+                v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row)
+            )
             # The positives of this stretch: its own rows, which begin at rank * stretch, and the columns from start to stop.
             d_pos_part = torch.zeros_like(d_pos)
             d_pos_part[:, start:stop] = d_pos[:, start:stop]
             dx_part, dy_part, dscale_part = logsumexp_backward_op(
-                part, y, scale, None, y_mask, row_part, col, d_row_part, d_col, d_pos_part, rank * stretch - start, ctx.backend, True
+                part,
+                y,
+                scale,
+                None,
+                y_mask,
+                row_part,
+                col,
+                d_row_part,
+                d_col,
+                d_pos_part,
+                rank * stretch - start,
+                ctx.backend,
+                True,
             )
             own = dx_part.new_empty(stretch, dx_part.shape[1])
             # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.

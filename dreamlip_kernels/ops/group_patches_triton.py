@@ -115,7 +115,9 @@ def _weights(w, lo, hi, scale, inv_total, uniform, cut, even, valid, NORMALIZATI
     """-> weights a [KP, BLOCK_P], the score u and whether it was kept."""
     u, compared = _scores(w, lo, hi, scale, NORMALIZATION)
     kept = _kept(u, compared, cut, valid)
-    a = tl.where(uniform[:, None], tl.where(valid[None, :], even[:, None], 0.0), tl.where(kept, u * inv_total[:, None], 0.0))
+    a = tl.where(
+        uniform[:, None], tl.where(valid[None, :], even[:, None], 0.0), tl.where(kept, u * inv_total[:, None], 0.0)
+    )
     return a, u, kept
 
 
@@ -163,7 +165,11 @@ def pool_forward(
         )
         inv = _inverse_norm(of_x)
         tl.store(inv_ptr + n * P + offs_p, inv, mask=keep_p)
-        tl.store(s_rows + offs_p[None, :], w * _inverse_norm(of_t)[:, None] * inv[None, :], mask=keep_k[:, None] & keep_p[None, :])
+        tl.store(
+            s_rows + offs_p[None, :],
+            w * _inverse_norm(of_t)[:, None] * inv[None, :],
+            mask=keep_k[:, None] & keep_p[None, :],
+        )
     tl.debug_barrier()  # other threads of this program read what was stored
     lo, hi, scale, inv_total, uniform, cut, even = _range_and_total(
         s_ptr, mask_ptr, n, K, P, threshold, offs_k, NORMALIZATION, HAS_THRESHOLD, HAS_MASK, KP, BLOCK_P
@@ -178,7 +184,9 @@ def pool_forward(
             valid = _valid(mask_ptr, n, offs_p, P, HAS_MASK)
             w = tl.load(s_rows + offs_p[None, :], mask=keep_k[:, None] & keep_p[None, :], other=0.0)
             inv = tl.load(inv_ptr + n * P + offs_p, mask=keep_p, other=0.0)
-            x = tl.load(x_image + offs_p[:, None] * stride_xp + offs_d[None, :], mask=keep_p[:, None] & keep_d, other=0.0)
+            x = tl.load(
+                x_image + offs_p[:, None] * stride_xp + offs_d[None, :], mask=keep_p[:, None] & keep_d, other=0.0
+            )
             a, _, _ = _weights(w, lo, hi, scale, inv_total, uniform, cut, even, valid, NORMALIZATION)
             acc = _two_dots(a * inv[None, :], x, acc, PRECISION)
         out = out_ptr + (n * K + offs_k)[:, None] * D + offs_d[None, :]
@@ -248,12 +256,18 @@ def pool_backward(
             dw = tl.where(valid[None, :] & (w == lo[:, None]) & (uniform == 0)[:, None], dw - share[:, None], dw)
         tl.store(dw_rows + offs_p[None, :], dw, mask=keep_kp)
         inv = tl.load(inv_ptr + n * P + offs_p, mask=keep_p, other=0.0)
-        tl.store(radial_ptr + n * P + offs_p, tl.sum(tl.where(keep_kp, a * da + dw * w, 0.0), 0) * inv * inv, mask=keep_p)
+        tl.store(
+            radial_ptr + n * P + offs_p, tl.sum(tl.where(keep_kp, a * da + dw * w, 0.0), 0) * inv * inv, mask=keep_p
+        )
     tl.debug_barrier()
     of_t = tl.zeros((KP,), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
-        t = tl.load(t_image + offs_k[:, None] * stride_tk + offs_d[None, :], mask=keep_k[:, None] & (offs_d < D)[None, :], other=0.0)
+        t = tl.load(
+            t_image + offs_k[:, None] * stride_tk + offs_d[None, :],
+            mask=keep_k[:, None] & (offs_d < D)[None, :],
+            other=0.0,
+        )
         of_t += tl.sum(t.to(tl.float32) * t.to(tl.float32), 1)
     inv_t = _inverse_norm(of_t)
     for d in range(0, D, BLOCK_D):
@@ -272,7 +286,9 @@ def pool_backward(
             dw = tl.load(dw_rows + offs_p[None, :], mask=keep_kp, other=0.0) * inv[None, :]
             a, _, _ = _weights(w, lo, hi, scale, inv_total, uniform, cut, even, valid, NORMALIZATION)
             a = tl.where(keep_kp, a, 0.0) * inv[None, :]
-            x = tl.load(x_image + offs_p[:, None] * stride_xp + offs_d[None, :], mask=keep_p[:, None] & keep_d, other=0.0)
+            x = tl.load(
+                x_image + offs_p[:, None] * stride_xp + offs_d[None, :], mask=keep_p[:, None] & keep_d, other=0.0
+            )
             dt = _two_dots(dw, x, dt, PRECISION)
             radial = tl.load(radial_ptr + n * P + offs_p, mask=keep_p, other=0.0)
             dx = -radial[:, None] * x.to(tl.float32)
@@ -293,7 +309,12 @@ def _kept_gradient(u, kept, uniform, inv_total, da, mean, NORMALIZATION: tl.cons
 
 
 # (BLOCK_P, BLOCK_D, warps, stages) by (KP, float32): without spills on sm_80 and sm_90 (tests/kernels/test_compile_only.py); not tuned on a device yet.
-BLOCKS = {(16, False): (32, 128, 4, 3), (16, True): (32, 64, 8, 2), (32, False): (32, 32, 8, 2), (32, True): (16, 64, 8, 2)}
+BLOCKS = {
+    (16, False): (32, 128, 4, 3),
+    (16, True): (32, 64, 8, 2),
+    (32, False): (32, 32, 8, 2),
+    (32, True): (16, 64, 8, 2),
+}
 
 
 def launch_options(texts: int, dtype: torch.dtype) -> dict[str, int]:
@@ -337,7 +358,9 @@ def forward(patches, texts, threshold, normalization, patch_mask) -> tuple[Tenso
     return pooled, similarity, inv_norm
 
 
-def backward(patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled) -> tuple[Tensor, Tensor]:
+def backward(
+    patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled
+) -> tuple[Tensor, Tensor]:
     """The gradients of patches [N, P, D] and texts [N, K, D]."""
     x, t, up = _prepared(patches, texts, d_pooled)
     n, p, d = x.shape

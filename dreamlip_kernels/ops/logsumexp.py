@@ -46,7 +46,9 @@ def bidirectional_logsumexp(
     check_features(fn, x=(x, 2), y=(y, 3))
     check_mask(fn, "y_mask", y_mask, y.shape[:2], y)
     check_mask(fn, "x_mask", x_mask, x.shape[:1], x)
-    row, col, _ = logsumexp_op(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, False, dispatch.select(fn, x, backend))
+    row, col, _ = logsumexp_op(
+        x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, False, dispatch.select(fn, x, backend)
+    )
     return row, col
 
 
@@ -70,7 +72,11 @@ def logsumexp_op(
 def _(x, y, scale, x_mask, y_mask, paired, backend):
     k, c, _ = y.shape
     dtype = accumulate_dtype(x)
-    return x.new_empty(k, x.shape[0], dtype=dtype), x.new_empty(k, c, dtype=dtype), x.new_empty((k, c) if paired else (0, 0), dtype=dtype)
+    return (
+        x.new_empty(k, x.shape[0], dtype=dtype),
+        x.new_empty(k, c, dtype=dtype),
+        x.new_empty((k, c) if paired else (0, 0), dtype=dtype),
+    )
 
 
 @torch.library.custom_op("dreamlip_kernels::bidirectional_logsumexp_backward", mutates_args=())
@@ -110,7 +116,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, d_row, d_col, d_pos):
-    dx, dy, dscale = logsumexp_backward_op(*ctx.saved_tensors, d_row, d_col, d_pos if ctx.paired else None, 0, ctx.backend, False)
+    dx, dy, dscale = logsumexp_backward_op(
+        *ctx.saved_tensors, d_row, d_col, d_pos if ctx.paired else None, 0, ctx.backend, False
+    )
     return dx, dy, dscale, None, None, None, None
 
 
@@ -120,7 +128,9 @@ logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
 # --- torch backend: one tile of logits at a time, true maxima ---------------------------------------------------------------
 
 
-def _logits(x_scaled: Tensor, y: Tensor, rows: slice, cols: slice, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
+def _logits(
+    x_scaled: Tensor, y: Tensor, rows: slice, cols: slice, x_mask: Tensor | None, y_mask: Tensor | None
+) -> Tensor:
     z = x_scaled[rows] @ y[cols].to(x_scaled.dtype).T
     if y_mask is not None:
         z.masked_fill_(~y_mask[None, cols], -torch.inf)

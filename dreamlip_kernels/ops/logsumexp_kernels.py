@@ -18,12 +18,18 @@ def _x_tile(x, stride, first, M, d, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.conste
     else:
         rows = first + tl.arange(0, BLOCK_M)
         cols = d + tl.arange(0, BLOCK_D)
-        tile = tl.load(x + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=(rows < M)[:, None] & (cols < D)[None, :], other=0.0)
+        tile = tl.load(
+            x + rows.to(tl.int64)[:, None] * stride + cols[None, :],
+            mask=(rows < M)[:, None] & (cols < D)[None, :],
+            other=0.0,
+        )
     return tile
 
 
 @triton.jit
-def _y_tile(y, stride_k, stride_c, slot, first, C, d, D, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTOR: tl.constexpr):
+def _y_tile(
+    y, stride_k, stride_c, slot, first, C, d, D, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTOR: tl.constexpr
+):
     """Rows first.. and columns d.. of y [K, C, D] in one slot, zeros beyond its edges."""
     if DESCRIPTOR:
         tile = y.load([slot, first, d]).reshape(BLOCK_C, BLOCK_D)
@@ -32,7 +38,9 @@ def _y_tile(y, stride_k, stride_c, slot, first, C, d, D, BLOCK_C: tl.constexpr, 
         cols = d + tl.arange(0, BLOCK_D)
         base = y + tl.cast(slot, tl.int64) * stride_k
         tile = tl.load(
-            base + rows.to(tl.int64)[:, None] * stride_c + cols[None, :], mask=(rows < C)[:, None] & (cols < D)[None, :], other=0.0
+            base + rows.to(tl.int64)[:, None] * stride_c + cols[None, :],
+            mask=(rows < C)[:, None] & (cols < D)[None, :],
+            other=0.0,
         )
     return tile
 
@@ -153,7 +161,9 @@ def _gradient_of(
     slope = tl.load(scale_ptr)
     if HAS_Y_MASK and not EXACT:
         kept = first_c + tl.arange(0, BLOCK_C)  # in a layout of its own, which the tile's columns below need not share
-        acc = _drop_columns(acc, tl.load(y_mask_ptr + kept, mask=kept < C, other=0) != 0, slope, BLOCK_M, BLOCK_C, ELEMENT)
+        acc = _drop_columns(
+            acc, tl.load(y_mask_ptr + kept, mask=kept < C, other=0) != 0, slope, BLOCK_M, BLOCK_C, ELEMENT
+        )
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_c = first_c + tl.arange(0, BLOCK_C)
     keep_m = offs_m < M

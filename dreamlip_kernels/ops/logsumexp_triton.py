@@ -57,7 +57,9 @@ class Operands:
         if descriptor:
             given["x"] = TensorDescriptor(x, x.shape, x.stride(), [blocks.m, blocks.d])
             given["y"] = TensorDescriptor(y, y.shape, y.stride(), [1, blocks.c, blocks.d])
-        tile = dict(BLOCK_M=blocks.m, BLOCK_C=blocks.c, BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages)
+        tile = dict(
+            BLOCK_M=blocks.m, BLOCK_C=blocks.c, BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages
+        )
         strides = dict(stride_x=x.stride(0), stride_yk=y.stride(0), stride_y=y.stride(1))
         return given | strides | tile | dict(PRECISION=self.precision, DESCRIPTOR=descriptor)
 
@@ -80,7 +82,12 @@ def _aligned(v: Tensor) -> Tensor:
     """``v`` with its last dimension contiguous and every row beginning at a multiple of 16 bytes; a copy padded with zeros where it is not so."""
     step = 16 // v.element_size()
     d = v.shape[-1]
-    if v.stride(-1) == 1 and v.data_ptr() % 16 == 0 and all(s % step == 0 and s > 0 for s in v.stride()[:-1]) and d % step == 0:
+    if (
+        v.stride(-1) == 1
+        and v.data_ptr() % 16 == 0
+        and all(s % step == 0 and s > 0 for s in v.stride()[:-1])
+        and d % step == 0
+    ):
         return v
     padded = v.new_zeros(*v.shape[:-1], -(-d // step) * step)
     padded[..., :d] = v
@@ -103,7 +110,11 @@ def forward(
     row, col = ((s.log2() + offset) / LOG2E for s in (row_sum, col_sum))
     flag = flag.to(torch.int32)
     _online(operands, flag, row, col, x_mask, y_mask)
-    pos = paired_dot(operands.x, operands.y).mul_(scale * operands.x_unit * operands.y_unit) if paired else row.new_empty(0, 0)
+    pos = (
+        paired_dot(operands.x, operands.y).mul_(scale * operands.x_unit * operands.y_unit)
+        if paired
+        else row.new_empty(0, 0)
+    )
     return row, col, pos
 
 
@@ -140,13 +151,17 @@ def _sums(operands: Operands, x_mask: Tensor | None, y_mask: Tensor | None) -> t
     return row_sum, col.sum(0)
 
 
-def _online(operands: Operands, flag: Tensor, row: Tensor, col: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> None:
+def _online(
+    operands: Operands, flag: Tensor, row: Tensor, col: Tensor, x_mask: Tensor | None, y_mask: Tensor | None
+) -> None:
     """Recompute row and col exactly, in place, where the flag is set."""
     x, y = operands.x, operands.y
     d, (k, c, _) = x.shape[1], y.shape
     rows, columns, depth, warps, stages = ONLINE[x.element_size()]
     depth = min(depth, max(16, triton.next_power_of_2(d)))
-    blocks = dict(BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, num_warps=warps, num_stages=stages, PRECISION=operands.precision)
+    blocks = dict(
+        BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, num_warps=warps, num_stages=stages, PRECISION=operands.precision
+    )
     for out, q, kk, q_mask, k_mask, q_strides, k_strides, mask_strides in (
         (row, x, y, x_mask, y_mask, (0, x.stride(0)), (y.stride(0), y.stride(1)), (0, c)),
         (col, y, x, y_mask, x_mask, (y.stride(0), y.stride(1)), (0, x.stride(0)), (c, 0)),
@@ -175,7 +190,9 @@ def backward(
     # One power of two for the whole G: its largest coefficient comes to 2^14.
     largest = torch.maximum(a.abs().amax(), b.abs().amax())
     g_unit = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) - GRADIENT_EXPONENT), 1.0)
-    flag = (_log_out_of_range(row, offset, x_mask) | _log_out_of_range(col, offset, y_mask) | (slope == 0)).to(torch.int32)
+    flag = (_log_out_of_range(row, offset, x_mask) | _log_out_of_range(col, offset, y_mask) | (slope == 0)).to(
+        torch.int32
+    )
     rows = torch.stack([a / g_unit * torch.exp2(offset - row * LOG2E), row * LOG2E, a / g_unit])  # [3, K, M]
     cols = torch.stack([b / g_unit * torch.exp2(offset - col * LOG2E), col * LOG2E, b / g_unit])
     own_m, own_c = paired_slices(m, c, diagonal)
@@ -183,7 +200,10 @@ def backward(
     dscale = scale.new_zeros((), dtype=torch.float64)
     if apart:  # before there is a workspace: this needs memory of its own
         dot = paired_dot(operands.x[own_m], operands.y[:, own_c])
-        g_own = torch.exp2(slope * dot - rows[1, :, own_m]) * a[:, own_m] + torch.exp2(slope * dot - cols[1, :, own_c]) * b[:, own_c]
+        g_own = (
+            torch.exp2(slope * dot - rows[1, :, own_m]) * a[:, own_m]
+            + torch.exp2(slope * dot - cols[1, :, own_c]) * b[:, own_c]
+        )
         for mask in (None if y_mask is None else y_mask[:, own_c], None if x_mask is None else x_mask[own_m]):
             g_own = g_own if mask is None else g_own.masked_fill(~mask, 0)
         g_own += d_pos[:, own_c]
@@ -236,7 +256,9 @@ def _chunks(m: int, c: int, k: int, element_bytes: int) -> tuple[int, int]:
     return (short, step) if m <= c * k else (step, short)
 
 
-def _gradient(operands, flag, x_mask, y_mask, row, col, workspace, slot, i, j, chunk_rows, chunk_cols, diagonal) -> Tensor:
+def _gradient(
+    operands, flag, x_mask, y_mask, row, col, workspace, slot, i, j, chunk_rows, chunk_cols, diagonal
+) -> Tensor:
     x, y = operands.x, operands.y
     (m, d), c = x.shape, y.shape[1]
     rows, cols = min(chunk_rows, m - i), min(chunk_cols, c - j)

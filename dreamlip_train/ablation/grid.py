@@ -44,7 +44,10 @@ VARIANTS = (
     Variant("raw", "captions", "raw caption only (CLIP)", _contrastive_only((RAW,), 1)),
     Variant("raw-short", "captions", "raw and short", _contrastive_only((RAW, SHORT), 2)),
     Variant(
-        "long-direct", "captions", "raw and the long caption as one text", _contrastive_only((RAW, LONG), 2, **{"data.splitter": "whole"})
+        "long-direct",
+        "captions",
+        "raw and the long caption as one text",
+        _contrastive_only((RAW, LONG), 2, **{"data.splitter": "whole"}),
     ),
     Variant("long-sampled", "captions", "raw and sentences of the long caption", _contrastive_only((RAW, LONG), 4)),
     Variant("long-short", "captions", "raw, short and sentences", _contrastive_only(_ALL, 4)),
@@ -57,16 +60,27 @@ VARIANTS = (
     Variant("sigma-1-over-P", "threshold", "sigma = 1/P (the paper's)", {"loss.threshold": 1 / 64}),
     Variant("sigma-0.75", "threshold", "sigma = 0.75", {"loss.threshold": 0.75}),
     Variant("weight-1", "grouping", "grouping loss at weight 1", {"loss.grouping_weight": 1.0}),
-    Variant("contrast-batch", "grouping", "groups contrasted with the whole batch's captions", {"loss.contrast": "batch"}),
-    Variant("class-token", "image embedding", "class token, no grouping loss", _contrastive_only(_ALL, 4) | {"model.pool": "tok"}),
+    Variant(
+        "contrast-batch", "grouping", "groups contrasted with the whole batch's captions", {"loss.contrast": "batch"}
+    ),
+    Variant(
+        "class-token",
+        "image embedding",
+        "class token, no grouping loss",
+        _contrastive_only(_ALL, 4) | {"model.pool": "tok"},
+    ),
     Variant("class-token-full", "image embedding", "class token and the grouping loss", {"model.pool": "tok"}),
 )
 
 CLAIMS = (
     Claim("raw-short", "raw", "short", "short captions help over raw ones alone"),
     Claim("long-direct", "raw", "long", "a long caption helps even as one text"),
-    Claim("long-sampled", "long-direct", "sentence", "sampling sentences beats the long caption as one text, by sentence"),
-    Claim("long-sampled", "long-direct", "long", "sampling sentences beats the long caption as one text, by long caption"),
+    Claim(
+        "long-sampled", "long-direct", "sentence", "sampling sentences beats the long caption as one text, by sentence"
+    ),
+    Claim(
+        "long-sampled", "long-direct", "long", "sampling sentences beats the long caption as one text, by long caption"
+    ),
     Claim("long-short", "long-sampled", "long", "short captions help beside sentences"),
     Claim("full", "long-short", "long", "the grouping loss helps retrieval"),
     Claim("full", "long-short", "pointing", "the grouping loss helps localisation"),
@@ -84,12 +98,20 @@ def config_of(variant: Variant, *, train: str, val: str, seed: int, steps: int, 
     """The whole config of one run: the demo's towers and optimizer; sub-captions drawn uniformly; room for a long caption as one text."""
     config = demo()
     config.data = dataclasses.replace(
-        config.data, shards=train, val_shards=val, caption_sources=_ALL, source_weights={}, num_sub_captions=4, eval_source=LONG
+        config.data,
+        shards=train,
+        val_shards=val,
+        caption_sources=_ALL,
+        source_weights={},
+        num_sub_captions=4,
+        eval_source=LONG,
     )
     config.model.context_length = 77
     config.loss.threshold = 0.5  # where no variant says otherwise, as in the table of benchmarks/RESULTS.md
     config.optim.warmup_steps = min(config.optim.warmup_steps, steps // 10)
-    config.engine = dataclasses.replace(config.engine, seed=seed, steps=steps, batch_size=batch_size, save_every_steps=steps, keep_last=1)
+    config.engine = dataclasses.replace(
+        config.engine, seed=seed, steps=steps, batch_size=batch_size, save_every_steps=steps, keep_last=1
+    )
     config.eval.every_steps = 0
     for name, value in variant.changes.items():
         if name == "model.pool":

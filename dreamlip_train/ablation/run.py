@@ -97,7 +97,9 @@ def ablate(
             raise
     if failed:
         shown = "\n".join(f"  {name}, seed {seed}: {why}" for (name, seed), why in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(cells)} runs failed; the others are in {folder / 'ablation.md'}:\n{shown}")
+        raise RuntimeError(
+            f"{len(failed)} of {len(cells)} runs failed; the others are in {folder / 'ablation.md'}:\n{shown}"
+        )
     return write_results(folder, settings, _by_variant(variants, done))
 
 
@@ -115,7 +117,9 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
     path = folder / "settings.json"
     if path.is_file() and (old := json.loads(path.read_text())) != settings:
         changed = ", ".join(f"{name}={old.get(name)}" for name in settings if old.get(name) != settings[name])
-        raise ValueError(f"--output: {str(folder)!r} holds an ablation with {changed}; give those settings or another folder")
+        raise ValueError(
+            f"--output: {str(folder)!r} holds an ablation with {changed}; give those settings or another folder"
+        )
     write_json(path, settings)
 
 
@@ -130,7 +134,12 @@ def _prepare_data(data: Path, num_train: int, num_val: int) -> tuple[str, str]:
         for split, masks in (("train", None), ("val", data / "scenes" / "val" / "masks")):
             scenes = data / "scenes" / split
             prepare_folder(
-                scenes / "captions.csv", scenes / "images", data / "shards" / split, masks=masks, shard_size=100, count_tokens=count_tokens
+                scenes / "captions.csv",
+                scenes / "images",
+                data / "shards" / split,
+                masks=masks,
+                shard_size=100,
+                count_tokens=count_tokens,
             )
     return str(data / "shards" / "train"), str(data / "shards" / "val")
 
@@ -141,11 +150,25 @@ def _train(run: Path, config: str, threads: int) -> None:
         return
     run.mkdir(parents=True, exist_ok=True)
     (run / "ablation.toml").write_text(config, encoding="utf-8")
-    command = [sys.executable, "-m", "dreamlip_train", "train", "demo", "--run-dir", str(run), "--config", str(run / "ablation.toml")]
+    command = [
+        sys.executable,
+        "-m",
+        "dreamlip_train",
+        "train",
+        "demo",
+        "--run-dir",
+        str(run),
+        "--config",
+        str(run / "ablation.toml"),
+    ]
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in group} | {"OMP_NUM_THREADS": str(threads)}
+    environment = {key: value for key, value in os.environ.items() if key not in group} | {
+        "OMP_NUM_THREADS": str(threads)
+    }
     with (run / "output.txt").open("a") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=_TIMEOUT).returncode
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=_TIMEOUT
+        ).returncode
     if code or not (run / "summary.json").is_file():
         raise RuntimeError(f"exit code {code}; see {run / 'output.txt'}")
 
@@ -186,9 +209,14 @@ def _scores(run: Path) -> dict[str, Any]:
     return found
 
 
-def _by_variant(variants: Sequence[Variant], done: dict[tuple[str, int], dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+def _by_variant(
+    variants: Sequence[Variant], done: dict[tuple[str, int], dict[str, Any]]
+) -> dict[str, dict[int, dict[str, Any]]]:
     """{variant: {seed: result}} in the grid's order, of the variants that have one."""
-    rows = {variant.name: {seed: found for (name, seed), found in sorted(done.items()) if name == variant.name} for variant in variants}
+    rows = {
+        variant.name: {seed: found for (name, seed), found in sorted(done.items()) if name == variant.name}
+        for variant in variants
+    }
     return {name: row for name, row in rows.items() if row}
 
 
@@ -213,7 +241,9 @@ def judge(scores: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, Any]
     verdicts = []
     for claim in CLAIMS:
         better, worse = scores.get(claim.better, {}), scores.get(claim.worse, {})
-        differences = [better[seed][claim.score] - worse[seed][claim.score] for seed in sorted(better.keys() & worse.keys())]
+        differences = [
+            better[seed][claim.score] - worse[seed][claim.score] for seed in sorted(better.keys() & worse.keys())
+        ]
         if not differences:
             continue
         error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
@@ -221,7 +251,8 @@ def judge(scores: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, Any]
         clear = error is not None and abs(difference) > max(2 * error, 0.5)
         verdict = ("holds" if difference > 0 else "contradicted") if clear else "not resolved"
         verdicts.append(
-            dataclasses.asdict(claim) | {"difference": difference, "standard_error": error, "seeds": len(differences), "verdict": verdict}
+            dataclasses.asdict(claim)
+            | {"difference": difference, "standard_error": error, "seeds": len(differences), "verdict": verdict}
         )
     return verdicts
 

@@ -38,7 +38,9 @@ _TITLES = frozenset("mr mrs ms mx dr prof rev hon gen col capt lt sgt mt e.g i.e
 # A full stop after these is inside the sentence when a number follows ("No. 5", "Fig. 2").
 _BEFORE_NUMBER = frozenset("no nos nr fig figs vol pp p pg".split())
 # These can end a sentence or not ("an Inc. logo", "by Apple Inc. The logo ..."): what follows decides.
-_MAYBE_LAST = frozenset("etc inc ltd co corp jr sr st ave blvd rd dept ft jan feb mar apr jun jul aug sept sep oct nov dec al".split())
+_MAYBE_LAST = frozenset(
+    "etc inc ltd co corp jr sr st ave blvd rd dept ft jan feb mar apr jun jul aug sept sep oct nov dec al".split()
+)
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]$|^[A-Z]$")
 _SENTENCE_STARTERS = frozenset(
     (
@@ -51,7 +53,9 @@ _SENTENCE_STARTERS = frozenset(
 _ALWAYS = re.compile(r"\n|</s>")
 # A sentence ender with the quotes and brackets that close after it, before white space or the end; a full stop before a capital that lacks its space; a
 # CJK one anywhere. One set of characters first: the expression is then sought for at those alone, four times as fast.
-_ENDER = re.compile(r"[.!?…。！？](?:(?<=[.!?…])[.!?…]*[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2}\.)(?=[A-Z][a-z])|(?<=[。！？])[。！？]*[」』”]*)")
+_ENDER = re.compile(
+    r"[.!?…。！？](?:(?<=[.!?…])[.!?…]*[\"'”’)\]]*(?=\s|$)|(?<=[a-z]{2}\.)(?=[A-Z][a-z])|(?<=[。！？])[。！？]*[」』”]*)"
+)
 _OFFICIAL = re.compile(r"\n|</s>|[.]")
 
 
@@ -97,7 +101,9 @@ def split_sub_captions(text: str | Sequence[str] | float | None, splitter: Split
     return [clean for line in _ALWAYS.split(text) for piece in _split_line(line) if (clean := _clean(piece))]
 
 
-def caption_pool(record: Mapping[str, Any], sources: Sequence[str] = (), splitter: Splitter = "sentence") -> list[SubCaption]:
+def caption_pool(
+    record: Mapping[str, Any], sources: Sequence[str] = (), splitter: Splitter = "sentence"
+) -> list[SubCaption]:
     """Every sub-caption of a record: raw, then shorts, then the sentences of the long captions (or the columns named, in their order).
 
     A string in the raw or a short column is one sub-caption; in any other column it is split. A list is taken as already split.
@@ -157,7 +163,9 @@ def sample_sub_captions(
 
 def _weighted_order(pool: list[SubCaption], weights: Mapping[str, float], rng: random.Random) -> list[SubCaption]:
     """The order of successive weighted draws without replacement: sort by Exponential(weight) arrival times (Efraimidis and Spirakis, 2006)."""
-    arrivals = [(-math.log(1.0 - rng.random()) / w, i) for i, c in enumerate(pool) if (w := weights.get(c.source, 1.0)) > 0]
+    arrivals = [
+        (-math.log(1.0 - rng.random()) / w, i) for i, c in enumerate(pool) if (w := weights.get(c.source, 1.0)) > 0
+    ]
     return [pool[i] for _, i in sorted(arrivals)]
 
 

@@ -36,7 +36,9 @@ class Statistics:
             sentences = split_sub_captions([value] if isinstance(value, str) and is_whole(source) else value)
             if not sentences:
                 continue
-            histograms = self.sources.setdefault(source, {"sentences": Counter(), "tokens": Counter(), "sentence_tokens": Counter()})
+            histograms = self.sources.setdefault(
+                source, {"sentences": Counter(), "tokens": Counter(), "sentence_tokens": Counter()}
+            )
             histograms["sentences"][len(sentences)] += 1
             if count_tokens is not None:
                 lengths = [count_tokens(sentence) for sentence in sentences]
@@ -70,7 +72,9 @@ class Statistics:
 
     def bad_summary(self) -> str:
         """Every reason with its count and an example, on one line."""
-        return "; ".join(f"{entry['count']} x {reason}, such as {entry['examples'][0]}" for reason, entry in self.bad.items())
+        return "; ".join(
+            f"{entry['count']} x {reason}, such as {entry['examples'][0]}" for reason, entry in self.bad.items()
+        )
 
     @property
     def state(self) -> dict[str, Any]:
@@ -114,11 +118,15 @@ def character_split_columns(record: Mapping[str, Any]) -> list[str]:
 
 def format_summary(title: str, manifest: Mapping[str, Any]) -> str:
     """A manifest as a short table to read."""
-    lines = [f"{title}: {manifest['samples']} samples in {len(manifest['shards'])} shards, {manifest['masks']} with masks"]
+    lines = [
+        f"{title}: {manifest['samples']} samples in {len(manifest['shards'])} shards, {manifest['masks']} with masks"
+    ]
     for source, described in manifest["captions"].items():
         parts = [f"{described['samples']:>9} captions", f"{described['sentences_mean']:>5.1f} sentences each"]
         if "tokens_mean" in described:
-            parts.append(f"{described['tokens_mean']:>6.1f} tokens each, {described['sentence_tokens_mean']:.1f} a sentence")
+            parts.append(
+                f"{described['tokens_mean']:>6.1f} tokens each, {described['sentence_tokens_mean']:.1f} a sentence"
+            )
         lines.append(f"  {source:<18} {', '.join(parts)}")
     for reason, entry in manifest["bad"].items():
         lines.append(f"  {entry['count']:>9} x {reason}, such as {'; '.join(entry['examples'][:3])}")

@@ -19,7 +19,11 @@ _LARGEST_CELL = 16 * 2**20
 ALIASES = {
     "ImagePath": IMAGE_COLUMN,
     "RawCaption": "raw_caption",
-    **{f"{mllm}Caption{length.capitalize()}": f"{length}{mllm}_captions" for mllm in ("IB", "SV", "LLA") for length in ("short", "long")},
+    **{
+        f"{mllm}Caption{length.capitalize()}": f"{length}{mllm}_captions"
+        for mllm in ("IB", "SV", "LLA")
+        for length in ("short", "long")
+    },
 }
 
 Row = tuple[int, dict[str, Any] | None, str]
@@ -130,7 +134,9 @@ def _json_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator
     if isinstance(content, dict):
         content = [{"key": key, **value} if isinstance(value, dict) else value for key, value in content.items()]
     if not isinstance(content, list) or not content:
-        raise ValueError(f"--captions: {str(path)!r} must hold a list of records, or an object of records by key, and at least one")
+        raise ValueError(
+            f"--captions: {str(path)!r} must hold a list of records, or an object of records by key, and at least one"
+        )
     first = next((record for record in content if isinstance(record, dict)), {})
     check(path, [ALIASES.get(name, name) for name in first])
     for number, record in enumerate(content, 1):

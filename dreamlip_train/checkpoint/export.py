@@ -45,7 +45,9 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
     model, config = load_for_eval(checkpoint, model_name)
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(f"--output: {str(output)!r} exists; give a new {'file' if to == 'open_clip-file' else 'folder'}")
+        raise ValueError(
+            f"--output: {str(output)!r} exists; give a new {'file' if to == 'open_clip-file' else 'folder'}"
+        )
     settings = model_settings(config.model)
     # A weights file alone does not say what its model is: its consumer must find the name in open_clip's table.
     if to == "open_clip-file" and open_clip.get_model_config(config.model.name) is None:
@@ -99,7 +101,10 @@ def _write_open_clip_dir(model: DreamLIP, settings: dict[str, Any], path: Path) 
         "resize_mode": "shortest",
     }
     write_json(path / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": preprocess})
-    save_file({name: value.contiguous() for name, value in open_clip_state_dict(model).items()}, path / "open_clip_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in open_clip_state_dict(model).items()},
+        path / "open_clip_model.safetensors",
+    )
 
 
 def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
@@ -121,7 +126,11 @@ def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str,
     tokens = model.tokenize(["a photo of a dog", "two red cars in front of a house"])
     with torch.inference_mode():
         ours = torch.nn.functional.normalize(_pooled(model.clip, pixels), dim=-1), model.encode_texts(tokens)
-        theirs = _transformers_features(path, pixels, tokens) if to == "hf-dir" else _open_clip_features(path, name, to, pixels, tokens)
+        theirs = (
+            _transformers_features(path, pixels, tokens)
+            if to == "hf-dir"
+            else _open_clip_features(path, name, to, pixels, tokens)
+        )
     if theirs is None:
         return {"image": None, "text": None}
     return {kind: float((a - b).abs().max()) for kind, a, b in zip(("image", "text"), ours, theirs, strict=True)}

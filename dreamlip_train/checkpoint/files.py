@@ -66,7 +66,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = newest(path / "checkpoints")
     if found is None:
-        raise ValueError(f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip file")
+        raise ValueError(
+            f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip file"
+        )
     return found
 
 
@@ -81,7 +83,10 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     for name in names:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-            entries[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            entries[name] = {
+                "bytes": os.fstat(file.fileno()).st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
     return entries
 
 

@@ -53,13 +53,20 @@ def clip_config(settings: dict[str, Any]) -> dict[str, Any]:
         )
     for name, allowed in (("no_ln_pre", False), ("ls_init_value", None), ("final_ln_after_pool", False)):
         if vision.get(name, allowed) != allowed:
-            raise ValueError(f"--to hf-dir: transformers' CLIP has no vision_cfg.{name}={vision[name]!r}; use open_clip-dir")
+            raise ValueError(
+                f"--to hf-dir: transformers' CLIP has no vision_cfg.{name}={vision[name]!r}; use open_clip-dir"
+            )
     for name in ("norm_kwargs", "act_kwargs"):
         if vision.get(name) or text.get(name):
             raise ValueError(f"--to hf-dir: transformers' CLIP knows nothing of {name}; use open_clip-dir")
     activation = "quick_gelu" if settings.get("quick_gelu", False) else "gelu"
     width, heads = vision["width"], vision["width"] // vision.get("head_width", 64)
-    common = {"hidden_act": activation, "layer_norm_eps": 1e-5, "projection_dim": settings["embed_dim"], "attention_dropout": 0.0}
+    common = {
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": settings["embed_dim"],
+        "attention_dropout": 0.0,
+    }
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -106,7 +113,12 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
             found |= _block_weights(f"{tower}.encoder.layers.{block[2]}.", block[3], value)
             continue
         stem = next(
-            (stem for stem in _NAMES if name == stem or (name.startswith(stem + ".") and stem.split(".")[-1].startswith("ln_"))), None
+            (
+                stem
+                for stem in _NAMES
+                if name == stem or (name.startswith(stem + ".") and stem.split(".")[-1].startswith("ln_"))
+            ),
+            None,
         )
         if stem is None:
             raise ValueError(f"--to hf-dir: transformers' CLIP has no place for {name!r}; use open_clip-dir")
@@ -117,7 +129,9 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _block_weights(prefix: str, name: str, value: Tensor) -> dict[str, Tensor]:
     if name.startswith("attn.in_proj_"):
         kind = name.removeprefix("attn.in_proj_")
-        return {f"{prefix}self_attn.{part}_proj.{kind}": chunk for part, chunk in zip("qkv", value.chunk(3), strict=True)}
+        return {
+            f"{prefix}self_attn.{part}_proj.{kind}": chunk for part, chunk in zip("qkv", value.chunk(3), strict=True)
+        }
     stem, _, kind = name.rpartition(".")
     if stem not in _IN_BLOCK:
         raise ValueError(f"--to hf-dir: transformers' CLIP has no place for {name!r} of a block; use open_clip-dir")
@@ -136,7 +150,13 @@ def open_clip_config(config: dict[str, Any]) -> dict[str, Any]:
             f"WEIGHTS: config.json is of a {config.get('model_type')!r} model with no two towers; give a transformers CLIPModel folder"
         )
     # transformers leaves out what equals its own defaults.
-    vision = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 32} | vision
+    vision = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 32,
+    } | vision
     text = {
         "hidden_size": 512,
         "num_hidden_layers": 12,
@@ -192,7 +212,8 @@ def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
     unknown = sorted(weights.keys() - used)
     if unknown:
         raise ValueError(
-            f"WEIGHTS: open_clip's CLIP has no place for {unknown[0]!r}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+            f"WEIGHTS: open_clip's CLIP has no place for {unknown[0]!r}"
+            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
         )
     return found
 
@@ -223,7 +244,18 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
     merges = [" ".join(pair) for pair, _ in sorted(tokenizer.bpe_ranks.items(), key=lambda item: item[1])]
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    names = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2), encoding="utf-8")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, "errors": "replace", **names}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": context_length,
+        "do_lower_case": True,
+        "errors": "replace",
+        **names,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

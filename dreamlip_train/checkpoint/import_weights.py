@@ -50,7 +50,9 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
         try:
             model = build_model(ModelConfig(name=name, pretrained=str(partial), local_logit_scale=False), seed=0)
         except ValueError as error:
-            raise ValueError(str(error).replace("model.pretrained", "WEIGHTS").replace(str(partial), str(source))) from error
+            raise ValueError(
+                str(error).replace("model.pretrained", "WEIGHTS").replace(str(partial), str(source))
+            ) from error
         torch.save({"state_dict": open_clip_state_dict(model)}, partial)
         os.replace(partial, output)
     finally:
@@ -80,7 +82,9 @@ def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
         raise ValueError(f"WEIGHTS: {str(path)!r} can't be read as tensors only: {reason}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
-        raise ValueError(f'WEIGHTS: {str(path)!r} holds no weights; it must be {{"state_dict": {{name: tensor}}}} or {{name: tensor}}')
+        raise ValueError(
+            f'WEIGHTS: {str(path)!r} holds no weights; it must be {{"state_dict": {{name: tensor}}}} or {{name: tensor}}'
+        )
     return {name.removeprefix("module."): value.float() for name, value in state.items()}
 
 
@@ -102,7 +106,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if theirs.is_file():
         settings = open_clip_config(json.loads(theirs.read_text(encoding="utf-8")))
         with torch.device("meta"):
-            expected = build_model(ModelConfig(name="imported", config=settings, context_length=settings["text_cfg"]["context_length"]), 0)
+            expected = build_model(
+                ModelConfig(name="imported", config=settings, context_length=settings["text_cfg"]["context_length"]), 0
+            )
         return open_clip_weights(_safetensors(folder / "model.safetensors"), expected.clip.state_dict()), settings
     raise ValueError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
 
@@ -142,5 +148,7 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     vision = {"head_width": 64, "mlp_ratio": 4.0, "pool_type": "tok", "image_size": 224} | settings["vision_cfg"]
     text = {"context_length": 77, "vocab_size": 49408, "mlp_ratio": 4.0} | settings["text_cfg"]
     flat = {"embed_dim": settings["embed_dim"], "activation": "QuickGELU" if settings.get("quick_gelu") else "GELU"}
-    flat |= {f"vision {key}": value for key, value in vision.items()} | {f"text {key}": value for key, value in text.items()}
+    flat |= {f"vision {key}": value for key, value in vision.items()} | {
+        f"text {key}": value for key, value in text.items()
+    }
     return flat

@@ -45,10 +45,14 @@ def starting_point(run_dir: Path, resume: str) -> Path | None:
     """
     checkpoints = run_dir / "checkpoints"
     if resume == "never" and ((run_dir / "metrics.jsonl").exists() or checkpoints.exists()):
-        raise ValueError(f"--run-dir: {run_dir} already holds a run; give another folder, go on with --resume auto, or delete it")
+        raise ValueError(
+            f"--run-dir: {run_dir} already holds a run; give another folder, go on with --resume auto, or delete it"
+        )
     given = find_checkpoint(Path(resume)) if resume not in ("auto", "never") else None
     if given is not None and given.parent.absolute() != checkpoints.absolute() and newest(checkpoints):
-        raise ValueError(f"--resume: {run_dir} has checkpoints of its own, such as {newest(checkpoints)}; give another --run-dir")
+        raise ValueError(
+            f"--resume: {run_dir} has checkpoints of its own, such as {newest(checkpoints)}; give another --run-dir"
+        )
     _require_shared(run_dir)
     if dist.get_rank() == 0:
         clean_up(checkpoints)
@@ -61,7 +65,9 @@ def starting_point(run_dir: Path, resume: str) -> Path | None:
         if not damaged:
             return candidate
         logger.warning(
-            "CHECKPOINT DAMAGED: %s: %s is not what was written; it is put aside and an earlier one is used", candidate, damaged[0]
+            "CHECKPOINT DAMAGED: %s: %s is not what was written; it is put aside and an earlier one is used",
+            candidate,
+            damaged[0],
         )
         dist.barrier()
         if dist.get_rank() == 0:
@@ -98,10 +104,14 @@ def _damaged(checkpoint: Path) -> list[str]:
 
 def _require_undamaged(checkpoint: Path) -> None:
     if damaged := _damaged(checkpoint):
-        raise ValueError(f"--resume: {checkpoint / damaged[0]} is not what was written (its hash differs); give an earlier checkpoint")
+        raise ValueError(
+            f"--resume: {checkpoint / damaged[0]} is not what was written (its hash differs); give an earlier checkpoint"
+        )
 
 
-def check_fits(checkpoint: Path, config: Config, world_size: int, data: str, accept_changes: bool = False) -> dict[str, tuple[Any, Any]]:
+def check_fits(
+    checkpoint: Path, config: Config, world_size: int, data: str, accept_changes: bool = False
+) -> dict[str, tuple[Any, Any]]:
     """The settings that changed since the checkpoint was written, after making sure that a run can go on with them.
 
     Args:
@@ -117,11 +127,15 @@ def check_fits(checkpoint: Path, config: Config, world_size: int, data: str, acc
         if name in _FIXED:
             raise ValueError(f"{said}; use its value, or another --run-dir")
         if name not in _FREE and not accept_changes:
-            raise ValueError(f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on differently")
+            raise ValueError(
+                f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on differently"
+            )
     ranks, batch = manifest["world_size"], manifest["batch_size"]
     if ranks * batch != world_size * config.engine.batch_size:
         fitting = (
-            f"--engine.batch-size {ranks * batch // world_size}" if ranks * batch % world_size == 0 else "a number of ranks that divides it"
+            f"--engine.batch-size {ranks * batch // world_size}"
+            if ranks * batch % world_size == 0
+            else "a number of ranks that divides it"
         )
         raise ValueError(
             f"engine.batch_size: {checkpoint} was trained on {ranks} ranks x {batch} = {ranks * batch} images a step, this run has {world_size} x "

@@ -178,7 +178,9 @@ def load(engine: Any, checkpoint: Path, seed: int = 0) -> Progress:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     resized = read_manifest(checkpoint)["world_size"] != ranks
     source = _universal(checkpoint) if resized and _has_shards(checkpoint) else checkpoint
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
+    settings = [
+        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+    ]
     loaded, client_state = engine.load_checkpoint(str(source.parent), tag=source.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise ValueError(f"{checkpoint} holds no weights DeepSpeed can read; give an earlier checkpoint")
@@ -212,10 +214,14 @@ def _universal(checkpoint: Path) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
             done = subprocess.run(
-                [*command, "--input_folder", str(checkpoint), "--output_folder", str(folder)], capture_output=True, text=True
+                [*command, "--input_folder", str(checkpoint), "--output_folder", str(folder)],
+                capture_output=True,
+                text=True,
             )
             if done.returncode:
-                raise RuntimeError(f"{checkpoint} could not be converted for another number of ranks: {done.stderr.strip()[-500:]}")
+                raise RuntimeError(
+                    f"{checkpoint} could not be converted for another number of ranks: {done.stderr.strip()[-500:]}"
+                )
             (folder.parent / "latest_universal").unlink(missing_ok=True)
     return folder
 
@@ -230,7 +236,12 @@ def _own_step_counters(engine: Any) -> None:
 def _random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     kind, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
@@ -260,14 +271,18 @@ def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Con
     if model_name:
         raise ValueError(f"--model: {str(path)!r} brings its own config; leave --model out")
     if not path.is_dir():
-        raise ValueError(f"no file or folder {str(path)!r}; give a run folder, a checkpoint folder or an open_clip file")
+        raise ValueError(
+            f"no file or folder {str(path)!r}; give a run folder, a checkpoint folder or an open_clip file"
+        )
     checkpoint = find_checkpoint(path)
     refuse_foreign_pickles(checkpoint)
     config = read_config(checkpoint / "config.toml")
     # The weights follow; the file they once started from may be gone.
     config.model.pretrained = ""
     model = build_model(config.model, seed=0)
-    model.load_state_dict({name: value.float() for name, value in _state_dict(checkpoint, config.engine.zero_stage).items()})
+    model.load_state_dict(
+        {name: value.float() for name, value in _state_dict(checkpoint, config.engine.zero_stage).items()}
+    )
     return model.eval(), config
 
 
@@ -276,7 +291,9 @@ def _state_dict(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state = {}
-    if zero_stage < 3:  # every rank has the whole module, as the forward pass saw it; parameters that are not trained are nowhere else
+    if (
+        zero_stage < 3
+    ):  # every rank has the whole module, as the forward pass saw it; parameters that are not trained are nowhere else
         state = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     if zero_stage > 0:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

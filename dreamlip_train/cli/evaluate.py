@@ -41,7 +41,9 @@ def localize(arguments: list[str], program: str) -> None:
     """How well the patches each sub-caption selects agree with the masks"""
     report = _evaluate(arguments, program)
     if report["localization"] is None:
-        raise ValueError("--val-shards: no sample has a mask (KEY.mask.png), so there is nothing to compare the selected patches with")
+        raise ValueError(
+            "--val-shards: no sample has a mask (KEY.mask.png), so there is nothing to compare the selected patches with"
+        )
     _show(report)
 
 
@@ -57,7 +59,9 @@ def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
 
     model, config = load_for_eval(options.checkpoint, options.model)
     data = dataclasses.replace(
-        config.data, val_shards=options.val_shards or config.data.val_shards, eval_source=options.source or config.data.eval_source
+        config.data,
+        val_shards=options.val_shards or config.data.val_shards,
+        eval_source=options.source or config.data.eval_source,
     )
     if not data.val_shards:
         raise ValueError("--val-shards: the checkpoint's run had none; give held-out shards")
@@ -106,7 +110,9 @@ def retrieval_set(arguments: list[str], program: str) -> None:
 
     pictured = read_set(options.annotations, options.images, options.split)
     model, device = _load(options.checkpoint, options.model)
-    found = evaluate_set(model, pictured, device, captions_per_image=options.captions_per_image, batch_size=options.batch_size)
+    found = evaluate_set(
+        model, pictured, device, captions_per_image=options.captions_per_image, batch_size=options.batch_size
+    )
     if options.output:
         _write(options.output, found)
     print(format_set(found))
@@ -154,7 +160,9 @@ def zeroshot(arguments: list[str], program: str) -> None:
     print(format_zero_shot(found))
     failed = [name for name, row in found.items() if "error" in row]
     if failed:
-        raise ValueError(f"--datasets: {len(failed)} of {len(found)} could not be evaluated: {', '.join(failed)} (see the table)")
+        raise ValueError(
+            f"--datasets: {len(failed)} of {len(found)} could not be evaluated: {', '.join(failed)} (see the table)"
+        )
 
 
 @dataclass

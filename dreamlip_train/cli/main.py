@@ -49,7 +49,9 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 def _raised_by_us(error: BaseException) -> bool:
     """Whether the innermost frame is this project's: a message we wrote, not a failure inside torch or DeepSpeed."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(("dreamlip_train", "dreamlip_kernels"))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(
+        ("dreamlip_train", "dreamlip_kernels")
+    )
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -105,7 +107,9 @@ def _train(arguments: list[str], program: str) -> None:
     """Train a recipe: train RECIPE --run-dir DIR [--section.field value ...]"""
     recipes = "\n".join(f"  {name:<20} {_first_line(recipe)}" for name, recipe in RECIPES.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: {program} RECIPE --run-dir DIR [options]\n\nrecipes:\n{recipes}\n\nEvery setting: {program} RECIPE --help")
+        print(
+            f"usage: {program} RECIPE --run-dir DIR [options]\n\nrecipes:\n{recipes}\n\nEvery setting: {program} RECIPE --help"
+        )
         sys.exit(0 if arguments else 2)
     name = arguments[0].replace("-", "_")
     if name not in RECIPES:
@@ -116,7 +120,10 @@ def _train(arguments: list[str], program: str) -> None:
     if file is not None:
         base = read_config(file, base)
     options = tyro.cli(
-        TrainOptions, args=arguments[1:], default=TrainOptions(run_dir=tyro.MISSING, settings=base), prog=f"{program} {arguments[0]}"
+        TrainOptions,
+        args=arguments[1:],
+        default=TrainOptions(run_dir=tyro.MISSING, settings=base),
+        prog=f"{program} {arguments[0]}",
     )
     config = options.settings
     if options.deepspeed_config is not None:
@@ -233,7 +240,9 @@ def _recaption(arguments: list[str], program: str) -> None:
     from dreamlip_train.prepare.recaption import format_counts, recaption_shards
 
     given = dataclasses.asdict(options)
-    print(format_counts(recaption_shards(given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given)))
+    print(
+        format_counts(recaption_shards(given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given))
+    )
 
 
 @dataclass
@@ -259,7 +268,9 @@ def _export(arguments: list[str], program: str) -> None:
     if found["image"] is None:
         print(f"wrote {options.output}; not compared, since transformers is not installed")
     else:
-        print(f"wrote {options.output}; loaded back, image features differ by {found['image']:.1g}, text features by {found['text']:.1g}")
+        print(
+            f"wrote {options.output}; loaded back, image features differ by {found['image']:.1g}, text features by {found['text']:.1g}"
+        )
 
 
 @dataclass

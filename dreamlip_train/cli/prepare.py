@@ -54,7 +54,12 @@ def prepare_folder(arguments: list[str], program: str) -> None:
     from dreamlip_train.prepare import folder as prepare
 
     prepare.prepare_folder(
-        options.captions, options.images, options.output, masks=options.masks, shard_size=options.shard_size, count_tokens=count_tokens
+        options.captions,
+        options.images,
+        options.output,
+        masks=options.masks,
+        shard_size=options.shard_size,
+        count_tokens=count_tokens,
     )
 
 
@@ -89,7 +94,9 @@ def prepare_join(arguments: list[str], program: str) -> None:
     from dreamlip_train.prepare.join import format_join, join_captions
 
     given = dataclasses.asdict(options)
-    manifest = join_captions(given.pop("captions"), given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given)
+    manifest = join_captions(
+        given.pop("captions"), given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given
+    )
     print(format_join(manifest["join"]))
     print(format_summary(options.output, manifest))
 
@@ -115,7 +122,9 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     from dreamlip_train.model.dreamlip import count_tokens
     from dreamlip_train.prepare.validate import validate_shards
 
-    checked = validate_shards(options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe, crop=options.crop, fix=options.fix)
+    checked = validate_shards(
+        options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe, crop=options.crop, fix=options.fix
+    )
     print(format_summary(options.pattern, checked))
     if options.fix:
         print(f"repaired copies are in {options.fix}")

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dreamlip_train.config.schema import Config, DataConfig, EngineConfig, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from dreamlip_train.config.schema import (
+    Config,
+    DataConfig,
+    EngineConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+)
 
 # The paper's main tables train on the raw caption and ShareGPT4V's short and long ones.
 _PAPER_SOURCES = ("raw_caption", "shortSV_captions", "longSV_captions")
@@ -48,7 +56,9 @@ def demo() -> Config:
         ),
         loss=LossConfig(grouping_weight=0.05),
         optim=OptimConfig(lr=2e-3, warmup_steps=40, weight_decay=0.05),
-        engine=EngineConfig(batch_size=128, steps=600, precision="fp32", zero_stage=1, log_every=10, save_every_steps=200, keep_last=2),
+        engine=EngineConfig(
+            batch_size=128, steps=600, precision="fp32", zero_stage=1, log_every=10, save_every_steps=200, keep_last=2
+        ),
         eval=EvalConfig(every_steps=100, batch_size=100, threshold=0.5),
     )
 
@@ -136,7 +146,9 @@ def _large(model: str, *, batch_size: int, weight_decay: float) -> Config:
             shuffle_buffer=5000,
         ),
         model=ModelConfig(name=model, context_length=77, init_temperature=0.07),  # paper
-        loss=LossConfig(threshold=None),  # paper, section 3.3: sigma = 1 / number of patches; loss weights unpublished, so 1 and 1
+        loss=LossConfig(
+            threshold=None
+        ),  # paper, section 3.3: sigma = 1 / number of patches; loss weights unpublished, so 1 and 1
         optim=OptimConfig(
             lr=5e-4,
             beta1=0.9,

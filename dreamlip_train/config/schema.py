@@ -195,20 +195,31 @@ class Config:
 
     def validate(self) -> None:
         """Raise ValueError naming the first field (section.field) whose value can't work."""
-        _require(self.data.num_sub_captions >= 1, "data.num_sub_captions", self.data.num_sub_captions, "give at least 1")
+        _require(
+            self.data.num_sub_captions >= 1, "data.num_sub_captions", self.data.num_sub_captions, "give at least 1"
+        )
         _require(self.data.merged_num >= 1, "data.merged_num", self.data.merged_num, "1 means single sentences")
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "0 loads in the training process")
-        _require(self.data.shuffle_buffer >= 1, "data.shuffle_buffer", self.data.shuffle_buffer, "1 turns shuffling off")
+        _require(
+            self.data.shuffle_buffer >= 1, "data.shuffle_buffer", self.data.shuffle_buffer, "1 turns shuffling off"
+        )
         _require(self.data.stall_seconds >= 0, "data.stall_seconds", self.data.stall_seconds, "0 waits for ever")
         low, high = self.data.crop_scale
         _require(0 < low <= high <= 1, "data.crop_scale", self.data.crop_scale, "give 0 < low <= high <= 1")
-        _require(0 <= self.data.max_bad_fraction <= 1, "data.max_bad_fraction", self.data.max_bad_fraction, "give a fraction in [0, 1]")
+        _require(
+            0 <= self.data.max_bad_fraction <= 1,
+            "data.max_bad_fraction",
+            self.data.max_bad_fraction,
+            "give a fraction in [0, 1]",
+        )
         negative = {name: w for name, w in self.data.source_weights.items() if w < 0}
         _require(not negative, "data.source_weights", negative, "weights are >= 0")
         sources, weighted = self.data.caption_sources, self.data.source_weights
         unused = [name for name in weighted if sources and name not in sources]
         _require(not unused, "data.source_weights", unused, f"these columns are not in data.caption_sources {sources}")
-        _require(self.model.context_length >= 4, "model.context_length", self.model.context_length, "give at least 4 tokens")
+        _require(
+            self.model.context_length >= 4, "model.context_length", self.model.context_length, "give at least 4 tokens"
+        )
         _require(
             self.model.init_temperature >= 0.01,
             "model.init_temperature",
@@ -216,7 +227,9 @@ class Config:
             "logit scales stop at 100: give 0.01 or more",
         )
         _require(self.loss.mpcl_weight >= 0, "loss.mpcl_weight", self.loss.mpcl_weight, "give a weight >= 0")
-        _require(self.loss.grouping_weight >= 0, "loss.grouping_weight", self.loss.grouping_weight, "give a weight >= 0")
+        _require(
+            self.loss.grouping_weight >= 0, "loss.grouping_weight", self.loss.grouping_weight, "give a weight >= 0"
+        )
         _require(
             self.loss.mpcl_weight + self.loss.grouping_weight > 0,
             "loss.mpcl_weight",
@@ -253,11 +266,20 @@ class Config:
         )
         unused = self.loss.grouping_weight == 0
         why = "only the grouping loss uses it, and loss.grouping_weight is 0"
-        _require(not (unused and self.model.local_logit_scale), "model.local_logit_scale", True, f"{why}; set it to False")
-        _require(not (unused and self.model.patch_projection == "local"), "model.patch_projection", "local", f'{why}; use "shared"')
+        _require(
+            not (unused and self.model.local_logit_scale), "model.local_logit_scale", True, f"{why}; set it to False"
+        )
+        _require(
+            not (unused and self.model.patch_projection == "local"),
+            "model.patch_projection",
+            "local",
+            f'{why}; use "shared"',
+        )
         _require(self.optim.lr > 0, "optim.lr", self.optim.lr, "give a rate > 0")
         _require(self.optim.warmup_steps >= 0, "optim.warmup_steps", self.optim.warmup_steps, "0 means no warm-up")
-        _require(self.optim.grad_clip_norm >= 0, "optim.grad_clip_norm", self.optim.grad_clip_norm, "0 turns clipping off")
+        _require(
+            self.optim.grad_clip_norm >= 0, "optim.grad_clip_norm", self.optim.grad_clip_norm, "0 turns clipping off"
+        )
         _require(self.engine.batch_size >= 1, "engine.batch_size", self.engine.batch_size, "give at least 1")
         chunk, batch = self.engine.chunk_size, self.engine.batch_size
         _require(
@@ -278,10 +300,20 @@ class Config:
             chunk,
             'loss.contrast="batch" needs the patches of the whole batch at once; use loss.contrast="image", or no gradient caching',
         )
-        _require(self.engine.steps > 0 or self.engine.epochs > 0, "engine.epochs", self.engine.epochs, "give engine.epochs or engine.steps")
+        _require(
+            self.engine.steps > 0 or self.engine.epochs > 0,
+            "engine.epochs",
+            self.engine.epochs,
+            "give engine.epochs or engine.steps",
+        )
         for name in ("log_every", "save_every_steps", "keep_last", "max_nonfinite_steps"):
             _require(getattr(self.engine, name) >= 1, f"engine.{name}", getattr(self.engine, name), "give at least 1")
-        _require(self.engine.save_every_minutes >= 0, "engine.save_every_minutes", self.engine.save_every_minutes, "0 goes by steps alone")
+        _require(
+            self.engine.save_every_minutes >= 0,
+            "engine.save_every_minutes",
+            self.engine.save_every_minutes,
+            "0 goes by steps alone",
+        )
         _require(
             not (self.engine.compile and self.engine.zero_stage == 3),
             "engine.compile",
@@ -295,10 +327,15 @@ class Config:
             "engine.compile compiles the text tower for packed captions; leave them packed, or do not compile",
         )
         _require(
-            0 <= self.optim.final_lr_fraction <= 1, "optim.final_lr_fraction", self.optim.final_lr_fraction, "give a fraction in [0, 1]"
+            0 <= self.optim.final_lr_fraction <= 1,
+            "optim.final_lr_fraction",
+            self.optim.final_lr_fraction,
+            "give a fraction in [0, 1]",
         )
         needs_shards = self.eval.every_steps == 0 or bool(self.data.val_shards)
-        _require(needs_shards, "eval.every_steps", self.eval.every_steps, "it evaluates on data.val_shards, which is empty")
+        _require(
+            needs_shards, "eval.every_steps", self.eval.every_steps, "it evaluates on data.val_shards, which is empty"
+        )
         _require(self.eval.batch_size >= 1, "eval.batch_size", self.eval.batch_size, "give at least 1")
 
     def selection(self) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def override(config: Any, settings: dict[str, Any], section: str = "") -> Any:
         name = f"{section}.{key}" if section else key
         if key not in types:
             close = difflib.get_close_matches(key, types, n=3) or sorted(types)
-            raise ValueError(f"{name}: no such setting; did you mean {', '.join(f'{section}.{c}' if section else c for c in close)}?")
+            raise ValueError(
+                f"{name}: no such setting; did you mean {', '.join(f'{section}.{c}' if section else c for c in close)}?"
+            )
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"{name}: got {value!r}; it is a section, write [{name}]")
@@ -60,7 +62,9 @@ def _checked(value: Any, expected: Any, name: str) -> Any:
         return tuple(_checked(item, kind, name) for item, kind in zip(value, inner, strict=True))
     if origin is dict and isinstance(value, dict):
         return {key: item if arguments[1] is Any else _checked(item, arguments[1], name) for key, item in value.items()}
-    kinds = [kind for kind in (arguments or (expected,)) if kind is not type(None)] if origin not in (tuple, dict) else []
+    kinds = (
+        [kind for kind in (arguments or (expected,)) if kind is not type(None)] if origin not in (tuple, dict) else []
+    )
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if any(type(value) is kind for kind in kinds):
@@ -73,13 +77,21 @@ def format_config(config: Config) -> str:
     """``config`` as TOML, every field of every section; a field that is None is left out."""
     lines = []
     for section, fields in config.to_dict().items():
-        lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in fields.items() if value is not None), ""]
+        lines += [
+            f"[{section}]",
+            *(f"{key} = {_toml(value)}" for key, value in fields.items() if value is not None),
+            "",
+        ]
     return "\n".join(lines)
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items() if item is not None)
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     # JSON's strings, numbers and booleans are TOML's.

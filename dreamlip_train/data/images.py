@@ -15,7 +15,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 RATIOS = (3 / 4, 4 / 3)
-MAX_PIXELS = 100_000_000  # 300 MB decoded; a damaged or hostile header can claim gigabytes, and loader workers are killed for it
+MAX_PIXELS = (
+    100_000_000  # 300 MB decoded; a damaged or hostile header can claim gigabytes, and loader workers are killed for it
+)
 
 
 class ImageError(ValueError):
@@ -51,7 +53,9 @@ def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], rn
     """torchvision's bicubic RandomResizedCrop(size, scale) of a uint8 image, drawn from ``rng`` -> [3, size, size] uint8."""
     height, width = image.shape[-2:]
     top, left, crop_height, crop_width = _crop_box(height, width, scale, rng)
-    return functional.resized_crop(image, top, left, crop_height, crop_width, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return functional.resized_crop(
+        image, top, left, crop_height, crop_width, [size, size], InterpolationMode.BICUBIC, antialias=True
+    )
 
 
 def _crop_box(height: int, width: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:

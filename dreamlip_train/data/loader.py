@@ -115,7 +115,11 @@ class TrainLoader:
         own = streams[self.rank * self.layout.workers :][: self.layout.workers]
         make = _MakeReader(self, epoch, own, begun, steps)
         dataset = ReaderDataset(make, self.layout.workers, begun % self.layout.workers, self.heartbeats)
-        waits = {"prefetch_factor": 4, "timeout": min(_LOOK_EVERY, self.data.stall_seconds or _LOOK_EVERY)} if self.data.workers else {}
+        waits = (
+            {"prefetch_factor": 4, "timeout": min(_LOOK_EVERY, self.data.stall_seconds or _LOOK_EVERY)}
+            if self.data.workers
+            else {}
+        )
         loader = DataLoader(
             dataset,
             batch_size=None,
@@ -156,13 +160,17 @@ class TrainLoader:
                 if self.heartbeats.leaving.value:
                     return None
                 if self.data.stall_seconds and waited >= self.data.stall_seconds:
-                    silent = self.heartbeats.silent(self.data.stall_seconds / 2) or ["no worker says which shard it reads"]
+                    silent = self.heartbeats.silent(self.data.stall_seconds / 2) or [
+                        "no worker says which shard it reads"
+                    ]
                     raise RuntimeError(
                         f"data.stall_seconds: no batch for {self.data.stall_seconds} s: {'; '.join(silent)}. Look at that file and its storage; "
                         "give the same command again to go on from the newest checkpoint"
                     ) from error
             except (OSError, EOFError) as error:  # a worker ended while its batch was on the way
-                raise worker_error(f"DataLoader worker is gone in the middle of a batch ({type(error).__name__})") from error
+                raise worker_error(
+                    f"DataLoader worker is gone in the middle of a batch ({type(error).__name__})"
+                ) from error
         if "error" in batch:
             raise RuntimeError(batch["error"])
         return batch
@@ -191,7 +199,9 @@ def is_worker_error(error: BaseException) -> bool:
 def worker_error(error: BaseException | str) -> RuntimeError:
     """The same with what to do about it."""
     said = str(error).splitlines()[0].rstrip(". ")
-    return RuntimeError(f"data.workers: {said}. If the system ran out of memory, lower data.workers or data.shuffle_buffer")
+    return RuntimeError(
+        f"data.workers: {said}. If the system ran out of memory, lower data.workers or data.shuffle_buffer"
+    )
 
 
 class _MakeReader:

@@ -31,7 +31,9 @@ class BadCounts:
             examples.append(f"{entry['shard']}: {entry['key']} ({entry['detail']})")
 
     def __str__(self) -> str:
-        return "; ".join(f"{count} x {reason}, such as {self.examples[reason][0]}" for reason, count in self.counts.most_common())
+        return "; ".join(
+            f"{count} x {reason}, such as {self.examples[reason][0]}" for reason, count in self.counts.most_common()
+        )
 
 
 def read_quarantine(path: Path | None) -> set[tuple[str, str]]:

@@ -187,10 +187,19 @@ class Reader:
                 self._note(shard, f"after {position} samples", "shard could not be read to its end", str(error))
             # Garbage between two members ends a tar without any error.
             if given < last - first:
-                self._note(shard, "", "missing from its shard", f"{last - first - given} of {last} listed samples", last - first - given)
+                self._note(
+                    shard,
+                    "",
+                    "missing from its shard",
+                    f"{last - first - given} of {last} listed samples",
+                    last - first - given,
+                )
             if surplus and to_end:
                 self._note(
-                    shard, "", "more samples than its index lists", f"over {last}; index it again with `dreamlip-train prepare validate`"
+                    shard,
+                    "",
+                    "more samples than its index lists",
+                    f"over {last}; index it again with `dreamlip-train prepare validate`",
                 )
 
     def _note(self, shard: str, key: str, reason: str, detail: str, count: int = 1) -> None:
@@ -220,14 +229,20 @@ class ReaderDataset(IterableDataset):
     """
 
     def __init__(
-        self, make: Callable[[int, Callable[[str], None]], tuple[Reader, int]], workers: int, first: int, beats: Heartbeats
+        self,
+        make: Callable[[int, Callable[[str], None]], tuple[Reader, int]],
+        workers: int,
+        first: int,
+        beats: Heartbeats,
     ) -> None:
         self.make, self.workers, self.first, self.beats = make, workers, first, beats
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         process = info.id if info else 0
-        reader, batches = self.make((self.first + process) % self.workers, lambda shard: self.beats.beat(process, shard))
+        reader, batches = self.make(
+            (self.first + process) % self.workers, lambda shard: self.beats.beat(process, shard)
+        )
         for _ in range(batches):
             try:
                 batch = reader.batch()

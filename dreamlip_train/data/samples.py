@@ -17,7 +17,9 @@ class BadSample(Exception):
     """A sample that is left out; ``args[0]`` is the reason it is counted under, ``args[1]`` the detail."""
 
 
-def prepare_sample(sample: dict[str, Any], data: DataConfig, image_size: int, salt: str) -> tuple[str, Tensor, list[str]]:
+def prepare_sample(
+    sample: dict[str, Any], data: DataConfig, image_size: int, salt: str
+) -> tuple[str, Tensor, list[str]]:
     """A raw sample's key, crop [3, S, S] uint8 and drawn sub-captions (at most K); ``salt`` and the key seed every draw.
 
     Raises:
@@ -27,7 +29,12 @@ def prepare_sample(sample: dict[str, Any], data: DataConfig, image_size: int, sa
     rng = random.Random(f"{salt}-{key}")
     pool = caption_pool(_record(sample), data.caption_sources, data.splitter)
     drawn = sample_sub_captions(
-        pool, data.num_sub_captions, rng, sampling=data.sampling, source_weights=data.source_weights, merged_num=data.merged_num
+        pool,
+        data.num_sub_captions,
+        rng,
+        sampling=data.sampling,
+        source_weights=data.source_weights,
+        merged_num=data.merged_num,
     )
     if not drawn:
         raise BadSample("no captions", f"none in {', '.join(data.caption_sources) or 'any caption column'}")

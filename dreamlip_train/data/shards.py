@@ -40,7 +40,9 @@ def list_shards(pattern: str, *, allow_pipe: bool = False, field: str = "data.sh
         ValueError: the pattern is empty, matches nothing, or is a "pipe:" (a shell command) that was not permitted.
     """
     if not pattern.strip():
-        raise ValueError(f"{field}: is empty; give a folder, a glob such as 'shards/*.tar', or braces such as 'cc3m-{{0000..0575}}.tar'")
+        raise ValueError(
+            f"{field}: is empty; give a folder, a glob such as 'shards/*.tar', or braces such as 'cc3m-{{0000..0575}}.tar'"
+        )
     found: list[str] = []
     for part in pattern.split("::"):
         if part.startswith("pipe:"):

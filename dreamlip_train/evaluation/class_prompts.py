@@ -46,10 +46,14 @@ def read_templates(given: str) -> tuple[str, ...]:
     try:
         templates = tuple(line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'--templates: got {given!r}; give "photo", "imagenet" or a file with a template a line ({error})') from error
+        raise ValueError(
+            f'--templates: got {given!r}; give "photo", "imagenet" or a file with a template a line ({error})'
+        ) from error
     without = [template for template in templates if "{c}" not in template]
     if without or not templates:
-        raise ValueError(f"--templates: {given!r}: {without[0] if without else 'no line'!r} has no {{c}}, the place of the class")
+        raise ValueError(
+            f"--templates: {given!r}: {without[0] if without else 'no line'!r} has no {{c}}, the place of the class"
+        )
     return templates
 
 
@@ -63,7 +67,9 @@ def class_features(
         texts += prompts
         owner += [index] * len(prompts)
     with torch.no_grad():
-        features_MD = torch.cat([model.encode_texts(part.to(device)).float() for part in model.tokenize(texts).split(batch_size)])
+        features_MD = torch.cat(
+            [model.encode_texts(part.to(device)).float() for part in model.tokenize(texts).split(batch_size)]
+        )
     sums_CD = torch.zeros(len(classes), features_MD.shape[1], device=features_MD.device)
     sums_CD.index_add_(0, torch.tensor(owner, device=features_MD.device), features_MD)
     return F.normalize(sums_CD, dim=-1)

@@ -30,7 +30,9 @@ class StoppedError(Exception):
 _TILE_ELEMENTS = 2**24  # similarities held at once: 64 MB in float32
 
 
-def retrieval(image_features: Tensor, text_features: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS) -> dict[str, dict[str, float]]:
+def retrieval(
+    image_features: Tensor, text_features: Tensor, text_to_image: Tensor, ks: Sequence[int] = KS
+) -> dict[str, dict[str, float]]:
     """Recall at each k, text to image and image to text, in percent; an image may have any number of texts.
 
     A text scores when its image is among its k nearest images, an image when any of its texts is among its k nearest texts.
@@ -65,12 +67,19 @@ def retrieval_chance(text_to_image: Tensor, num_images: int, ks: Sequence[int] =
     right_i2t = texts_N[texts_N > 0]
     right_t2i = torch.ones(1, dtype=torch.long)
     return {
-        "t2i": {f"r_at_{k}": _percent(_hit_probability(right_t2i * 0, num_images - right_t2i, right_t2i, k)) for k in ks},
-        "i2t": {f"r_at_{k}": _percent(_hit_probability(right_i2t * 0, len(text_to_image) - right_i2t, right_i2t, k)) for k in ks},
+        "t2i": {
+            f"r_at_{k}": _percent(_hit_probability(right_t2i * 0, num_images - right_t2i, right_t2i, k)) for k in ks
+        },
+        "i2t": {
+            f"r_at_{k}": _percent(_hit_probability(right_i2t * 0, len(text_to_image) - right_i2t, right_i2t, k))
+            for k in ks
+        },
     }
 
 
-def _recall(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor, ks: Sequence[int]) -> dict[str, float]:
+def _recall(
+    queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor, ks: Sequence[int]
+) -> dict[str, float]:
     """Percent of queries with a candidate of their own id among the k nearest; every query has at least one."""
     hits: dict[int, list[Tensor]] = {k: [] for k in ks}
     rows = max(1, _TILE_ELEMENTS // len(candidates))
@@ -157,7 +166,9 @@ def localization(weights: Tensor, regions: Tensor) -> dict[str, Any]:
             f"localization: weights [Q, P] and regions [Q, P] bool must agree, got {tuple(weights.shape)} and {tuple(regions.shape)} of {regions.dtype}"
         )
     if not len(weights) or not bool(regions.any(dim=1).all()):
-        raise ValueError("localization: needs at least one sub-caption, each with a region of at least one patch; leave out the others")
+        raise ValueError(
+            "localization: needs at least one sub-caption, each with a region of at least one patch; leave out the others"
+        )
     _require_finite("localization: weights", weights)
     weights = weights.double()
     selected = weights > 0
@@ -167,7 +178,10 @@ def localization(weights: Tensor, regions: Tensor) -> dict[str, Any]:
     return {
         "mass_inside": {"value": _percent((weights * regions).sum(dim=1)), "chance": _percent(area)},
         "pointing": {"value": _percent((top & regions).sum(dim=1).double() / top.sum(dim=1)), "chance": _percent(area)},
-        "miou": {"value": _percent(overlap.double() / (selected | regions).sum(dim=1)), "chance": _percent(_random_iou(selected, regions))},
+        "miou": {
+            "value": _percent(overlap.double() / (selected | regions).sum(dim=1)),
+            "chance": _percent(_random_iou(selected, regions)),
+        },
         "sub_captions": len(weights),
     }
 
@@ -231,7 +245,9 @@ def evaluate(
             sentences += text_KD
             if patch_nPD is None or all(sample["mask"] is None for sample in batch):
                 continue
-            for sample, weight_KP in zip(batch, sub_caption_weights(patch_nPD, text_KD, threshold, normalization), strict=True):
+            for sample, weight_KP in zip(
+                batch, sub_caption_weights(patch_nPD, text_KD, threshold, normalization), strict=True
+            ):
                 if sample["mask"] is not None:
                     region_KP = mask_to_regions(sample["mask"], len(weight_KP), model.grid)
                     in_view = region_KP.any(dim=1)
@@ -246,8 +262,10 @@ def evaluate(
     located = bool(weights) and sum(map(len, weights)) > 0
     return {
         "retrieval": {
-            "long_caption": retrieval(image_ND, torch.stack(captions), one_each) | {"chance": retrieval_chance(one_each, len(images))},
-            "sentence": retrieval(image_ND, torch.cat(sentences), owner_M) | {"chance": retrieval_chance(owner_M, len(images))},
+            "long_caption": retrieval(image_ND, torch.stack(captions), one_each)
+            | {"chance": retrieval_chance(one_each, len(images))},
+            "sentence": retrieval(image_ND, torch.cat(sentences), owner_M)
+            | {"chance": retrieval_chance(owner_M, len(images))},
         },
         "localization": localization(torch.cat(weights), torch.cat(regions)) if located else None,
         "samples": len(images),
@@ -270,7 +288,11 @@ def encode_batch(
     counts = [len(sample["sentences"]) for sample in batch]
     keys = [sample["key"] for sample in batch]
     _require_finite("evaluate: image features", image_nD, keys)
-    _require_finite("evaluate: sentence features", text_MD, [key for key, count in zip(keys, counts, strict=True) for _ in range(count)])
+    _require_finite(
+        "evaluate: sentence features",
+        text_MD,
+        [key for key, count in zip(keys, counts, strict=True) for _ in range(count)],
+    )
     if patch_nPD is not None:
         _require_finite("evaluate: patch features", patch_nPD, keys)
         patch_nPD = patch_nPD.float()
@@ -305,7 +327,10 @@ def format_report(report: dict[str, Any]) -> str:
     for kind, label in (("long_caption", "long caption"), ("sentence", "single sentence")):
         scores = report["retrieval"][kind]
         for way, arrow in (("t2i", "text to image"), ("i2t", "image to text")):
-            cells = [f"{scores[way][name]:.1f} ({scores['chance'][way][name]:.1f})" for name in ("r_at_1", "r_at_5", "r_at_10")]
+            cells = [
+                f"{scores[way][name]:.1f} ({scores['chance'][way][name]:.1f})"
+                for name in ("r_at_1", "r_at_5", "r_at_10")
+            ]
             lines.append(f"  {label + ', ' + arrow:<32}" + "".join(f"{cell:>16}" for cell in cells))
     located = report["localization"]
     if located is not None:

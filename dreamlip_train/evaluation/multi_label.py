@@ -62,10 +62,14 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
         found.append((name, labels))
     if len({name for name, _ in found}) < len(found):
         raise ValueError(f"--annotations: {str(path)!r} lists an image twice")
-    files = [next((file for ending in _ENDINGS if (file := folder / (name + ending)).is_file()), None) for name, _ in found]
+    files = [
+        next((file for ending in _ENDINGS if (file := folder / (name + ending)).is_file()), None) for name, _ in found
+    ]
     missing = [name for (name, _), file in zip(found, files, strict=True) if file is None]
     if missing:
-        raise ValueError(f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; fetch them")
+        raise ValueError(
+            f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; fetch them"
+        )
     return Labelled([file for file in files if file is not None], [labels for _, labels in found])
 
 
@@ -99,7 +103,12 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def evaluate_labels(
-    model: DreamLIP, labelled: Labelled, classes: Sequence[str], templates: Sequence[str], device: torch.device | str, batch_size: int = 64
+    model: DreamLIP,
+    labelled: Labelled,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str,
+    batch_size: int = 64,
 ) -> dict[str, Any]:
     """Average precision of cosine similarity for each class.
 
@@ -114,7 +123,9 @@ def evaluate_labels(
         text_CD = class_features(model, classes, templates, device)
         for start in range(0, len(labelled.images), batch_size):
             files = labelled.images[start : start + batch_size]
-            image_nD, _ = model.encode_images(torch.stack([_picture(file, model.image_size) for file in files]).to(device))
+            image_nD, _ = model.encode_images(
+                torch.stack([_picture(file, model.image_size) for file in files]).to(device)
+            )
             rows.append((image_nD.float() @ text_CD.T).cpu())
             progress.update(f"{start + len(files)} of {len(labelled.images)} images")
     targets = torch.zeros(len(labelled.images), len(classes), dtype=torch.bool)
@@ -127,7 +138,10 @@ def evaluate_labels(
     return {
         "map": float(precision[known].mean()),
         "chance": 100 * float(targets.double().mean(dim=0)[known].mean()),
-        "per_class": {name: float(value) if has else None for name, value, has in zip(classes, precision, known.tolist(), strict=True)},
+        "per_class": {
+            name: float(value) if has else None
+            for name, value, has in zip(classes, precision, known.tolist(), strict=True)
+        },
         "images": len(labelled.images),
         "classes": len(classes),
         "without_images": int((~known).sum()),

@@ -16,7 +16,11 @@ RETRIEVAL = {
 }
 
 # Table 3, mIoU of SAN (trained on COCO-Stuff) on features of ViT-B/16: (ADE-150, PC-59, VOC-20). Not comparable with training-free segmentation.
-SEGMENTATION = {"merged 30M, CLIP": (21.0, 45.8, 86.9), "merged 30M, DreamLIP": (25.3, 49.9, 90.9), "LAION-400M, CLIP": (21.3, 46.3, 88.3)}
+SEGMENTATION = {
+    "merged 30M, CLIP": (21.0, 45.8, 86.9),
+    "merged 30M, DreamLIP": (25.3, 49.9, 90.9),
+    "LAION-400M, CLIP": (21.3, 46.3, 88.3),
+}
 
 # Table 6, CC3M, ViT-B/16: (Flickr30k image to text R@1, COCO image to text R@1, ImageNet accuracy).
 ABLATION = {

@@ -96,13 +96,19 @@ def _coco(content: dict[str, Any], folder: Path, path: Path) -> list[Pictured]:
         raise ValueError(
             f"--annotations: {str(path)!r} has captions of {len(orphans)} images that it does not list, such as image_id {min(orphans)}"
         )
-    return [Pictured(str(folder / entry["file_name"]), captions[entry["id"]]) for entry in content["images"] if captions[entry["id"]]]
+    return [
+        Pictured(str(folder / entry["file_name"]), captions[entry["id"]])
+        for entry in content["images"]
+        if captions[entry["id"]]
+    ]
 
 
 def _webdataset(folder: Path, split: str) -> Iterator[Pictured]:
     shards = sorted((folder / split).glob("*.tar"), key=lambda shard: (len(shard.name), shard.name))
     if not shards:
-        raise ValueError(f"--annotations: {str(folder / split)!r} has no .tar files; give clip_benchmark's folder and its --split")
+        raise ValueError(
+            f"--annotations: {str(folder / split)!r} has no .tar files; give clip_benchmark's folder and its --split"
+        )
 
     def read() -> Iterator[Pictured]:
         for shard in shards:
@@ -113,7 +119,9 @@ def _webdataset(folder: Path, split: str) -> Iterator[Pictured]:
                             f"--annotations: {shard}: {sample['key']} has members {sorted(set(sample) - {'key'})}; it needs an image and a .txt"
                         )
                     lines = sample["txt"].decode("utf-8", errors="replace").splitlines()
-                    yield Pictured(f"{shard}: {sample['key']}", [line for line in lines if line.strip()], image_of(sample))
+                    yield Pictured(
+                        f"{shard}: {sample['key']}", [line for line in lines if line.strip()], image_of(sample)
+                    )
             except ShardError as error:
                 raise ValueError(f"--annotations: {shard}: {error}; fetch it again") from error
 
@@ -121,7 +129,12 @@ def _webdataset(folder: Path, split: str) -> Iterator[Pictured]:
 
 
 def evaluate_set(
-    model: DreamLIP, pictured: Iterator[Pictured], device: torch.device | str, *, captions_per_image: int = 5, batch_size: int = 64
+    model: DreamLIP,
+    pictured: Iterator[Pictured],
+    device: torch.device | str,
+    *,
+    captions_per_image: int = 5,
+    batch_size: int = 64,
 ) -> dict[str, Any]:
     """Recall at 1, 5 and 10 both ways; an image counts when any of its captions is among its k nearest.
 
@@ -140,15 +153,25 @@ def evaluate_set(
             captions = [one.captions[: captions_per_image or None] for one in batch]
             first = sum(map(len, images))
             owner += [first + row for row, given in enumerate(captions) for _ in given]
-            images.append(model.encode_images(torch.stack([_picture(one, model.image_size) for one in batch]).to(device))[0].float().cpu())
+            images.append(
+                model.encode_images(torch.stack([_picture(one, model.image_size) for one in batch]).to(device))[0]
+                .float()
+                .cpu()
+            )
             tokens = model.tokenize([caption for given in captions for caption in given])
             texts += [model.encode_texts(part.to(device)).float().cpu() for part in tokens.split(4 * batch_size)]
             progress.update(f"{first + len(batch)} images, {len(owner)} captions")
     if not owner:
         raise ValueError("--annotations: no image with a caption")
-    image_ND, text_MD, owner_M = (part.to(device) for part in (torch.cat(images), torch.cat(texts), torch.tensor(owner)))
+    image_ND, text_MD, owner_M = (
+        part.to(device) for part in (torch.cat(images), torch.cat(texts), torch.tensor(owner))
+    )
     found = retrieval(image_ND, text_MD, owner_M)
-    return found | {"chance": retrieval_chance(owner_M, len(image_ND)), "images": len(image_ND), "captions": len(text_MD)}
+    return found | {
+        "chance": retrieval_chance(owner_M, len(image_ND)),
+        "images": len(image_ND),
+        "captions": len(text_MD),
+    }
 
 
 def _picture(one: Pictured, size: int) -> Tensor:

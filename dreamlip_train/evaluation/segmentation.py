@@ -36,7 +36,9 @@ def similarity_map(model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: i
     The image's sides must be at least model.image_size.
     """
     side, (height, width) = model.image_size, image.shape[-2:]
-    corners = [(top, left) for top in window_starts(height, side, stride) for left in window_starts(width, side, stride)]
+    corners = [
+        (top, left) for top in window_starts(height, side, stride) for left in window_starts(width, side, stride)
+    ]
     total = torch.zeros(len(text_CD), height, width, device=text_CD.device)
     seen = torch.zeros(height, width, device=text_CD.device)
     for start in range(0, len(corners), batch_size):
@@ -45,7 +47,9 @@ def similarity_map(model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: i
         _, patch_TPD = model.encode_images(crops)
         similarity = F.normalize(patch_TPD.float(), dim=-1) @ text_CD.T  # [T, P, C]
         grid = similarity.transpose(1, 2).unflatten(2, model.grid)
-        for (top, left), pixels in zip(part, F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False), strict=True):
+        for (top, left), pixels in zip(
+            part, F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False), strict=True
+        ):
             total[:, top : top + side, left : left + side] += pixels
             seen[top : top + side, left : left + side] += 1
     return total / seen
@@ -114,14 +118,23 @@ def segment(
             large = functional.resize(image, scaled, InterpolationMode.BICUBIC, antialias=True)
             predicted = predict(similarity_map(model, large, text_CD, stride=stride), (height, width), threshold).cpu()
             counts += confusion(predicted, labels, len(names))
-            progress.update(f"{done} of {len(pairs)} images, mIoU so far {100 * _mean(intersection_over_union(counts)):.1f} %")
+            progress.update(
+                f"{done} of {len(pairs)} images, mIoU so far {100 * _mean(intersection_over_union(counts)):.1f} %"
+            )
     overlap = intersection_over_union(counts)
     return {
         "miou": 100 * _mean(overlap),
         "pixel_accuracy": 100 * float(counts.diagonal().sum() / counts.sum().clamp(min=1)),
-        "per_class": {name: None if torch.isnan(value) else 100 * float(value) for name, value in zip(names, overlap, strict=True)},
+        "per_class": {
+            name: None if torch.isnan(value) else 100 * float(value) for name, value in zip(names, overlap, strict=True)
+        },
         "images": len(pairs),
-        "settings": {"resize": resize, "stride": stride, "background_threshold": threshold, "templates": len(templates)},
+        "settings": {
+            "resize": resize,
+            "stride": stride,
+            "background_threshold": threshold,
+            "templates": len(templates),
+        },
     }
 
 
@@ -147,7 +160,10 @@ def format_segmentation(found: dict[str, Any]) -> str:
     """mIoU, accuracy and every class, as text to read."""
     scored = sorted(((value, name) for name, value in found["per_class"].items() if value is not None), reverse=True)
     told = ", ".join(f"{name} {value}" for name, value in found["settings"].items() if value is not None)
-    lines = [f"{found['images']} images ({told})", f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} %"]
+    lines = [
+        f"{found['images']} images ({told})",
+        f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} %",
+    ]
     cells = [f"{name} {value:.1f}" for value, name in scored]
     lines += ["  " + ", ".join(cells[start : start + 8]) for start in range(0, len(cells), 8)]
     return "\n".join(lines)

@@ -80,7 +80,9 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
     root = Path(root)
     for folder in (root / layout.images, root / layout.labels):
         if not folder.is_dir():
-            raise ValueError(f"--root: no folder {str(folder)!r}; prepare the set as docs/evaluation.md says, or choose its --layout")
+            raise ValueError(
+                f"--root: no folder {str(folder)!r}; prepare the set as docs/evaluation.md says, or choose its --layout"
+            )
     if layout.split:
         try:
             stems = (root / layout.split).read_text(encoding="utf-8").split()

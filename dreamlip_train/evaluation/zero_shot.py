@@ -81,22 +81,31 @@ def zero_shot(
             try:
                 found[name] = _one(model, name, root, device, split, batch_size, workers)
             except Exception as error:  # clip_benchmark and the data sets' own readers raise anything
-                found[name] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
+                found[name] = {
+                    "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                }
             keep(found)
     return found
 
 
-def _one(model: DreamLIP, name: str, root: str, device: torch.device | str, split: str, batch_size: int, workers: int) -> dict[str, Any]:
+def _one(
+    model: DreamLIP, name: str, root: str, device: torch.device | str, split: str, batch_size: int, workers: int
+) -> dict[str, Any]:
     from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
     from clip_benchmark.metrics import zeroshot_classification
 
     plain = name.removeprefix("wds/")
     folder = root.format(dataset=plain, dataset_cleaned=plain.replace("/", "-"))
     if name.startswith("wds/"):
-        needed = [Path(folder) / member for member in (f"{split}/nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt")]
+        needed = [
+            Path(folder) / member
+            for member in (f"{split}/nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt")
+        ]
         missing = [path for path in needed if not path.is_file()]
         if missing:
-            raise FileNotFoundError(f"--root: no {missing[0]}; give a classification folder in clip_benchmark's webdataset layout")
+            raise FileNotFoundError(
+                f"--root: no {missing[0]}; give a classification folder in clip_benchmark's webdataset layout"
+            )
     counted = 0
 
     def picture(image: Image.Image) -> Tensor:
@@ -105,10 +114,14 @@ def _one(model: DreamLIP, name: str, root: str, device: torch.device | str, spli
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = build_dataset(name, root=folder, transform=picture, split=split, task="zeroshot_classification")
     if name.startswith("wds/"):
-        loader = torch.utils.data.DataLoader(dataset.batched(batch_size), batch_size=None, num_workers=min(workers, _shards(folder, split)))
+        loader = torch.utils.data.DataLoader(
+            dataset.batched(batch_size), batch_size=None, num_workers=min(workers, _shards(folder, split))
+        )
         loader.dataset.classes = dataset.classes
     else:
-        loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=get_dataset_collate_fn(name))
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=batch_size, num_workers=workers, collate_fn=get_dataset_collate_fn(name)
+        )
 
     class Counted:
         """The loader, its labels checked against the classes and its images counted."""
@@ -130,7 +143,10 @@ def _one(model: DreamLIP, name: str, root: str, device: torch.device | str, spli
         metrics = zeroshot_classification.evaluate(
             AsClip(model), Counted(), model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
         )
-    return {metric: 100 * float(value) for metric, value in metrics.items()} | {"images": counted, "classes": len(dataset.classes)}
+    return {metric: 100 * float(value) for metric, value in metrics.items()} | {
+        "images": counted,
+        "classes": len(dataset.classes),
+    }
 
 
 def _shards(folder: str, split: str) -> int:
@@ -146,9 +162,7 @@ def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:
             continue
         paper = "; ".join(f"{model}: {value}" for model, value in ZERO_SHOT.get(name.removeprefix("wds/"), {}).items())
         top, nothing = row.get("acc1", row.get("mean_average_precision", float("nan"))), float("nan")
-        cells = (
-            f"{top:>8.1f}{100 / row['classes']:>10.1f}{row.get('acc5', nothing):>8.1f}{row.get('mean_per_class_recall', nothing):>11.1f}"
-        )
+        cells = f"{top:>8.1f}{100 / row['classes']:>10.1f}{row.get('acc5', nothing):>8.1f}{row.get('mean_per_class_recall', nothing):>11.1f}"
         lines.append(f"{name:<22}{cells}{row['images']:>9}   {paper}")
     scores = [row["acc1"] for row in found.values() if "acc1" in row]
     if len(scores) > 1:

@@ -24,7 +24,9 @@ def claim_output(output: Path, state: str, job: dict[str, Any], what: str) -> Pa
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != job:
         raise ValueError(f"--output: {str(output)!r} holds {what}; give another folder or delete it")
     if not known.exists() and any(output.glob("*.tar")):
-        raise ValueError(f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder")
+        raise ValueError(
+            f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder"
+        )
     if not known.exists():
         write_json(known, job)
     return folder

@@ -12,7 +12,12 @@ _WAITING_PER_CPU = 4
 
 
 def map_tasks(
-    function: Callable[[Any], Any], items: Iterable[Any], *, ray_address: str = "", processes: int = 0, gpus_if_any: int = 0
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    *,
+    ray_address: str = "",
+    processes: int = 0,
+    gpus_if_any: int = 0,
 ) -> Iterator[Any]:
     """``map(function, items)``: on forked processes in order, or with ``ray_address`` on that cluster in the order in which tasks end.
 

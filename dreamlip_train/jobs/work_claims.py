@@ -38,7 +38,9 @@ class Claims:
             os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - lock.stat().st_mtime > self.stale_seconds:  # its owner died doing so; the next attempt finds it gone
+                if (
+                    time.time() - lock.stat().st_mtime > self.stale_seconds
+                ):  # its owner died doing so; the next attempt finds it gone
                     lock.unlink()
             return False
         try:

@@ -74,7 +74,9 @@ class DreamLIP(nn.Module):
         # An attribute, not state: checkpoints do not change, and open_clip's own encode_image(normalize=True) is never called here.
         self.clip.visual.output_tokens = True
         for block in self.clip.transformer.resblocks:
-            if type(block.attn) is nn.MultiheadAttention:  # open_clip's other blocks have an attention that takes masks by row
+            if (
+                type(block.attn) is nn.MultiheadAttention
+            ):  # open_clip's other blocks have an attention that takes masks by row
                 block.attn.__class__ = RowAttention
         self.tokenize = tokenizer
         self.local_proj = nn.Parameter(clip.visual.proj.detach().clone()) if local_projection else None
@@ -109,7 +111,9 @@ class DreamLIP(nn.Module):
 
         def for_any_number_of_rows(tokens: Tensor, positions: Tensor, captions: Tensor, ends: Tensor) -> Tensor:
             for by_row in (tokens, positions, captions):
-                torch._dynamo.maybe_mark_dynamic(by_row, 0)  # another number each step; the rows' length and the number of captions stay
+                torch._dynamo.maybe_mark_dynamic(
+                    by_row, 0
+                )  # another number each step; the rows' length and the number of captions stay
             return packed_text_features(tokens, positions, captions, ends)
 
         self._packed_text_features = for_any_number_of_rows
@@ -139,8 +143,15 @@ class DreamLIP(nn.Module):
         return self._text_features(crop_to_longest(tokens))
 
     def _image_features(self, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
-            raise ValueError(f"DreamLIP: images must be [n, 3, {self.image_size}, {self.image_size}], got {tuple(images.shape)}")
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[-1] != self.image_size
+            or images.shape[-2] != self.image_size
+        ):
+            raise ValueError(
+                f"DreamLIP: images must be [n, 3, {self.image_size}, {self.image_size}], got {tuple(images.shape)}"
+            )
         visual = self.clip.visual
         pixels = images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
         pixels = (pixels - self.image_mean.to(pixels.device)) / self.image_std.to(pixels.device)
@@ -157,7 +168,9 @@ class DreamLIP(nn.Module):
         clip, (count, length) = self.clip, tokens.shape
         if length > clip.context_length:
             raise ValueError(f"DreamLIP: text has {length} tokens a row, model.context_length is {clip.context_length}")
-        ends = torch.arange(count, device=tokens.device) * length + tokens.argmax(dim=-1)  # the end token has the highest id
+        ends = torch.arange(count, device=tokens.device) * length + tokens.argmax(
+            dim=-1
+        )  # the end token has the highest id
         return self._pooled_text(tokens, clip.positional_embedding[:length], clip.attn_mask[:length, :length], ends)
 
     def _packed_text_features(self, tokens: Tensor, positions: Tensor, captions: Tensor, ends: Tensor) -> Tensor:
@@ -196,7 +209,9 @@ def build_model(model: ModelConfig, seed: int) -> DreamLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            clip = open_clip.CLIP(**settings, init_logit_scale=math.log(1 / model.init_temperature), nonscalar_logit_scale=True)
+            clip = open_clip.CLIP(
+                **settings, init_logit_scale=math.log(1 / model.init_temperature), nonscalar_logit_scale=True
+            )
         except TypeError as error:
             raise ValueError(f"model.config: {error}; give open_clip's embed_dim, vision_cfg and text_cfg") from error
     _check_towers(clip, model.name)
@@ -224,7 +239,9 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
         problems = _mismatches(clip.state_dict(), state)
     except Exception as error:  # torch's reader raises whatever the bytes lead it to
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}") from error
+        raise ValueError(
+            f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}"
+        ) from error
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(
@@ -287,7 +304,12 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
         raise ValueError(
             f"model.name: the image tower of {model.name!r} gives no patch tokens after its norm (vision_cfg.{field}={vision[field]!r}); use a plain ViT"
         )
-    if settings.pop("custom_text", False) or "multimodal_cfg" in settings or text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+    if (
+        settings.pop("custom_text", False)
+        or "multimodal_cfg" in settings
+        or text.get("hf_model_name")
+        or text.get("hf_tokenizer_name")
+    ):
         raise ValueError(
             f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; use a plain CLIP configuration such as ViT-B-16"
         )
@@ -312,7 +334,9 @@ def _check_towers(clip: open_clip.CLIP, name: str) -> None:
             f"model.name: the text tower of {name!r} must be causal and pooled at its end token (no_causal_mask=False, pool_type='argmax')"
         )
     if clip.vocab_size < vocabulary:
-        raise ValueError(f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; leave it out")
+        raise ValueError(
+            f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; leave it out"
+        )
 
 
 def _mismatches(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:

@@ -31,7 +31,9 @@ class PackedCaptions:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PackedCaptions:
         """The same on ``device``."""
-        return PackedCaptions(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
+        return PackedCaptions(
+            *(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
+        )
 
 
 def pack_captions(tokens: Tensor) -> PackedCaptions:
@@ -86,7 +88,11 @@ class RowAttention(nn.MultiheadAttention):
     def forward(
         self, x: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            .unflatten(-1, (3, self.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 

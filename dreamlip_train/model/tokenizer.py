@@ -34,7 +34,9 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
         """The ids of what stands between two spaces, kept; no token reaches across a space."""
         if len(self.words) >= _WORDS_KEPT:
             self.words.clear()
-        pieces = [self.bpe("".join(self.bytes[byte] for byte in part.encode("utf-8"))) for part in self.pat.findall(word)]
+        pieces = [
+            self.bpe("".join(self.bytes[byte] for byte in part.encode("utf-8"))) for part in self.pat.findall(word)
+        ]
         self.words[word] = [self.encoder[piece] for part in pieces for piece in part.split(" ")]
         return self.words[word]
 

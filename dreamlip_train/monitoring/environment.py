@@ -62,7 +62,9 @@ def _devices() -> list[str]:
     lines += [f"disk here: {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free"]
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index}: {found.name}, {found.total_memory / 1e9:.0f} GB, compute capability {found.major}.{found.minor}")
+        lines.append(
+            f"cuda:{index}: {found.name}, {found.total_memory / 1e9:.0f} GB, compute capability {found.major}.{found.minor}"
+        )
     if not torch.cuda.is_available():
         built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         lines.append(f"no CUDA device (torch is {built_for}): runs use the CPU and gloo")

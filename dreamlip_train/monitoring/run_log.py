@@ -46,7 +46,13 @@ class RunLog:
     def begin(self, step: int) -> None:
         """Show the bar, on a terminal, from ``step`` on."""
         if self.first and self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("starting", total=self.total_steps, completed=step)
             self.bar.start()
@@ -116,7 +122,13 @@ class Stopwatch:
     def window(self) -> dict[str, float]:
         """{"seconds", "images", "tokens", "cut", "data_wait" (a share of the time)} of the window that ends here."""
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        result = {"seconds": seconds, "images": self.images, "tokens": self.tokens, "cut": self.cut, "data_wait": self.waited / seconds}
+        result = {
+            "seconds": seconds,
+            "images": self.images,
+            "tokens": self.tokens,
+            "cut": self.cut,
+            "data_wait": self.waited / seconds,
+        }
         self.windows += 1
         self.slow_windows += self.windows > 1 and result["data_wait"] > _SLOW_DATA
         self.restart()

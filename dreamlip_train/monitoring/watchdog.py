@@ -16,7 +16,11 @@ class Watchdog:
     """
 
     def __init__(
-        self, rank: int, say: Callable[[str], None], details: Callable[[float], list[str]], quiet_seconds: float = _QUIET_SECONDS
+        self,
+        rank: int,
+        say: Callable[[str], None],
+        details: Callable[[float], list[str]],
+        quiet_seconds: float = _QUIET_SECONDS,
     ) -> None:
         self.rank, self.say, self.details, self.quiet_seconds = rank, say, details, quiet_seconds
         self._doing, self._since, self._patience = "starting", time.monotonic(), quiet_seconds
@@ -40,4 +44,11 @@ class Watchdog:
             waited = time.monotonic() - self._since
             if waited >= self._patience:
                 self._patience = 2 * waited
-                self.say("; ".join([f"rank {self.rank} has been {self._doing} for {waited:.0f} s", *self.details(self.quiet_seconds)]))
+                self.say(
+                    "; ".join(
+                        [
+                            f"rank {self.rank} has been {self._doing} for {waited:.0f} s",
+                            *self.details(self.quiet_seconds),
+                        ]
+                    )
+                )

@@ -58,7 +58,9 @@ class LocalModel:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
-            raise ValueError("--model: transformers is not installed; pip install 'dreamlip[recaption]', or use --endpoint") from error
+            raise ValueError(
+                "--model: transformers is not installed; pip install 'dreamlip[recaption]', or use --endpoint"
+            ) from error
         self.prompts = prompts
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -68,7 +70,9 @@ class LocalModel:
             )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--model: {model!r} is no image-text-to-text model that transformers can load: {reason}") from error
+            raise ValueError(
+                f"--model: {model!r} is no image-text-to-text model that transformers can load: {reason}"
+            ) from error
         self.model.to(self.device).eval()
         self.processor.tokenizer.padding_side = "left"
 
@@ -99,7 +103,9 @@ class LocalModel:
         import torch
 
         texts = [self._question(prompt.text)] * len(pictures)
-        inputs = self.processor(images=pictures, text=texts, return_tensors="pt", padding=True).to(self.device, self.model.dtype)
+        inputs = self.processor(images=pictures, text=texts, return_tensors="pt", padding=True).to(
+            self.device, self.model.dtype
+        )
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, max_new_tokens=prompt.max_tokens, do_sample=False)
         asked = inputs["input_ids"]
@@ -115,7 +121,9 @@ class LocalModel:
         """The prompt as the model was trained to be asked."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
         if "llava" in self.model.config.model_type:
             return f"USER: <image>\n{prompt} ASSISTANT:"
         return prompt
@@ -130,14 +138,18 @@ class Endpoint:
         ValueError: openai is not installed.
     """
 
-    def __init__(self, url: str, model: str, prompts: Sequence[Prompt], *, parallel: int, timeout: float, retries: int) -> None:
+    def __init__(
+        self, url: str, model: str, prompts: Sequence[Prompt], *, parallel: int, timeout: float, retries: int
+    ) -> None:
         try:
             import openai
         except ImportError as error:
             raise ValueError("--endpoint: openai is not installed; pip install 'dreamlip[recaption]'") from error
         self.openai, self.url, self.model, self.prompts, self.retries = openai, url, model, prompts, retries
         # The client's own retries know nothing of garbage.
-        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=timeout, max_retries=0)
+        self.client = openai.OpenAI(
+            base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=timeout, max_retries=0
+        )
         self.threads = ThreadPoolExecutor(parallel)
 
     def answer(self, images: Sequence[bytes]) -> list[Answer]:
@@ -151,9 +163,13 @@ class Endpoint:
     def _answer(self, image: bytes) -> Answer:
         try:
             data = f"data:{_media_type(image)};base64,{base64.b64encode(image).decode()}"
-            return {prompt.column: self._patiently(lambda prompt=prompt: self._ask(data, prompt)) for prompt in self.prompts}
+            return {
+                prompt.column: self._patiently(lambda prompt=prompt: self._ask(data, prompt)) for prompt in self.prompts
+            }
         except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
-            raise ValueError(f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}") from error
+            raise ValueError(
+                f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
+            ) from error
         except (self.openai.OpenAIError, ValueError) as error:
             return error
 
@@ -175,7 +191,10 @@ class Endpoint:
     def _ask(self, image: str, prompt: Prompt) -> str:
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": prompt.text}]
         reply = self.client.chat.completions.create(
-            model=self.model, messages=[{"role": "user", "content": content}], max_tokens=prompt.max_tokens, temperature=0.0
+            model=self.model,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=prompt.max_tokens,
+            temperature=0.0,
         )
         try:
             choice = reply.choices[0]

@@ -75,7 +75,9 @@ def prepare_folder(
                 shards[name] = {"samples": counts.samples, "bytes": (output / name).stat().st_size}
             progress.update(f"{len(shards)} shards, {total.samples} samples, {total.bad_count} left out")
     if not shards:
-        raise ValueError(f"--captions: no row of {str(captions)!r} gave a sample: {total.bad_summary() or 'it has no rows'}")
+        raise ValueError(
+            f"--captions: no row of {str(captions)!r} gave a sample: {total.bad_summary() or 'it has no rows'}"
+        )
     manifest = {"format": 1, **total.summary(), "shards": dict(sorted(shards.items()))}
     write_json(output / MANIFEST, manifest)
     print(format_summary(str(output), manifest))
@@ -147,7 +149,9 @@ def _by_shard(rows: Iterator[Row], shard_size: int) -> Iterator[tuple[str, list[
 class _ShardWriter:
     """Writes shards; what is finished already is only counted."""
 
-    def __init__(self, output: Path, state: Path, index: ImageIndex, masks: Path | None, count_tokens: CountTokens | None):
+    def __init__(
+        self, output: Path, state: Path, index: ImageIndex, masks: Path | None, count_tokens: CountTokens | None
+    ):
         self.output, self.state, self.index, self.masks, self.count_tokens = output, state, index, masks, count_tokens
 
     def write(self, task: tuple[str, list[Row]]) -> tuple[str, dict[str, Any]]:
@@ -172,7 +176,9 @@ class _ShardWriter:
             partial.unlink()
         return name, counts.state
 
-    def _add(self, tar: tarfile.TarFile, number: int, row: dict[str, Any] | None, wrong: str, counts: Statistics) -> None:
+    def _add(
+        self, tar: tarfile.TarFile, number: int, row: dict[str, Any] | None, wrong: str, counts: Statistics
+    ) -> None:
         name = f"row {number}"
         if row is None:
             return counts.add_bad("duplicate image" if wrong.startswith("duplicate") else "malformed row", name, wrong)

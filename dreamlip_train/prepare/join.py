@@ -67,14 +67,26 @@ def join_captions(
     tables, shard_paths = _tables(captions), list_shards(shards, field="--shards")
     names = [os.path.basename(shard) for shard in shard_paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"--shards: two shards are both called {Counter(names).most_common(1)[0][0]!r}; join the folders one at a time")
+        raise ValueError(
+            f"--shards: two shards are both called {Counter(names).most_common(1)[0][0]!r}; join the folders one at a time"
+        )
     if any(Path(shard).resolve().parent == output.resolve() for shard in shard_paths):
-        raise ValueError(f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another")
-    state = _claim(output, tables, shard_paths, {"on": on, "column": column, "columns": columns, "matched_only": matched_only})
+        raise ValueError(
+            f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another"
+        )
+    state = _claim(
+        output, tables, shard_paths, {"on": on, "column": column, "columns": columns, "matched_only": matched_only}
+    )
     try:
         report = _join(tables, shard_paths, state, on, column, columns, memory_limit, ray_address)
         counts, listed = Statistics(), {}
-        work = partial(rewrite_shard, joined=state / "joined.parquet", output=output, state=state / "written", matched_only=matched_only)
+        work = partial(
+            rewrite_shard,
+            joined=state / "joined.parquet",
+            output=output,
+            state=state / "written",
+            matched_only=matched_only,
+        )
         with Progress(f"write {output}") as progress:
             for name, entry, found in map_tasks(work, list(enumerate(shard_paths)), ray_address=ray_address):
                 counts.merge(Statistics(found))
@@ -111,14 +123,23 @@ def _tables(captions: str) -> list[Path]:
 def _claim(output: Path, tables: list[Path], shards: list[str], settings: dict[str, Any]) -> Path:
     """Make the output's state folder, or check that it is of the same join."""
     files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in tables]
-    state = claim_output(output, STATE, {"tables": files, "shards": shards, **settings}, "the join of other tables, shards or settings")
+    state = claim_output(
+        output, STATE, {"tables": files, "shards": shards, **settings}, "the join of other tables, shards or settings"
+    )
     for folder in ("tables", "shards", "written"):
         (state / folder).mkdir(exist_ok=True)
     return state
 
 
 def _join(
-    tables: list[Path], shards: list[str], state: Path, on: str, column: str, columns: dict[str, str], memory_limit: str, ray_address: str
+    tables: list[Path],
+    shards: list[str],
+    state: Path,
+    on: str,
+    column: str,
+    columns: dict[str, str],
+    memory_limit: str,
+    ray_address: str,
 ) -> dict[str, Any]:
     """Make ``state``/joined.parquet; return the report of matches."""
     known = state / "report.json"
@@ -127,7 +148,9 @@ def _join(
     bad, sources = Statistics(), Counter()
     stage = partial(stage_table, state=state / "tables", on=on, column=column, columns=columns)
     with Progress("read tables") as progress:
-        for number, (found_bad, found_sources) in enumerate(map_tasks(stage, list(enumerate(tables)), ray_address=ray_address), 1):
+        for number, (found_bad, found_sources) in enumerate(
+            map_tasks(stage, list(enumerate(tables)), ray_address=ray_address), 1
+        ):
             bad.merge(Statistics(found_bad))
             sources.update(found_sources)
             progress.update(f"{number} of {len(tables)}")
@@ -172,7 +195,12 @@ def stage_table(
 
     bad, sources = Statistics(), Counter()
     schema = pyarrow.schema(
-        [("source", pyarrow.int32()), ("row", pyarrow.int64()), ("value", pyarrow.string()), ("captions", pyarrow.string())]
+        [
+            ("source", pyarrow.int32()),
+            ("row", pyarrow.int64()),
+            ("value", pyarrow.string()),
+            ("captions", pyarrow.string()),
+        ]
     )
     normal = _NORMAL.get(on, str.strip)
     partial_path = final.with_name(final.name + ".partial")
@@ -214,7 +242,8 @@ def _as_table(rows: list[tuple[int, int, str, str]], schema: Any) -> Any:
     # A lone surrogate (half of an escaped character in a JSON table) has no UTF-8.
     texts = [[text.encode("utf-8", "replace").decode() for text in column] for column in columns[2:]]
     return pyarrow.table(
-        [pyarrow.array(column, field.type) for column, field in zip([*columns[:2], *texts], schema, strict=True)], schema=schema
+        [pyarrow.array(column, field.type) for column, field in zip([*columns[:2], *texts], schema, strict=True)],
+        schema=schema,
     )
 
 
@@ -232,7 +261,9 @@ def match(state: Path, memory_limit: str = "3GB") -> dict[str, Any]:
     except duckdb.IOException as error:
         raise OSError(str(error)) from error
     except (duckdb.OutOfMemoryException, duckdb.ParserException, duckdb.InvalidInputException) as error:
-        raise ValueError(f"--memory-limit: got {memory_limit!r}: {str(error).splitlines()[0]}; give more, such as 3GB") from error
+        raise ValueError(
+            f"--memory-limit: got {memory_limit!r}: {str(error).splitlines()[0]}; give more, such as 3GB"
+        ) from error
     finally:
         shutil.rmtree(spill, ignore_errors=True)
 
@@ -240,13 +271,17 @@ def match(state: Path, memory_limit: str = "3GB") -> dict[str, Any]:
 def _match(state: Path, spill: Path, memory_limit: str) -> dict[str, Any]:
     import duckdb
 
-    with duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": str(spill), "preserve_insertion_order": False}) as db:
+    with duckdb.connect(
+        config={"memory_limit": memory_limit, "temp_directory": str(spill), "preserve_insertion_order": False}
+    ) as db:
         db.execute(f"CREATE VIEW captions AS SELECT * FROM read_parquet('{_quoted(state / 'tables')}/*.parquet')")
         db.execute(f"CREATE VIEW samples AS SELECT * FROM read_parquet('{_quoted(state / 'shards')}/*.parquet')")
         db.execute(
             "CREATE TEMP TABLE firsts AS SELECT value, source, min(row) AS row, count(*) AS times FROM captions GROUP BY value, source"
         )
-        db.execute("CREATE TEMP TABLE matched AS SELECT s.shard, s.position, f.source, f.row FROM samples s JOIN firsts f USING (value)")
+        db.execute(
+            "CREATE TEMP TABLE matched AS SELECT s.shard, s.position, f.source, f.row FROM samples s JOIN firsts f USING (value)"
+        )
         partial_path = state / "joined.parquet.partial"
         db.execute(
             "COPY (SELECT m.shard, m.position, m.source, c.captions FROM matched m JOIN captions c ON m.source = c.source AND m.row = c.row "
@@ -259,14 +294,25 @@ def _match(state: Path, spill: Path, memory_limit: str) -> dict[str, Any]:
             "samples": _one(db, "SELECT count(*) FROM samples"),
             "samples_matched": _one(db, "SELECT count(*) FROM (SELECT DISTINCT shard, position FROM matched)"),
             "samples_sharing_a_value": _one(
-                db, "SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM samples GROUP BY value HAVING n > 1)"
+                db,
+                "SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM samples GROUP BY value HAVING n > 1)",
             ),
             "examples": {
-                "rows": [row[0] for row in db.execute("SELECT f.value FROM firsts f ANTI JOIN samples s USING (value) LIMIT 3").fetchall()],
-                "samples": [
-                    row[0] for row in db.execute("SELECT s.value FROM samples s ANTI JOIN firsts f USING (value) LIMIT 3").fetchall()
+                "rows": [
+                    row[0]
+                    for row in db.execute(
+                        "SELECT f.value FROM firsts f ANTI JOIN samples s USING (value) LIMIT 3"
+                    ).fetchall()
                 ],
-                "duplicates": [row[0] for row in db.execute("SELECT value FROM firsts WHERE times > 1 LIMIT 3").fetchall()],
+                "samples": [
+                    row[0]
+                    for row in db.execute(
+                        "SELECT s.value FROM samples s ANTI JOIN firsts f USING (value) LIMIT 3"
+                    ).fetchall()
+                ],
+                "duplicates": [
+                    row[0] for row in db.execute("SELECT value FROM firsts WHERE times > 1 LIMIT 3").fetchall()
+                ],
             },
         }
     report["samples_unmatched"] = report["samples"] - report["samples_matched"]

@@ -74,7 +74,10 @@ def recaption_shards(
         ValueError: a setting does not work.  RuntimeError: more than ``max_bad_fraction`` of the pictures could not be captioned, or the disk is full.
     """
     output = Path(output)
-    asked = ((f"long{name}_captions", long_prompt, max_tokens), (f"short{name}_captions", short_prompt, max(1, max_tokens // 4)))
+    asked = (
+        (f"long{name}_captions", long_prompt, max_tokens),
+        (f"short{name}_captions", short_prompt, max(1, max_tokens // 4)),
+    )
     prompts = tuple(Prompt(*given) for given in asked if given[1])
     if not prompts:
         raise ValueError("--long-prompt, --short-prompt: both are empty; there is nothing to ask")
@@ -86,11 +89,19 @@ def recaption_shards(
         )
     paths = list_shards(shards, field="SHARDS")
     if any(Path(path).resolve().parent == output.resolve() for path in paths):
-        raise ValueError(f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another")
-    job = {"shards": sorted(os.path.basename(path) for path in paths), "prompts": [vars(prompt) for prompt in prompts], "model": model}
+        raise ValueError(
+            f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another"
+        )
+    job = {
+        "shards": sorted(os.path.basename(path) for path in paths),
+        "prompts": [vars(prompt) for prompt in prompts],
+        "model": model,
+    }
     claim_output(output, STATE, job, "captions of other shards, prompts or another model")
     owner = f"ray:{ray_address}" if ray_address else ""
-    settings = Settings(output, model, endpoint, prompts, batch_size, timeout, retries, max_bad_fraction, stale_minutes, owner)
+    settings = Settings(
+        output, model, endpoint, prompts, batch_size, timeout, retries, max_bad_fraction, stale_minutes, owner
+    )
     total: Counter[str] = Counter()
     try:
         with Progress(f"recaption {output}") as progress:
@@ -170,7 +181,9 @@ class _Task:
                     if isinstance(answer, dict):
                         found[key] = answer
                     line = (
-                        {"key": key, **answer} if isinstance(answer, dict) else {"key": key, "error": f"{type(answer).__name__}: {answer}"}
+                        {"key": key, **answer}
+                        if isinstance(answer, dict)
+                        else {"key": key, "error": f"{type(answer).__name__}: {answer}"}
                     )
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     counts["captioned" if isinstance(answer, dict) else "failed"] += 1
@@ -183,7 +196,11 @@ class _Task:
     def _judge(self, counts: Counter[str], path: Path) -> None:
         asked = counts["captioned"] + counts["failed"]
         if asked >= _JUDGED_AFTER and counts["failed"] > self.settings.max_bad_fraction * asked:
-            last = next(json.loads(line)["error"] for line in reversed(path.read_text(encoding="utf-8").splitlines()) if '"error"' in line)
+            last = next(
+                json.loads(line)["error"]
+                for line in reversed(path.read_text(encoding="utf-8").splitlines())
+                if '"error"' in line
+            )
             raise RuntimeError(
                 f"--max-bad-fraction: {counts['failed']} of {asked} pictures could not be captioned, the last because of {last}. The reasons are in {path}; "
                 "finished captions are kept, and the same command goes on"
@@ -221,7 +238,9 @@ def _read_answers(path: Path, prompts: tuple[Prompt, ...]) -> dict[str, dict[str
 
 def _is_done(output: Path, name: str) -> bool:
     known = output / STATE / f"{name}.json"
-    return known.exists() and ((output / name).exists() or not json.loads(known.read_text(encoding="utf-8"))["entry"]["samples"])
+    return known.exists() and (
+        (output / name).exists() or not json.loads(known.read_text(encoding="utf-8"))["entry"]["samples"]
+    )
 
 
 def _write_shard(shard: str, settings: Settings, found: dict[str, dict[str, str]]) -> None:
@@ -239,7 +258,9 @@ def _write_shard(shard: str, settings: Settings, found: dict[str, dict[str, str]
     write_json(settings.output / STATE / f"{name}.json", {"entry": entry, "counts": counts.state})
 
 
-def _add(writer: ShardWriter, sample: dict[str, Any], captions: dict[str, str] | None, counts: Statistics, shard: str) -> None:
+def _add(
+    writer: ShardWriter, sample: dict[str, Any], captions: dict[str, str] | None, counts: Statistics, shard: str
+) -> None:
     name = f"{shard}: {sample['key']}"
     try:
         record = record_of(sample)
@@ -269,4 +290,6 @@ def _write_manifest(output: Path, paths: list[str]) -> None:
 def format_counts(counts: Counter[str]) -> str:
     """What a call did, as text to read."""
     order = ("shards done", "done before", "busy elsewhere", "captioned", "kept from before", "failed")
-    return "\n".join(f"{counts[what]:>10} {what}" for what in order if counts[what] or what in ("shards done", "captioned"))
+    return "\n".join(
+        f"{counts[what]:>10} {what}" for what in order if counts[what] or what in ("shards done", "captioned")
+    )

@@ -48,11 +48,31 @@ def shape_polygons(shape: str) -> list[NDArray[np.float64]]:
         spikes = np.arange(10) * math.pi / 5 - math.pi / 2
         return [np.stack([np.cos(spikes), np.sin(spikes)], 1) * np.where(np.arange(10) % 2, 0.5, 1.2)[:, None]]
     if shape == "heart":
-        x, y = 16 * np.sin(turn) ** 3, 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+        x, y = (
+            16 * np.sin(turn) ** 3,
+            13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn),
+        )
         return [np.stack([x, -y - 2], 1) / 15.5]
     if shape == "cross":
         a, b = 0.38, 1.05
-        return [np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])]
+        return [
+            np.array(
+                [
+                    (-a, -b),
+                    (a, -b),
+                    (a, -a),
+                    (b, -a),
+                    (b, a),
+                    (a, a),
+                    (a, b),
+                    (-a, b),
+                    (-a, a),
+                    (-b, a),
+                    (-b, -a),
+                    (-a, -a),
+                ]
+            )
+        ]
     if shape == "crescent":
         outer, inner = np.linspace(0.6, 2 * math.pi - 0.6, 32), np.linspace(2 * math.pi - 1.02, 1.02, 32)
         edge = np.stack([np.cos(outer), np.sin(outer)], 1) * 1.1
@@ -85,11 +105,15 @@ def background(kind: str, size: int, rng: np.random.Generator) -> Array:
     fine = rng.standard_normal((size, size), dtype=np.float32)
     tint = rng.uniform(-0.06, 0.06, 3).astype(np.float32)
     if kind == "wall":
-        base = np.array(((0.72, 0.70, 0.64), (0.58, 0.64, 0.68), (0.66, 0.62, 0.66))[rng.integers(3)], np.float32) + tint
+        base = (
+            np.array(((0.72, 0.70, 0.64), (0.58, 0.64, 0.68), (0.66, 0.62, 0.66))[rng.integers(3)], np.float32) + tint
+        )
         light = 1.1 - 0.45 * np.hypot(x - rng.uniform(0.2, 0.8), y - rng.uniform(0.0, 0.5)) + 0.05 * grain
         return base * light[..., None]
     if kind == "concrete":
-        clouds = 0.5 * smooth_noise(rng, size, 5) + 0.3 * smooth_noise(rng, size, 12) + 0.2 * smooth_noise(rng, size, 32)
+        clouds = (
+            0.5 * smooth_noise(rng, size, 5) + 0.3 * smooth_noise(rng, size, 12) + 0.2 * smooth_noise(rng, size, 32)
+        )
         return np.array((0.62, 0.61, 0.60), np.float32) + tint + (0.5 * (clouds - 0.5) + 0.03 * fine)[..., None]
     if kind == "table":
         plank = np.floor(y * 5 + rng.uniform(0, 1))
@@ -113,7 +137,12 @@ def background(kind: str, size: int, rng: np.random.Generator) -> Array:
     depth = np.clip((y - horizon) / (1 - horizon), 0, 1)
     if kind == "meadow":
         blades = 0.20 * (smooth_noise(rng, size, 40) - 0.5) + 0.04 * fine
-        ground = np.array((0.46, 0.55, 0.28), np.float32) + tint * 0.5 - 0.14 * depth[..., None] + (blades + 0.08 * grain)[..., None]
+        ground = (
+            np.array((0.46, 0.55, 0.28), np.float32)
+            + tint * 0.5
+            - 0.14 * depth[..., None]
+            + (blades + 0.08 * grain)[..., None]
+        )
         return np.where((y < horizon + 0.03 * (smooth_noise(rng, size, 6) - 0.5))[..., None], sky, ground)
     if kind == "beach":
         waves = 0.06 * np.sin(y * 130 + 6 * grain)
@@ -124,7 +153,9 @@ def background(kind: str, size: int, rng: np.random.Generator) -> Array:
     raise ValueError(f"background: got {kind!r}; one of {BACKGROUNDS}")
 
 
-def textured(color: str, texture: str, center: tuple[float, float], radius: float, size: int, rng: np.random.Generator) -> Array:
+def textured(
+    color: str, texture: str, center: tuple[float, float], radius: float, size: int, rng: np.random.Generator
+) -> Array:
     """[size, size, 3] surface of an object: its colour and pattern, in coordinates of its own centre and radius."""
     main = np.array(COLORS[color], np.float32) / 255 + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
     # The second tone stays in the colour's family, so that the colour's name remains true of the whole object.
@@ -144,7 +175,10 @@ def textured(color: str, texture: str, center: tuple[float, float], radius: floa
         u, v = (along * cell + phase) % 1 - 0.5, (across * cell + phase) % 1 - 0.5
         share = np.clip((0.30 - np.hypot(u, v)) * 12 + 0.5, 0, 1)
     elif texture == "checkered":
-        share = np.clip(9 * np.sin(math.pi * (along * 1.5 + phase)) * np.sin(math.pi * (across * 1.5 + phase)) + 0.5, 0, 1) * 0.9
+        share = (
+            np.clip(9 * np.sin(math.pi * (along * 1.5 + phase)) * np.sin(math.pi * (across * 1.5 + phase)) + 0.5, 0, 1)
+            * 0.9
+        )
     elif texture == "speckled":
         specks = smooth_noise(rng, size, max(8, int(size / 2.2)))
         share = np.clip((specks - 0.62) * 8, 0, 1) * 0.95
@@ -155,7 +189,9 @@ def textured(color: str, texture: str, center: tuple[float, float], radius: floa
     return main + share[..., None].astype(np.float32) * (other - main)
 
 
-def place(image: Array, surface: Array, cover: Array, center: tuple[float, float], radius: float, light: float) -> Array:
+def place(
+    image: Array, surface: Array, cover: Array, center: tuple[float, float], radius: float, light: float
+) -> Array:
     """The image with a shaded surface and its soft shadow laid over it; light is the direction the light comes from, in radians."""
     size = image.shape[0]
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
@@ -166,18 +202,24 @@ def place(image: Array, surface: Array, cover: Array, center: tuple[float, float
     image = image * (1 - 0.5 * shadow * (1 - cover))[..., None]
     toward = ((x - center[0]) * dx + (y - center[1]) * dy) / radius
     inner = (
-        np.asarray(Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.12 * radius + 0.5)), np.float32) / 255
+        np.asarray(
+            Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.12 * radius + 0.5)),
+            np.float32,
+        )
+        / 255
     )
     shade = (0.94 + 0.16 * toward) * (0.72 + 0.28 * np.clip(inner * 1.6 - 0.5, 0, 1))
-    gloss = 0.22 * np.exp(-(((x - center[0]) / radius - 0.45 * dx) ** 2 + ((y - center[1]) / radius - 0.45 * dy) ** 2) / 0.09)
+    gloss = 0.22 * np.exp(
+        -(((x - center[0]) / radius - 0.45 * dx) ** 2 + ((y - center[1]) / radius - 0.45 * dy) ** 2) / 0.09
+    )
     lit = surface * shade[..., None] + gloss[..., None]
     return image * (1 - cover[..., None]) + lit * cover[..., None]
 
 
 def develop(image: Array, rng: np.random.Generator) -> Image.Image:
     """The picture as a camera would give it: exposure, mild blur, sensor noise, 8 bits."""
-    image = image * np.float32(rng.uniform(0.9, 1.08)) + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(
-        rng.uniform(0.005, 0.02)
-    )
+    image = image * np.float32(rng.uniform(0.9, 1.08)) + rng.standard_normal(
+        image.shape, dtype=np.float32
+    ) * np.float32(rng.uniform(0.005, 0.02))
     picture = Image.fromarray((np.clip(image, 0, 1) * 255).astype(np.uint8))
     return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))

@@ -26,7 +26,17 @@ Split = Literal["train", "val"]
 
 RADII = {"small": 12.5, "medium": 15.5, "large": 19.5}
 """Object radius in pixels of a 96-pixel picture."""
-PLACES = ("upper left", "upper middle", "upper right", "middle left", "center", "middle right", "lower left", "lower middle", "lower right")
+PLACES = (
+    "upper left",
+    "upper middle",
+    "upper right",
+    "middle left",
+    "center",
+    "middle right",
+    "lower left",
+    "lower middle",
+    "lower right",
+)
 
 # How each MLLM of the demo speaks: words for sizes, shapes, textures and places, and its sentence forms.
 _SIZE_WORDS = {
@@ -94,13 +104,21 @@ _TEXTURE_WORDS = {
 }
 _PLACE_WORDS = {
     "IB": {p: f"in the {p}" for p in PLACES}
-    | {"middle left": "on the left", "middle right": "on the right", "upper middle": "at the top", "lower middle": "at the bottom"},
+    | {
+        "middle left": "on the left",
+        "middle right": "on the right",
+        "upper middle": "at the top",
+        "lower middle": "at the bottom",
+    },
     "SV": {p: f"in the {p} of the picture" for p in PLACES},
     "LLA": {p: f"at the {p.replace('upper', 'top').replace('lower', 'bottom')} of the image" for p in PLACES},
 }
 _LONG_FORMS = {
     "IB": ("A {size} {texture} {color} {shape} is {place}.", "There is a {size} {color} {texture} {shape} {place}."),
-    "SV": ("{Place}, there is a {size} {color} {shape} {texture}.", "A {size} {color} {shape} {texture} can be seen {place}."),
+    "SV": (
+        "{Place}, there is a {size} {color} {shape} {texture}.",
+        "A {size} {color} {shape} {texture} can be seen {place}.",
+    ),
     "LLA": (
         "The image shows a {texture} {color} {shape}, {size} in size, {place}.",
         "{Place} sits a {size} {color} {shape} that looks {texture}.",
@@ -112,7 +130,10 @@ _SHORT_FORMS = {
         "A {color} {shape} and a {color2} {shape2} are shown on {ground}.",
         "The picture has {number} things, among them a {color} {shape}.",
     ),
-    "LLA": ("An image of a {color} {shape} next to a {color2} {shape2}.", "{number} colorful objects placed on {ground}."),
+    "LLA": (
+        "An image of a {color} {shape} next to a {color2} {shape2}.",
+        "{number} colorful objects placed on {ground}.",
+    ),
 }
 _RAW_FORMS = (
     "a photo of some things",
@@ -165,7 +186,9 @@ def compose_scene(rng: np.random.Generator, image_size: int = 96) -> Scene:
     background = str(rng.choice(painting.BACKGROUNDS))
     while True:
         cells = rng.choice(9, count, replace=False)
-        objects = tuple(_compose_object(rng, str(color), int(cell), image_size) for color, cell in zip(colors, cells, strict=True))
+        objects = tuple(
+            _compose_object(rng, str(color), int(cell), image_size) for color, cell in zip(colors, cells, strict=True)
+        )
         if not _any_touch(objects):
             return Scene(background, objects, image_size)
 
@@ -234,9 +257,13 @@ def prepare_scenes(output: str | Path, num_train: int = 6000, num_val: int = 200
         if not captions.is_file() or captions.read_bytes() != text:
             captions.write_bytes(text)
         summary[split] = (
-            {"samples": count} | {name: str(folder / name) for name in ("images", "masks")} | {"captions": str(folder / "captions.csv")}
+            {"samples": count}
+            | {name: str(folder / name) for name in ("images", "masks")}
+            | {"captions": str(folder / "captions.csv")}
         )
-    print(f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output} ({time.monotonic() - started:.0f} s)")
+    print(
+        f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output} ({time.monotonic() - started:.0f} s)"
+    )
     return summary
 
 
@@ -258,12 +285,16 @@ def _compose_object(rng: np.random.Generator, color: str, cell: int, image_size:
     margin = radius * 1.12 + 1
     x, y = (float(np.clip(16 + 32 * c + rng.uniform(-4, 4), margin, 96 - margin)) for c in (column, row))
     shape, texture = str(rng.choice(painting.SHAPES)), str(rng.choice(painting.TEXTURES))
-    return SceneObject(shape, color, texture, size, PLACES[cell], (x * unit, y * unit), radius * unit, float(rng.uniform(-0.25, 0.25)))
+    return SceneObject(
+        shape, color, texture, size, PLACES[cell], (x * unit, y * unit), radius * unit, float(rng.uniform(-0.25, 0.25))
+    )
 
 
 def _any_touch(objects: tuple[SceneObject, ...]) -> bool:
     pairs = ((a, b) for i, a in enumerate(objects) for b in objects[:i])
-    return any(np.hypot(a.center[0] - b.center[0], a.center[1] - b.center[1]) < 1.06 * (a.radius + b.radius) for a, b in pairs)
+    return any(
+        np.hypot(a.center[0] - b.center[0], a.center[1] - b.center[1]) < 1.06 * (a.radius + b.radius) for a, b in pairs
+    )
 
 
 def _describe(thing: SceneObject, speaker: str, form: str) -> str:

@@ -19,7 +19,13 @@ from dreamlip_train.jobs.progress_line import Progress
 
 
 def validate_shards(
-    pattern: str, *, count_tokens: CountTokens | None = None, allow_pipe: bool = False, index: bool = True, crop: int = 0, fix: str = ""
+    pattern: str,
+    *,
+    count_tokens: CountTokens | None = None,
+    allow_pipe: bool = False,
+    index: bool = True,
+    crop: int = 0,
+    fix: str = "",
 ) -> dict[str, Any]:
     """Check every sample of the shards, write a manifest.json into each of their folders (``index``), and return the whole as one manifest.
 
@@ -57,13 +63,23 @@ def validate_shards(
             progress.update(f"{done} of {len(shards)} shards, {total.samples} samples, {total.bad_count} findings")
     for column in CAPTION_COLUMNS:
         if kinds[column, "list"] and kinds[column, "string"]:
-            total.add_bad("lists and strings in one column", column, f"{kinds[column, 'list']} lists, {kinds[column, 'string']} strings")
+            total.add_bad(
+                "lists and strings in one column",
+                column,
+                f"{kinds[column, 'list']} lists, {kinds[column, 'string']} strings",
+            )
     for folder, (counts, listed) in folders.items():
         if folder is not None and index:
             write_json(folder / MANIFEST, {"format": 1, **counts.summary(), "shards": listed})
-    manifest = {"format": 1, **total.summary(), "shards": {name: entry for _, listed in folders.values() for name, entry in listed.items()}}
+    manifest = {
+        "format": 1,
+        **total.summary(),
+        "shards": {name: entry for _, listed in folders.values() for name, entry in listed.items()},
+    }
     if total.samples == 0:
-        raise ValueError(f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}")
+        raise ValueError(
+            f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}"
+        )
     if fix:
         Path(fix).mkdir(parents=True, exist_ok=True)
         for _ in map_bounded(lambda shard: _fix(shard, Path(fix), repeated), shards):
@@ -90,7 +106,12 @@ def _check(
 
 
 def _check_sample(
-    shard: str, sample: dict[str, Any], counts: Statistics, kinds: Counter[tuple[str, str]], count_tokens: CountTokens | None, crop: int
+    shard: str,
+    sample: dict[str, Any],
+    counts: Statistics,
+    kinds: Counter[tuple[str, str]],
+    count_tokens: CountTokens | None,
+    crop: int,
 ) -> None:
     name = f"{shard}: {sample['key']}"
     image = image_of(sample)

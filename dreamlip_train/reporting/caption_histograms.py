@@ -16,7 +16,9 @@ _KINDS = ("sub_captions", "tokens", "sub_caption_tokens")
 Histograms = dict[str, dict[str, Counter[int]]]
 
 
-def caption_histograms(pattern: str, count_tokens: CountTokens, *, max_shards: int = 0, splitter: Splitter = "sentence") -> Histograms:
+def caption_histograms(
+    pattern: str, count_tokens: CountTokens, *, max_shards: int = 0, splitter: Splitter = "sentence"
+) -> Histograms:
     """{source: {"sub_captions": how many a caption has, "tokens": of the whole caption, "sub_caption_tokens"}}, each a Counter.
 
     Raises:
@@ -84,7 +86,9 @@ def format_histograms(histograms: Histograms) -> str:
             f"{source:<20}{kinds['sub_captions'].total():>10}{mean(kinds['sub_captions']):>14.2f}{mean(kinds['tokens']):>9.1f}{mean(lengths):>31.1f}"
             + "".join(f"{percentile(lengths, p):>6}" for p in _PERCENTILES)
         )
-    over = sum(count for kinds in histograms.values() for length, count in kinds["sub_caption_tokens"].items() if length > 77)
+    over = sum(
+        count for kinds in histograms.values() for length, count in kinds["sub_caption_tokens"].items() if length > 77
+    )
     every = sum(kinds["sub_caption_tokens"].total() for kinds in histograms.values())
     lines.append(
         f"text crop buckets: {', '.join(map(str, crop_buckets(histograms)))} tokens; {over / every:.2%} of the sub-captions are over 77 and are cut"
@@ -108,11 +112,21 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
             (axes[1], "tokens", "Tokens a caption", 8),
         ):
             for number, (source, kinds) in enumerate(histograms.items()):
-                if kind == "sub_captions" and max(kinds[kind]) == 1 and any(max(other[kind]) > 1 for other in histograms.values()):
+                if (
+                    kind == "sub_captions"
+                    and max(kinds[kind]) == 1
+                    and any(max(other[kind]) > 1 for other in histograms.values())
+                ):
                     continue  # raw and short captions are one each: a line at 1 would dwarf the others
                 points = _shares(kinds[kind], width)
                 style = {"color": COLORS[number % len(COLORS)], "linestyle": "-" if number < len(COLORS) else "--"}
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{source} (mean {mean(kinds[kind]):.1f})", **style)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker="o",
+                    markersize=3,
+                    label=f"{source} (mean {mean(kinds[kind]):.1f})",
+                    **style,
+                )
             axis.set(title=title, ylabel="% of the captions", xlabel=title.split()[0].lower())
             axis.set_ylim(bottom=0)
             axis.legend()
@@ -127,5 +141,6 @@ def _shares(histogram: Counter[int], width: int) -> list[tuple[float, float]]:
         binned[value // width] += count
     last = percentile(histogram, 99) // width
     return [
-        ((b + (0.5 if width > 1 else 0)) * width, 100 * binned[b] / histogram.total()) for b in range(max(0, min(binned) - 1), last + 2)
+        ((b + (0.5 if width > 1 else 0)) * width, 100 * binned[b] / histogram.total())
+        for b in range(max(0, min(binned) - 1), last + 2)
     ]

@@ -70,7 +70,9 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     columns = min(3, len(panels))
     with plt.rc_context(STYLE):
         shape = (-(-len(panels) // columns), columns)
-        figure, axes = plt.subplots(*shape, figsize=(4.0 * shape[1], 2.7 * shape[0]), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            *shape, figsize=(4.0 * shape[1], 2.7 * shape[0]), squeeze=False, layout="constrained"
+        )
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         for axis, (title, names, unit) in zip(axes.flat, panels, strict=False):
@@ -103,20 +105,28 @@ def plot_runs(metrics: dict[str, Path], png: str | Path) -> None:
         ValueError: a file has no logged step.
     """
     runs = {label: _read_metrics(path) for label, path in metrics.items()}
-    panels = [(title, unit, {label: _series(rows, name) for label, rows in runs.items()}) for title, name, unit in _COMPARED]
-    panels = [(title, unit, {label: points for label, points in lines.items() if points}) for title, unit, lines in panels]
+    panels = [
+        (title, unit, {label: _series(rows, name) for label, rows in runs.items()}) for title, name, unit in _COMPARED
+    ]
+    panels = [
+        (title, unit, {label: points for label, points in lines.items() if points}) for title, unit, lines in panels
+    ]
     panels = [panel for panel in panels if panel[2]]
     colors = dict(
         zip(
             runs,
-            (plt.get_cmap("turbo")(x) for x in np.linspace(0.08, 0.92, len(runs))) if len(runs) > len(COLORS) else COLORS,
+            (plt.get_cmap("turbo")(x) for x in np.linspace(0.08, 0.92, len(runs)))
+            if len(runs) > len(COLORS)
+            else COLORS,
             strict=False,
         )
     )
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(4.0 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(4.0 * columns, 2.7 * rows), squeeze=False, layout="constrained"
+        )
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
@@ -215,7 +225,12 @@ def plot_grouping(
         plt.close(figure)
 
 
-_CELL, _GAP, _BAND, _MARGIN = 1.62, 0.10, 0.62, 0.12  # inches: picture side, space between, caption band under it, page margin
+_CELL, _GAP, _BAND, _MARGIN = (
+    1.62,
+    0.10,
+    0.62,
+    0.12,
+)  # inches: picture side, space between, caption band under it, page margin
 _SHOWN_PIXELS = 320  # a picture is drawn with about so many pixels a side, so that patch edges stay sharp
 
 
@@ -255,9 +270,24 @@ def _show(axis: Axes, picture_HWC: np.ndarray, caption: str, color: str) -> None
     axis.autoscale(False)
     lines = textwrap.wrap(caption, 27, max_lines=4, placeholder=" …")
     style = {"transform": axis.transAxes, "va": "top", "fontsize": 7, "linespacing": 1.15}
-    axis.text(0, -0.04, "\n".join(lines), color=MUTED if color == MUTED else INK, style="italic" if color == MUTED else "normal", **style)
+    axis.text(
+        0,
+        -0.04,
+        "\n".join(lines),
+        color=MUTED if color == MUTED else INK,
+        style="italic" if color == MUTED else "normal",
+        **style,
+    )
     if color != MUTED:
-        axis.plot([0, 1], [-0.012, -0.012], transform=axis.transAxes, color=color, linewidth=2.5, solid_capstyle="butt", clip_on=False)
+        axis.plot(
+            [0, 1],
+            [-0.012, -0.012],
+            transform=axis.transAxes,
+            color=color,
+            linewidth=2.5,
+            solid_capstyle="butt",
+            clip_on=False,
+        )
 
 
 def _outline(axis: Axes, region_HW: Tensor, zoom: int, color: str) -> None:
@@ -270,14 +300,18 @@ def _outline(axis: Axes, region_HW: Tensor, zoom: int, color: str) -> None:
 
 def _enlarged(image_CHW: Tensor, zoom: int) -> np.ndarray:
     """uint8 [3, H, W] -> float [zoom * H, zoom * W, 3] in [0, 1]."""
-    large = nn.functional.interpolate(image_CHW[None].float() / 255, scale_factor=zoom, mode="bicubic", align_corners=False)
+    large = nn.functional.interpolate(
+        image_CHW[None].float() / 255, scale_factor=zoom, mode="bicubic", align_corners=False
+    )
     return large[0].clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def _spotlight(picture_HWC: np.ndarray, weights_P: Tensor, grid: tuple[int, int], patch_pixels: int) -> np.ndarray:
     """The picture, lit patch by patch in proportion to weight over a dimmed grey copy of itself; border pixels of no patch stay dim."""
     height, width, _ = picture_HWC.shape
-    light = (weights_P / weights_P.max()).reshape(grid).numpy().repeat(patch_pixels, axis=0).repeat(patch_pixels, axis=1)
+    light = (
+        (weights_P / weights_P.max()).reshape(grid).numpy().repeat(patch_pixels, axis=0).repeat(patch_pixels, axis=1)
+    )
     light = np.pad(light, ((0, height - light.shape[0]), (0, width - light.shape[1])))[..., None]
     dimmed = 0.10 + 0.22 * picture_HWC.mean(axis=2, keepdims=True)
     return light * picture_HWC + (1 - light) * dimmed

@@ -52,7 +52,9 @@ def write_report(run: str | Path, output: str | Path = "", *, examples: int = 6)
     if not (run / "metrics.jsonl").is_file():
         raise ValueError(f"RUN: no file {run / 'metrics.jsonl'}; give a run folder of `dreamlip-train train`")
     output = Path(output) if output else run / "report.html"
-    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else _last_evaluation(run)
+    summary = (
+        json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else _last_evaluation(run)
+    )
     model, _ = load_for_eval(run)
     config = read_config(run / "config.toml")  # a reader may have corrected where the shards are by now
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +113,10 @@ def _header(run: Path, config: Config, summary: dict[str, Any]) -> str:
     }
     if "retrieval" in summary:
         recall = summary["retrieval"]["long_caption"]
-        facts |= {"R@1, text to image": f"{recall['t2i']['r_at_1']:.1f} %", "R@1, image to text": f"{recall['i2t']['r_at_1']:.1f} %"}
+        facts |= {
+            "R@1, text to image": f"{recall['t2i']['r_at_1']:.1f} %",
+            "R@1, image to text": f"{recall['i2t']['r_at_1']:.1f} %",
+        }
     cells = "".join(f"<div><b>{value}</b><span class='muted'>{name}</span></div>" for name, value in facts.items())
     losses = f"contrastive {config.loss.mpcl_weight:g} + grouping {config.loss.grouping_weight:g}"
     return (
@@ -139,7 +144,8 @@ def _retrieval(summary: dict[str, Any]) -> str:
         scores = summary["retrieval"][kind]
         for way, arrow in (("t2i", "text to image"), ("i2t", "image to text")):
             cells = [
-                f"{scores[way][k]:.1f} <span class='muted'>({scores['chance'][way][k]:.1f})</span>" for k in ("r_at_1", "r_at_5", "r_at_10")
+                f"{scores[way][k]:.1f} <span class='muted'>({scores['chance'][way][k]:.1f})</span>"
+                for k in ("r_at_1", "r_at_5", "r_at_10")
             ]
             rows.append([f"{label}, {arrow}", *cells])
     ours = _table(["held out, % (chance)", "R@1", "R@5", "R@10"], rows)
@@ -156,7 +162,11 @@ def _localization(summary: dict[str, Any]) -> str:
     located = summary.get("localization")
     if not located:
         raise ValueError("the held-out samples have no masks")
-    names = {"mass_inside": "weight inside the region", "pointing": "top patch inside the region", "miou": "IoU of the selected patches"}
+    names = {
+        "mass_inside": "weight inside the region",
+        "pointing": "top patch inside the region",
+        "miou": "IoU of the selected patches",
+    }
     rows = [[label, f"{located[name]['value']:.1f}", f"{located[name]['chance']:.1f}"] for name, label in names.items()]
     return f"<p>{located['sub_captions']:,} sub-captions with a region.</p>" + _table(["%", "this run", "chance"], rows)
 
@@ -188,9 +198,13 @@ def _example(one: Example) -> str:
     figures = []
     for place, (picture, cosine, own) in enumerate(one.found, 1):
         style, alt = ("own", "its own picture") if own else ("", "another picture")
-        figures.append(f'<figure class="{style}"><img alt="{alt}" src="{_jpeg(picture)}">{place}. cosine {cosine:.2f}</figure>')
+        figures.append(
+            f'<figure class="{style}"><img alt="{alt}" src="{_jpeg(picture)}">{place}. cosine {cosine:.2f}</figure>'
+        )
     if one.rank > len(one.found):
-        figures.append(f'<figure class="truth"><img alt="its own picture" src="{_jpeg(one.picture)}">its own: {one.rank}.</figure>')
+        figures.append(
+            f'<figure class="truth"><img alt="its own picture" src="{_jpeg(one.picture)}">its own: {one.rank}.</figure>'
+        )
     return f'<div class="example"><p>{html.escape(one.caption)}</p><div class="strip">{"".join(figures)}</div></div>'
 
 
@@ -202,7 +216,14 @@ def _data(config: Config) -> str:
         shards = list_shards(pattern, allow_pipe=False, field=name)
         manifest = Path(shards[0]).parent / "manifest.json"
         content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        rows.append([name, f"{len(shards):,}", f"{content['samples']:,}" if "samples" in content else "not counted", html.escape(pattern)])
+        rows.append(
+            [
+                name,
+                f"{len(shards):,}",
+                f"{content['samples']:,}" if "samples" in content else "not counted",
+                html.escape(pattern),
+            ]
+        )
         if name == "training":
             columns = content.get("captions", {})
     text = _table(["shards", "files", "samples", "pattern"], rows)
@@ -210,13 +231,19 @@ def _data(config: Config) -> str:
         cells = [
             [
                 html.escape(column),
-                *(f"{numbers.get(key, 0):,.1f}".removesuffix(".0") for key in ("samples", "sentences_mean", "tokens_mean")),
+                *(
+                    f"{numbers.get(key, 0):,.1f}".removesuffix(".0")
+                    for key in ("samples", "sentences_mean", "tokens_mean")
+                ),
             ]
             for column, numbers in columns.items()
         ]
         text += _table(["captions of the training shards", "captions", "sentences each", "tokens each"], cells)
     sources = ", ".join(config.data.caption_sources) or "every caption column"
-    return text + f"<p>Drawn from {html.escape(sources)}: {config.data.num_sub_captions} sub-captions an image, {config.data.sampling}.</p>"
+    return (
+        text
+        + f"<p>Drawn from {html.escape(sources)}: {config.data.num_sub_captions} sub-captions an image, {config.data.sampling}.</p>"
+    )
 
 
 def _settings(run: Path, summary: dict[str, Any]) -> str:
@@ -232,7 +259,9 @@ def _settings(run: Path, summary: dict[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], paper: bool = False) -> str:
-    lines = "".join(f"<tr{' class=paper' if paper else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    lines = "".join(
+        f"<tr{' class=paper' if paper else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 

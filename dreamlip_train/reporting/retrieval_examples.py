@@ -39,7 +39,11 @@ def retrieval_examples(
     samples: list[dict[str, Any]] = []
     image_rows, text_rows = [], []
     with eval_mode(model), torch.no_grad():
-        source = (sample for sample in val_samples(data, image_size=model.image_size, max_samples=max_samples) if sample["sentences"])
+        source = (
+            sample
+            for sample in val_samples(data, image_size=model.image_size, max_samples=max_samples)
+            if sample["sentences"]
+        )
         while batch := list(islice(source, batch_size)):
             image_nD, _, text_KD = encode_batch(model, batch, device, batch_size)
             samples += batch

@@ -49,18 +49,27 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     for key in engine.deepspeed:
         if key in _SET_ELSEWHERE:
-            raise ValueError(f"engine.deepspeed: {key!r} is set by {_SET_ELSEWHERE[key]}; take it out of the DeepSpeed config")
+            raise ValueError(
+                f"engine.deepspeed: {key!r} is set by {_SET_ELSEWHERE[key]}; take it out of the DeepSpeed config"
+            )
         if key not in _DEEPSPEED_KEYS:
             close = difflib.get_close_matches(key, (*_DEEPSPEED_KEYS, *_SET_ELSEWHERE), n=3) or list(_DEEPSPEED_KEYS)
             raise ValueError(f"engine.deepspeed: unknown key {key!r}; did you mean {', '.join(close)}?")
-    for section, key, field in (("zero_optimization", "stage", "engine.zero_stage"), ("torch_autocast", "enabled", "engine.precision")):
+    for section, key, field in (
+        ("zero_optimization", "stage", "engine.zero_stage"),
+        ("torch_autocast", "enabled", "engine.precision"),
+    ):
         if key in engine.deepspeed.get(section, {}):
-            raise ValueError(f"engine.deepspeed: {section}.{key} is set by {field}; take it out of the DeepSpeed config")
+            raise ValueError(
+                f"engine.deepspeed: {section}.{key} is set by {field}; take it out of the DeepSpeed config"
+            )
     return _merge(config, engine.deepspeed)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
     return merged

@@ -47,7 +47,14 @@ def init_distributed() -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import deepspeed
@@ -97,7 +104,9 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
     return optim.lr * (optim.final_lr_fraction + (1 - optim.final_lr_fraction) * cosine)
 
 
-def build_engine(model: DreamLIP, engine: EngineConfig, optim: OptimConfig, device: torch.device, *, resized: bool = False) -> Any:
+def build_engine(
+    model: DreamLIP, engine: EngineConfig, optim: OptimConfig, device: torch.device, *, resized: bool = False
+) -> Any:
     """``deepspeed.initialize`` of ``model`` with AdamW; the process group must exist (``init_distributed``).
 
     ``resized``: it will load a checkpoint that another number of ranks wrote.
@@ -116,7 +125,11 @@ def build_engine(model: DreamLIP, engine: EngineConfig, optim: OptimConfig, devi
     # lr=0 here, the real rate before each step: DeepSpeed's bf16 ZeRO-0 optimizer takes one step with zero gradients to allocate its state, and that step
     # would decay the weights and start Adam's bias correction at 2.
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay), lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=optim.fused
+        parameter_groups(model, optim.weight_decay),
+        lr=0.0,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=optim.fused,
     )
     try:
         built = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
@@ -132,7 +145,8 @@ def move_batch(batch: dict[str, Any], device: torch.device, pack: bool = True) -
     """``batch`` on ``device``, its captions packed into rows before they travel, or without ``pack`` cropped to the longest of them."""
     batch = {**batch, "text": pack_captions(batch["text"]) if pack else crop_to_longest(batch["text"])}
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, (Tensor, PackedCaptions)) else value for key, value in batch.items()
+        key: value.to(device, non_blocking=True) if isinstance(value, (Tensor, PackedCaptions)) else value
+        for key, value in batch.items()
     }
 
 

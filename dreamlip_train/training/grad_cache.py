@@ -31,7 +31,9 @@ def split_batch(batch: dict[str, Any], chunk_size: int) -> list[dict[str, Any]]:
     return [{key: batch[key][start : start + chunk_size] for key in keys} for start in range(0, count, chunk_size)]
 
 
-def cached_train_step(engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str, Any]], lr: float, *, patches: bool = True) -> StepResult:
+def cached_train_step(
+    engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str, Any]], lr: float, *, patches: bool = True
+) -> StepResult:
     """``engine.train_step`` of the batch that ``chunks`` (each as ``move_batch`` gives it) make up, under ZeRO 1 or 2.
 
     The engine must have been built with gradient_accumulation_steps = len(chunks).

@@ -160,7 +160,9 @@ class Loop:
         self.watchdog.now("saving a checkpoint")
         self.saved_at = time.monotonic()
         try:
-            path = checkpoint.save(self.engine, self.run_dir / "checkpoints", self.config, self.progress, self.loader.fingerprint)
+            path = checkpoint.save(
+                self.engine, self.run_dir / "checkpoints", self.config, self.progress, self.loader.fingerprint
+            )
         except checkpoint.SaveError as error:
             self.log.message(f"CHECKPOINT NOT SAVED: {error}. Training goes on without it; make room", loud=True)
             return
@@ -181,7 +183,12 @@ class Loop:
                 selection = config.selection()
                 try:
                     report = evaluate(
-                        model, config.data, config.eval, self.engine.device, **selection, should_stop=lambda: self.stop.name is not None
+                        model,
+                        config.data,
+                        config.eval,
+                        self.engine.device,
+                        **selection,
+                        should_stop=lambda: self.stop.name is not None,
                     )
                 except StoppedError:
                     self.log.message(f"step {self.progress.step}: the evaluation was broken off by {self.stop.name}")
@@ -211,7 +218,9 @@ class Loop:
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
         progress.skipped_samples = (progress.skipped_samples + samples)[-1000:]
-        self.log.message(f"step {progress.step} was skipped: {what} is not finite; its {len(samples)} samples are in {path}")
+        self.log.message(
+            f"step {progress.step} was skipped: {what} is not finite; its {len(samples)} samples are in {path}"
+        )
         if progress.skipped_in_a_row >= self.config.engine.max_nonfinite_steps:
             shown = ", ".join(f"{sample['shard']}: {sample['key']}" for sample in progress.skipped_samples[:8])
             raise RuntimeError(
@@ -222,7 +231,9 @@ class Loop:
     def _keep_samples(self, name: str, batch: dict[str, Any], **about: Any) -> tuple[Path, list[dict[str, str]]]:
         """One line of ``name`` in the run folder with the samples of all ranks. Collective."""
         everyone: list[Any] = [None] * self.ranks
-        dist.all_gather_object(everyone, [{"shard": shard, "key": key} for shard, key in zip(batch["shards"], batch["keys"], strict=True)])
+        dist.all_gather_object(
+            everyone, [{"shard": shard, "key": key} for shard, key in zip(batch["shards"], batch["keys"], strict=True)]
+        )
         samples = [sample for of_rank in everyone for sample in of_rank]
         path = self.run_dir / name
         if dist.get_rank() == 0:
@@ -248,14 +259,26 @@ class Loop:
         flops = (images * self.cost.image + tokens * self.cost.token) / seconds / self.ranks
         row: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "loss": sum(parts.values()), **parts}
         row |= {name: float(value) for name, value in result.scales.items()} | {"lr": lr, "grad_norm": result.grad_norm}
-        row |= {"images_per_s": images / seconds, "tokens_per_s": tokens / seconds, "data_wait": float(wait), "tflops": flops / 1e12}
+        row |= {
+            "images_per_s": images / seconds,
+            "tokens_per_s": tokens / seconds,
+            "data_wait": float(wait),
+            "tflops": flops / 1e12,
+        }
         row |= {"mfu": flops / self.cost.peak} if self.cost.peak else {}
-        row |= {"captions_cut": int(cut), "memory": memory_gb(self.engine.device), "skipped_steps": progress.skipped_steps}
+        row |= {
+            "captions_cut": int(cut),
+            "memory": memory_gb(self.engine.device),
+            "skipped_steps": progress.skipped_steps,
+        }
         seconds_left = (self.total_steps - progress.step) * self.loader.layout.global_batch / row["images_per_s"]
         shown = ", ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in parts.items())
         mfu = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
         self.log.row(
-            {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()},
+            {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in row.items()
+            },
             f"step {progress.step}/{self.total_steps}  loss {row['loss']:.3f} ({shown})  {row['images_per_s']:.0f} images/s{mfu}  "
             f"waiting for data {row['data_wait']:.0%}  {duration(seconds_left)} left",
         )

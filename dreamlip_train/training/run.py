@@ -28,7 +28,9 @@ from dreamlip_train.training.loop import Cost, Loop
 from dreamlip_train.training.summary import final_report
 
 
-def train(config: Config, run_dir: str | Path, start: str = "auto", accept_changes: bool = False) -> dict[str, Any] | None:
+def train(
+    config: Config, run_dir: str | Path, start: str = "auto", accept_changes: bool = False
+) -> dict[str, Any] | None:
     """Train what ``config`` describes in ``run_dir`` and return summary.json's content (None on ranks other than 0, and when a signal ended the run).
 
     A SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any rank ends the run on all of them after the step, with a checkpoint.
@@ -74,7 +76,11 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
     log = RunLog(run_dir, rank, total_steps, config.engine.wandb_project)
     try:
         log.message(_header(config, run_dir, device, total_steps, loader))
-        cost = Cost(*training_flops(model), peak=peak_flops(device, config.engine.precision)) if rank == 0 else Cost(0.0, 0.0, None)
+        cost = (
+            Cost(*training_flops(model), peak=peak_flops(device, config.engine.precision))
+            if rank == 0
+            else Cost(0.0, 0.0, None)
+        )
         written_by = read_manifest(start_from)["world_size"] if start_from else ranks
         engine = build_engine(model, config.engine, config.optim, device, resized=written_by != ranks)
         torch.manual_seed(config.engine.seed + rank)
@@ -110,7 +116,13 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
 
 
 def _report(
-    engine: Any, config: Config, run_dir: Path, log: RunLog, facts: dict[str, Any], device: torch.device, stop: StopRequest
+    engine: Any,
+    config: Config,
+    run_dir: Path,
+    log: RunLog,
+    facts: dict[str, Any],
+    device: torch.device,
+    stop: StopRequest,
 ) -> dict[str, Any] | None:
     """Evaluation, pictures and summary.json of the trained model, by rank 0."""
     with evaluation_model(engine, config.model) as model:
@@ -119,7 +131,9 @@ def _report(
         try:
             return final_report(model, config, run_dir, log, facts, device, should_stop=lambda: stop.name is not None)
         except StoppedError:
-            log.message(f"the report was broken off by {stop.name}; everything is trained and saved, the same command writes it")
+            log.message(
+                f"the report was broken off by {stop.name}; everything is trained and saved, the same command writes it"
+            )
             return None
 
 

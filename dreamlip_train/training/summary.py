@@ -34,7 +34,10 @@ def final_report(
         report = evaluate(model, config.data, config.eval, device, **selection, should_stop=should_stop)
         summary |= report
         recall = report["retrieval"]["long_caption"]
-        log.row({"step": facts["steps"], **report}, f"held-out R@1 {recall['t2i']['r_at_1']:.1f} / {recall['i2t']['r_at_1']:.1f}")
+        log.row(
+            {"step": facts["steps"], **report},
+            f"held-out R@1 {recall['t2i']['r_at_1']:.1f} / {recall['i2t']['r_at_1']:.1f}",
+        )
         if config.loss.grouping_weight > 0:
             samples = val_samples(config.data, image_size=model.image_size)
             plot_grouping(model, samples, run_dir / "grouping.png", **selection)

@@ -110,7 +110,11 @@ def compiled(script, tmp_path, *arguments):
 
 def registers(path):
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return int(re.search(r"REG:(\d+)", subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout)[1])
+    return int(
+        re.search(
+            r"REG:(\d+)", subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        )[1]
+    )
 
 
 def check(path, code, shared, arch, tensor_core):
@@ -121,7 +125,9 @@ def check(path, code, shared, arch, tensor_core):
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow), pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow), pytest.param("fp32", marks=pytest.mark.slow)]
+)
 def test_shipped_configurations(arch, dtype, tmp_path):
     built = list(compiled(SCRIPT, tmp_path, arch, tmp_path, dtype))
     assert len(built) == 6
@@ -164,7 +170,17 @@ NVCC = shutil.which("nvcc")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_cuda_kernels(arch, tmp_path):
     """Registers, spills and tensor-core instructions of csrc/patch_pool.cuh as nvcc builds it; float16 differs from bfloat16 in one instruction."""
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-I", str(ROOT / "csrc")]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "--expt-relaxed-constexpr",
+        f"-arch=sm_{arch}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        "-I",
+        str(ROOT / "csrc"),
+    ]
     command = [NVCC, *flags, str(ROOT / "tests/csrc/compile_only.cu"), "-o", str(tmp_path / "kernels.cubin")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -173,7 +189,9 @@ def test_cuda_kernels(arch, tmp_path):
     assert len(spills) == len(registers) == 8 and all(pair == ("0", "0") for pair in spills), run.stderr
     assert max(registers) <= 255
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    code = subprocess.run([disassembler, str(tmp_path / "kernels.cubin")], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run(
+        [disassembler, str(tmp_path / "kernels.cubin")], capture_output=True, text=True, check=True
+    ).stdout
     for instruction in ("HMMA", "LDSM", "LDGSTS"):
         assert len(re.findall(rf"\b{instruction}\b", code)) >= 8, f"no {instruction}"
     assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code), "local memory or atomics"

@@ -60,7 +60,9 @@ def test_logsumexp_masks(small_tiles, masked):
 def test_tiles_meet_without_seams(small_tiles, m, c, k, d):
     x, y = clip_like(max(m, c), k, d)
     x, y, s = x[:m], y[:c].transpose(0, 1), torch.tensor(14.3)
-    assert_no_worse_than_torch("tiles", *three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s)))
+    assert_no_worse_than_torch(
+        "tiles", *three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s))
+    )
 
 
 @pytest.mark.parametrize("case", ["anti-aligned at scale 100", "not normalised", "scale 1000", "scale 0"])
@@ -76,7 +78,9 @@ def test_any_finite_input_is_right(case):
         got, low, gold = three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s))
         assert (got[2] == 0).all() and (got[3] == 0).all()
         return assert_no_worse_than_torch(case, *([v[i] for i in (0, 1, 4)] for v in (got, low, gold)))
-    assert_no_worse_than_torch(case, *three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s)))
+    assert_no_worse_than_torch(
+        case, *three_ways(dk.bidirectional_logsumexp, reference.bidirectional_logsumexp, (x, y, s))
+    )
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "offset", "strided D"])
@@ -138,7 +142,9 @@ def test_pair_losses(masked):
     oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s, text_mask=mask, reduction="none")  # noqa: E731
     assert_no_worse_than_torch("pairs", *three_ways(op, oracle, (image, text, torch.tensor(14.3))))
     if masked:
-        assert (dk.multi_positive_contrastive_loss(image, text, 14.3, text_mask=mask, reduction="none")[~mask] == 0).all()
+        assert (
+            dk.multi_positive_contrastive_loss(image, text, 14.3, text_mask=mask, reduction="none")[~mask] == 0
+        ).all()
 
 
 @pytest.mark.parametrize("negatives, positives", MODES)
@@ -160,7 +166,9 @@ def test_gradcheck(masked):
     inputs = [t.requires_grad_() for t in (image, text, torch.tensor(4.0, dtype=torch.float64))]
     for negatives, positives in MODES:
         assert torch.autograd.gradcheck(
-            lambda i, t, s, n=negatives, p=positives: dk.multi_positive_contrastive_loss(i, t, s, text_mask=mask, negatives=n, positives=p),
+            lambda i, t, s, n=negatives, p=positives: dk.multi_positive_contrastive_loss(
+                i, t, s, text_mask=mask, negatives=n, positives=p
+            ),
             inputs,
         )
 

@@ -29,7 +29,9 @@ def exact(inputs, **options):
 
 def eager(inputs, **options):
     """The oracle at the inputs' dtype: its logits are rounded as eager code under AMP rounds them."""
-    return value_and_grads(lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), **options), inputs)
+    return value_and_grads(
+        lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), **options), inputs
+    )
 
 
 def relative(got, gold):
@@ -47,7 +49,9 @@ def test_gradients_are_at_least_as_close_as_eager_amps(n, k, d, dtype, negatives
     gold = exact(inputs, **options)
     amp = [v.bfloat16() if dtype == torch.float32 and v.ndim > 1 else v for v in inputs]
     theirs = relative(eager(amp, **options), gold)
-    for error, bound in zip(relative(value_and_grads(lambda *i: ours(*i, **options), inputs), gold), theirs, strict=True):
+    for error, bound in zip(
+        relative(value_and_grads(lambda *i: ours(*i, **options), inputs), gold), theirs, strict=True
+    ):
         assert error <= bound + 1e-4, (error, bound)
 
 

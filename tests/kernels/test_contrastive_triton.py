@@ -39,7 +39,9 @@ def close(name, op, oracle, draws):
     got = [value_and_grads(op, inputs) for inputs in draws]
     gold = [value_and_grads(oracle, [v.double() for v in inputs]) for inputs in draws]
     low = [value_and_grads(oracle, [rounded(v) for v in inputs]) for inputs in draws]
-    for i, (g, lo, go) in enumerate(zip(*(map(torch.stack, zip(*way, strict=True)) for way in (got, low, gold)), strict=True)):
+    for i, (g, lo, go) in enumerate(
+        zip(*(map(torch.stack, zip(*way, strict=True)) for way in (got, low, gold)), strict=True)
+    ):
         finite = torch.isfinite(go)
         assert torch.equal(torch.isfinite(g), finite), f"{name}[{i}]: infinities differ"
         largest = go[finite].abs().max().item()
@@ -68,9 +70,12 @@ def test_logsumexp(m, c, k, d, dtype, scale):
 
 
 @pytest.mark.parametrize(
-    "slot, scale", [("some", 14.3), ("a whole slot", 14.3), ("some", -14.3), ("some", 0.0), ("some", 100.0), ("some", 1000.0)]
+    "slot, scale",
+    [("some", 14.3), ("a whole slot", 14.3), ("some", -14.3), ("some", 0.0), ("some", 100.0), ("some", 1000.0)],
 )
-@pytest.mark.parametrize("dtype, held", [(torch.float32, 0.0), (torch.float32, 1e30), (torch.float16, 0.0), (torch.float16, 6e4)])
+@pytest.mark.parametrize(
+    "dtype, held", [(torch.float32, 0.0), (torch.float32, 1e30), (torch.float16, 0.0), (torch.float16, 6e4)]
+)
 def test_masks(slot, scale, dtype, held):
     """Whichever way a scale turns infinity, in the exact kernels too (1000), and whatever is ``held`` where something is dropped."""
     gen = torch.Generator().manual_seed(1)
@@ -118,7 +123,9 @@ def test_opcheck():
     """Compiled code is told the truth about shapes, dtypes and strides, of a D that the kernels pad too."""
     x, y = clip_like(9, 2, 13)
     x, y, scale = x.requires_grad_(), y.transpose(0, 1).requires_grad_(), torch.tensor(3.0, requires_grad=True)
-    torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, (x, y, scale, None, None, True, "triton"))
+    torch.library.opcheck(
+        torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, (x, y, scale, None, None, True, "triton")
+    )
     x, y, scale = x.detach(), y.detach(), scale.detach()
     sums = (*reference.bidirectional_logsumexp(x, y, scale), *torch.rand(3, 2, 9))
     for wide in (False, True):
@@ -163,7 +170,9 @@ def test_at_least_as_close_as_eager_amp(dtype, negatives, positives):
     oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), **options)  # noqa: E731
     gold = value_and_grads(oracle, [v.double() for v in inputs])
     amp = value_and_grads(oracle, [v.bfloat16() if dtype == torch.float32 and v.ndim > 1 else v for v in inputs])
-    got = value_and_grads(lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton", **options), inputs)
+    got = value_and_grads(
+        lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton", **options), inputs
+    )
     for name, ours, theirs, expected in zip(("loss", "d_image", "d_text", "d_scale"), got, amp, gold, strict=True):
         error, allowed = ((v.double() - expected).norm() for v in (ours, theirs))
         assert error <= (allowed / 5 if expected.ndim else allowed), f"{name}: {error:.2e}, eager {allowed:.2e}"
@@ -175,7 +184,9 @@ def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
 
     image, text = clip_like(32, 2, 32, noise=0.6)
     inputs = (image, text, torch.tensor(20.0))
-    gold = value_and_grads(lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s), [v.double() for v in inputs])
+    gold = value_and_grads(
+        lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s), [v.double() for v in inputs]
+    )
 
     def error():
         got = value_and_grads(lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="triton"), inputs)
@@ -197,7 +208,9 @@ def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
 def test_positives_may_lie_anywhere(diagonal):
     """A stretch of the world's rows holds the positives of some columns, or of none."""
     x, y = clip_like(40, 2, 24)
-    x, y = (v.half().float() for v in (x[:33].contiguous(), y.transpose(0, 1).contiguous()))  # so that only G is rounded
+    x, y = (
+        v.half().float() for v in (x[:33].contiguous(), y.transpose(0, 1).contiguous())
+    )  # so that only G is rounded
     scale, gen = torch.tensor(14.3), torch.Generator().manual_seed(0)
     row, col = reference.bidirectional_logsumexp(x.double(), y.double(), scale.double())
     upstream = torch.rand(2, 33, generator=gen), torch.rand(2, 40, generator=gen)
@@ -206,7 +219,10 @@ def test_positives_may_lie_anywhere(diagonal):
     there = (diagonal + columns >= 0) & (diagonal + columns < 33)
     x64, y64, scale64 = (v.double().requires_grad_() for v in (x, y, scale))
     for d_pos in (None, positives):
-        value = sum((lse * d).sum() for lse, d in zip(reference.bidirectional_logsumexp(x64, y64, scale64), upstream, strict=True))
+        value = sum(
+            (lse * d).sum()
+            for lse, d in zip(reference.bidirectional_logsumexp(x64, y64, scale64), upstream, strict=True)
+        )
         if d_pos is not None:
             value = value + scale64 * (d_pos[:, there, None] * x64[(diagonal + columns)[there]] * y64[:, there]).sum()
         gold = torch.autograd.grad(value, (x64, y64, scale64))
@@ -224,10 +240,14 @@ def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
     from dreamlip_kernels.ops import logsumexp_triton
 
     x, y = clip_like(300, 2, 16)
-    whole = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
+    whole = value_and_grads(
+        lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1))
+    )
     monkeypatch.setattr(settings, "workspace_bytes", 2**15)
     assert logsumexp_triton._chunks(300, 300, 2, 2) == (128, 128) and logsumexp_triton._chunks(900, 100, 2, 2)[0] < 900
-    parts = value_and_grads(lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1)))
+    parts = value_and_grads(
+        lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1))
+    )
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
 
@@ -239,7 +259,9 @@ def pointers(monkeypatch):
 
     real = logsumexp_triton.Operands.arguments
     monkeypatch.setattr(
-        logsumexp_triton.Operands, "arguments", lambda self, blocks: real(self, blocks) | dict(x=self.x, y=self.y, DESCRIPTOR=False)
+        logsumexp_triton.Operands,
+        "arguments",
+        lambda self, blocks: real(self, blocks) | dict(x=self.x, y=self.y, DESCRIPTOR=False),
     )
 
 
@@ -275,7 +297,9 @@ def test_float32_as_float32(monkeypatch, case):
         rough = value_and_grads(op, inputs)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert any((a.double() - e).abs().max() > 4e-6 + 1e-5 * e.abs().max() for a, e in zip(rough, gold, strict=True)), "float16 would show"
+    assert any((a.double() - e).abs().max() > 4e-6 + 1e-5 * e.abs().max() for a, e in zip(rough, gold, strict=True)), (
+        "float16 would show"
+    )
 
 
 class NothingLaunched:
@@ -289,7 +313,9 @@ def most_allocated(step):
     """(what ``step()`` returns, the most bytes it had allocated at a time)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         out = step()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    )
     return out, max(itertools.accumulate(e.nbytes() for e in events))
 
 
@@ -301,9 +327,13 @@ def counted(monkeypatch):
 
     for kernel in ("exp_sums", "online_rows", "gradient_tile"):
         monkeypatch.setattr(logsumexp_triton, kernel, NothingLaunched())
-    monkeypatch.setattr(logsumexp_triton, "_accumulate", lambda out, a, b: None)  # on a CPU it would widen its operands first
     monkeypatch.setattr(
-        logsumexp_triton.Operands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
+        logsumexp_triton, "_accumulate", lambda out, a, b: None
+    )  # on a CPU it would widen its operands first
+    monkeypatch.setattr(
+        logsumexp_triton.Operands,
+        "blocks",
+        lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1]),
     )
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 

@@ -17,10 +17,15 @@ from patch_cases import compare, region_like
 from dreamlip_kernels import reference
 
 ROOT = Path(__file__).parents[2]
-TOOLKITS = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
+TOOLKITS = [
+    os.environ.get("CUDA_HOME", ""),
+    "/usr/local/cuda",
+    *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True)),
+]
 CUDA = next((path for path in TOOLKITS if path and Path(path, "include/cuda_bf16.h").is_file()), None)
 pytestmark = pytest.mark.skipif(
-    CUDA is None or shutil.which("g++") is None, reason="needs g++ and CUDA's headers (CUDA_HOME) to compile the kernels"
+    CUDA is None or shutil.which("g++") is None,
+    reason="needs g++ and CUDA's headers (CUDA_HOME) to compile the kernels",
 )
 
 
@@ -29,7 +34,19 @@ def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("emulated") / "kernels.so"
     includes = ["-I", ROOT / "csrc", "-I", ROOT / "tests/csrc", "-isystem", Path(CUDA, "include")]
     subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *includes, ROOT / "tests/csrc/emulate.cpp", "-o", target], check=True
+        [
+            "g++",
+            "-std=c++17",
+            "-O2",
+            "-w",
+            "-shared",
+            "-fPIC",
+            *includes,
+            ROOT / "tests/csrc/emulate.cpp",
+            "-o",
+            target,
+        ],
+        check=True,
     )
     return ctypes.CDLL(str(target))
 
@@ -62,13 +79,17 @@ def _call(call, patches, texts, *tensors):
     pointers = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (patches, texts, *tensors)]
     kind = ("minmax", "softmax", "none").index(normalization)
     shape = (n, p, texts.shape[1], d, (torch.bfloat16, torch.float16, torch.float32).index(patches.dtype))
-    code = library.emulate(*shape, ctypes.c_double(-1e38 if threshold is None else threshold), kind, slots, blocks, 1, *pointers)
+    code = library.emulate(
+        *shape, ctypes.c_double(-1e38 if threshold is None else threshold), kind, slots, blocks, 1, *pointers
+    )
     assert code == 0, code
 
 
 def both(library, *, threshold=None, normalization="minmax", mask=None, slots=0, blocks=2):
     op = lambda x, t: Emulated.apply(library, x, t, threshold, normalization, mask, slots, blocks)  # noqa: E731
-    return op, lambda x, t: reference.group_patches(x, t, threshold=threshold, normalization=normalization, patch_mask=mask)
+    return op, lambda x, t: reference.group_patches(
+        x, t, threshold=threshold, normalization=normalization, patch_mask=mask
+    )
 
 
 # (N, P, K, D, slots): everything in shared memory (0), or a ring of so many boxes. One patch; rows and columns that fill no tile, several images a block;
@@ -96,7 +117,9 @@ def test_group_patches(library, n, p, k, d, slots, dtype):
     compare("pooled, dx, dt", op, oracle, (patches, texts))
 
 
-@pytest.mark.parametrize("normalization, threshold", [("minmax", 0.5), ("softmax", 0.03), ("none", 0.1), ("none", -1.0)])
+@pytest.mark.parametrize(
+    "normalization, threshold", [("minmax", 0.5), ("softmax", 0.03), ("none", 0.1), ("none", -1.0)]
+)
 @pytest.mark.parametrize("slots, dtype", [(0, torch.float16), (2, torch.float16), (2, torch.float32)])
 def test_modes_with_a_patch_mask(library, normalization, threshold, slots, dtype):
     patches, texts = region_like(4, 37, 4, 72, dtype, threshold if threshold > 0 else None, normalization)

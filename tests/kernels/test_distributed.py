@@ -34,7 +34,9 @@ CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in S
 
 
 # Backward in three stretches of rows, of unequal length where n does not divide.
-IN_STRETCHES = [dict(stretches=3, loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)]
+IN_STRETCHES = [
+    dict(stretches=3, loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)
+]
 
 
 def run_case(module, case, image, text, patches, mask):
@@ -99,14 +101,20 @@ def triton_worker(rank, world, port):
     image, text = clip_like(n * world, k, d, noise=1.5)
     mask = torch.rand(n * world, k, generator=torch.Generator().manual_seed(2)) > 0.3
     own = slice(rank * n, (rank + 1) * n)
-    for negatives, positives, masked, stretches in (("slot", "mean", True, 1), ("all", "logsum", False, 1), ("slot", "mean", False, 3)):
+    for negatives, positives, masked, stretches in (
+        ("slot", "mean", True, 1),
+        ("all", "logsum", False, 1),
+        ("slot", "mean", False, 3),
+    ):
         gathered_logsumexp.ROWS_A_STRETCH = n * world // stretches
         options = dict(negatives=negatives, positives=positives)
         inputs = [v.double().requires_grad_() for v in (image, text, torch.tensor(20.0))]
         expected = reference.multi_positive_contrastive_loss(*inputs, text_mask=mask if masked else None, **options)
         gold = torch.autograd.grad(expected, inputs)
         inputs = [v.clone().requires_grad_() for v in (image[own], text[own], torch.tensor(20.0))]
-        loss = dk.multi_positive_contrastive_loss(*inputs, text_mask=mask[own] if masked else None, backend="triton", **options)
+        loss = dk.multi_positive_contrastive_loss(
+            *inputs, text_mask=mask[own] if masked else None, backend="triton", **options
+        )
         d_image, d_text, d_scale = torch.autograd.grad(loss, inputs)
         for total in (loss.detach(), d_scale):
             dist.all_reduce(total)

@@ -18,12 +18,16 @@ ROOT = Path(__file__).parents[2]
 def run(code: str, **environment: str) -> str:
     """What a fresh Python prints."""
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"} | environment
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=250).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=250
+    ).stdout
 
 
 def test_the_installed_package_has_its_kernels():
     """`make install` builds them; every other test of backend="cpp" would fail with this one."""
-    assert extension.why_not("cpu") is None and extension.build_info()["torch"].startswith(torch.__version__.split("+")[0])
+    assert extension.why_not("cpu") is None and extension.build_info()["torch"].startswith(
+        torch.__version__.split("+")[0]
+    )
     assert dispatch.select("group_patches", torch.randn(1)) == "cpp" and "csrc: built with" in dk.explain()
 
 
@@ -68,7 +72,11 @@ def test_nothing_of_the_size_of_the_patches_is_allocated():
     patches, texts = region_like(32, 49, 2, 512)
     with torch.profiler.profile(profile_memory=True) as profile:
         dk.group_patches(patches, texts, backend="cpp")
-    allocated = sum(event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0 and event.name == "aten::empty")
+    allocated = sum(
+        event.cpu_memory_usage
+        for event in profile.events()
+        if event.cpu_memory_usage > 0 and event.name == "aten::empty"
+    )
     assert allocated <= 1.1 * 4 * (32 * 2 * 512 + 32 * 2 * 49 + 32 * 49), allocated
 
 
@@ -90,9 +98,13 @@ except RuntimeError as error:
 
 
 def test_without_a_compiler_it_says_so_and_torch_runs():
-    printed = run(WITHOUT.format(more="which = shutil.which; shutil.which = lambda name: None if 'c++' in name else which(name)"))
+    printed = run(
+        WITHOUT.format(more="which = shutil.which; shutil.which = lambda name: None if 'c++' in name else which(name)")
+    )
     assert "no C++ compiler (c++) to build it with" in printed and "auto gives torch.Size([2, 3, 8])" in printed
-    assert "cpp: group_patches: backend='cpp' cannot run: no C++ compiler" in printed and "Use backend='auto'" in printed
+    assert (
+        "cpp: group_patches: backend='cpp' cannot run: no C++ compiler" in printed and "Use backend='auto'" in printed
+    )
 
 
 @pytest.mark.slow
@@ -117,7 +129,10 @@ def test_a_build_for_another_torch_is_not_used():
 def test_a_failing_compiler_is_reported_once_and_torch_runs(tmp_path):
     more = "import os; os.environ['CXX'] = 'false'"
     printed = run(WITHOUT.format(more=more), TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert "auto gives torch.Size([2, 3, 8])" in printed and "cpp: group_patches: backend='cpp' cannot run: compiling it failed" in printed
+    assert (
+        "auto gives torch.Size([2, 3, 8])" in printed
+        and "cpp: group_patches: backend='cpp' cannot run: compiling it failed" in printed
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpp"])

@@ -48,7 +48,16 @@ def test_thresholds_and_patch_masks(monkeypatch, normalization, threshold, padde
 
 
 @pytest.mark.parametrize(
-    "case", ["one patch", "constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"]
+    "case",
+    [
+        "one patch",
+        "constant patches",
+        "nothing kept",
+        "zero text",
+        "tie at the minimum",
+        "no valid patch",
+        "zero patch",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,7 +98,9 @@ def test_loss(contrast, direction, masked, scale):
     options = dict(text_mask=mask, contrast=contrast, direction=direction)
     op = lambda x, t, s: dk.subcaption_grouping_loss(x, t, s, **options)  # noqa: E731
     oracle = lambda x, t, s: reference.subcaption_grouping_loss(x, t, s, **options)  # noqa: E731
-    draws = [three_ways(op, oracle, (*region_like(6, 25, 5, 24, first_seed=100 * i), torch.tensor(scale))) for i in range(6)]
+    draws = [
+        three_ways(op, oracle, (*region_like(6, 25, 5, 24, first_seed=100 * i), torch.tensor(scale))) for i in range(6)
+    ]
     assert_no_worse_than_torch("loss", *worst_of(draws))
 
 
@@ -134,7 +145,9 @@ def _loss(patches, texts, scale, contrast, normalization, backend):
     """The loss through one grouping backend; the contrast itself is torch's."""
     if contrast == "batch":
         return dk.group_patches(patches, texts, normalization=normalization, backend=backend).square().sum() * scale
-    return dk.subcaption_grouping_loss(patches, texts, scale, contrast=contrast, normalization=normalization, backend=backend)
+    return dk.subcaption_grouping_loss(
+        patches, texts, scale, contrast=contrast, normalization=normalization, backend=backend
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -157,9 +170,13 @@ def test_opcheck_and_compile(backend):
         torch.library.opcheck(torch.ops.dreamlip_kernels.group_patches.default, args)
     fn = lambda x, t: dk.group_patches(x, t, backend=backend)  # noqa: E731
     loss = lambda x, t: dk.subcaption_grouping_loss(x, t, 9.0, contrast="batch")  # noqa: E731
-    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(patches, texts), loss(patches, texts))
+    torch.testing.assert_close(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(patches, texts), loss(patches, texts)
+    )
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(value_and_grads(compiled, (patches, texts)), value_and_grads(fn, (patches, texts)), strict=True):
+    for got, expected in zip(
+        value_and_grads(compiled, (patches, texts)), value_and_grads(fn, (patches, texts)), strict=True
+    ):
         torch.testing.assert_close(got, expected)
 
 
@@ -188,7 +205,9 @@ def test_strides_and_empty_batch(backend):
         for x in (patches.transpose(1, 2).contiguous().transpose(1, 2), wide[..., 1 : d + 1], doubled[::2]):
             for got, expected in zip(value_and_grads(fn, (x, texts)), same, strict=True):
                 torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-        for got, expected in zip(value_and_grads(fn, (patches, texts.transpose(0, 1).contiguous().transpose(0, 1))), same, strict=True):
+        for got, expected in zip(
+            value_and_grads(fn, (patches, texts.transpose(0, 1).contiguous().transpose(0, 1))), same, strict=True
+        ):
             torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
         leaf = patches.clone().requires_grad_()
         fn(leaf, texts).sum().backward()  # the upstream gradient is one number, expanded

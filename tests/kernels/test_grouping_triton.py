@@ -16,7 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def where_it_runs():
     if torch.cuda.is_available():
-        pytest.skip("with a CUDA device the kernels are compiled, and tests/kernels/test_grouping_gpu.py runs them there")
+        pytest.skip(
+            "with a CUDA device the kernels are compiled, and tests/kernels/test_grouping_gpu.py runs them there"
+        )
 
 
 def both(**options):
@@ -25,7 +27,9 @@ def both(**options):
 
 
 # One patch; several chunks with a rest; more than 16 captions; a width of several blocks with a rest; B/16's grid.
-@pytest.mark.parametrize("n, p, k, d", [(1, 1, 1, 8), (3, 49, 3, 96), (2, 37, 19, 40), (2, 33, 2, 150), (1, 196, 8, 64)])
+@pytest.mark.parametrize(
+    "n, p, k, d", [(1, 1, 1, 8), (3, 49, 3, 96), (2, 37, 19, 40), (2, 33, 2, 150), (1, 196, 8, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("normalization", ["minmax", "softmax", "none"])
 def test_group_patches(n, p, k, d, dtype, normalization):
@@ -43,18 +47,24 @@ def test_group_patches(n, p, k, d, dtype, normalization):
 def test_thresholds_with_a_patch_mask(normalization, threshold):
     if normalization == "softmax":
         threshold /= 22  # of 49 weights that add up to one, some reach it
-    patches, texts = region_like(3, 49, 4, 16, threshold=threshold if threshold > 0 else None, normalization=normalization)
+    patches, texts = region_like(
+        3, 49, 4, 16, threshold=threshold if threshold > 0 else None, normalization=normalization
+    )
     mask = torch.rand(3, 49, generator=torch.Generator().manual_seed(1)) > 0.3
     op, oracle = both(threshold=threshold, normalization=normalization, patch_mask=mask)
     compare("pooled, dx, dt", op, oracle, (patches, texts))
     assert (value_and_grads(op, (patches, texts))[1][~mask] == 0).all(), "padding patches take no gradient"
 
 
-@pytest.mark.parametrize("case", ["constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"])
+@pytest.mark.parametrize(
+    "case", ["constant patches", "nothing kept", "zero text", "tie at the minimum", "no valid patch", "zero patch"]
+)
 def test_degenerate_cases_are_defined(case):
     patches, texts, options = degenerate(case)
     op, oracle = both(**options)
-    for g, e in zip(value_and_grads(op, (patches, texts)), value_and_grads(oracle, (patches.double(), texts.double())), strict=True):
+    for g, e in zip(
+        value_and_grads(op, (patches, texts)), value_and_grads(oracle, (patches.double(), texts.double())), strict=True
+    ):
         assert torch.isfinite(g).all()
         torch.testing.assert_close(g.double(), e, atol=1e-5, rtol=1e-4)
 

@@ -10,7 +10,9 @@ from open_clip.loss import ClipLoss
 
 import dreamlip_kernels as dk
 
-OPEN_CLIP_ARGUMENTS = dict(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False)
+OPEN_CLIP_ARGUMENTS = dict(
+    local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False
+)
 
 
 @pytest.fixture
@@ -52,13 +54,18 @@ def test_positional_arguments_are_clip_loss_s():
 def test_dreamlip_loss_is_the_weighted_sum(features):
     image, text, patches = features
     mask = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)) > 0.3
-    module = dk.DreamLIPLoss(mpcl_weight=0.5, grouping_weight=2.0, negatives="all", threshold=0.3, contrast="batch", direction="t2v")
+    module = dk.DreamLIPLoss(
+        mpcl_weight=0.5, grouping_weight=2.0, negatives="all", threshold=0.3, contrast="batch", direction="t2v"
+    )
     options = dict(patch_features=patches, text_mask=mask)
     terms = module(image, text, 10.0, output_dict=True, logit_scale_local=5.0, **options)
     expected = {
-        "contrastive_loss": 0.5 * dk.multi_positive_contrastive_loss(image, text, 10.0, text_mask=mask, negatives="all"),
+        "contrastive_loss": 0.5
+        * dk.multi_positive_contrastive_loss(image, text, 10.0, text_mask=mask, negatives="all"),
         "grouping_loss": 2.0
-        * dk.subcaption_grouping_loss(patches, text, 5.0, text_mask=mask, threshold=0.3, contrast="batch", direction="t2v"),
+        * dk.subcaption_grouping_loss(
+            patches, text, 5.0, text_mask=mask, threshold=0.3, contrast="batch", direction="t2v"
+        ),
     }
     assert set(terms) == set(expected)
     for name in expected:

@@ -73,7 +73,10 @@ def test_per_slot_loss_is_the_mean_of_clip_losses():
     image, text, _, _ = random_case()
     labels = torch.arange(len(image))
     clip = [
-        (torch.nn.functional.cross_entropy(image @ text[:, k].T, labels) + torch.nn.functional.cross_entropy(text[:, k] @ image.T, labels))
+        (
+            torch.nn.functional.cross_entropy(image @ text[:, k].T, labels)
+            + torch.nn.functional.cross_entropy(text[:, k] @ image.T, labels)
+        )
         / 2
         for k in range(text.shape[1])
     ]
@@ -83,7 +86,11 @@ def test_per_slot_loss_is_the_mean_of_clip_losses():
 @pytest.mark.parametrize("masked", [False, True])
 def test_sigmoid_loss_against_loops(masked):
     image, text = clip_like(4, 3, 8, torch.float64)
-    mask = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else torch.ones(4, 3, dtype=torch.bool)
+    mask = (
+        torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) > 0.3
+        if masked
+        else torch.ones(4, 3, dtype=torch.bool)
+    )
     total = 0.0
     for j in range(4):
         for i in range(4):
@@ -100,7 +107,9 @@ def test_reduction_none_averages_to_the_loss_and_is_zero_where_masked():
     pairs = reference.multi_positive_contrastive_loss(image, text, 1.3, text_mask=mask, reduction="none")
     assert pairs.shape == mask.shape
     assert (pairs[~mask] == 0).all()
-    torch.testing.assert_close(pairs.sum() / mask.sum(), reference.multi_positive_contrastive_loss(image, text, 1.3, text_mask=mask))
+    torch.testing.assert_close(
+        pairs.sum() / mask.sum(), reference.multi_positive_contrastive_loss(image, text, 1.3, text_mask=mask)
+    )
 
 
 def test_identical_embeddings_give_log_n():
@@ -158,7 +167,9 @@ def test_grouping_loss_against_loops(contrast, direction, masked):
         t2v = lse([z(b, a) for b in rivals]) - z(a, a)
         v2t = lse([z(a, b) for b in rivals]) - z(a, a)
         terms.append(t2v if direction == "t2v" else (t2v + v2t) / 2)
-    got = reference.subcaption_grouping_loss(patches, text, s, text_mask=mask if masked else None, contrast=contrast, direction=direction)
+    got = reference.subcaption_grouping_loss(
+        patches, text, s, text_mask=mask if masked else None, contrast=contrast, direction=direction
+    )
     assert got.item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
 
 
@@ -166,7 +177,9 @@ def test_an_image_with_one_caption_contributes_nothing_within_itself():
     _, text, patches, _ = random_case()
     mask = torch.zeros(5, 3, dtype=torch.bool)
     mask[:, 1] = True
-    assert reference.subcaption_grouping_loss(patches, text, 7.0, text_mask=mask).item() == pytest.approx(0.0, abs=1e-12)
+    assert reference.subcaption_grouping_loss(patches, text, 7.0, text_mask=mask).item() == pytest.approx(
+        0.0, abs=1e-12
+    )
 
 
 def test_planted_groups_are_found():
@@ -181,8 +194,13 @@ def test_planted_groups_are_found():
 def test_everything_masked_is_zero_with_zero_gradient():
     image, text, patches, _ = (t.requires_grad_() if t.is_floating_point() else t for t in random_case())
     none = torch.zeros(5, 3, dtype=torch.bool)
-    losses = [reference.multi_positive_contrastive_loss(image, text, 9.0, text_mask=none, negatives=m) for m in ("slot", "all")]
-    losses += [reference.subcaption_grouping_loss(patches, text, 9.0, text_mask=none, contrast=c) for c in ("image", "batch")]
+    losses = [
+        reference.multi_positive_contrastive_loss(image, text, 9.0, text_mask=none, negatives=m)
+        for m in ("slot", "all")
+    ]
+    losses += [
+        reference.subcaption_grouping_loss(patches, text, 9.0, text_mask=none, contrast=c) for c in ("image", "batch")
+    ]
     for loss in losses:
         assert loss.item() == 0
         for grad in torch.autograd.grad(loss, (image, text, patches), allow_unused=True):

@@ -50,7 +50,9 @@ def test_any_finite_input_is_right(small_tiles, scale, bias):
 
 def test_one_caption_is_siglip():
     image, text, scale, bias = case(24, 1, 32)
-    ours = value_and_grads(lambda i, t, s, b: dk.MultiPositiveSigmoidLoss()(i, t, s, b), (image, text[:, 0], scale, bias))
+    ours = value_and_grads(
+        lambda i, t, s, b: dk.MultiPositiveSigmoidLoss()(i, t, s, b), (image, text[:, 0], scale, bias)
+    )
     theirs = value_and_grads(lambda i, t, s, b: SigLipLoss()(i, t, s, b), (image, text[:, 0], scale, bias))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -61,7 +63,9 @@ def test_one_caption_is_siglip():
 def test_as_the_contrast_of_dreamlip_loss():
     image, text, scale, bias = case(8, 3, 16)
     mask = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)) > 0.3
-    loss = dk.DreamLIPLoss(pairs="sigmoid", grouping_weight=0.0, mpcl_weight=0.5)(image, text, scale, bias, text_mask=mask)
+    loss = dk.DreamLIPLoss(pairs="sigmoid", grouping_weight=0.0, mpcl_weight=0.5)(
+        image, text, scale, bias, text_mask=mask
+    )
     torch.testing.assert_close(loss, 0.5 * dk.multi_positive_sigmoid_loss(image, text, scale, bias, text_mask=mask))
     with pytest.raises(ValueError, match="pairs must be one of"):
         dk.DreamLIPLoss(pairs="softmin")

@@ -31,7 +31,9 @@ def page(path: Path) -> Iterator[Any]:
 
     def call(method: str, where: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{where}", data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{where}", data, {"Content-Type": "application/json"}, method=method
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
@@ -46,7 +48,9 @@ def page(path: Path) -> Iterator[Any]:
                         raise
                     time.sleep(0.1)
             options = {"args": [*_FLAGS.split(), f"--user-data-dir={profile}"]}
-            session = call("POST", "/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})["sessionId"]
+            session = call("POST", "/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})[
+                "sessionId"
+            ]
             call("POST", f"/session/{session}/url", {"url": path.absolute().as_uri()})
             yield lambda script: call("POST", f"/session/{session}/execute/sync", {"script": script, "args": []})
             call("DELETE", f"/session/{session}")

@@ -9,7 +9,12 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-GARBAGE = (b"<html>gateway</html>", b'{"choices": []}', b'{"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]}', b"[1, 2")
+GARBAGE = (
+    b"<html>gateway</html>",
+    b'{"choices": []}',
+    b'{"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]}',
+    b"[1, 2",
+)
 
 
 class ChatServer:
@@ -68,5 +73,11 @@ class ChatServer:
 
     def completion(self, image, prompt, body, what):
         text = f"Picture {sum(image) % 10007}. {'It has details. And a half sent' if 'detail' in prompt else 'Short.'}"
-        choice = {"index": 0, "finish_reason": "length" if what == "cut" else "stop", "message": {"role": "assistant", "content": text}}
-        return json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}).encode()
+        choice = {
+            "index": 0,
+            "finish_reason": "length" if what == "cut" else "stop",
+            "message": {"role": "assistant", "content": text},
+        }
+        return json.dumps(
+            {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        ).encode()

@@ -34,7 +34,12 @@ def start(shards: Path, run: Path, steps: int) -> int:
     torch.set_num_threads(1)
     config = tiny_config(save_every_steps=INTERVAL, log_every=1)
     config.engine.steps = steps
-    config.data.shards, config.data.workers, config.data.num_sub_captions, config.data.shuffle_buffer = str(shards), 1, 3, 10
+    config.data.shards, config.data.workers, config.data.num_sub_captions, config.data.shuffle_buffer = (
+        str(shards),
+        1,
+        3,
+        10,
+    )
     with (run.parent / f"{run.name}.out").open("a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -66,7 +71,9 @@ def newest_step(run: Path) -> int:
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 steps = 3 * kills + 6
 shards = write_shards(folder / "shards", [16, 25, 9, 14])
-assert os.waitstatus_to_exitcode(os.waitpid(start(shards, folder / "whole", steps), 0)[1]) == 0, (folder / "whole.out").read_text()[-3000:]
+assert os.waitstatus_to_exitcode(os.waitpid(start(shards, folder / "whole", steps), 0)[1]) == 0, (
+    folder / "whole.out"
+).read_text()[-3000:]
 rng, run, lost = random.Random(int(sys.argv[3])), folder / "killed", []
 for _ in range(kills):
     reached = max(losses(run), default=0)
@@ -78,7 +85,11 @@ for _ in range(kills):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     lost.append(max(losses(run), default=0) - newest_step(run))
-assert os.waitstatus_to_exitcode(os.waitpid(start(shards, run, steps), 0)[1]) == 0, (folder / "killed.out").read_text()[-3000:]
+assert os.waitstatus_to_exitcode(os.waitpid(start(shards, run, steps), 0)[1]) == 0, (folder / "killed.out").read_text()[
+    -3000:
+]
 (folder / "facts.json").write_text(
-    json.dumps({"whole": losses(folder / "whole"), "killed": losses(run), "lost": lost, "steps": steps, "interval": INTERVAL})
+    json.dumps(
+        {"whole": losses(folder / "whole"), "killed": losses(run), "lost": lost, "steps": steps, "interval": INTERVAL}
+    )
 )

@@ -35,7 +35,9 @@ def compare(name, op, oracle, inputs):
         return assert_no_worse_than_torch(name, *three_ways(op, oracle, inputs))
     dtype = inputs[0].dtype
     low = tuple(v.to(dtype) for v in value_and_grads(oracle, [x.float() for x in inputs]))
-    assert_no_worse_than_torch(name, value_and_grads(op, inputs), low, value_and_grads(oracle, [x.double() for x in inputs]))
+    assert_no_worse_than_torch(
+        name, value_and_grads(op, inputs), low, value_and_grads(oracle, [x.double() for x in inputs])
+    )
 
 
 def degenerate(case, dtype=torch.float32):

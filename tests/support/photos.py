@@ -53,7 +53,11 @@ PHOTOS = {
     "hubble_deep_field.jpg": (
         "HDF",
         "Many galaxies in deep space.",
-        ["Hundreds of galaxies shine on a black sky.", "Some are orange and some are blue.", "A spiral galaxy is near the middle."],
+        [
+            "Hundreds of galaxies shine on a black sky.",
+            "Some are orange and some are blue.",
+            "A spiral galaxy is near the middle.",
+        ],
     ),
     "motorcycle_left.png": (
         "stereo pair, left",
@@ -73,7 +77,11 @@ PHOTOS = {
     "ihc.png": (
         "IHC stain",
         "A stained slice of tissue under a microscope.",
-        ["Brown and blue stains colour a slice of tissue.", "Small dark dots are cell nuclei.", "White gaps run between the cells."],
+        [
+            "Brown and blue stains colour a slice of tissue.",
+            "Small dark dots are cell nuclei.",
+            "White gaps run between the cells.",
+        ],
     ),
 }
 

@@ -18,7 +18,10 @@ def jpeg(seed: int, size: int = 40) -> bytes:
 
 
 def record(key: str, sentences: int = 4) -> dict:
-    return {"raw_caption": f"raw {key}", "longSV_captions": " ".join(f"Sentence {j} of {key}." for j in range(sentences))}
+    return {
+        "raw_caption": f"raw {key}",
+        "longSV_captions": " ".join(f"Sentence {j} of {key}." for j in range(sentences)),
+    }
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -56,4 +59,6 @@ def write_index(folder: Path, counts: list[int]) -> None:
 
 def tokenize(texts: list[str]) -> tuple[torch.Tensor, int]:
     """The last 12 characters as numbers: enough to tell captions apart; and how many texts have more."""
-    return torch.tensor([[min(ord(c), 126) for c in text[-12:].ljust(12)] for text in texts]), sum(len(text) > 12 for text in texts)
+    return torch.tensor([[min(ord(c), 126) for c in text[-12:].ljust(12)] for text in texts]), sum(
+        len(text) > 12 for text in texts
+    )

@@ -49,7 +49,9 @@ def tiny_config(zero_stage: int = 1, precision: str = "fp32", batch_size: int = 
     return Config(
         model=tiny_model(),
         optim=OptimConfig(lr=5e-4, warmup_steps=2, weight_decay=0.1),
-        engine=EngineConfig(batch_size=batch_size, steps=STEPS, precision=precision, zero_stage=zero_stage, keep_last=2, **engine),
+        engine=EngineConfig(
+            batch_size=batch_size, steps=STEPS, precision=precision, zero_stage=zero_stage, keep_last=2, **engine
+        ),
     )
 
 
@@ -58,7 +60,9 @@ def batch(step: int, rank: int = 0, world_size: int = 1) -> dict:
     generator = torch.Generator().manual_seed(1000 + step)
     images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator)
     picks = torch.randint(0, len(WORDS), (GLOBAL_BATCH * K, 6), generator=generator).tolist()
-    tokens = tiny_tokenize([" ".join(WORDS[i] for i in row[: 2 + row[0] % 5]) for row in picks]).view(GLOBAL_BATCH, K, -1)
+    tokens = tiny_tokenize([" ".join(WORDS[i] for i in row[: 2 + row[0] % 5]) for row in picks]).view(
+        GLOBAL_BATCH, K, -1
+    )
     mask = torch.ones(GLOBAL_BATCH, K, dtype=torch.bool)
     mask[1, 2] = mask[6, 1] = False
     rows = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)

@@ -16,7 +16,14 @@ from tiny import GLOBAL_BATCH, STEPS, batch, run_steps, tiny_config, tiny_engine
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.checkpoint import state as checkpoint
 from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.training.engine import build_engine, evaluation_model, init_distributed, learning_rate, move_batch, train_step
+from dreamlip_train.training.engine import (
+    build_engine,
+    evaluation_model,
+    init_distributed,
+    learning_rate,
+    move_batch,
+    train_step,
+)
 from dreamlip_train.training.grad_cache import cached_train_step, split_batch
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))

@@ -17,7 +17,9 @@ def test_every_variant_is_a_valid_config_that_survives_its_file(tmp_path):
     for variant in VARIANTS:
         config = config_of(variant, train="t", val="v", seed=1, steps=300, batch_size=64)
         (tmp_path / "c.toml").write_text(format_config(config))
-        assert read_config(tmp_path / "c.toml", demo()).to_dict() == config.to_dict(), "what is trained is what the grid says"
+        assert read_config(tmp_path / "c.toml", demo()).to_dict() == config.to_dict(), (
+            "what is trained is what the grid says"
+        )
         seen[variant.name] = format_config(config)
     k4 = [name for name, text in seen.items() if list(seen.values()).count(text) > 1]
     assert not k4, f"these are one experiment: {k4}"
@@ -39,7 +41,10 @@ def test_verdicts_need_two_seeds_and_a_clear_difference():
         "k2": {0: scores(9.0)},
     }
     found = {(claim["better"], claim["worse"], claim["score"]): claim for claim in judge(made)}
-    assert found["raw-short", "raw", "short"]["verdict"] == "holds" and found["raw-short", "raw", "short"]["difference"] == 20.5
+    assert (
+        found["raw-short", "raw", "short"]["verdict"] == "holds"
+        and found["raw-short", "raw", "short"]["difference"] == 20.5
+    )
     assert found["long-direct", "raw", "long"]["verdict"] == "contradicted"
     assert found["long-sampled", "long-direct", "long"]["verdict"] == "not resolved"
     assert found["k2", "k1", "long"]["verdict"] == "not resolved" and found["k2", "k1", "long"]["seeds"] == 1
@@ -71,7 +76,9 @@ def test_a_real_run_is_trained_judged_and_kept(tmp_path, capsys):
     assert set(content["runs"]["full"]["0"]) == set(SCORES) and content["chance"]["long"] == pytest.approx(100 / 12)
     assert (tmp_path / "ab" / "ablation.png").is_file() and (run / "summary.json").is_file()
     before = (run / "summary.json").stat().st_mtime_ns
-    assert ablate(tmp_path / "ab", **SMALL)["runs"]["full"][0] == content["runs"]["full"]["0"], "a finished run is not trained again"
+    assert ablate(tmp_path / "ab", **SMALL)["runs"]["full"][0] == content["runs"]["full"]["0"], (
+        "a finished run is not trained again"
+    )
     assert (run / "summary.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds an ablation with steps=2; give those settings"):
         ablate(tmp_path / "ab", **(SMALL | {"steps": 3}))

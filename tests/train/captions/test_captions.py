@@ -7,7 +7,14 @@ from collections import Counter
 
 import pytest
 
-from dreamlip_train.captions.sentences import LONG, RAW, caption_pool, is_character_split, sample_sub_captions, split_sub_captions
+from dreamlip_train.captions.sentences import (
+    LONG,
+    RAW,
+    caption_pool,
+    is_character_split,
+    sample_sub_captions,
+    split_sub_captions,
+)
 
 SPLITS = {
     "The U.S. sign says 3.5 km. A dog runs.": ["The U.S. sign says 3.5 km.", "A dog runs."],
@@ -84,7 +91,9 @@ def test_every_sub_caption_is_drawn_equally_often_the_last_too():
     assert len(counts) == 7
     expected = 4000 * 3 / 7
     for text, count in counts.items():
-        assert abs(count - expected) < 5 * math.sqrt(expected), f"{text!r} was drawn {count} times, expected about {expected:.0f}"
+        assert abs(count - expected) < 5 * math.sqrt(expected), (
+            f"{text!r} was drawn {count} times, expected about {expected:.0f}"
+        )
 
 
 def test_no_repeats_and_short_pools_stay_short():
@@ -115,7 +124,10 @@ def test_merged_sentences_are_consecutive_and_said_once():
         assert sorted(sentences) == sorted(whole)
         for m in merged:
             start = whole.index(split_sub_captions(m)[0])
-            assert split_sub_captions(m) == whole[start : start + len(split_sub_captions(m))] and len(split_sub_captions(m)) <= 3
+            assert (
+                split_sub_captions(m) == whole[start : start + len(split_sub_captions(m))]
+                and len(split_sub_captions(m)) <= 3
+            )
     assert any(len(split_sub_captions(m)) == 3 for drawn in draws(9, 100, merged_num=3) for m in drawn)
 
 
@@ -124,7 +136,8 @@ def test_the_same_rng_draws_the_same():
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: split_sub_captions("a", "words"), lambda: sample_sub_captions([], 1, random.Random(0), sampling="last")]
+    "call",
+    [lambda: split_sub_captions("a", "words"), lambda: sample_sub_captions([], 1, random.Random(0), sampling="last")],
 )
 def test_unknown_modes_are_named(call):
     with pytest.raises(ValueError, match="got '(words|last)'"):

@@ -51,7 +51,9 @@ def test_evaluation_loads_the_weights_of_every_stage(tmp_path, stage, precision,
         with evaluation_model(engine, config.model) as model:
             for (name, got), (_, trained) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
                 # the checkpoint has the fp32 master weights, a bf16 engine only their rounding
-                torch.testing.assert_close(got, trained.float(), atol=0, rtol=0 if precision == "fp32" else 2**-8, msg=name)
+                torch.testing.assert_close(
+                    got, trained.float(), atol=0, rtol=0 if precision == "fp32" else 2**-8, msg=name
+                )
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -81,7 +83,9 @@ checkpoint.save(engine, Path(sys.argv[1]), config, checkpoint.Progress(step=4))
 """
 
 
-@pytest.mark.parametrize("moment", ["rename", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("_phase_two", "commit"))])
+@pytest.mark.parametrize(
+    "moment", ["rename", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("_phase_two", "commit"))]
+)
 def test_killed_while_saving_the_previous_checkpoint_is_used(tmp_path, moment):
     """From DeepSpeed's files to the final name, the manifest in between."""
     done = subprocess.run(
@@ -109,7 +113,9 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))  # writing more fails, as on a full disk
     try:
-        with pytest.raises(SaveError, match=r"step-00000004 could not be written: rank 0: .*GB free\). .*step-00000002 is complete"):
+        with pytest.raises(
+            SaveError, match=r"step-00000004 could not be written: rank 0: .*GB free\). .*step-00000002 is complete"
+        ):
             save(engine, tmp_path, config, Progress(step=4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

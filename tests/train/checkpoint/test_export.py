@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 from tiny import TOWERS, run_steps, tiny_config, tiny_engine
 from torch.nn.functional import normalize
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from dreamlip_train import cli
 from dreamlip_train.checkpoint import export
@@ -61,7 +68,10 @@ def test_the_open_clip_folder_has_the_features_of_the_run(run, tmp_path):
         torch.testing.assert_close(text, model.encode_texts(tokens), atol=1e-6, rtol=0)
     assert not [name for name in loaded.state_dict() if "local" in name]
     stored = json.loads((tmp_path / "dir" / "open_clip_config.json").read_text())
-    assert stored["model_cfg"]["text_cfg"]["context_length"] == 16 and stored["preprocess_cfg"]["interpolation"] == "bicubic"
+    assert (
+        stored["model_cfg"]["text_cfg"]["context_length"] == 16
+        and stored["preprocess_cfg"]["interpolation"] == "bicubic"
+    )
 
 
 def test_transformers_gets_the_same_features_patches_and_pooling(run, tmp_path):
@@ -74,7 +84,9 @@ def test_transformers_gets_the_same_features_patches_and_pooling(run, tmp_path):
         tokens = vision(pixels).last_hidden_state[:, 1:]
         ours = model.clip.visual(pixels)[1]
         # ln_post comes after transformers' last hidden state
-        norm = dict(vision.named_modules())[next(name for name, _ in vision.named_modules() if name.endswith("post_layernorm"))]
+        norm = dict(vision.named_modules())[
+            next(name for name, _ in vision.named_modules() if name.endswith("post_layernorm"))
+        ]
         torch.testing.assert_close(norm(tokens), ours, atol=1e-4, rtol=0)
 
 
@@ -89,7 +101,8 @@ def test_transformers_gets_the_same_features_patches_and_pooling(run, tmp_path):
 def test_a_model_of_full_size_in_every_format(tmp_path, name, activation):
     original = perturbed(name)
     torch.save(
-        {"state_dict": {f"module.{key}": value for key, value in original.state_dict().items()}}, tmp_path / "official.pt"
+        {"state_dict": {f"module.{key}": value for key, value in original.state_dict().items()}},
+        tmp_path / "official.pt",
     )  # DreamLIP's layout
     tokens = open_clip.get_tokenizer(name)(TEXTS)
     pixels = torch.randn(2, 3, 224, 224)
@@ -139,7 +152,9 @@ def test_the_image_processor_gives_open_clips_pixels(tmp_path):
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "hf")
     got = processor(images=picture, return_tensors="pt")["pixel_values"]
     expected = open_clip.image_transform(32, is_train=False)(picture)[None]
-    assert (got - expected).abs().mean() < 0.01 and got.shape == expected.shape  # another resize routine, the same geometry
+    assert (
+        got - expected
+    ).abs().mean() < 0.01 and got.shape == expected.shape  # another resize routine, the same geometry
 
 
 def test_llava_takes_the_vision_tower(tmp_path):
@@ -149,7 +164,12 @@ def test_llava_takes_the_vision_tower(tmp_path):
     from transformers import LlamaConfig
 
     text = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     llava = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=tower.config, text_config=text, image_token_index=5, vision_feature_layer=-2)
@@ -172,7 +192,9 @@ def test_what_a_format_can_not_hold_is_named(run, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"pool_type": "avg"}, "pools by 'avg'"), ({"no_ln_pre": True}, "no_ln_pre=True")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"pool_type": "avg"}, "pools by 'avg'"), ({"no_ln_pre": True}, "no_ln_pre=True")]
+)
 def test_models_transformers_does_not_know_are_refused(tmp_path, changes, message):
     config = tiny_config()
     config.model.config = {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], **changes}}
@@ -180,7 +202,10 @@ def test_models_transformers_does_not_know_are_refused(tmp_path, changes, messag
     save(engine, tmp_path / "checkpoints", config, Progress(step=2))
     with pytest.raises(ValueError, match=f"--to hf-dir: .*{message}.*use open_clip-dir"):
         export_checkpoint(tmp_path, tmp_path / "hf", "hf-dir")
-    assert not (tmp_path / "hf").exists() and max(export_checkpoint(tmp_path, tmp_path / "oc", "open_clip-dir").values()) <= 1e-6
+    assert (
+        not (tmp_path / "hf").exists()
+        and max(export_checkpoint(tmp_path, tmp_path / "oc", "open_clip-dir").values()) <= 1e-6
+    )
 
 
 def test_a_wrong_translation_is_found_and_leaves_nothing(run, tmp_path, monkeypatch):

@@ -22,7 +22,9 @@ def sources(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("sources")
     state = open_clip.create_model(NAME).state_dict()
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, folder / "ddp.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, folder / "ddp.pt"
+    )
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "bare.safetensors")
     torch.save({"state_dict": state}, folder / "plain.pt")
     for to in ("open_clip-dir", "hf-dir"):
@@ -36,7 +38,10 @@ def test_every_source_gives_the_same_weights(sources, tmp_path, source, capsys):
     name = [] if source.endswith("-dir") else ["--model", NAME]
     cli.main(["import", str(folder / source), *name, "--output", str(tmp_path / "in.pt")])
     printed = capsys.readouterr().out
-    assert f"{NAME}, {len(state)} tensors, GELU" in printed and f"--model.name {NAME} --model.pretrained {tmp_path / 'in.pt'}" in printed
+    assert (
+        f"{NAME}, {len(state)} tensors, GELU" in printed
+        and f"--model.name {NAME} --model.pretrained {tmp_path / 'in.pt'}" in printed
+    )
     model, _ = load_for_eval(tmp_path / "in.pt", NAME)
     assert all(torch.equal(model.clip.state_dict()[key].reshape(value.shape), value) for key, value in state.items())
     open_clip.create_model(NAME, pretrained=str(tmp_path / "in.pt"))  # a strict load

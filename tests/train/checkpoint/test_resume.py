@@ -44,7 +44,9 @@ def test_damage_that_keeps_the_size_is_found_and_an_earlier_one_used(run, caplog
     newest = run / "checkpoints" / "step-00000004"
     flip_a_bit(newest / "mp_rank_00_model_states.pt")
     assert damaged_files(newest) == ["mp_rank_00_model_states.pt"]
-    with pytest.raises(ValueError, match=r"--resume: .*step-00000004/mp_rank_00_model_states.pt is not what was written"):
+    with pytest.raises(
+        ValueError, match=r"--resume: .*step-00000004/mp_rank_00_model_states.pt is not what was written"
+    ):
         starting_point(run, str(newest))
     assert starting_point(run, "auto").name == "step-00000002"
     assert "CHECKPOINT DAMAGED" in caplog.text and "mp_rank_00_model_states.pt" in caplog.text
@@ -71,8 +73,18 @@ def test_never_and_foreign_checkpoints_do_not_mix_with_a_run(run, saved):
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
-        ("model", "name", "other", "model.name: .*step-00000004 was written with 'tiny', this run has 'other'; use its value"),
-        ("model", "patch_projection", "local", "model.patch_projection: .* was written with 'shared', this run has 'local'; use its value"),
+        (
+            "model",
+            "name",
+            "other",
+            "model.name: .*step-00000004 was written with 'tiny', this run has 'other'; use its value",
+        ),
+        (
+            "model",
+            "patch_projection",
+            "local",
+            "model.patch_projection: .* was written with 'shared', this run has 'local'; use its value",
+        ),
         ("engine", "zero_stage", 2, "engine.zero_stage: .* was written with 1, this run has 2"),
         (
             "engine",
@@ -103,13 +115,18 @@ def test_another_model_or_recipe_is_refused_by_name(saved, section, field, value
 def test_other_data_is_refused_and_other_ranks_need_the_same_global_batch(saved):
     path = saved / "checkpoints" / "step-00000004"
     with pytest.raises(
-        ValueError, match=r"data.shards: .* was trained on other data \(3 shards, 24 samples, 0123.*\) than these \(4 shards"
+        ValueError,
+        match=r"data.shards: .* was trained on other data \(3 shards, 24 samples, 0123.*\) than these \(4 shards",
     ):
         check_fits(path, tiny_config(), 1, "4 shards, 30 samples, fedcba9876543210")
     with pytest.raises(ValueError, match="use a number of ranks that divides it"):
         check_fits(path, tiny_config(), 3, DATA)
     config = tiny_config(batch_size=4, log_every=7, save_every_steps=9)
-    assert set(check_fits(path, config, 2, DATA)) == {"engine.batch_size", "engine.log_every", "engine.save_every_steps"}
+    assert set(check_fits(path, config, 2, DATA)) == {
+        "engine.batch_size",
+        "engine.log_every",
+        "engine.save_every_steps",
+    }
 
 
 def test_the_manifest_says_what_a_resume_needs(saved):

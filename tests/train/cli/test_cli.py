@@ -35,15 +35,35 @@ def trained(monkeypatch):
 def test_help_is_quick_and_lists_every_command():
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "dreamlip_train", "--help"], env=clean_environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "dreamlip_train", "--help"],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0 and time.monotonic() - began < 3, done.stderr
-    for command in ("prepare scenes", "prepare folder", "prepare validate", "train", "eval retrieval", "eval localize", "doctor"):
+    for command in (
+        "prepare scenes",
+        "prepare folder",
+        "prepare validate",
+        "train",
+        "eval retrieval",
+        "eval localize",
+        "doctor",
+    ):
         assert f"  {command} " in done.stdout
 
 
 @pytest.mark.parametrize(
-    "words", [["prepare", "scenes"], ["prepare", "folder"], ["prepare", "validate"], ["train", "demo"], ["eval", "localize"], ["doctor"]]
+    "words",
+    [
+        ["prepare", "scenes"],
+        ["prepare", "folder"],
+        ["prepare", "validate"],
+        ["train", "demo"],
+        ["eval", "localize"],
+        ["doctor"],
+    ],
 )
 def test_each_command_has_help(capsys, words):
     with pytest.raises(SystemExit) as stopped:
@@ -57,7 +77,9 @@ def test_unknown_words_get_the_closest(capsys):
     assert "eval localise: no such command; did you mean localize?" in fails(capsys, "eval", "localise")
     assert "cc3m_vitb_16: no such recipe; did you mean cc3m_vitb16" in fails(capsys, "train", "cc3m_vitb_16")
     assert "--data.num-sub-captions" in fails(capsys, "train", "demo", "--run-dir", "x", "--data.num-subcaptions", "4")
-    assert "Expected one of ('0', '1', '2', '3')" in fails(capsys, "train", "demo", "--run-dir", "x", "--engine.zero-stage", "7")
+    assert "Expected one of ('0', '1', '2', '3')" in fails(
+        capsys, "train", "demo", "--run-dir", "x", "--engine.zero-stage", "7"
+    )
     assert "--run-dir" in fails(capsys, "train", "demo")
     assert "usage: dreamlip-train train RECIPE" in fails(capsys, "train")
 
@@ -72,7 +94,9 @@ def test_unknown_keys_in_files_get_the_closest(capsys, tmp_path):
         capsys, "train", "demo", "--run-dir", str(tmp_path / "run"), "--deepspeed-config", str(tmp_path / "ds.json")
     )
     assert not (tmp_path / "run").exists()
-    assert "'nothing.json': No such file" in fails(capsys, "train", "demo", "--run-dir", "x", "--deepspeed-config", "nothing.json")
+    assert "'nothing.json': No such file" in fails(
+        capsys, "train", "demo", "--run-dir", "x", "--deepspeed-config", "nothing.json"
+    )
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, trained):
@@ -82,7 +106,12 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, trained)
     words = f"train demo --run-dir r --resume never --config {base} --optim.lr 0.5 --data.num_sub_captions=3 --deepspeed-config {tmp_path / 'ds.json'}"
     cli.main(words.split())
     [(config, run_dir, resume, accept_changes)] = trained
-    assert (config.optim.lr, config.optim.warmup_steps, config.data.shards, config.data.num_sub_captions) == (0.5, 7, "a.tar", 3)
+    assert (config.optim.lr, config.optim.warmup_steps, config.data.shards, config.data.num_sub_captions) == (
+        0.5,
+        7,
+        "a.tar",
+        3,
+    )
     assert (config.engine.batch_size, run_dir, resume) == (128, "r", "never")
     assert accept_changes is False
     assert config.engine.deepspeed == {"wall_clock_breakdown": True}
@@ -105,7 +134,9 @@ def test_launchers_words_are_dropped(extra, trained):
 
 
 def test_impossible_settings_name_the_field(capsys):
-    assert "dreamlip-train: optim.lr: got -1.0; give a rate > 0" in fails(capsys, "train", "demo", "--run-dir", "x", "--optim.lr", "-1")
+    assert "dreamlip-train: optim.lr: got -1.0; give a rate > 0" in fails(
+        capsys, "train", "demo", "--run-dir", "x", "--optim.lr", "-1"
+    )
     assert "loss.positives" in fails(capsys, "train", "demo", "--run-dir", "x", "--loss.positives", "logsum")
     assert "data.shards: is empty" in fails(capsys, "train", "cc3m_vitb16", "--run-dir", "x")
 

@@ -35,7 +35,10 @@ warmup_steps = 2
 
 def command(*words):
     run = subprocess.run(
-        [sys.executable, "-m", "dreamlip_train", *map(str, words)], capture_output=True, text=True, env=clean_environment()
+        [sys.executable, "-m", "dreamlip_train", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -44,12 +47,23 @@ def command(*words):
 def test_photographs_from_files_to_recall(tmp_path):
     captions, images = write_photos(tmp_path / "photos")
     shards = tmp_path / "shards"
-    told = command("prepare", "folder", "--captions", captions, "--images", images, "--output", shards, "--shard-size", "4")
+    told = command(
+        "prepare", "folder", "--captions", captions, "--images", images, "--output", shards, "--shard-size", "4"
+    )
     assert "longSV_captions" in told and "tokens" in told
     (tmp_path / "tiny.toml").write_text(TINY)
     run = tmp_path / "run"
     told = command(
-        "train", "demo", "--run-dir", run, "--config", tmp_path / "tiny.toml", "--data.shards", shards, "--data.val-shards", shards
+        "train",
+        "demo",
+        "--run-dir",
+        run,
+        "--config",
+        tmp_path / "tiny.toml",
+        "--data.shards",
+        shards,
+        "--data.val-shards",
+        shards,
     )
     assert "R@1" in told
     losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]

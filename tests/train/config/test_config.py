@@ -15,7 +15,10 @@ from dreamlip_train.config.toml import differences, format_config, override, rea
         ({"data": {"crop_scale": [0.9, 1.1]}}, "data.crop_scale"),
         ({"data": {"max_bad_fraction": 2}}, "data.max_bad_fraction"),
         ({"data": {"source_weights": {"raw_caption": -1.0}}}, "data.source_weights"),
-        ({"data": {"caption_sources": ["longSV_captions"], "source_weights": {"raw_caption": 1.0}}}, "data.source_weights"),
+        (
+            {"data": {"caption_sources": ["longSV_captions"], "source_weights": {"raw_caption": 1.0}}},
+            "data.source_weights",
+        ),
         ({"model": {"context_length": 2}}, "model.context_length"),
         ({"model": {"init_temperature": 0.001}}, "model.init_temperature"),
         ({"loss": {"mpcl_weight": 0, "grouping_weight": 0}}, "loss.mpcl_weight"),
@@ -25,7 +28,10 @@ from dreamlip_train.config.toml import differences, format_config, override, rea
         ({"loss": {"pairs": "sigmoid", "negatives": "all"}, "model": {"init_logit_bias": -10.0}}, "loss.pairs"),
         ({"data": {"num_sub_captions": 1}}, "loss.grouping_weight"),
         ({"loss": {"grouping_weight": 0}}, "model.local_logit_scale"),
-        ({"loss": {"grouping_weight": 0}, "model": {"local_logit_scale": False, "patch_projection": "local"}}, "model.patch_projection"),
+        (
+            {"loss": {"grouping_weight": 0}, "model": {"local_logit_scale": False, "patch_projection": "local"}},
+            "model.patch_projection",
+        ),
         ({"optim": {"lr": 0}}, "optim.lr"),
         ({"engine": {"batch_size": 0}}, "engine.batch_size"),
         ({"engine": {"epochs": 0}}, "engine.epochs"),
@@ -70,8 +76,15 @@ def test_wrong_keys_and_types_in_a_file_are_named(tmp_path, text, message):
 def test_a_written_config_reads_back_the_same(tmp_path):
     config = Config()
     config.data.shards = 'a "quoted" \\ path é 日本/{00..11}.tar'
-    config.data.caption_sources, config.data.source_weights = ("raw_caption", "longSV_captions"), {"longSV_captions": 2.0}
-    config.model.config = {"embed_dim": 8, "vision_cfg": {"image_size": 64, "mlp_ratio": 4.0}, "text_cfg": {"pool_type": "argmax"}}
+    config.data.caption_sources, config.data.source_weights = (
+        ("raw_caption", "longSV_captions"),
+        {"longSV_captions": 2.0},
+    )
+    config.model.config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 64, "mlp_ratio": 4.0},
+        "text_cfg": {"pool_type": "argmax"},
+    }
     config.optim.lr, config.loss.threshold = 1e-7, 0.5
     config.engine.deepspeed = {"zero_optimization": {"overlap_comm": True}}
     (tmp_path / "config.toml").write_text(format_config(config), encoding="utf-8")

@@ -22,7 +22,11 @@ def test_the_papers_settings_hold_in_every_large_recipe():
         if name != "demo":
             config = recipe()
             captions = 1 if name.startswith(("clip", "laclip")) else 10
-            assert (config.engine.epochs, config.data.num_sub_captions, config.model.context_length) == (32, captions, 77)
+            assert (config.engine.epochs, config.data.num_sub_captions, config.model.context_length) == (
+                32,
+                captions,
+                77,
+            )
             assert (config.optim.lr, config.optim.beta2, config.optim.warmup_steps) == (5e-4, 0.98, 2000)
             assert config.engine.batch_size * 8 == (1024 if "cc3m" in name else 6144)
             assert config.optim.weight_decay == (0.2 if name.startswith("merged") else 0.5)
@@ -38,9 +42,17 @@ def test_the_demo_model_is_small_and_has_a_patch_grid():
 @pytest.mark.parametrize("name", ["clip", "laclip", "stablerep", "sigmoid"])
 def test_a_baseline_differs_from_dreamlip_in_its_captions_and_loss_alone(name):
     ours, baseline = RECIPES["cc3m_vitb16"](), RECIPES[f"{name}_cc3m_vitb16"]()
-    allowed = {"data.caption_sources", "data.num_sub_captions", "loss.grouping_weight", "loss.negatives", "model.local_logit_scale"}
+    allowed = {
+        "data.caption_sources",
+        "data.num_sub_captions",
+        "loss.grouping_weight",
+        "loss.negatives",
+        "model.local_logit_scale",
+    }
     if name == "sigmoid":
         allowed |= {"loss.pairs", "model.init_temperature", "model.init_logit_bias"}
     changed = differences(ours, baseline)
     assert set(changed) <= allowed and changed["loss.grouping_weight"] == (1.0, 0.0)
-    assert (baseline.loss.negatives == "all") == (name == "stablerep") and (len(baseline.data.caption_sources) == 1) == (name == "clip")
+    assert (baseline.loss.negatives == "all") == (name == "stablerep") and (
+        len(baseline.data.caption_sources) == 1
+    ) == (name == "clip")

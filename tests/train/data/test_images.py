@@ -27,7 +27,8 @@ def encoded(image, format, **options):
 
 
 @pytest.mark.parametrize(
-    "format, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB")]
+    "format, mode",
+    [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB")],
 )
 def test_formats(format, mode):
     got = decode_image(encoded(picture(mode=mode), format))
@@ -44,7 +45,9 @@ DAMAGED = {
     "empty": lambda d: b"",
     "truncated": lambda d: d[: len(d) // 2],
     "zero-filled tail": lambda d: d[: len(d) // 2] + b"\0" * (len(d) - len(d) // 2),
-    "random middle": lambda d: d[: len(d) // 2] + bytes(random.Random(0).randrange(256) for _ in range(200)) + d[len(d) // 2 + 200 :],
+    "random middle": lambda d: (
+        d[: len(d) // 2] + bytes(random.Random(0).randrange(256) for _ in range(200)) + d[len(d) // 2 + 200 :]
+    ),
     "HTML": lambda d: b"<html>404</html>",
     "header alone": lambda d: d[:20],
 }
@@ -84,7 +87,11 @@ def test_crop_boxes_have_torchvision_s_distribution(height, width):
     rng = random.Random(0)
     ours = torch.tensor([_crop_box(height, width, scale, rng) for _ in range(1500)])
     theirs = theirs.view(-1, 4)
-    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all() and (ours[:, 2:] > 0).all()
+    assert (
+        (ours[:, 0] + ours[:, 2] <= height).all()
+        and (ours[:, 1] + ours[:, 3] <= width).all()
+        and (ours[:, 2:] > 0).all()
+    )
     for a, b, span in zip(ours.double().T, theirs.double().T, (height, width, height, width), strict=True):
         assert abs(a.mean() - b.mean()) < 0.03 * span + 0.05
         assert abs(a.std() - b.std()) < 0.03 * span + 0.05

@@ -20,7 +20,14 @@ from dreamlip_train.training.prefetch import prefetched
 def loader(folder, *, workers=0, batch_size=8, rank=0, world_size=1, seed=0, quarantine=None, **data):
     config = DataConfig(shards=str(folder), workers=workers, num_sub_captions=3, shuffle_buffer=20, **data)
     return train_loader(
-        config, image_size=16, tokenize=tokenize, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, quarantine=quarantine
+        config,
+        image_size=16,
+        tokenize=tokenize,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        quarantine=quarantine,
     )
 
 
@@ -69,7 +76,11 @@ def test_resume_is_exact_with_bad_samples_on_the_way(tmp_path, workers):
         members = [
             m
             for i in range(24)
-            for m in (sample(f"{shard}{i:03d}", i) if i % 5 else [(f"{shard}{i:03d}.jpg", b"\xff\xd8 no"), (f"{shard}{i:03d}.json", b"{}")])
+            for m in (
+                sample(f"{shard}{i:03d}", i)
+                if i % 5
+                else [(f"{shard}{i:03d}.jpg", b"\xff\xd8 no"), (f"{shard}{i:03d}.json", b"{}")]
+            )
         ]
         write_tar(tmp_path / f"{shard:05d}.tar", members)
     quarantine = tmp_path / "quarantine.jsonl"
@@ -84,7 +95,9 @@ def test_resume_is_exact_with_bad_samples_on_the_way(tmp_path, workers):
 
 def test_epochs_and_seeds_differ_and_repeat(tmp_path):
     write_shards(tmp_path, [20, 20])
-    orders = {(seed, epoch): tuple(keys(loader(tmp_path, seed=seed).epoch(epoch))) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {
+        (seed, epoch): tuple(keys(loader(tmp_path, seed=seed).epoch(epoch))) for seed in (0, 1) for epoch in (0, 1)
+    }
     assert len(set(orders.values())) == 4
     assert orders[0, 1] == tuple(keys(loader(tmp_path).epoch(1)))
     first, second = next(loader(tmp_path).epoch(0)), next(loader(tmp_path).epoch(0))
@@ -114,7 +127,9 @@ def test_nothing_but_the_remainder_is_left_out(tmp_path):
     counts = [9, 40, 12, 33, 8, 8, 21]
     write_shards(tmp_path, counts)
     for world_size, workers in ((1, 2), (2, 3), (3, 1)):
-        per_rank = [loader(tmp_path, rank=r, world_size=world_size, workers=workers, batch_size=4) for r in range(world_size)]
+        per_rank = [
+            loader(tmp_path, rank=r, world_size=world_size, workers=workers, batch_size=4) for r in range(world_size)
+        ]
         found = [key for made in per_rank for key in keys(made.epoch(3))]
         assert len(found) == len(set(found)) == sum(counts) // (4 * world_size) * 4 * world_size
 
@@ -126,7 +141,10 @@ def test_other_readers_go_on_with_the_samples_nobody_has_read(tmp_path, workers)
     write_shards(tmp_path, counts)
     found, past = [], []
     for ranks, workers_now, steps in ((3, 1, 3), (2, workers, 4), (1, 3, None)):
-        per_rank = [loader(tmp_path, rank=r, world_size=ranks, workers=workers_now, batch_size=12 // ranks) for r in range(ranks)]
+        per_rank = [
+            loader(tmp_path, rank=r, world_size=ranks, workers=workers_now, batch_size=12 // ranks)
+            for r in range(ranks)
+        ]
         for made in per_rank:
             found += keys(itertools.islice(made.epoch(1, past), steps))
         past += per_rank[0].after(steps or 0)
@@ -138,12 +156,17 @@ def test_a_stuck_reader_is_named_with_its_shard(tmp_path):
     (tmp_path / "00001.tar").unlink()
     os.mkfifo(tmp_path / "00001.tar")  # opens, and never gives a byte
     made = loader(tmp_path, workers=2, stall_seconds=2)
-    with pytest.raises(RuntimeError, match=r"data.stall_seconds: no batch for 2 s: worker \d has read nothing from .*00001.tar for \d+ s"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"data.stall_seconds: no batch for 2 s: worker \d has read nothing from .*00001.tar for \d+ s",
+    ):
         list(made.epoch(0))
     deadline = time.time() + 20
     while multiprocessing.active_children() and time.time() < deadline:
         time.sleep(0.1)
-    assert not multiprocessing.active_children()  # or the training process would wait for the stuck worker when it exits
+    assert (
+        not multiprocessing.active_children()
+    )  # or the training process would wait for the stuck worker when it exits
 
 
 def test_who_waits_for_a_stuck_reader_can_leave(tmp_path):
@@ -210,7 +233,9 @@ def test_poisoned_json_costs_only_its_sample(tmp_path, poison):
 
 @pytest.mark.parametrize("reason", BROKEN)
 def test_bad_samples_are_counted_and_named(tmp_path, reason, caplog):
-    write_tar(tmp_path / "00000.tar", [m for i in range(17) for m in (sample(f"{i:03d}", i) if i != 9 else BROKEN[reason])])
+    write_tar(
+        tmp_path / "00000.tar", [m for i in range(17) for m in (sample(f"{i:03d}", i) if i != 9 else BROKEN[reason])]
+    )
     write_index(tmp_path, [16 if reason == "no image" else 17])  # an index counts images
     made = loader(tmp_path, quarantine=tmp_path / "q.jsonl")
     assert len(keys(made.epoch(0))) == 16
@@ -222,7 +247,10 @@ def test_bad_samples_are_counted_and_named(tmp_path, reason, caplog):
 def test_a_poisoned_member_is_never_executed(tmp_path):
     """webdataset's .decode() unpickles .pyd members; here a member is bytes."""
     poison = b"cos\nsystem\n(S'touch " + str(tmp_path / "executed").encode() + b"'\ntR."
-    write_tar(tmp_path / "00000.tar", [m for i in range(8) for m in [*sample(f"{i}", i), (f"{i}.pyd", poison), (f"{i}.pkl", poison)]])
+    write_tar(
+        tmp_path / "00000.tar",
+        [m for i in range(8) for m in [*sample(f"{i}", i), (f"{i}.pyd", poison), (f"{i}.pkl", poison)]],
+    )
     write_index(tmp_path, [8])
     assert len(keys(loader(tmp_path).epoch(0))) == 8
     assert not (tmp_path / "executed").exists()
@@ -250,18 +278,25 @@ def test_an_unreadable_shard_costs_only_itself(tmp_path, content):
 
 
 def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path):
-    members = [m for i in range(256) for m in (sample(f"{i:03d}", i) if i % 4 else [(f"{i:03d}.jpg", b"x"), (f"{i:03d}.json", b"{}")])]
+    members = [
+        m
+        for i in range(256)
+        for m in (sample(f"{i:03d}", i) if i % 4 else [(f"{i:03d}.jpg", b"x"), (f"{i:03d}.json", b"{}")])
+    ]
     write_tar(tmp_path / "00000.tar", members)
     write_index(tmp_path, [256])
     with pytest.raises(
-        RuntimeError, match=r"data.max_bad_fraction: .* of .* samples could not be used \(limit 5%\): .* x no captions, such as .*00000.tar"
+        RuntimeError,
+        match=r"data.max_bad_fraction: .* of .* samples could not be used \(limit 5%\): .* x no captions, such as .*00000.tar",
     ):
         for epoch in range(3):
             list(loader(tmp_path).epoch(epoch))
 
 
 def test_a_shard_without_any_caption_is_a_clear_error(tmp_path):
-    write_tar(tmp_path / "00000.tar", [m for i in range(16) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", b'{"width": 3}'))])
+    write_tar(
+        tmp_path / "00000.tar", [m for i in range(16) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", b'{"width": 3}'))]
+    )
     write_index(tmp_path, [16])
     with pytest.raises(RuntimeError, match=r"data.shards: no usable sample in .*00000.tar .*: 16 x no captions"):
         list(loader(tmp_path).epoch(0))
@@ -295,18 +330,26 @@ def test_patterns(tmp_path):
     write_shards(tmp_path / "a", [8, 8, 8])
     write_shards(tmp_path / "b", [8])
     pattern = f"{tmp_path}/a/{{00000..00001}}.tar::{tmp_path}/b"
-    assert [os.path.relpath(s, tmp_path) for s in loader(pattern).shards] == ["a/00000.tar", "a/00001.tar", "b/00000.tar"]
+    assert [os.path.relpath(s, tmp_path) for s in loader(pattern).shards] == [
+        "a/00000.tar",
+        "a/00001.tar",
+        "b/00000.tar",
+    ]
     piped = loader(f"pipe:cat {tmp_path}/a/00002.tar", allow_pipe=True)
     assert len(keys(piped.epoch(0))) == 8
 
 
 def test_impossible_splits_name_the_field(tmp_path):
     write_shards(tmp_path, [8])
-    with pytest.raises(ValueError, match="data.workers: 1 shards for 2 ranks x 1 workers = 2 readers; use --data.workers 1"):
+    with pytest.raises(
+        ValueError, match="data.workers: 1 shards for 2 ranks x 1 workers = 2 readers; use --data.workers 1"
+    ):
         loader(tmp_path, world_size=2)
     with pytest.raises(ValueError, match="data.workers: 1 shards for 1 ranks x 2 workers = 2 readers"):
         loader(tmp_path, workers=2)
-    with pytest.raises(ValueError, match="engine.batch_size: 9 x 1 ranks = 9 images a step, but 1 shards have 8 samples"):
+    with pytest.raises(
+        ValueError, match="engine.batch_size: 9 x 1 ranks = 9 images a step, but 1 shards have 8 samples"
+    ):
         loader(tmp_path, batch_size=9)
 
 

@@ -9,7 +9,14 @@ from planted import GRID, PlantedModel, planted_sample
 
 from dreamlip_train.config.schema import DataConfig, EvalConfig
 from dreamlip_train.evaluation import held_out as module
-from dreamlip_train.evaluation.held_out import evaluate, format_report, localization, mask_to_regions, retrieval, retrieval_chance
+from dreamlip_train.evaluation.held_out import (
+    evaluate,
+    format_report,
+    localization,
+    mask_to_regions,
+    retrieval,
+    retrieval_chance,
+)
 
 
 def unit(*shape, seed=0):
@@ -18,9 +25,15 @@ def unit(*shape, seed=0):
 
 def brute_force(images, texts, owner, k):
     """Percent of hits by sorting every similarity; no ties in random features."""
-    t2i = [int(owner[j]) in sorted(range(len(images)), key=lambda i, j=j: -float(images[i] @ texts[j]))[:k] for j in range(len(texts))]
+    t2i = [
+        int(owner[j]) in sorted(range(len(images)), key=lambda i, j=j: -float(images[i] @ texts[j]))[:k]
+        for j in range(len(texts))
+    ]
     asked = [i for i in range(len(images)) if (owner == i).any()]
-    i2t = [i in {int(owner[j]) for j in sorted(range(len(texts)), key=lambda j, i=i: -float(images[i] @ texts[j]))[:k]} for i in asked]
+    i2t = [
+        i in {int(owner[j]) for j in sorted(range(len(texts)), key=lambda j, i=i: -float(images[i] @ texts[j]))[:k]}
+        for i in asked
+    ]
     return 100 * sum(t2i) / len(t2i), 100 * sum(i2t) / len(i2t)
 
 
@@ -51,7 +64,9 @@ def test_a_collapsed_model_scores_chance_not_everything():
     chance = retrieval_chance(owner, 5)
     for way, name in itertools.product(("t2i", "i2t"), ("r_at_1", "r_at_5", "r_at_10")):
         assert got[way][name] == pytest.approx(chance[way][name])
-    assert chance["t2i"]["r_at_1"] == pytest.approx(20) and chance["i2t"]["r_at_1"] == pytest.approx(100 * (2 + 3 + 1 + 1 + 1) / 5 / 8)
+    assert chance["t2i"]["r_at_1"] == pytest.approx(20) and chance["i2t"]["r_at_1"] == pytest.approx(
+        100 * (2 + 3 + 1 + 1 + 1) / 5 / 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +80,9 @@ def test_a_collapsed_model_scores_chance_not_everything():
     ],
 )
 def test_bad_features_are_named(change, message):
-    arguments = dict(image_features=torch.ones(3, 4), text_features=torch.ones(3, 4), text_to_image=torch.arange(3)) | change
+    arguments = (
+        dict(image_features=torch.ones(3, 4), text_features=torch.ones(3, 4), text_to_image=torch.arange(3)) | change
+    )
     with pytest.raises(ValueError, match=message):
         retrieval(**arguments)
 
@@ -96,14 +113,18 @@ def test_chance_of_miou_is_the_mean_over_random_selections():
     regions[0, :4] = True
     weights = torch.zeros(1, 10)
     weights[0, :3] = 1 / 3
-    exact = [len(set(pick) & {0, 1, 2, 3}) / len(set(pick) | {0, 1, 2, 3}) for pick in itertools.combinations(range(10), 3)]
+    exact = [
+        len(set(pick) & {0, 1, 2, 3}) / len(set(pick) | {0, 1, 2, 3}) for pick in itertools.combinations(range(10), 3)
+    ]
     assert localization(weights, regions)["miou"]["chance"] == pytest.approx(100 * sum(exact) / len(exact))
 
 
 @pytest.fixture
 def planted(monkeypatch):
     samples = [planted_sample(seed) for seed in range(40)]
-    monkeypatch.setattr(module, "val_samples", lambda data, *, image_size, max_samples=0: iter(samples[: max_samples or None]))
+    monkeypatch.setattr(
+        module, "val_samples", lambda data, *, image_size, max_samples=0: iter(samples[: max_samples or None])
+    )
     return samples
 
 
@@ -138,7 +159,9 @@ def test_nan_features_name_their_samples(planted):
 
 def test_samples_without_sentences_are_counted_and_all_of_them_is_an_error(planted):
     planted[0]["sentences"] = []
-    assert evaluate(PlantedModel(), DataConfig(), EvalConfig(), "cpu")["skipped"] == {"no sentence in a long caption": 1}
+    assert evaluate(PlantedModel(), DataConfig(), EvalConfig(), "cpu")["skipped"] == {
+        "no sentence in a long caption": 1
+    }
     for sample in planted:
         sample["sentences"] = []
     with pytest.raises(ValueError, match="set data.eval_source"):

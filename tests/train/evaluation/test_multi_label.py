@@ -69,16 +69,26 @@ def test_the_map_of_a_model(lists, model):
     from dreamlip_train.data.images import decode_image, resize_center_crop
 
     with torch.no_grad():
-        images = torch.cat([model.encode_images(resize_center_crop(decode_image(p.read_bytes()), 32)[None])[0] for p in labelled.images])
+        images = torch.cat(
+            [
+                model.encode_images(resize_center_crop(decode_image(p.read_bytes()), 32)[None])[0]
+                for p in labelled.images
+            ]
+        )
         rows = []
         for line in CLASSES:
             prompts = [t.replace("{c}", name) for name in line.split("; ") for t in templates]
             rows.append(torch.cat([model.encode_texts(model.tokenize([p])) for p in prompts]).mean(dim=0))
         text = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
-        torch.testing.assert_close(class_features(model, classes, templates, "cpu", batch_size=3), text, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            class_features(model, classes, templates, "cpu", batch_size=3), text, atol=1e-6, rtol=1e-5
+        )
     targets = np.array([[c in labels for c in range(3)] for labels in labelled.labels])
     expected = [100 * average_precision_score(targets[:, c], (images @ text.T).numpy()[:, c]) for c in range(3)]
-    assert [found["per_class"][name] for name in CLASSES] == [*(pytest.approx(value, abs=1e-6) for value in expected), None]
+    assert [found["per_class"][name] for name in CLASSES] == [
+        *(pytest.approx(value, abs=1e-6) for value in expected),
+        None,
+    ]
     assert found["map"] == pytest.approx(np.mean(expected), abs=1e-6) and found["without_images"] == 1
     assert found["chance"] == pytest.approx(100 * targets.mean(), abs=1e-6)
     assert "1 classes that no image has" in format_labels(found)
@@ -86,10 +96,29 @@ def test_the_map_of_a_model(lists, model):
 
 def test_the_command(lists, tmp_path, capsys):
     torch.save(
-        {"state_dict": build_model(ModelConfig(name="ViT-S-32-alt", local_logit_scale=False), 0).clip.state_dict()}, tmp_path / "x.pt"
+        {"state_dict": build_model(ModelConfig(name="ViT-S-32-alt", local_logit_scale=False), 0).clip.state_dict()},
+        tmp_path / "x.pt",
     )
-    words = ["--annotations", str(lists / "annots.txt"), "--classes", str(lists / "tags.txt"), "--images", str(lists / "imgs")]
-    cli.main(["eval", "multilabel", str(tmp_path / "x.pt"), "--model", "ViT-S-32-alt", *words, "--output", str(tmp_path / "out.json")])
+    words = [
+        "--annotations",
+        str(lists / "annots.txt"),
+        "--classes",
+        str(lists / "tags.txt"),
+        "--images",
+        str(lists / "imgs"),
+    ]
+    cli.main(
+        [
+            "eval",
+            "multilabel",
+            str(tmp_path / "x.pt"),
+            "--model",
+            "ViT-S-32-alt",
+            *words,
+            "--output",
+            str(tmp_path / "out.json"),
+        ]
+    )
     written = json.loads((tmp_path / "out.json").read_text())
     assert f"mAP, % (chance)  {written['map']:.1f}" in capsys.readouterr().out
 

@@ -21,7 +21,8 @@ WORDS = "red green blue star moon tree car dog cat house left right above below"
 def captions(i):
     """5 captions an image, the third image has 7."""
     return [
-        f"a {WORDS[(i + 3 * j) % 14]} {WORDS[(5 * i + j) % 14]} near {i} {WORDS[(i * j) % 14]}s and {j}" for j in range(7 if i == 2 else 5)
+        f"a {WORDS[(i + 3 * j) % 14]} {WORDS[(5 * i + j) % 14]} near {i} {WORDS[(i * j) % 14]}s and {j}"
+        for j in range(7 if i == 2 else 5)
     ]
 
 
@@ -34,7 +35,14 @@ def layouts(tmp_path):
     for i in range(COUNT + 4):
         name, split = f"{i:04d}.jpg", "test" if i < COUNT else "train"
         (folder / "val2014" / name).write_bytes(jpeg(i, 50))
-        karpathy.append({"filepath": "val2014", "filename": name, "split": split, "sentences": [{"raw": text} for text in captions(i)]})
+        karpathy.append(
+            {
+                "filepath": "val2014",
+                "filename": name,
+                "split": split,
+                "sentences": [{"raw": text} for text in captions(i)],
+            }
+        )
         if split == "test":
             coco["images"].append({"id": 100 + i, "file_name": name})
             coco["annotations"] += [{"image_id": 100 + i, "caption": text} for text in captions(i)]
@@ -95,7 +103,15 @@ def test_the_command_prints_and_writes_the_numbers(layouts, tmp_path, capsys):
     big = open_clip.create_model("ViT-S-32-alt")
     torch.save({"state_dict": big.state_dict()}, tmp_path / "x.pt")
     annotations, images = layouts["karpathy"]
-    words = [str(tmp_path / "x.pt"), "--model", "ViT-S-32-alt", "--annotations", str(annotations), "--images", str(images)]
+    words = [
+        str(tmp_path / "x.pt"),
+        "--model",
+        "ViT-S-32-alt",
+        "--annotations",
+        str(annotations),
+        "--images",
+        str(images),
+    ]
     cli.main(["eval", "retrieval-set", *words, "--output", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "out.json").read_text())
@@ -115,14 +131,19 @@ def broken_layouts(layouts, tmp_path):
         "missing image": ((annotations, images), "--images: 1 of 24 images are not there, such as .*0003.jpg"),
         "no folder": ((annotations, ""), "--images: no folder"),
         "split": ((annotations, images, "val"), "--split: got 'val'; the json has test, train"),
-        "orphan": ((tmp_path / "orphan.json", images / "val2014"), "has captions of 1 images that it does not list, such as image_id 7"),
+        "orphan": (
+            (tmp_path / "orphan.json", images / "val2014"),
+            "has captions of 1 images that it does not list, such as image_id 7",
+        ),
         "other json": ((tmp_path / "other.json", images), "is neither Karpathy's json"),
         "cut json": ((tmp_path / "cut.json", images), "can't be read as json"),
         "no tar": ((tmp_path / "wds", "", "val"), "has no .tar files"),
     }
 
 
-@pytest.mark.parametrize("problem", ["missing image", "no folder", "split", "orphan", "other json", "cut json", "no tar"])
+@pytest.mark.parametrize(
+    "problem", ["missing image", "no folder", "split", "orphan", "other json", "cut json", "no tar"]
+)
 def test_what_is_wrong_with_a_set_is_named(layouts, tmp_path, problem):
     arguments, message = broken_layouts(layouts, tmp_path)[problem]
     with pytest.raises(ValueError, match=message):

@@ -137,7 +137,8 @@ def test_the_command_reads_vocs_folders(tmp_path, capsys):
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_000001\n2007_000002\n")
     torch.save(
-        {"state_dict": build_model(ModelConfig(name="ViT-S-32-alt", local_logit_scale=False), 0).clip.state_dict()}, tmp_path / "x.pt"
+        {"state_dict": build_model(ModelConfig(name="ViT-S-32-alt", local_logit_scale=False), 0).clip.state_dict()},
+        tmp_path / "x.pt",
     )
     model = [
         "eval",

@@ -35,7 +35,12 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "x.pt"
     model = build_model(ModelConfig(name="ViT-S-32-alt", local_logit_scale=False), 0)
     torch.save(
-        {"state_dict": {name: value.reshape(()) if name == "logit_scale" else value for name, value in model.clip.state_dict().items()}},
+        {
+            "state_dict": {
+                name: value.reshape(()) if name == "logit_scale" else value
+                for name, value in model.clip.state_dict().items()
+            }
+        },
         path,
     )
     return path
@@ -51,7 +56,18 @@ def test_the_numbers_are_those_of_clip_benchmarks_own_program(weights, tmp_path,
     assert ours["images"] == COUNT and ours["classes"] == 6 and f"{ours['acc1']:.1f}" in printed and "16.7" in printed
     theirs = tmp_path / "theirs.json"
     program = "from clip_benchmark.cli import main; main()"
-    command = [sys.executable, "-c", program, "eval", "--dataset", "wds/made", "--dataset_root", str(folder), "--model", "ViT-S-32-alt"]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "eval",
+        "--dataset",
+        "wds/made",
+        "--dataset_root",
+        str(folder),
+        "--model",
+        "ViT-S-32-alt",
+    ]
     command += ["--pretrained", str(weights), "--output", str(theirs), "--no_amp", "--num_workers", "0"]
     subprocess.run(command, check=True, env=clean_environment(), capture_output=True, timeout=200)
     expected = json.loads(theirs.read_text())["metrics"]
@@ -77,12 +93,16 @@ def test_a_set_that_cannot_be_read_is_named_and_the_others_are_kept(weights, tmp
 
 def test_an_output_in_no_folder_is_refused_before_anything_runs(weights, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["eval", "zeroshot", str(weights), "--root", str(tmp_path), "--output", str(tmp_path / "no" / "x.json")])
+        cli.main(
+            ["eval", "zeroshot", str(weights), "--root", str(tmp_path), "--output", str(tmp_path / "no" / "x.json")]
+        )
     assert "--output: no folder" in capsys.readouterr().err
 
 
 def test_the_papers_numbers_stand_beside_ours():
-    table = format_zero_shot({"imagenet1k": {"acc1": 30.0, "acc5": 55.0, "mean_per_class_recall": 30.0, "images": 50000, "classes": 1000}})
+    table = format_zero_shot(
+        {"imagenet1k": {"acc1": 30.0, "acc5": 55.0, "mean_per_class_recall": 30.0, "images": 50000, "classes": 1000}}
+    )
     assert "CC3M, ViT-B/16: 31.1" in table and "30.0" in table
 
 

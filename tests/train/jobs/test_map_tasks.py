@@ -59,7 +59,11 @@ def cluster(tmp_path_factory):
     for words in (head, ["--address", address]):
         nodes.append(
             subprocess.Popen(
-                [*command, *words, "--block"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+                [*command, *words, "--block"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         )
         deadline = time.time() + 60
@@ -92,19 +96,28 @@ def make_shards(folder: Path, shards: int, each: int) -> Path:
     for shard in range(shards):
         members = []
         for i in range(shard * each, (shard + 1) * each):
-            members += [(f"{i:04d}.jpg", jpeg(i)), (f"{i:04d}.json", json.dumps({"url": f"http://a.com/{i}.jpg"}).encode())]
+            members += [
+                (f"{i:04d}.jpg", jpeg(i)),
+                (f"{i:04d}.json", json.dumps({"url": f"http://a.com/{i}.jpg"}).encode()),
+            ]
         write_tar(folder / f"{shard:05d}.tar", members)
     return folder
 
 
 def records(folder) -> dict[str, dict]:
-    return {sample["key"]: json.loads(sample["json"]) for shard in sorted(Path(folder).glob("*.tar")) for sample in read_shard(str(shard))}
+    return {
+        sample["key"]: json.loads(sample["json"])
+        for shard in sorted(Path(folder).glob("*.tar"))
+        for sample in read_shard(str(shard))
+    }
 
 
 def test_join_gives_what_it_gives_without_ray(cluster, tmp_path):
     shards = make_shards(tmp_path / "in", 6, 5)
     with (tmp_path / "c.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("Image Path", "longSV_captions"), *((f"http://a.com/{i}.jpg", f"Long {i}. Two.") for i in range(30))])
+        csv.writer(file).writerows(
+            [("Image Path", "longSV_captions"), *((f"http://a.com/{i}.jpg", f"Long {i}. Two.") for i in range(30))]
+        )
     manifests = [
         join_captions(str(tmp_path / "c.csv"), str(shards), tmp_path / name, ray_address=address)
         for name, address in (("ray", cluster), ("here", ""))
@@ -132,7 +145,9 @@ def test_recaption_survives_a_killed_worker(cluster, tmp_path):
             written = {str(path) for path in journals.glob("*.jsonl") if path.read_text().count("\n") >= 2}
             for process in psutil.process_iter(["cmdline"]) if written else ():
                 with contextlib.suppress(psutil.Error):  # it has just ended
-                    if "ray::run" in " ".join(process.info["cmdline"] or []) and written & {file.path for file in process.open_files()}:
+                    if "ray::run" in " ".join(process.info["cmdline"] or []) and written & {
+                        file.path for file in process.open_files()
+                    }:
                         process.kill()
                         killed.append(process.pid)
                         return
@@ -141,7 +156,14 @@ def test_recaption_survives_a_killed_worker(cluster, tmp_path):
         killer = threading.Thread(target=kill_a_worker, daemon=True)
         killer.start()
         counts = recaption_shards(
-            str(shards), tmp_path / "out", model="served", endpoint=server.url, name="X", batch_size=1, timeout=20.0, ray_address=cluster
+            str(shards),
+            tmp_path / "out",
+            model="served",
+            endpoint=server.url,
+            name="X",
+            batch_size=1,
+            timeout=20.0,
+            ray_address=cluster,
         )
         killer.join(timeout=5)
     assert killed and counts["shards done"] == 4

@@ -19,7 +19,14 @@ from dreamlip_train.model.dreamlip import (
 )
 from dreamlip_train.model.flops import training_flops
 
-TEXTS = ["red", "a small red star", "the large blue moon left near two round square", "", "green " * 40, "a small star above the moon"]
+TEXTS = [
+    "red",
+    "a small red star",
+    "the large blue moon left near two round square",
+    "",
+    "green " * 40,
+    "a small star above the moon",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +56,15 @@ def test_features_are_open_clips(model, plain):
     images, tokens = pictures(), tiny_tokenize(TEXTS)
     with torch.no_grad():
         out = model(images, tokens.view(2, 3, -1).repeat(3, 1, 1))
-        torch.testing.assert_close(out["image_features"], plain.encode_image(normalized(images), normalize=True), atol=1e-6, rtol=0)
-        torch.testing.assert_close(out["text_features"][:2].flatten(0, 1), plain.encode_text(tokens, normalize=True), atol=1e-6, rtol=0)
-        inner = plain.visual.forward_intermediates(normalized(images), indices=1, normalize_intermediates=True, output_fmt="NLC")
+        torch.testing.assert_close(
+            out["image_features"], plain.encode_image(normalized(images), normalize=True), atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            out["text_features"][:2].flatten(0, 1), plain.encode_text(tokens, normalize=True), atol=1e-6, rtol=0
+        )
+        inner = plain.visual.forward_intermediates(
+            normalized(images), indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
         patches = inner["image_intermediates"][0] @ plain.visual.proj
         torch.testing.assert_close(out["patch_features"], patches, atol=1e-6, rtol=0)
     assert out["patch_features"].shape == (6, model.grid[0] * model.grid[1], 32)
@@ -64,13 +77,17 @@ def test_cropping_to_the_longest_caption_is_exact(model, plain):
         cropped = crop_to_longest(tokens)
         assert cropped.shape[1] == max(int(row.argmax()) + 1 for row in tokens)
         with torch.no_grad():
-            torch.testing.assert_close(model.encode_texts(tokens), plain.encode_text(tokens, normalize=True), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                model.encode_texts(tokens), plain.encode_text(tokens, normalize=True), atol=1e-6, rtol=0
+            )
     assert crop_to_longest(tiny_tokenize(TEXTS[:2]).view(2, 1, -1)).shape == (2, 1, 6)
 
 
 def test_float_pictures_in_0_1_equal_uint8_ones(model):
     with torch.no_grad():
-        for whole, part in zip(model.encode_images(pictures()), model.encode_images(pictures().float() / 255), strict=True):
+        for whole, part in zip(
+            model.encode_images(pictures()), model.encode_images(pictures().float() / 255), strict=True
+        ):
             torch.testing.assert_close(whole, part)
 
 
@@ -81,7 +98,10 @@ def test_the_layout_of_the_pixels_changes_no_feature(model):
     )
     outs = []
     for model.channels_last in (False, True):
-        outs += [model(given, tokens)["patch_features"] for given in (images, images.contiguous(memory_format=torch.channels_last))]
+        outs += [
+            model(given, tokens)["patch_features"]
+            for given in (images, images.contiguous(memory_format=torch.channels_last))
+        ]
     handle.remove()
     assert shown == [False, False, True, True]
     for out in outs[1:]:
@@ -98,11 +118,15 @@ def test_patches_of_an_autocast_tower_stay_at_16_bits(model):
     assert (images.dtype, patches.dtype) == (torch.float32, torch.float32), "for evaluation"
 
 
-@pytest.mark.parametrize("extra", [{}, {"local_logit_scale": False, "init_logit_bias": -10.0}, {"patch_projection": "local"}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"local_logit_scale": False, "init_logit_bias": -10.0}, {"patch_projection": "local"}]
+)
 def test_flops_are_counted_whatever_is_learned_beside_the_towers(extra):
     image, token = training_flops(build_model(tiny_model(**extra), seed=0))
     width, layers, patches = 32, 2, 16
-    blocks = 3 * 2 * layers * 12 * width**2  # forward and backward; 2 a multiply-add; attention's and the MLP's matrices
+    blocks = (
+        3 * 2 * layers * 12 * width**2
+    )  # forward and backward; 2 a multiply-add; attention's and the MLP's matrices
     assert image == pytest.approx((patches + 1) * blocks, rel=0.5) and token == pytest.approx(blocks, rel=0.5)
 
 
@@ -162,7 +186,9 @@ def test_local_projection_moves_the_patches_alone(model):
     local = build_model(tiny_model(patch_projection="local"), seed=0).eval()
     with torch.no_grad():
         before, patches_before = local.encode_images(pictures(2))
-        torch.testing.assert_close(patches_before, model.encode_images(pictures(2))[1])  # it starts as a copy of visual.proj
+        torch.testing.assert_close(
+            patches_before, model.encode_images(pictures(2))[1]
+        )  # it starts as a copy of visual.proj
         local.local_proj.mul_(2)
         after, patches_after = local.encode_images(pictures(2))
     assert torch.equal(before, after)
@@ -183,7 +209,9 @@ def test_weights_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_pretrained_file_is_loaded(tmp_path, model, prefix):
-    torch.save({"state_dict": {prefix + key: value for key, value in open_clip_state_dict(model).items()}}, tmp_path / "x.pt")
+    torch.save(
+        {"state_dict": {prefix + key: value for key, value in open_clip_state_dict(model).items()}}, tmp_path / "x.pt"
+    )
     loaded = build_model(tiny_model(pretrained=str(tmp_path / "x.pt")), seed=7)
     assert torch.equal(loaded.clip.visual.proj, model.clip.visual.proj)
     longer = build_model(tiny_model(pretrained=str(tmp_path / "x.pt"), context_length=24), seed=7)
@@ -222,11 +250,20 @@ def test_files_that_are_not_weights_are_refused(tmp_path):
         (ModelConfig(name="ViT-Z"), "open_clip knows no 'ViT-Z'"),
         (tiny_model(config={"embed_dim": 8}), "model.config: vision_cfg is missing"),
         (tiny_model(config={**TOWERS, "embed_dims": 8}), "model.config: .*embed_dims"),
-        (tiny_model(config={**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "pool_type": "none"}}), "projected patch tokens"),
-        (tiny_model(config={**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "final_ln_after_pool": True}}), "final_ln_after_pool"),
+        (
+            tiny_model(config={**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "pool_type": "none"}}),
+            "projected patch tokens",
+        ),
+        (
+            tiny_model(config={**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "final_ln_after_pool": True}}),
+            "final_ln_after_pool",
+        ),
         (tiny_model(config={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "no_causal_mask": True}}), "must be causal"),
         (tiny_model(config={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "vocab_size": 100}}), "vocab_size is 100"),
-        (tiny_model(config={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "context_length": 77}}), "model.context_length: got 16"),
+        (
+            tiny_model(config={**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "context_length": 77}}),
+            "model.context_length: got 16",
+        ),
     ],
 )
 def test_towers_that_cannot_work_name_the_field(settings, message):

@@ -20,7 +20,11 @@ def test_the_padded_towers_features_and_gradients(shares, pack):
     tokens = captions(40 * 8, shares).view(40, 8, 77)
     images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
     upstream = torch.randn(40, 8, 32)
-    weights = [p for name, p in model.named_parameters() if not name.startswith(("clip.visual", "local_proj", "clip.logit", "logit"))]
+    weights = [
+        p
+        for name, p in model.named_parameters()
+        if not name.startswith(("clip.visual", "local_proj", "clip.logit", "logit"))
+    ]
     assert len(weights) > 10
     results = []
     for text in (tokens, move_batch({"text": tokens}, CPU, pack)["text"]):
@@ -59,7 +63,10 @@ def test_hardly_a_position_is_wasted(shares, count, filled):
 
 def test_a_caption_sees_itself_up_to_now_and_nothing_else():
     mask = row_mask(torch.tensor([[4, 4, 0, 0, 0, -1], [1, 1, 1, 1, 1, 1]]), torch.float32)
-    seen = [["X.....", "XX....", "..X...", "..XX..", "..XXX.", ".....X"], ["X" + "." * 5, *("X" * i + "." * (6 - i) for i in range(2, 7))]]
+    seen = [
+        ["X.....", "XX....", "..X...", "..XX..", "..XXX.", ".....X"],
+        ["X" + "." * 5, *("X" * i + "." * (6 - i) for i in range(2, 7))],
+    ]
     assert ["".join("X" if v == 0 else "." for v in row) for row in mask[0, 0].tolist()] == seen[0]
     assert ["".join("X" if v == 0 else "." for v in row) for row in mask[1, 0].tolist()] == seen[1]
     assert mask.isneginf().sum() + (mask == 0).sum() == mask.numel()

@@ -31,7 +31,10 @@ def test_the_ids_are_open_clips(context):
     rng = random.Random(0)
     ascii_ = "".join(map(chr, range(32, 127)))
     noise = ["".join(rng.choice(ascii_) for _ in range(rng.randrange(60))) for _ in range(300)]
-    noise += ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(160, 0x2FFF)])) for _ in range(20)) for _ in range(100)]
+    noise += [
+        "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(160, 0x2FFF)])) for _ in range(20))
+        for _ in range(100)
+    ]
     for text in TEXTS + noise:
         assert torch.equal(ours([text]), theirs([text])), text
         assert ours.encode(text) == theirs.encode(text), text

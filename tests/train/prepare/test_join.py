@@ -60,7 +60,11 @@ def rows(numbers):
 
 
 def records(folder) -> dict[str, dict]:
-    return {sample["key"]: json.loads(sample["json"]) for shard in sorted(Path(folder).glob("*.tar")) for sample in read_shard(str(shard))}
+    return {
+        sample["key"]: json.loads(sample["json"])
+        for shard in sorted(Path(folder).glob("*.tar"))
+        for sample in read_shard(str(shard))
+    }
 
 
 def digests(folder):
@@ -84,9 +88,15 @@ def test_captions_meet_their_pictures_and_the_report_counts_both_sides(tmp_path,
     assert report["rows_by_source"] == dict.fromkeys(COLUMNS, 37)
     assert manifest["shards"]["00001.tar"]["samples"] == 10 and manifest["bad"]["no captions"]["count"] == 5
     printed = capsys.readouterr().out
-    assert "25 of 30 samples matched" in printed and "10 rows whose picture is in no shard, such as images.example.com/set one/" in printed
+    assert (
+        "25 of 30 samples matched" in printed
+        and "10 rows whose picture is in no shard, such as images.example.com/set one/" in printed
+    )
     loader = train_loader(
-        DataConfig(shards=str(tmp_path / "out"), workers=0, num_sub_captions=3), image_size=16, tokenize=tokenize, batch_size=5
+        DataConfig(shards=str(tmp_path / "out"), workers=0, num_sub_captions=3),
+        image_size=16,
+        tokenize=tokenize,
+        batch_size=5,
     )
     assert len(list(loader.epoch(0))) == 6
 
@@ -115,7 +125,11 @@ def test_one_url_in_other_spellings(tmp_path, shards, spelling):
 
 
 def test_urls_that_differ_stay_apart():
-    assert normal_url("http://a.com/x?id=1&amp;b=2") == normal_url("https://a.com/x?id=1&b=2") != normal_url("http://a.com/x?id=2&b=2")
+    assert (
+        normal_url("http://a.com/x?id=1&amp;b=2")
+        == normal_url("https://a.com/x?id=1&b=2")
+        != normal_url("http://a.com/x?id=2&b=2")
+    )
     assert normal_url("http://a.com/X.jpg") != normal_url("http://a.com/x.jpg")  # paths have case
     assert (
         normal_url("http://[broken")
@@ -125,10 +139,13 @@ def test_urls_that_differ_stay_apart():
 
 
 @pytest.mark.parametrize(
-    ("on", "column", "value"), [("key", "key", "{:09d}"), ("number", "number", "n{}"), ("path", IMAGE_COLUMN, "./{:09d}.jpeg")]
+    ("on", "column", "value"),
+    [("key", "key", "{:09d}"), ("number", "number", "n{}"), ("path", IMAGE_COLUMN, "./{:09d}.jpeg")],
 )
 def test_by_key_path_or_any_column(tmp_path, shards, on, column, value):
-    table = write_csv(tmp_path / "c.csv", [(value.format(i), f"raw {i}") for i in range(4)], header=(column, "raw_caption"))
+    table = write_csv(
+        tmp_path / "c.csv", [(value.format(i), f"raw {i}") for i in range(4)], header=(column, "raw_caption")
+    )
     assert join_captions(str(table), str(shards), tmp_path / "out", on=on)["join"]["samples_matched"] == 4
     assert records(tmp_path / "out")["000000002"]["raw_caption"] == "raw 2"
 
@@ -140,22 +157,44 @@ def test_of_a_picture_named_twice_the_first_row_counts(tmp_path, shards):
 
 
 def test_several_tables_complete_each_other_and_the_first_wins(tmp_path, shards):
-    first = write_csv(tmp_path / "a.csv", [(url(1), "raw of a", "Long of a.")], header=(IMAGE_COLUMN, "raw_caption", "longSV_captions"))
-    second = write_csv(tmp_path / "b.csv", [(url(1), "raw of b", "Long of b.")], header=(IMAGE_COLUMN, "raw_caption", "longIB_captions"))
+    first = write_csv(
+        tmp_path / "a.csv",
+        [(url(1), "raw of a", "Long of a.")],
+        header=(IMAGE_COLUMN, "raw_caption", "longSV_captions"),
+    )
+    second = write_csv(
+        tmp_path / "b.csv",
+        [(url(1), "raw of b", "Long of b.")],
+        header=(IMAGE_COLUMN, "raw_caption", "longIB_captions"),
+    )
     join_captions(f"{first}::{second}", str(shards), tmp_path / "out")
     record = records(tmp_path / "out")["000000001"]
-    assert (record["raw_caption"], record["longSV_captions"], record["longIB_captions"]) == ("raw of a", "Long of a.", "Long of b.")
+    assert (record["raw_caption"], record["longSV_captions"], record["longIB_captions"]) == (
+        "raw of a",
+        "Long of a.",
+        "Long of b.",
+    )
 
 
 def test_every_format_and_the_json_names(tmp_path, shards):
-    renamed = {"ImagePath": url(0), "RawCaption": "raw", "IBCaptionShort": "s", "LLACaptionLong": "Long. One.", "SVCaptionLong": None}
+    renamed = {
+        "ImagePath": url(0),
+        "RawCaption": "raw",
+        "IBCaptionShort": "s",
+        "LLACaptionLong": "Long. One.",
+        "SVCaptionLong": None,
+    }
     (tmp_path / "list.json").write_text(json.dumps([renamed, {**renamed, "ImagePath": url(1)}, "no record"]))
     (tmp_path / "by_key.json").write_text(json.dumps({"000000002": {IMAGE_COLUMN: url(2), "raw_caption": "raw"}}))
     (tmp_path / "lines.jsonl").write_text(
-        json.dumps(renamed | {"ImagePath": url(3)}) + "\n{broken\n\n" + json.dumps(renamed | {"ImagePath": url(4)}) + "\n"
+        json.dumps(renamed | {"ImagePath": url(3)})
+        + "\n{broken\n\n"
+        + json.dumps(renamed | {"ImagePath": url(4)})
+        + "\n"
     )
     pyarrow.parquet.write_table(
-        pyarrow.table({IMAGE_COLUMN: [url(5), None], "longSV_captions": [["One.", "Two."], ["x"]]}), tmp_path / "p.parquet"
+        pyarrow.table({IMAGE_COLUMN: [url(5), None], "longSV_captions": [["One.", "Two."], ["x"]]}),
+        tmp_path / "p.parquet",
     )
     write_csv(tmp_path / "t.tsv", [(url(6), "raw", "", "")], delimiter="\t")
     names = ("list.json", "by_key.json", "lines.jsonl", "p.parquet", "t.tsv")
@@ -172,14 +211,25 @@ def test_every_format_and_the_json_names(tmp_path, shards):
 
 def test_columns_under_other_names(tmp_path, shards):
     table = write_csv(tmp_path / "c.csv", [(url(1), "an alt text", "Mine. Two.")], header=("link", "alt", "mine"))
-    words = ["--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out"), "--table-column", "link"]
+    words = [
+        "--captions",
+        str(table),
+        "--shards",
+        str(shards),
+        "--output",
+        str(tmp_path / "out"),
+        "--table-column",
+        "link",
+    ]
     cli.main(["prepare", "join", *words, "--columns", "raw_caption", "alt", "longMine_captions", "mine"])
     record = records(tmp_path / "out")["000000001"]
     assert (record["raw_caption"], record["longMine_captions"]) == ("an alt text", "Mine. Two.")
 
 
 def test_dirty_tables_cost_only_their_dirty_rows(tmp_path, shards):
-    good = write_csv(tmp_path / "c.csv", [(url(0), 'He said "yes",\nthen left.', "s", "x" * 2**20 + ". End.")]).read_bytes()
+    good = write_csv(
+        tmp_path / "c.csv", [(url(0), 'He said "yes",\nthen left.', "s", "x" * 2**20 + ". End.")]
+    ).read_bytes()
     lines = [
         b"\xef\xbb\xbf" + good,  # a BOM, a newline and quotes in a cell, a caption of 1 MB
         url(1).encode() + b",nul \0 byte,s,Long.\r\n",
@@ -192,11 +242,17 @@ def test_dirty_tables_cost_only_their_dirty_rows(tmp_path, shards):
     (tmp_path / "c.csv").write_bytes(b"".join(lines))
     manifest = join_captions(str(tmp_path / "c.csv"), str(shards), tmp_path / "out")
     found = records(tmp_path / "out")
-    assert found["000000000"]["raw_caption"] == 'He said "yes",\nthen left.' and len(found["000000000"]["longSV_captions"]) > 2**20
+    assert (
+        found["000000000"]["raw_caption"] == 'He said "yes",\nthen left.'
+        and len(found["000000000"]["longSV_captions"]) > 2**20
+    )
     assert found["000000001"]["raw_caption"] == "nul  byte" and "\ufffd" in found["000000002"]["raw_caption"]
     assert all("raw_caption" in found[f"{i:09d}"] for i in range(5))
     bad = manifest["bad"]
-    assert bad["malformed row"]["count"] == 2 and "c.csv: row 4: line 6: 2 fields, the header has 4" in bad["malformed row"]["examples"][0]
+    assert (
+        bad["malformed row"]["count"] == 2
+        and "c.csv: row 4: line 6: 2 fields, the header has 4" in bad["malformed row"]["examples"][0]
+    )
     assert "field larger than field limit" in bad["malformed row"]["examples"][1]
     assert bad["not UTF-8 (bytes replaced)"]["examples"] == ["c.csv: row 3"]
 
@@ -216,7 +272,9 @@ def test_a_killed_join_goes_on_and_gives_the_same(tmp_path, shards):
     join_captions(str(table), str(shards), tmp_path / "whole")
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
     for wanted in ("tables/00000.parquet", "joined.parquet", "written/00000.tar.json"):
-        process = subprocess.Popen([sys.executable, "-m", "dreamlip_train", *words], env=clean_environment(), start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dreamlip_train", *words], env=clean_environment(), start_new_session=True
+        )
         while not (tmp_path / "out" / ".join" / wanted).exists() and process.poll() is None:
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
@@ -225,7 +283,9 @@ def test_a_killed_join_goes_on_and_gives_the_same(tmp_path, shards):
     cli.main(words)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == first  # not done again
-    assert json.loads((tmp_path / "out/manifest.json").read_text()) == json.loads((tmp_path / "whole/manifest.json").read_text())
+    assert json.loads((tmp_path / "out/manifest.json").read_text()) == json.loads(
+        (tmp_path / "whole/manifest.json").read_text()
+    )
 
 
 ERRORS = {
@@ -244,8 +304,14 @@ ERRORS = {
     ),
     "empty": (lambda t, s: ((t / "c.csv").write_text("") or t / "c.csv", {}), "is empty"),
     "no rows": (lambda t, s: (write_csv(t / "c.csv", []), {}), "none of 30 samples matches any of 0 rows"),
-    "same folder": (lambda t, s: (write_csv(t / "c.csv", rows([1])), {"output": s}), "--output: .* is the folder of the shards"),
-    "no ray": (lambda t, s: (write_csv(t / "c.csv", rows([1])), {"ray_address": "127.0.0.1:1"}), "--ray: no cluster at '127.0.0.1:1'"),
+    "same folder": (
+        lambda t, s: (write_csv(t / "c.csv", rows([1])), {"output": s}),
+        "--output: .* is the folder of the shards",
+    ),
+    "no ray": (
+        lambda t, s: (write_csv(t / "c.csv", rows([1])), {"ray_address": "127.0.0.1:1"}),
+        "--ray: no cluster at '127.0.0.1:1'",
+    ),
 }
 
 
@@ -279,7 +345,9 @@ def test_a_disk_that_fills_up_in_the_join_itself_says_what_to_do(tmp_path, shard
         (tmp_path / "out" / ".join" / name).unlink()
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
     code = f"import resource; from dreamlip_train import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); cli.main({words!r})"
-    done = subprocess.run([sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 2 and "make room and give the same command again" in done.stderr, done.stderr[-2000:]
     cli.main(words)
 
@@ -294,10 +362,10 @@ def test_a_full_disk_names_what_to_do_and_keeps_what_is_done(tmp_path, shards):
     """In a process of its own, which may write no file over 60 kB: the tables fit, a shard does not."""
     table = write_csv(tmp_path / "c.csv", rows(range(30)))
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    code = (
-        f"import resource; from dreamlip_train import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)); cli.main({words!r})"
+    code = f"import resource; from dreamlip_train import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)); cli.main({words!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
     )
-    done = subprocess.run([sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "make room and give the same command again" in done.stderr, done.stderr[-2000:]
     assert not list((tmp_path / "out").glob("*.tar*"))
     cli.main(words)
@@ -305,5 +373,7 @@ def test_a_full_disk_names_what_to_do_and_keeps_what_is_done(tmp_path, shards):
 
 
 def test_rows_are_numbered_and_named(tmp_path):
-    table = write_csv(tmp_path / "c.csv", [(url(1), "a"), (url(2),), (url(3), "c")], header=(IMAGE_COLUMN, "raw_caption"))
+    table = write_csv(
+        tmp_path / "c.csv", [(url(1), "a"), (url(2),), (url(3), "c")], header=(IMAGE_COLUMN, "raw_caption")
+    )
     assert [(number, bool(row)) for number, row, _ in read_rows(table)] == [(1, True), (2, False), (3, True)]

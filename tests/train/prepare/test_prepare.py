@@ -74,7 +74,14 @@ def test_real_photographs_from_table_to_batch(tmp_path):
 
 
 def test_images_are_found_by_path_url_name_or_stem(tmp_path, images):
-    rows = [row("0.jpg"), row("http://host/a/b/1.jpg?w=3"), row("elsewhere/2.jpg"), row("3.png"), row("deep/x.jpg"), row("4")]
+    rows = [
+        row("0.jpg"),
+        row("http://host/a/b/1.jpg?w=3"),
+        row("elsewhere/2.jpg"),
+        row("3.png"),
+        row("deep/x.jpg"),
+        row("4"),
+    ]
     manifest = prepare_folder(table(tmp_path, rows), images, tmp_path / "out")
     assert manifest["samples"] == 6, manifest["bad"]
 
@@ -125,14 +132,18 @@ def test_dirty_tables_are_read(tmp_path, images):
     tar = members(tmp_path / "out" / "00000.tar")
     first, second = (json.loads(tar[f"00000000{i}.json"]) for i in (0, 1))
     assert (
-        first["raw_caption"] == 'a "quoted" word' and first["longIB_captions"] == "First line.\nSecond line." and first["licence"] == "CC0"
+        first["raw_caption"] == 'a "quoted" word'
+        and first["longIB_captions"] == "First line.\nSecond line."
+        and first["licence"] == "CC0"
     )
     assert second["raw_caption"].startswith("caf") and "\0" not in second["raw_caption"]
 
 
 def test_parquet_equals_csv(tmp_path, images):
     rows = [row(f"{i}.jpg") for i in range(5)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**r, "shortIB_captions": None} for r in rows]), tmp_path / "t.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**r, "shortIB_captions": None} for r in rows]), tmp_path / "t.parquet"
+    )
     prepare_folder(tmp_path / "t.parquet", images, tmp_path / "a")
     prepare_folder(table(tmp_path, rows), images, tmp_path / "b")
     assert (tmp_path / "a" / "00000.tar").read_bytes() == (tmp_path / "b" / "00000.tar").read_bytes()
@@ -141,13 +152,17 @@ def test_parquet_equals_csv(tmp_path, images):
 def test_masks_travel(tmp_path, images):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "1.png").write_bytes(b"png bytes")
-    manifest = prepare_folder(table(tmp_path, [row("0.jpg"), row("1.jpg")]), images, tmp_path / "out", masks=tmp_path / "masks")
+    manifest = prepare_folder(
+        table(tmp_path, [row("0.jpg"), row("1.jpg")]), images, tmp_path / "out", masks=tmp_path / "masks"
+    )
     assert manifest["masks"] == 1
     assert members(tmp_path / "out" / "00000.tar")["000000001.mask.png"] == b"png bytes"
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in folder.glob("*.tar")} | {"manifest": (folder / "manifest.json").read_bytes()}
+    return {p.name: p.read_bytes() for p in folder.glob("*.tar")} | {
+        "manifest": (folder / "manifest.json").read_bytes()
+    }
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
@@ -168,7 +183,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*.tar")}
-    assert 4 <= len(finished) < 30 and not (tmp_path / "killed" / "manifest.json").exists(), "killed too late to show anything"
+    assert 4 <= len(finished) < 30 and not (tmp_path / "killed" / "manifest.json").exists(), (
+        "killed too late to show anything"
+    )
     prepare_folder(captions, images, tmp_path / "killed", **job)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     kept = [name for name, stamp in finished.items() if (tmp_path / "killed" / name).stat().st_mtime_ns == stamp]
@@ -222,7 +239,10 @@ def test_validate_indexes_existing_shards_without_touching_them(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.tar")} == before
     assert manifest["samples"] == 14 and list(manifest["bad"]) == ["lists and strings in one column"]
     assert [entry["samples"] for entry in manifest["shards"].values()] == [6, 4, 4]
-    assert manifest["captions"]["longSV_captions"]["samples"] == 10 and manifest["captions"]["raw_caption"]["samples"] == 10
+    assert (
+        manifest["captions"]["longSV_captions"]["samples"] == 10
+        and manifest["captions"]["raw_caption"]["samples"] == 10
+    )
     assert json.loads((tmp_path / "manifest.json").read_text())["samples"] == 14
 
 

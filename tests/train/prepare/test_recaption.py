@@ -31,7 +31,10 @@ def shards(tmp_path) -> Path:
     for shard in range(3):
         members = []
         for i in range(PER_SHARD * shard, PER_SHARD * (shard + 1)):
-            members += [(f"{i:04d}.jpg", jpeg(i)), (f"{i:04d}.json", json.dumps({"raw_caption": f"raw {i}", "url": f"u{i}"}).encode())]
+            members += [
+                (f"{i:04d}.jpg", jpeg(i)),
+                (f"{i:04d}.json", json.dumps({"raw_caption": f"raw {i}", "url": f"u{i}"}).encode()),
+            ]
         write_tar(tmp_path / "in" / f"{shard:05d}.tar", members)
     return tmp_path / "in"
 
@@ -47,7 +50,11 @@ def llava(tmp_path_factory) -> str:
 
 
 def records(folder) -> dict[str, dict]:
-    return {sample["key"]: json.loads(sample["json"]) for shard in sorted(Path(folder).glob("*.tar")) for sample in read_shard(str(shard))}
+    return {
+        sample["key"]: json.loads(sample["json"])
+        for shard in sorted(Path(folder).glob("*.tar"))
+        for sample in read_shard(str(shard))
+    }
 
 
 def number(i):
@@ -75,10 +82,16 @@ def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path,
     assert {body["messages"][0]["content"][1]["text"] for body in server.requests} == {
         "Describe the image in detail.", "Describe the image in one sentence.",
     }  # fmt: skip
-    assert {body["model"] for body in server.requests} == {"served"} and {body["max_tokens"] for body in server.requests} == {256, 64}
+    assert {body["model"] for body in server.requests} == {"served"} and {
+        body["max_tokens"] for body in server.requests
+    } == {256, 64}
     assert before == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.glob("*.tar")}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["samples"] == 24 and {entry["samples"] for entry in manifest["shards"].values()} == {PER_SHARD} and not manifest["bad"]
+    assert (
+        manifest["samples"] == 24
+        and {entry["samples"] for entry in manifest["shards"].values()} == {PER_SHARD}
+        and not manifest["bad"]
+    )
 
 
 @pytest.mark.parametrize("trouble", ["500", "429", "stall", "garbage"])
@@ -95,10 +108,22 @@ def test_a_picture_that_always_fails_is_recorded_and_keeps_its_place(tmp_path, s
         counts = through(server, shards, tmp_path / "out", retries=2, max_bad_fraction=0.5)
     assert (counts["captioned"], counts["failed"], counts["shards done"]) == (21, 3, 3)
     found = records(tmp_path / "out")
-    assert len(found) == 24 and [key for key, record in found.items() if "longX_captions" not in record] == ["0003", "0012", "0020"]
-    answers = [json.loads(line) for path in (tmp_path / "out" / ".recaption").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(found) == 24 and [key for key, record in found.items() if "longX_captions" not in record] == [
+        "0003",
+        "0012",
+        "0020",
+    ]
+    answers = [
+        json.loads(line)
+        for path in (tmp_path / "out" / ".recaption").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     errors = {answer["key"]: answer["error"] for answer in answers if "error" in answer}
-    assert set(errors) == {"0003", "0012", "0020"} and "told to answer 400" in errors["0012"] and "InternalServerError" in errors["0020"]
+    assert (
+        set(errors) == {"0003", "0012", "0020"}
+        and "told to answer 400" in errors["0012"]
+        and "InternalServerError" in errors["0020"]
+    )
     assert server.asked[jpeg(12), "Describe the image in detail."] == 1  # its own fault: not asked again
     assert server.asked[jpeg(20), "Describe the image in detail."] == 3
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -119,7 +144,10 @@ def test_a_server_that_is_down_stops_the_run_and_no_shard_is_called_done(tmp_pat
 
 @pytest.mark.parametrize("status", ["404", "401"])
 def test_a_refusal_is_said_at_once(tmp_path, shards, status):
-    with ChatServer(lambda attempt, image: status) as server, pytest.raises(ValueError, match="--endpoint: .* refuses: .*--model 'served'"):
+    with (
+        ChatServer(lambda attempt, image: status) as server,
+        pytest.raises(ValueError, match="--endpoint: .* refuses: .*--model 'served'"),
+    ):
         through(server, shards, tmp_path / "out")
     assert len(server.requests) <= 8
 
@@ -147,7 +175,10 @@ def start(shards, output, server, *extra) -> subprocess.Popen:
         "2",
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "dreamlip_train", *words, *extra], env=clean_environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "dreamlip_train", *words, *extra],
+        env=clean_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -157,7 +188,9 @@ def slowly(attempt, image):
 
 
 def answered(output) -> int:
-    return sum(path.read_text().count("\n") for path in (output / ".recaption").glob("*.jsonl")) if output.exists() else 0
+    return (
+        sum(path.read_text().count("\n") for path in (output / ".recaption").glob("*.jsonl")) if output.exists() else 0
+    )
 
 
 def test_killed_in_the_middle_no_finished_picture_is_asked_for_again(tmp_path, shards):
@@ -212,7 +245,18 @@ def test_claims_are_exclusive_and_those_of_the_dead_are_free(tmp_path):
 
 
 def test_a_local_model_end_to_end(tmp_path, shards, llava):
-    words = ["recaption", str(shards), "--output", str(tmp_path / "out"), "--model", llava, "--name", "LLA", "--max-tokens", "24"]
+    words = [
+        "recaption",
+        str(shards),
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        llava,
+        "--name",
+        "LLA",
+        "--max-tokens",
+        "24",
+    ]
     cli.main([*words, "--batch-size", "3", "--max-bad-fraction", "1"])
     found = records(tmp_path / "out")
     captioned = [record["longLLA_captions"] for record in found.values() if "longLLA_captions" in record]

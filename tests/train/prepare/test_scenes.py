@@ -53,7 +53,10 @@ def test_sentence_j_describes_mask_value_j_in_every_wording(world):
             assert len(colors) == 1, "the three wordings disagree"
             column, row_ = int(3 * xs.mean() / mask.shape[1]), int(3 * ys.mean() / mask.shape[0])
             place = PLACES[3 * row_ + column]
-            assert place.split()[-1] in sentences[1][j - 1] or place in sentences[1][j - 1], (place, sentences[1][j - 1])
+            assert place.split()[-1] in sentences[1][j - 1] or place in sentences[1][j - 1], (
+                place,
+                sentences[1][j - 1],
+            )
 
 
 def test_the_named_colour_is_in_the_picture(world):
@@ -81,7 +84,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_p
     assert (tmp_path / "again" / path).read_bytes() == (folder / path).read_bytes()
     assert (tmp_path / "other" / path).read_bytes() != (folder / path).read_bytes()
     train_captions = {row["longSV_captions"] for row in rows(folder, "train")}
-    assert not train_captions & {row["longSV_captions"] for row in rows(folder, "val")}, "a held-out scene is in the training set"
+    assert not train_captions & {row["longSV_captions"] for row in rows(folder, "val")}, (
+        "a held-out scene is in the training set"
+    )
 
 
 def test_rendering_is_fast_enough_for_the_demo(world):

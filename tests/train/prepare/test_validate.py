@@ -92,7 +92,9 @@ def test_fix_writes_copies_that_are_sound_and_leaves_the_originals(dirty, tmp_pa
     with pytest.raises(SystemExit):
         cli.main(["prepare", "validate", str(dirty), "--fix", str(tmp_path / "out")])
     assert before == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in dirty.glob("*.tar")}
-    found = {s["key"]: json.loads(s["json"]) for name in sorted(before) for s in read_shard(str(tmp_path / "out" / name))}
+    found = {
+        s["key"]: json.loads(s["json"]) for name in sorted(before) for s in read_shard(str(tmp_path / "out" / name))
+    }
     assert sorted(found) == ["a", "b", "c", "d", "e", "j", "k"]
     assert found["b"]["longSV_captions"] == "It is split." and found["d"] == {"longSV_captions": "One. Two."}
     again = validate_shards(str(tmp_path / "out"), index=False)
@@ -116,12 +118,19 @@ def test_stats_count_sub_captions_and_tokens_by_source(tmp_path, capsys):
         members = []
         for i in range(4):
             long = " ".join(f"This is sentence {j}." for j in range(i + 1))
-            members += sample(f"{shard}{i}", i, raw_caption="a dog", longSV_captions=long, longMine_captions=["one two", "three"])
+            members += sample(
+                f"{shard}{i}", i, raw_caption="a dog", longSV_captions=long, longMine_captions=["one two", "three"]
+            )
         write_tar(tmp_path / f"{shard:05d}.tar", members)
     found = caption_histograms(str(tmp_path), count_tokens)
     assert list(found) == ["raw_caption", "longSV_captions", "longMine_captions"]
     assert found["longSV_captions"]["sub_captions"] == {1: 3, 2: 3, 3: 3, 4: 3}
-    assert found["longSV_captions"]["sub_caption_tokens"] == {6: 30} and found["longSV_captions"]["tokens"] == {6: 3, 10: 3, 14: 3, 18: 3}
+    assert found["longSV_captions"]["sub_caption_tokens"] == {6: 30} and found["longSV_captions"]["tokens"] == {
+        6: 3,
+        10: 3,
+        14: 3,
+        18: 3,
+    }
     assert found["longMine_captions"]["sub_caption_tokens"] == {4: 12, 3: 12}
     one = caption_histograms(str(tmp_path), count_tokens, max_shards=1)
     assert one["raw_caption"]["sub_captions"].total() == 4

@@ -58,7 +58,10 @@ def test_grouping_without_sentences_is_a_clear_error(tmp_path):
 def test_runs_are_compared_in_one_picture(tmp_path, capsys):
     for number, name in enumerate(("a", "b", "c")):
         (tmp_path / name).mkdir()
-        rows = [{"step": step, "loss": 3.0 / (step + number + 1), "lr": 1e-3, "images_per_s": 10.0 + number} for step in range(20)]
+        rows = [
+            {"step": step, "loss": 3.0 / (step + number + 1), "lr": 1e-3, "images_per_s": 10.0 + number}
+            for step in range(20)
+        ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cli.main(["plot", *(str(tmp_path / name) for name in "abc"), "--output", str(tmp_path / "out.png")])
     with Image.open(tmp_path / "out.png") as picture:

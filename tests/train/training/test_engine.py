@@ -20,7 +20,9 @@ def test_every_zero_stage_follows_plain_torch(stage, torch_losses):
     assert torch_losses[-1] < torch_losses[0]
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "amp_bf16"), (1, "amp_bf16"), (3, "amp_bf16"), (0, "bf16"), (1, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "amp_bf16"), (1, "amp_bf16"), (3, "amp_bf16"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
+)
 def test_16_bit_precisions_stay_near_fp32(stage, precision, torch_losses):
     config = tiny_config(stage, precision)
     assert run_steps(tiny_engine(config), config, 0, 4) == pytest.approx(torch_losses[:4], abs=0.1)
@@ -77,7 +79,9 @@ def test_logit_scale_stays_bounded_and_returns(stage):
     data = move_batch(batch(0), engine.device)
     multipliers = []
     for sign in (-1,) * 4 + (1,) * 8:
-        result = train_step(engine, lambda sign=sign, **f: {"loss": sign * f["logit_scale"] + 0 * f["image_features"].sum()}, data, 0.01)
+        result = train_step(
+            engine, lambda sign=sign, **f: {"loss": sign * f["logit_scale"] + 0 * f["image_features"].sum()}, data, 0.01
+        )
         multipliers.append(result.scales["logit_scale"].item())
     assert max(multipliers) <= 100.001
     assert multipliers[-1] < 97
@@ -126,7 +130,12 @@ def test_only_matrices_decay():
     assert decayed["weight_decay"] == 0.2 and plain["weight_decay"] == 0.0
     assert decayed_names | plain_names == set(names.values()) and not decayed_names & plain_names
     assert {"clip.visual.proj", "clip.token_embedding.weight", "clip.positional_embedding"} <= decayed_names
-    assert {"clip.logit_scale", "logit_scale_local", "clip.ln_final.weight", "clip.visual.class_embedding"} <= plain_names
+    assert {
+        "clip.logit_scale",
+        "logit_scale_local",
+        "clip.ln_final.weight",
+        "clip.visual.class_embedding",
+    } <= plain_names
     assert not [name for name in decayed_names if name.endswith("bias") or "ln_" in name]
 
 
@@ -148,9 +157,12 @@ def test_deepspeed_settings_are_checked(extra, message):
 
 def test_deepspeed_settings_are_merged_last():
     config = deepspeed_config(
-        EngineConfig(zero_stage=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}}), OptimConfig(grad_clip_norm=0.5)
+        EngineConfig(zero_stage=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}}),
+        OptimConfig(grad_clip_norm=0.5),
     )
-    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} and config["gradient_clipping"] == 0.5
+    assert (
+        config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} and config["gradient_clipping"] == 0.5
+    )
 
 
 def test_a_key_deepspeed_refuses_is_a_named_error():

@@ -30,7 +30,12 @@ SUPPORT = Path(__file__).parents[2] / "support"
 def tiny_run(shards: Path, steps: int, **engine):
     config = tiny_config(log_every=1, **engine)
     config.engine.steps = steps
-    config.data.shards, config.data.workers, config.data.num_sub_captions, config.data.shuffle_buffer = str(shards), 1, 3, 10
+    config.data.shards, config.data.workers, config.data.num_sub_captions, config.data.shuffle_buffer = (
+        str(shards),
+        1,
+        3,
+        10,
+    )
     return config
 
 
@@ -44,7 +49,9 @@ def test_killed_again_and_again_the_losses_are_those_of_the_undisturbed_run_to_t
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert len(facts["whole"]) == facts["steps"] and max(map(len, facts["killed"].values())) > 1, "no step was ever repeated"
+    assert len(facts["whole"]) == facts["steps"] and max(map(len, facts["killed"].values())) > 1, (
+        "no step was ever repeated"
+    )
     for step, (loss,) in facts["whole"].items():
         assert set(facts["killed"][step]) == {loss}, (command, step)
     assert max(facts["lost"]) <= facts["interval"], (command, facts["lost"])
@@ -76,7 +83,10 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run, tmp_path, number):
     """To loader workers too, as a terminal sends Ctrl-C and a scheduler SIGTERM. A worker that died of it would take the run along."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *long_run(tmp_path)], env=clean_environment(), start_new_session=True, stderr=subprocess.PIPE
+        [sys.executable, "-m", *long_run(tmp_path)],
+        env=clean_environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
     )
     wait_for_step(tmp_path, 3, process)
     os.killpg(process.pid, number)
@@ -90,7 +100,9 @@ def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run,
 
 def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(long_run, tmp_path):
     """As the kernel does when memory runs out. torch's handler raises wherever the training process happens to be."""
-    process = subprocess.Popen([sys.executable, "-m", *long_run(tmp_path)], env=clean_environment(), stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *long_run(tmp_path)], env=clean_environment(), stderr=subprocess.PIPE
+    )
     wait_for_step(tmp_path, 3, process)
     # Again and again: a worker that has handed over the last batch of its epoch is missed by nobody.
     deadline = time.time() + 60
@@ -113,9 +125,14 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path, num
     """SIGTERM to torchrun, which hands it on; SLURM's SIGUSR1 to a single rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     words = long_run(tmp_path, "--engine.batch-size", "4", "--engine.zero-stage", "3")
-    process = subprocess.Popen([*launcher, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [*launcher, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     wait_for_step(tmp_path, 3, process)
-    ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    ranks = [
+        int(pid)
+        for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ]
     assert len(ranks) == 2
     os.kill(process.pid if number == signal.SIGTERM else ranks[1], number)
     said, _ = process.communicate(timeout=60)
@@ -140,10 +157,18 @@ print(stop.name, flush=True)
 
 def test_the_same_signal_again_leaves_at_once_and_an_echo_does_not():
     process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLEEPER],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     process.stdout.readline()
-    for number, pause in ((signal.SIGINT, 0.1), (signal.SIGINT, 0.1), (signal.SIGTERM, 1.3)):  # a launcher's echo, then its own signal
+    for number, pause in (
+        (signal.SIGINT, 0.1),
+        (signal.SIGINT, 0.1),
+        (signal.SIGTERM, 1.3),
+    ):  # a launcher's echo, then its own signal
         process.send_signal(number)
         time.sleep(pause)
         assert process.poll() is None
@@ -184,14 +209,18 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, s
             and f"step-{kept:08d} is complete. Training goes on without it" in said
         )
     assert "CHECKPOINT NOT SAVED" in capsys.readouterr().out
-    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000006", "step-00000005"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-00000006",
+        "step-00000005",
+    ]
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_whose_last_checkpoint_fails_says_so_and_fails(tmp_path, monkeypatch, small_disk):
     at_step(monkeypatch, {4: lambda _: small_disk(200_000)})
     with pytest.raises(
-        RuntimeError, match="trained to the end at step 4, but that checkpoint could not be written .* the newest is of step 2"
+        RuntimeError,
+        match="trained to the end at step 4, but that checkpoint could not be written .* the newest is of step 2",
     ):
         train(tiny_run(write_shards(tmp_path / "shards", [40]), 4, save_every_steps=2), tmp_path / "run")
     small_disk(None)
@@ -230,7 +259,9 @@ def test_what_is_a_spike_and_what_is_noise():
 
 def test_silence_is_broken_with_what_is_waited_for():
     said = []
-    with Watchdog(3, said.append, lambda seconds: [f"worker 1 silent for over {seconds} s"], quiet_seconds=0.5) as watchdog:
+    with Watchdog(
+        3, said.append, lambda seconds: [f"worker 1 silent for over {seconds} s"], quiet_seconds=0.5
+    ) as watchdog:
         for _ in range(6):
             watchdog.now("in step 7")
             time.sleep(0.1)
@@ -269,7 +300,9 @@ def pushed(engine, sign: int) -> float:
 
     def loss_fn(**features):
         # The other outputs take part with weight zero: DeepSpeed wants every parameter's gradient.
-        rest = sum(features[name].sum() for name in ("image_features", "patch_features", "text_features", "logit_scale_local"))
+        rest = sum(
+            features[name].sum() for name in ("image_features", "patch_features", "text_features", "logit_scale_local")
+        )
         return {"loss": -sign * features["logit_scale"].log() + 0.0 * rest}
 
     return float(train_step(engine, loss_fn, move_batch(batch(0), engine.device), 0.5).scales["logit_scale"])

@@ -32,14 +32,20 @@ def run(stage: int, chunk: int, options: dict, steps: int = 10, rank: int = 0, w
         data, lr = batch(step, rank, world_size), learning_rate(step, STEPS, config.optim)
         if chunk:
             result = cached_train_step(
-                engine, loss_fn, [move_batch(part, engine.device) for part in split_batch(data, chunk)], lr, patches=patches
+                engine,
+                loss_fn,
+                [move_batch(part, engine.device) for part in split_batch(data, chunk)],
+                lr,
+                patches=patches,
             )
         else:
             result = train_step(engine, loss_fn, move_batch(data, engine.device), lr, patches=patches)
         assert result.applied
         losses.append({name: float(value) for name, value in result.losses.items()} | {"grad_norm": result.grad_norm})
     # A key's bias shifts all logits of a softmax alike: its gradient is rounding, which Adam makes into steps of full size.
-    return losses, [p.detach().clone() for name, p in engine.module.named_parameters() if not name.endswith("in_proj_bias")]
+    return losses, [
+        p.detach().clone() for name, p in engine.module.named_parameters() if not name.endswith("in_proj_bias")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,15 @@ def one_pass():
 
 @pytest.mark.parametrize(
     ("stage", "chunk", "loss"),
-    [(1, 2, "both"), (2, 4, "both"), (1, 1, "both"), (1, 4, "contrastive"), (2, 2, "grouping"), (1, 2, "one softmax"), (1, 4, "sigmoid")],
+    [
+        (1, 2, "both"),
+        (2, 4, "both"),
+        (1, 1, "both"),
+        (1, 4, "contrastive"),
+        (2, 2, "grouping"),
+        (1, 2, "one softmax"),
+        (1, 4, "sigmoid"),
+    ],
 )
 def test_it_is_the_one_pass_step(one_pass, stage, chunk, loss):
     losses, weights = run(stage, chunk, LOSSES[loss])
@@ -83,7 +97,10 @@ def test_patch_dropout_drops_the_same_patches_in_both_passes():
     config.model = tiny_model(config=towers)
     engine = tiny_engine(config)
     assert engine.module.training
-    loss_fn, chunks = DreamLIPLoss(grouping_weight=0.0), [move_batch(part, engine.device) for part in split_batch(batch(3), 4)]
+    loss_fn, chunks = (
+        DreamLIPLoss(grouping_weight=0.0),
+        [move_batch(part, engine.device) for part in split_batch(batch(3), 4)],
+    )
     model = build_model(config.model, config.engine.seed)  # the same weights, every chunk's graph kept
     torch.manual_seed(5)
     outs = [model(chunk["images"], chunk["text"], False) for chunk in chunks]
@@ -93,14 +110,20 @@ def test_patch_dropout_drops_the_same_patches_in_both_passes():
     )  # fmt: skip
     norm = float(
         torch.linalg.vector_norm(
-            torch.stack([g.norm() for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) if g is not None])
+            torch.stack(
+                [
+                    g.norm()
+                    for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                    if g is not None
+                ]
+            )
         )
     )
     torch.manual_seed(5)
     result = cached_train_step(engine, loss_fn, chunks, 1e-3, patches=False)
-    assert float(result.losses["contrastive_loss"]) == pytest.approx(loss.item(), rel=1e-6) and result.grad_norm == pytest.approx(
-        norm, rel=1e-5
-    )
+    assert float(result.losses["contrastive_loss"]) == pytest.approx(
+        loss.item(), rel=1e-6
+    ) and result.grad_norm == pytest.approx(norm, rel=1e-5)
     after = torch.rand(1)
     torch.manual_seed(5)
     _features(engine, chunks)
@@ -116,13 +139,18 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_and_the_next_step_alone():
     bad["images"][5, 0, 0, 0] = math.nan
     chunks = lambda given: [move_batch(part, engine.device) for part in split_batch(given, 4)]  # noqa: E731
     result = cached_train_step(engine, loss_fn, chunks(bad), 1e-3)
-    assert not result.applied and all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+    assert not result.applied and all(
+        torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True)
+    )
     assert cached_train_step(engine, loss_fn, chunks(data), 1e-3).applied
     assert any(not torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
 
 
 BAD = [
-    (dict(engine=EngineConfig(batch_size=8, chunk_size=3)), "engine.chunk_size: got 3; give a number that divides engine.batch_size=8"),
+    (
+        dict(engine=EngineConfig(batch_size=8, chunk_size=3)),
+        "engine.chunk_size: got 3; give a number that divides engine.batch_size=8",
+    ),
     (dict(engine=EngineConfig(batch_size=8, chunk_size=8)), "is smaller"),
     (dict(engine=EngineConfig(batch_size=8, chunk_size=2, zero_stage=3)), "runs with engine.zero_stage 1 or 2, not 3"),
     (

@@ -43,7 +43,14 @@ def scenes(tmp_path_factory) -> Path:
     cli.main(["prepare", "scenes", "--output", str(folder), "--num-train", "64", "--num-val", "12"])
     for split in ("train", "val"):
         source = folder / split
-        words = ["--captions", str(source / "captions.csv"), "--images", str(source / "images"), "--masks", str(source / "masks")]
+        words = [
+            "--captions",
+            str(source / "captions.csv"),
+            "--images",
+            str(source / "images"),
+            "--masks",
+            str(source / "masks"),
+        ]
         cli.main(["prepare", "folder", *words, "--output", str(folder / "shards" / split), "--shard-size", "16"])
     (folder / "base.toml").write_text(BASE)
     return folder
@@ -63,7 +70,9 @@ def run(scenes, tmp_path_factory) -> Path:
 
 def rows(run: Path) -> dict[int, dict]:
     """The training rows of metrics.jsonl by step, the last of each."""
-    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row}
+    return {
+        row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row
+    }
 
 
 def test_a_run_leaves_what_the_documentation_lists(run):
@@ -123,13 +132,18 @@ def test_a_resumed_run_repeats_the_losses_to_the_bit(scenes, run, tmp_path):
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / "step-00000006")
     lines = (again / "metrics.jsonl").read_text()
-    (again / "metrics.jsonl").write_text(lines[: len(lines) // 2].rsplit("\n", 1)[0] + '\n{"step": 4, "lo')  # a crash cut this line off
+    (again / "metrics.jsonl").write_text(
+        lines[: len(lines) // 2].rsplit("\n", 1)[0] + '\n{"step": 4, "lo'
+    )  # a crash cut this line off
     cli.main(train_words(scenes, again, "--eval.every-steps", "4"))
     assert "resumed from" in (again / "log.txt").read_text()
     for step in (4, 5, 6):
         for name in ("loss", "contrastive_loss", "grouping_loss", "lr", "grad_norm"):
             assert rows_after_cut(again)[step][name] == rows(run)[step][name], (step, name)
-    assert json.loads((again / "summary.json").read_text())["retrieval"] == json.loads((run / "summary.json").read_text())["retrieval"]
+    assert (
+        json.loads((again / "summary.json").read_text())["retrieval"]
+        == json.loads((run / "summary.json").read_text())["retrieval"]
+    )
 
 
 def rows_after_cut(run: Path) -> dict[int, dict]:
@@ -171,12 +185,16 @@ def test_another_model_in_the_same_folder_is_refused(scenes, run, capsys):
 def test_eval_reads_the_run_folder(run, command, capsys, tmp_path):
     cli.main(["eval", command, str(run), "--output", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
-    assert ("long caption, text to image" in printed) and (("top patch inside the region" in printed) == (command == "localize"))
+    assert ("long caption, text to image" in printed) and (
+        ("top patch inside the region" in printed) == (command == "localize")
+    )
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads((tmp_path / "out.json").read_text())["retrieval"] == summary["retrieval"]
 
 
-SECTIONS = "Training|Retrieval|Patch localisation|Where sub-captions look|Retrieval, right and wrong|Data|Settings and versions".split("|")
+SECTIONS = "Training|Retrieval|Patch localisation|Where sub-captions look|Retrieval, right and wrong|Data|Settings and versions".split(
+    "|"
+)
 
 
 def test_the_report_is_one_whole_page(run, tmp_path, capsys):
@@ -185,7 +203,12 @@ def test_the_report_is_one_whole_page(run, tmp_path, capsys):
     text = (tmp_path / "page.html").read_text()
     recall = json.loads((run / "summary.json").read_text())["retrieval"]["sentence"]["t2i"]["r_at_5"]
     assert [part.split("</h2>")[0] for part in text.split("<h2>")[1:]] == SECTIONS and "Not shown" not in text
-    assert f"{recall:.1f}" in text and "84.9" in text and "longIB_captions" in text and "longIB" in text.split("Data</h2>")[1]
+    assert (
+        f"{recall:.1f}" in text
+        and "84.9" in text
+        and "longIB_captions" in text
+        and "longIB" in text.split("Data</h2>")[1]
+    )
     words = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)  # where any four letters can stand
     assert "http" not in words.replace("http-equiv", "") and "://" not in text, "nothing is fetched from elsewhere"
     if not browser.available():
@@ -194,9 +217,14 @@ def test_the_report_is_one_whole_page(run, tmp_path, capsys):
         assert script("return [...document.images].filter(i => !i.complete || !i.naturalWidth).length") == 0
         assert script("return document.images.length") > 5
         assert script("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == SECTIONS
-        assert script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), "nothing sticks out sideways"
+        assert script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth"), (
+            "nothing sticks out sideways"
+        )
         assert script("return [...document.querySelectorAll('figure.own, figure.truth')].length") >= 2
-        assert script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+        assert (
+            script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length")
+            == 0
+        )
 
 
 def test_a_report_says_what_it_has_no_data_for(scenes, run, tmp_path, capsys):
@@ -284,7 +312,9 @@ def test_two_nodes_of_a_hostfile(scenes, tmp_path):
         port = probe.getsockname()[1]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--num_gpus", "1", "--module"]
-    words = train_words(scenes, tmp_path / "run", "--engine.batch-size", "4", "--engine.zero-stage", "2", "--engine.steps", "3")
+    words = train_words(
+        scenes, tmp_path / "run", "--engine.batch-size", "4", "--engine.zero-stage", "2", "--engine.steps", "3"
+    )
     nodes = [
         subprocess.Popen(
             [*launcher[:-1], "--node_rank", str(node), "--module", "dreamlip_train", *words],

@@ -24,7 +24,12 @@ def text_model():
 
 def features_and_gradient(model, text):
     images = torch.zeros(
-        len(text.ends) // 8 if not isinstance(text, torch.Tensor) else len(text), 3, 32, 32, dtype=torch.uint8, device=DEVICE
+        len(text.ends) // 8 if not isinstance(text, torch.Tensor) else len(text),
+        3,
+        32,
+        32,
+        dtype=torch.uint8,
+        device=DEVICE,
     )
     features = model(images, text, patches=False)["text_features"]
     upstream = torch.linspace(-1, 1, features.numel(), device=DEVICE).view(features.shape)
@@ -46,14 +51,22 @@ def test_the_compiled_tower_gives_what_the_uncompiled_one_gives():
     compiled.compile_towers()
     for seed in range(3):
         text = pack_captions(captions(400, HUMAN, seed=seed).view(50, 8, 77)).to(DEVICE)
-        for got, expected in zip(features_and_gradient(compiled, text), features_and_gradient(plain, text), strict=True):
+        for got, expected in zip(
+            features_and_gradient(compiled, text), features_and_gradient(plain, text), strict=True
+        ):
             assert (got - expected).norm() <= 1e-3 * expected.norm()
 
 
 def test_prefetched_batches_arrive_whole_while_the_device_computes():
     """Each batch is read only after long work of the step's stream, when the next ones have long been copied: memory given away too early shows."""
-    given = [torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)) for i in range(30)]
-    loaded = ({"images": images.pin_memory(), "text": captions(64, HUMAN, seed=i).view(16, 4, 77)} for i, images in enumerate(given))
+    given = [
+        torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        for i in range(30)
+    ]
+    loaded = (
+        {"images": images.pin_memory(), "text": captions(64, HUMAN, seed=i).view(16, 4, 77)}
+        for i, images in enumerate(given)
+    )
     busy = torch.randn(4096, 4096, device=DEVICE)
     sums = []
     for _, moved in prefetched(loaded, lambda batch: move_batch(batch, DEVICE), DEVICE):
@@ -61,5 +74,7 @@ def test_prefetched_batches_arrive_whole_while_the_device_computes():
             busy = (busy @ busy).clamp(-1, 1)
         sums.append((moved["images"].long().sum(), moved["text"].tokens.sum()))
         del moved
-    expected = [(images.long().sum(), pack_captions(captions(64, HUMAN, seed=i)).tokens.sum()) for i, images in enumerate(given)]
+    expected = [
+        (images.long().sum(), pack_captions(captions(64, HUMAN, seed=i)).tokens.sum()) for i, images in enumerate(given)
+    ]
     assert [tuple(int(v) for v in pair) for pair in sums] == [tuple(int(v) for v in pair) for pair in expected]

@@ -32,7 +32,16 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
 def facts(one_process) -> dict:
     folder, _ = one_process
     script = str(Path(__file__).parents[2] / "support/two_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        str(folder),
+    ]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "facts.json").read_text())
@@ -54,7 +63,9 @@ def test_a_step_that_one_rank_cannot_use_moves_no_weight_of_any(facts, stage):
 
 
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_nothing_else(facts):
-    assert "step-00000009 could not be written: rank 1: " in facts["full"] and "step-00000003 is complete" in facts["full"]
+    assert (
+        "step-00000009 could not be written: rank 1: " in facts["full"] and "step-00000003 is complete" in facts["full"]
+    )
     assert facts["kept"] == ["step-00000003"]
 
 
@@ -72,5 +83,7 @@ def test_one_process_goes_on_from_two_ranks(facts, one_process, stage):
     config = tiny_config(stage)
     engine = build_engine(build_model(config.model, 7), config.engine, config.optim, init_distributed(), resized=True)
     progress = load(engine, folder / f"two-{stage}" / "step-00000003")
-    assert run_steps(engine, config, progress.step, STEPS) == pytest.approx(facts["losses"][str(stage)][3:], rel=1e-6, abs=0)
+    assert run_steps(engine, config, progress.step, STEPS) == pytest.approx(
+        facts["losses"][str(stage)][3:], rel=1e-6, abs=0
+    )
     assert not list((folder / f"two-{stage}").glob("*universal*"))
