@@ -38,6 +38,7 @@ sanitize: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/make_api.py --check
 
 bench: install
 	mkdir -p $(OUT)
