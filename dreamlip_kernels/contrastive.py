@@ -59,7 +59,7 @@ def multi_positive_contrastive_loss(
     fn = "multi_positive_contrastive_loss"
     check_features(fn, image_features=(image_features, 2), text_features=(text_features, 3))
     check_shared(fn, "N", "image_features", image_features.shape[:1], "text_features", text_features.shape[:1])
-    n, k, _ = text_features.shape
+    n, k, d = text_features.shape
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     check_choice(fn, "negatives", negatives, ("slot", "all"))
     check_choice(fn, "positives", positives, ("mean", "logsum"))
@@ -75,7 +75,8 @@ def multi_positive_contrastive_loss(
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     text_KND = text_features.transpose(0, 1)
     mask_KN = None if text_mask is None else text_mask.T
-    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend)
+    rows = n * rank_and_size(group)[1]
+    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
     row, col, pos = gathered_logsumexp(image_features, text_KND, scale, mask_KN, chosen, group)  # [K, n] each
     if negatives == "all":
         row = _logsumexp_slots(row).expand_as(pos)

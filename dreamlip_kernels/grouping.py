@@ -60,7 +60,8 @@ def group_patches(
     """
     fn = "group_patches"
     _check(fn, patch_features, text_features, threshold, normalization, patch_mask)
-    chosen = dispatch.select(fn, patch_features, backend)
+    (n, p, d), k = patch_features.shape, text_features.shape[1]
+    chosen = dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d)
     return _group_patches(patch_features, text_features, threshold, normalization, patch_mask, chosen)[0]
 
 
@@ -356,9 +357,8 @@ _DEFAULT_THRESHOLD = -1e38  # csrc reads anything below -1e30 as 1 / (valid patc
 
 
 def _compiled_options(threshold: float | None, normalization: str) -> tuple[float, int]:
-    return _DEFAULT_THRESHOLD if threshold is None else max(float(threshold), -1e29), NORMALIZATIONS.index(
-        normalization
-    )
+    sigma = _DEFAULT_THRESHOLD if threshold is None else max(float(threshold), -1e29)
+    return sigma, NORMALIZATIONS.index(normalization)
 
 
 def _forward_compiled(patches, texts, threshold, normalization, patch_mask):

@@ -46,9 +46,9 @@ def bidirectional_logsumexp(
     check_features(fn, x=(x, 2), y=(y, 3))
     check_mask(fn, "y_mask", y_mask, y.shape[:2], y)
     check_mask(fn, "x_mask", x_mask, x.shape[:1], x)
-    row, col, _ = logsumexp_op(
-        x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, False, dispatch.select(fn, x, backend)
-    )
+    (m, d), (k, c, _) = x.shape, y.shape
+    chosen = dispatch.select(fn, x, backend, M=m, C=c, K=k, D=d)
+    row, col, _ = logsumexp_op(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, False, chosen)
     return row, col
 
 

@@ -14,7 +14,7 @@ from dreamlip_kernels.backends import dispatch
 
 @pytest.fixture
 def a_backend_that_cannot_run(monkeypatch):
-    checks = {"fast": lambda device, dtype: "it needs a moon", **dispatch._BACKENDS["group_patches"]}
+    checks = {"fast": lambda case: "it needs a moon", **dispatch._BACKENDS["group_patches"]}
     monkeypatch.setitem(dispatch._BACKENDS, "group_patches", checks)
     monkeypatch.setattr(dispatch, "_announced", set())
 
@@ -39,6 +39,28 @@ def test_a_torch_too_old_for_triton_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "_TORCH_SUFFICES", False)
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: it needs torch 2.10 or later, this is 2"):
         dispatch.select("bidirectional_logsumexp", torch.zeros(1), "triton")
+
+
+def test_a_backend_may_refuse_sizes(monkeypatch):
+    """A tile that does not fit a processor's shared memory is known before the launch, and "auto" goes on to the next."""
+    small = lambda case: f"P={case.sizes['P']} is too many" if case.sizes.get("P", 0) > 100 else None  # noqa: E731
+    monkeypatch.setitem(dispatch._BACKENDS, "group_patches", {"small": small, **dispatch._BACKENDS["group_patches"]})
+    x = torch.zeros(1)
+    assert dispatch.select("group_patches", x) == dispatch.select("group_patches", x, N=1, P=50, K=1, D=8) == "small"
+    assert dispatch.select("group_patches", x, N=1, P=101, K=1, D=8) in ("cpp", "torch")
+    assert dispatch.why_not("group_patches", "small", x, P=101) == "P=101 is too many"
+    with pytest.raises(RuntimeError, match="cannot run: P=101 is too many"):
+        dispatch.select("group_patches", x, "small", P=101)
+
+
+def test_the_ops_tell_their_sizes(monkeypatch):
+    cases = []
+    for op in ("bidirectional_logsumexp", "group_patches"):
+        monkeypatch.setitem(dispatch._BACKENDS, op, {"torch": lambda case: cases.append(case.sizes)})
+    dk.bidirectional_logsumexp(torch.zeros(5, 8), torch.zeros(2, 3, 8), 1.0)
+    dk.multi_positive_contrastive_loss(torch.zeros(5, 8), torch.zeros(5, 2, 8), 1.0)
+    dk.group_patches(torch.ones(2, 9, 8), torch.ones(2, 3, 8))
+    assert cases == [dict(M=5, C=3, K=2, D=8), dict(M=5, C=5, K=2, D=8), dict(N=2, P=9, K=3, D=8)]
 
 
 def test_explain_lists_every_op_and_reason(a_backend_that_cannot_run):
