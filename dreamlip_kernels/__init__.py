@@ -1,6 +1,6 @@
 """Exact, memory-linear losses for language-image pre-training with many captions an image. Needs torch alone."""
 
-from .backends.dispatch import explain
+from .backends.explain import explain
 from .backends.settings import configure
 from .contrastive import multi_positive_contrastive_loss
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss

@@ -4,12 +4,16 @@ Without a CUDA device Triton's interpreter runs the kernels; it must be on befor
 """
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# A verdict on this machine that its user has stored must not choose what the tests run.
+_cache = tempfile.TemporaryDirectory(prefix="dreamlip-cache-")
+os.environ["DREAMLIP_CACHE_DIR"] = _cache.name
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,22 @@
-"""Which backend runs an op: an explicit request works or raises; "auto" takes the best that can run and says once what and why."""
+"""Which backend runs an op: an explicit request works or raises; "auto" takes what was proved right and fastest here, and says once what and why.
+
+"auto" takes, first of these that can run the call: what this process pinned; the order of the device's verdict (verdicts.py); the order of ``_BACKENDS``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import extension
+from . import extension, verdicts
 
 logger = logging.getLogger("dreamlip_kernels")
 
@@ -65,13 +70,35 @@ def _cpp(case: Case, build: bool = False) -> str | None:
     return extension.why_not("cpu", build)
 
 
-# For each op, its backends in the order in which "auto" prefers them, with the test that says whether one can run.
-# Triton and CUDA come after torch until they have been timed, and the tests marked gpu have passed, on a device.
+# For each op, its backends in the order in which "auto" takes them where there is no verdict on the device, with the test that says whether one can run.
+# cpp comes first since it has been timed on many CPUs; triton and cuda come after torch: what no one has qualified on a device does not run there.
 _BACKENDS: dict[str, dict[str, _Check]] = {
     "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
     "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton, "cuda": _cuda},
 }
-_announced: set[tuple[str, str, str]] = set()
+COMMAND = "python -m dreamlip_kernels qualify"
+_pinned: dict[str, str] = {}
+_announced: set[tuple[str, ...]] = set()
+
+
+def backends(op: str) -> tuple[str, ...]:
+    """The names of the backends of ``op``."""
+    return tuple(_BACKENDS[op])
+
+
+def ops() -> tuple[str, ...]:
+    """The names of the ops."""
+    return tuple(_BACKENDS)
+
+
+def pin(op: str, backend: str | None) -> None:
+    """From now on "auto" takes ``backend`` for ``op`` in this process wherever it can run; None takes the pin out. What a resumed run needs."""
+    if backend is None:
+        _pinned.pop(op, None)
+    elif backend in _BACKENDS[op]:
+        _pinned[op] = backend
+    else:
+        raise ValueError(f"{op}: unknown backend={backend!r}; choose from {list(_BACKENDS[op])}")
 
 
 def select(op: str, x: Tensor, requested: str = "auto", **sizes: int) -> str:
@@ -90,13 +117,54 @@ def select(op: str, x: Tensor, requested: str = "auto", **sizes: int) -> str:
         if why := _check_and_build(checks[requested], case):
             raise RuntimeError(f"{op}: backend={requested!r} cannot run: {why}. Use backend='auto'")
         return requested
+    names, reason = _order(op, case)
     skipped = []
-    for backend, check in checks.items():
-        if (why := _check_and_build(check, case)) is None:
-            _announce(op, case.device.type, backend, skipped)
+    for backend in names:
+        if (why := _check_and_build(checks[backend], case)) is None:
+            _announce(op, case.device, backend, [reason, *skipped])
             return backend
         skipped.append(f"{backend}: {why}")
     raise RuntimeError(f"{op}: no backend can run on {case.device.type}: {'; '.join(skipped)}")
+
+
+def _order(op: str, case: Case) -> tuple[tuple[str, ...], str]:
+    """The backends of ``op`` in the order in which "auto" tries them, and what decided it."""
+    rest = tuple(_BACKENDS[op])
+    if op in _pinned:
+        return (_pinned[op], *rest), "pinned"
+    found = _plan(op, case.device, case.dtype, torch.compiler.is_compiling())
+    if not found:
+        return rest, ""
+    sizes = case.sizes or {"M": 2**31}  # not known yet: what is best for large calls
+    similarities = 1
+    for letter, size in sizes.items():
+        similarities = similarities if letter == "D" else similarities * size
+    names = verdicts.order(found, sizes.get("D", found[0][0]), similarities)
+    return tuple(name for name in names if name in _BACKENDS[op]), "by its verdict"
+
+
+def _plan(op: str, device: torch.device, dtype: torch.dtype, compiling: bool) -> verdicts.Plan:
+    if os.environ.get("DREAMLIP_AUTO") == "first-use" and not compiling and verdicts.record(device) is None:
+        _qualify_now(device)
+    return verdicts.plan(op, device, dtype)
+
+
+# torch.compile then calls it while tracing and keeps what it returns. What torch.compiler.assume_constant_result does, which would import all of dynamo.
+_plan._dynamo_marked_constant = True
+
+
+def _qualify_now(device: torch.device) -> None:
+    """In a process of its own, once; whatever comes of it, this process goes on."""
+    if ("first-use", str(device)) in _announced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
+    _announced.add(("first-use", str(device)))
+    logger.warning("DREAMLIP_AUTO=first-use: qualifying the backends on %s, once (a minute or two)", device)
+    words = [sys.executable, *COMMAND.split()[1:], "--device", str(device), "--reuse"]
+    outcome = subprocess.run(words, env=os.environ | {"DREAMLIP_AUTO": ""}, capture_output=True, text=True)
+    if outcome.returncode:
+        last = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
+        logger.warning("%s failed (%s): torch code runs", " ".join(words), last)
+    verdicts.forget()
 
 
 def _check_and_build(check: _Check, case: Case) -> str | None:
@@ -113,30 +181,26 @@ def why(op: str, x: Tensor, requested: str = "auto", **sizes: int) -> str:
     """Why ``select`` takes the backend it takes, in a few words."""
     if requested != "auto":
         return "requested"
+    case = Case(x.device, x.dtype, sizes)
+    names, reason = _order(op, case)
     skipped = []
-    for backend, check in _BACKENDS[op].items():
-        if (reason := check(Case(x.device, x.dtype, sizes))) is None:
+    for backend in names:
+        if (refused := _BACKENDS[op][backend](case)) is None:
             break
-        skipped.append(f"{backend}: {reason}")
-    return f"auto, since {'; '.join(skipped)}" if skipped else "auto, the first in order"
+        skipped.append(f"{backend}: {refused}")
+    return "; ".join(["auto", *filter(None, [reason]), *skipped]) if reason or skipped else "auto, the first in order"
 
 
-def explain() -> str:
-    """A table of every op and backend: whether it can run on each device type here, and why not."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    rows = [("op", "backend", "device", "runs", "why not")]
-    for op, checks in _BACKENDS.items():
-        for backend, check in checks.items():
-            for device in devices:
-                why = check(Case(torch.device(device), torch.float32, {}))
-                rows.append((op, backend, device, "no" if why else "yes", why or ""))
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, extension.describe()])
-
-
-def _announce(op: str, device: str, backend: str, skipped: list[str]) -> None:
-    if torch.compiler.is_compiling() or (op, device, backend) in _announced:
+def _announce(op: str, device: torch.device, backend: str, notes: list[str]) -> None:
+    if torch.compiler.is_compiling() or (op, str(device), backend) in _announced:
         return
-    _announced.add((op, device, backend))
-    logger.info("%s: backend %s on %s%s", op, backend, device, f" ({'; '.join(skipped)})" if skipped else "")
+    _announced.add((op, str(device), backend))
+    said = "; ".join(filter(None, notes))
+    logger.info("%s: backend %s on %s%s", op, backend, device, f" ({said})" if said else "")
+    if device.type == "cuda" and verdicts.record(device) is None and ("command", str(device)) not in _announced:
+        _announced.add(("command", str(device)))
+        logger.warning(
+            "no verdict on %s: torch code runs. `%s` finds out, once, which kernels are right and faster there",
+            torch.cuda.get_device_name(device),
+            COMMAND,
+        )

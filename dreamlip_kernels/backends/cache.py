@@ -1,0 +1,113 @@
+"""Small JSON files that outlive the process: whole or absent, in the user's cache folder, safe for several processes.
+
+DREAMLIP_CACHE_DIR, else the user's cache folder -> a folder of the user's own among the temporary files -> this process's memory, with one warning
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("dreamlip_kernels")
+_memory: dict[str, Any] = {}
+_warned: set[str] = set()
+
+
+def folders() -> list[Path]:
+    """Where files may lie, in the order in which they are looked for and written."""
+    if chosen := os.environ.get("DREAMLIP_CACHE_DIR"):
+        first = Path(chosen).expanduser()
+    else:
+        first = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "dreamlip"
+    return [first, Path(tempfile.gettempdir()) / f"dreamlip-{_user()}"]
+
+
+def read(name: str) -> tuple[Any, str] | None:
+    """(content, where it was) of the first file ``name`` that is whole and the user's own; one that is neither is skipped with a warning."""
+    for folder in folders():
+        path = folder / name
+        try:
+            if folder == folders()[-1] and _foreign(folder):
+                _warn_once(f"{folder} belongs to another user and is not read")
+                continue
+            return json.loads(path.read_text(encoding="utf-8")), str(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            _warn_once(f"{path} can't be read and is taken for absent: {error}")
+    return (_memory[name], "memory") if name in _memory else None
+
+
+def write(name: str, content: Any) -> str:
+    """Store ``content`` where the first folder takes it, and return the path, or "memory" where none does."""
+    refused = []
+    for folder in folders():
+        try:
+            return str(_replace(folder, name, content))
+        except OSError as error:
+            refused.append(f"{folder}: {error.strerror or error}")
+    _warn_once(f"nothing can be stored on disk ({'; '.join(refused)}): kept in memory, for this process alone")
+    _memory[name] = content
+    return "memory"
+
+
+def write_file(path: Path, content: Any) -> None:
+    """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is there whole."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(name: str) -> Iterator[None]:
+    """One process at a time, as far as the system can lock files in the cache folder; it ends with the process that holds it."""
+    with contextlib.ExitStack() as held:
+        for folder in folders():
+            try:
+                import fcntl
+
+                _make(folder)
+                file = held.enter_context((folder / f"{name}.lock").open("a"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                break
+            except (OSError, ImportError):
+                continue
+        yield
+
+
+def _replace(folder: Path, name: str, content: Any) -> Path:
+    _make(folder)
+    if folder == folders()[-1] and _foreign(folder):
+        raise PermissionError(1, "it belongs to another user")
+    write_file(folder / name, content)
+    return folder / name
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def _foreign(path: Path) -> bool:
+    """Anyone may create a folder among the temporary files, and what lies there decides what runs."""
+    return hasattr(os, "getuid") and path.stat().st_uid != os.getuid()
+
+
+def _user() -> str:
+    return str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("%s", message)

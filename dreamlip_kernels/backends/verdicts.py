@@ -1,0 +1,218 @@
+"""What qualification found on a device, and what "auto" makes of it.
+
+    JSON (the cache folder, or measured/ in this package) -> Record -> plan: from so many similarities on, these backends in this order
+
+A similarity is one dot product of width D that the op computes: M * C * K of ``bidirectional_logsumexp``, N * P * K of ``group_patches``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cache, identity
+from .settings import settings
+
+logger = logging.getLogger("dreamlip_kernels")
+
+FORMAT = 1
+# A backend takes torch's place where it needs at most this share of its time: less is within what clocks and caches do.
+FASTER = 0.95
+MEASURED = Path(__file__).parent / "measured"
+# (width, ((from so many similarities, backends in order), ...)), ...: plain tuples, since torch.compile reads them while it traces.
+Plan = tuple[tuple[int, tuple[tuple[int, tuple[str, ...]], ...]], ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Forward and backward of one call with masks, in milliseconds: the backend, torch code, and what the run's copy and matrix rates allow at best."""
+
+    shape: str
+    width: int
+    similarities: int
+    ms: float
+    torch_ms: float
+    floor_ms: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one op, backend and dtype class; ``why`` is empty where it is right, else what went wrong."""
+
+    op: str
+    backend: str
+    dtype: str
+    why: str = ""
+    error: float = 0.0
+    """The largest error met, as a share of what is allowed."""
+    cases: int = 0
+    timings: tuple[Timing, ...] = ()
+    timed: str = ""
+    """Why it was not timed, where it was not."""
+    report: str = ""
+    """What a report of the failure should contain."""
+
+    @property
+    def status(self) -> str:
+        """One line: from which shape on it is used, or why it is not."""
+        if self.why:
+            return f"not qualified: {self.why}"
+        if not self.timings:
+            return f"right, not used: {self.timed or 'not timed'}"
+        faster = [t for t in self.timings if t.ms <= FASTER * t.torch_ms]
+        if not faster:
+            return "right, not used: slower than torch code"
+        return "qualified" if len(faster) == len(self.timings) else f"qualified at {', '.join(t.shape for t in faster)}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """All verdicts on a device, where they lie and when they were found."""
+
+    identity: dict[str, Any]
+    date: str
+    seconds: float
+    widths: tuple[int, ...]
+    rates: dict[str, float]
+    verdicts: tuple[Verdict, ...]
+    tiles: dict[str, dict[str, list[int]]]
+    path: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        content = dataclasses.asdict(self)
+        del content["path"]
+        return {"format": FORMAT, **content}
+
+    @classmethod
+    def from_json(cls, content: Any, path: str) -> Record:
+        """The record that a file holds.
+
+        Raises:
+            ValueError: it is not one, or of another format.
+        """
+        try:
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
+            fields = {name: content[name] for name in ("identity", "date", "seconds", "rates", "tiles")}
+            verdicts = tuple(
+                Verdict(**v | {"timings": tuple(Timing(**t) for t in v["timings"])}) for v in content["verdicts"]
+            )
+            return cls(**fields, widths=tuple(content["widths"]), verdicts=verdicts, path=path)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a verdict: {type(error).__name__}: {error}") from error
+
+
+_records: dict[torch.device, Record | None] = {}
+
+
+def record(device: torch.device) -> Record | None:
+    """The verdict on ``device``: measured here, else one shipped with this package for the same device, kernels and Triton."""
+    device = _indexed(device)
+    if device not in _records:
+        _records[device] = _stored(device) or _shipped(device)
+    return _records[device]
+
+
+def store(device: torch.device, found: Record) -> Record:
+    """Write the record where the next process finds it; this one takes it from now on."""
+    device = _indexed(device)
+    path = cache.write(identity.file_name(device), found.to_json())
+    _records[device] = dataclasses.replace(found, path=path)
+    return _records[device]
+
+
+def forget() -> None:
+    """Read the files anew at the next use."""
+    _records.clear()
+
+
+def dtype_class(op: str, dtype: torch.dtype) -> str:
+    """The dtype as verdicts name it: float32 that is multiplied as float32 (``configure``) is code of its own."""
+    name = str(dtype).removeprefix("torch.")
+    exact = op == "bidirectional_logsumexp" and dtype == torch.float32 and settings.exact_float32
+    return f"{name} exact" if exact else name
+
+
+def plan(op: str, device: torch.device, dtype: torch.dtype) -> Plan:
+    """What the verdict says of ``op``: by width and similarities, the backends in the order of their times, torch code among them. Empty without one."""
+    found = record(device)
+    return () if found is None else make_plan(found, op, dtype_class(op, dtype))
+
+
+def make_plan(found: Record, op: str, dtype: str) -> Plan:
+    """``plan`` of a record. At each shape that was timed: what is right and beats torch code, fastest first, then torch code."""
+    about = [v for v in found.verdicts if (v.op, v.dtype) == (op, dtype)]
+    if not about:
+        return ()
+    shapes: dict[int, dict[int, list[tuple[float, str]]]] = {}
+    for verdict in about:
+        for t in verdict.timings:
+            faster = shapes.setdefault(t.width, {}).setdefault(t.similarities, [])
+            if not verdict.why and t.ms <= FASTER * t.torch_ms:
+                faster.append((t.ms, verdict.backend))
+    if not shapes:
+        return ((0, ((0, ("torch",)),)),)
+    return tuple(
+        (width, tuple((size, (*(b for _, b in sorted(sizes[size])), "torch")) for size in sorted(sizes)))
+        for width, sizes in sorted(shapes.items())
+    )
+
+
+def order(found: Plan, width: int, similarities: int) -> tuple[str, ...]:
+    """The backends in the order of a plan, at the nearest width and the largest size not above the call's, else the smallest."""
+    near, steps = found[0]  # loops that torch.compile can trace, where min(key=...) is not one
+    for other, its_steps in found:
+        if abs(other - width) < abs(near - width):
+            near, steps = other, its_steps
+    names = steps[0][1]
+    for size, backends in steps:
+        if size <= similarities:
+            names = backends
+    return names
+
+
+def tile(kernel: str, element_bytes: int, width: int, device: torch.device) -> tuple[int, ...] | None:
+    """The tile that ``qualify(tune=True)`` found fastest for a kernel: at the nearest width that was tuned, or None."""
+    found = record(device)
+    by_width = found.tiles.get(f"{kernel} {element_bytes}", {}) if found is not None else {}
+    return tuple(by_width[min(by_width, key=lambda w: abs(int(w) - width))]) if by_width else None
+
+
+def _stored(device: torch.device) -> Record | None:
+    name = identity.file_name(device)
+    stored = cache.read(name)
+    if stored is None:
+        return None
+    content, path = stored
+    try:
+        found = Record.from_json(content, path)
+    except ValueError as error:
+        logger.warning("%s is not read: %s; `python -m dreamlip_kernels qualify` writes it anew", path, error)
+        return None
+    if found.identity != identity.identity(device):
+        logger.warning("%s is about another device or version and is not read", path)
+        return None
+    return found
+
+
+def _shipped(device: torch.device) -> Record | None:
+    """A verdict that the maintainers measured: of this device's name and capability, these kernel sources and this Triton."""
+    mine = identity.identity(device)
+    for path in sorted(MEASURED.glob("*.json")):
+        found = Record.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+        if all(found.identity[name] == mine[name] for name in identity.CODE):
+            return found
+    return None
+
+
+def _indexed(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
