@@ -13,7 +13,7 @@ LAYERS = {
         "version": "",
         "checks": "",
         "reference": "",
-        "backends": "",
+        "backends": "version",
         "ops": "backends checks",
         "distributed": "ops",
         "contrastive": "backends checks distributed",
