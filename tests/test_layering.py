@@ -24,13 +24,13 @@ LAYERS = {
     },
     "dreamlip_train": {
         "jobs": "",
-        "config": "",
-        "captions": "",
-        "data": "config captions",
-        "model": "config",
+        "config": "jobs",
+        "captions": "jobs",
+        "data": "jobs config captions",
+        "model": "jobs config",
         "checkpoint": "jobs config data model",
         "prepare": "jobs captions data",
-        "monitoring": "captions prepare",  # until environment is split and the doctor lies in cli
+        "monitoring": "jobs captions prepare",  # until environment is split and the doctor lies in cli
         "evaluation": "jobs config data model",
         "reporting": "jobs config captions data checkpoint evaluation",
         "training": "jobs config data model monitoring checkpoint evaluation reporting",

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from dreamlip_train.jobs.user_error import UserError
+
 RAW = "raw_caption"
 SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
@@ -85,10 +87,10 @@ def split_sub_captions(text: str | Sequence[str] | float | None, splitter: Split
         splitter: "sentence" ends a piece at a newline, "</s>" or a sentence end, and keeps abbreviations, decimals, ellipses and quotes whole.
             "official" is ``re.split(r"\\n|</s>|[.]", text)``, stripped, empty pieces dropped. "whole" keeps the caption, or a list's joined pieces, as one.
     Raises:
-        ValueError: an unknown splitter.
+        UserError: an unknown splitter.
     """
     if splitter not in ("sentence", "official", "whole"):
-        raise ValueError(f'splitter: got {splitter!r}; give "sentence", "official" or "whole"')
+        raise UserError(f'splitter: got {splitter!r}; give "sentence", "official" or "whole"')
     if isinstance(text, (list, tuple)):
         pieces = [] if is_character_split(text) else [clean for item in text if (clean := _clean(item))]
         return [" ".join(pieces)] if splitter == "whole" and pieces else pieces
@@ -142,10 +144,10 @@ def sample_sub_captions(
         merged_num: before the draw each long caption is cut into runs of 1..merged_num consecutive sentences (uniform lengths from rng), and
             a run is one sub-caption: every sentence is in exactly one, so none is said twice and the last is drawn as often as the first.
     Raises:
-        ValueError: an unknown sampling.
+        UserError: an unknown sampling.
     """
     if sampling not in ("uniform", "raw_first"):
-        raise ValueError(f'sampling: got {sampling!r}; give "uniform" or "raw_first"')
+        raise UserError(f'sampling: got {sampling!r}; give "uniform" or "raw_first"')
     weights = source_weights or {}
     candidates = list(_merge_runs(pool, merged_num, rng)) if merged_num > 1 else list(pool)
     head = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.jobs.user_error import UserError
 
 IMAGE_COLUMN = "Image Path"
 SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
@@ -34,14 +35,14 @@ def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None
     """Every row of a table, columns under DreamLIP's CSV names (``ALIASES``).
 
     Args:
-        check: called with the path and the column names before any row is given; raises ValueError for those it does not accept. None wants the image
+        check: called with the path and the column names before any row is given; raises UserError for those it does not accept. None wants the image
             column and a caption column.
     Raises:
-        ValueError: no such file, an empty one, another format, or one without the expected columns.
+        UserError: no such file, an empty one, another format, or one without the expected columns.
     """
     check = check or check_columns
     if not path.is_file():
-        raise ValueError(f"--captions: no file {str(path)!r}")
+        raise UserError(f"--captions: no file {str(path)!r}")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(path, check)
@@ -51,7 +52,7 @@ def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None
         return _json_lines(path, check)
     if suffix == ".json":
         return _json_rows(path, check)
-    raise ValueError(f"--captions: {str(path)!r} is none of {', '.join(SUFFIXES)}")
+    raise UserError(f"--captions: {str(path)!r} is none of {', '.join(SUFFIXES)}")
 
 
 def _csv_rows(path: Path, delimiter: str, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
@@ -60,10 +61,10 @@ def _csv_rows(path: Path, delimiter: str, check: Callable[[Path, list[str]], Non
         rows = csv.reader((line.replace("\0", "") for line in file), delimiter=delimiter)
         header = next(rows, None)
         if not header:
-            raise ValueError(f"--captions: {str(path)!r} is empty")
+            raise UserError(f"--captions: {str(path)!r} is empty")
         other = next((mark for mark in "\t;|," if mark != delimiter and mark in header[0]), None)
         if len(header) == 1 and other:
-            raise ValueError(
+            raise UserError(
                 f"--captions: {str(path)!r} is read as separated by {delimiter!r}, but its header {header[0][:80]!r} has {other!r}; "
                 "name a tab-separated file .tsv, or convert it to CSV or parquet"
             )
@@ -95,7 +96,7 @@ def _parquet_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Itera
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"--captions: {str(path)!r} is not a readable parquet file: {error}") from error
+        raise UserError(f"--captions: {str(path)!r} is not a readable parquet file: {error}") from error
     check(path, [ALIASES.get(name, name) for name in file.schema_arrow.names])
     number = 0
     for batch in file.iter_batches(batch_size=1024):
@@ -130,11 +131,11 @@ def _json_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--captions: {str(path)!r} is not JSON: {error}") from error
+        raise UserError(f"--captions: {str(path)!r} is not JSON: {error}") from error
     if isinstance(content, dict):
         content = [{"key": key, **value} if isinstance(value, dict) else value for key, value in content.items()]
     if not isinstance(content, list) or not content:
-        raise ValueError(
+        raise UserError(
             f"--captions: {str(path)!r} must hold a list of records, or an object of records by key, and at least one"
         )
     first = next((record for record in content if isinstance(record, dict)), {})
@@ -158,7 +159,7 @@ def check_columns(path: Path, names: list[str]) -> None:
     """A table needs the image column and at least one of DreamLIP's caption columns."""
     captions = [name for name in CAPTION_COLUMNS if name in names]
     if IMAGE_COLUMN not in names or not captions:
-        raise ValueError(
+        raise UserError(
             f"--captions: {str(path)!r} needs the column {IMAGE_COLUMN!r} and at least one of {', '.join(CAPTION_COLUMNS)}; "
             f"it has {', '.join(map(repr, names))}"
         )

@@ -20,19 +20,20 @@ from dreamlip_train.cli import evaluate, prepare
 from dreamlip_train.config.recipes import RECIPES
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
+from dreamlip_train.jobs.user_error import RunError, UserError
 
 PROGRAM = "dreamlip-train"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command. Errors in what the user gave print as one message and exit with 2; anything unexpected keeps its traceback."""
+    """Run one command. A UserError or RunError prints as one message and exits with 2; anything else keeps its traceback."""
     arguments = _without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     try:
         _dispatch(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, RuntimeError) as error:
-        if not _raised_by_us(error):
+    except (UserError, RunError, ValueError, RuntimeError) as error:
+        if not isinstance(error, UserError | RunError) and not _raised_in(error, _NOT_CONVERTED):
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"{rank}{PROGRAM}: {error}", file=sys.stderr)
@@ -46,12 +47,26 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame is this project's: a message we wrote, not a failure inside torch or DeepSpeed."""
+# Packages that raise plain ValueError and RuntimeError where they mean UserError and RunError: each leaves this list when it is converted.
+_NOT_CONVERTED = (
+    "dreamlip_kernels",
+    "dreamlip_train.ablation",
+    "dreamlip_train.checkpoint",
+    "dreamlip_train.cli",
+    "dreamlip_train.config.schema",
+    "dreamlip_train.evaluation",
+    "dreamlip_train.model",
+    "dreamlip_train.monitoring",
+    "dreamlip_train.prepare",
+    "dreamlip_train.reporting",
+    "dreamlip_train.training",
+)
+
+
+def _raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
+    """Whether the innermost frame of an error is in one of ``packages``."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(
-        ("dreamlip_train", "dreamlip_kernels")
-    )
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(packages)
 
 
 def _dispatch(arguments: list[str]) -> None:

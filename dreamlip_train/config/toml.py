@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreamlip_train.config.schema import Config
+from dreamlip_train.jobs.user_error import UserError
 
 
 def read_config(path: str | Path, base: Config | None = None) -> Config:
     """``base`` (or the defaults) with the fields that the TOML file ``path`` names.
 
     Raises:
-        ValueError: the file is missing or not TOML, or a key or the type of a value is wrong (named as section.field).
+        UserError: the file is missing or not TOML, or a key or the type of a value is wrong (named as section.field).
     """
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config: cannot read {str(path)!r}: {error.strerror}") from error
+        raise UserError(f"--config: cannot read {str(path)!r}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config: {str(path)!r} is not TOML: {error}") from error
+        raise UserError(f"--config: {str(path)!r} is not TOML: {error}") from error
     return override(base or Config(), settings)
 
 
@@ -36,12 +37,12 @@ def override(config: Any, settings: dict[str, Any], section: str = "") -> Any:
         name = f"{section}.{key}" if section else key
         if key not in types:
             close = difflib.get_close_matches(key, types, n=3) or sorted(types)
-            raise ValueError(
+            raise UserError(
                 f"{name}: no such setting; did you mean {', '.join(f'{section}.{c}' if section else c for c in close)}?"
             )
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
-                raise ValueError(f"{name}: got {value!r}; it is a section, write [{name}]")
+                raise UserError(f"{name}: got {value!r}; it is a section, write [{name}]")
             changes[key] = override(getattr(config, key), value, name)
         else:
             changes[key] = _checked(value, types[key], name)
@@ -53,12 +54,12 @@ def _checked(value: Any, expected: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{name}: got {value!r}; choose from {', '.join(map(repr, arguments))}")
+            raise UserError(f"{name}: got {value!r}; choose from {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(inner) != len(value):
-            raise ValueError(f"{name}: got {value!r}; give {len(inner)} values")
+            raise UserError(f"{name}: got {value!r}; give {len(inner)} values")
         return tuple(_checked(item, kind, name) for item, kind in zip(value, inner, strict=True))
     if origin is dict and isinstance(value, dict):
         return {key: item if arguments[1] is Any else _checked(item, arguments[1], name) for key, item in value.items()}
@@ -70,7 +71,7 @@ def _checked(value: Any, expected: Any, name: str) -> Any:
     if any(type(value) is kind for kind in kinds):
         return value
     wanted = getattr(expected, "__name__", str(expected)) if not arguments else str(expected)
-    raise ValueError(f"{name}: got {value!r}; it must be {wanted}")
+    raise UserError(f"{name}: got {value!r}; it must be {wanted}")
 
 
 def format_config(config: Config) -> str:

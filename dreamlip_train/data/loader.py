@@ -26,6 +26,7 @@ from dreamlip_train.data.epoch_plan import Layout, batches_of_worker, plan
 from dreamlip_train.data.quarantine import BadCounts, read_quarantine
 from dreamlip_train.data.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
 from dreamlip_train.data.shards import list_shards, sample_counts
+from dreamlip_train.jobs.user_error import RunError, UserError
 
 logger = logging.getLogger("dreamlip_train")
 
@@ -53,12 +54,12 @@ def train_loader(
         quarantine: a jsonl file in which every sample left out is noted; a resumed epoch needs it to skip exactly.
 
     Raises:
-        ValueError: no shard matches, or there are too few shards or samples for this many readers (the field is named).
+        UserError: no shard matches, or there are too few shards or samples for this many readers (the field is named).
     """
     shards = list_shards(data.shards, allow_pipe=data.allow_pipe)
     readers = world_size * max(1, data.workers)
     if len(shards) < readers:
-        raise ValueError(
+        raise UserError(
             f"data.workers: {len(shards)} shards for {world_size} ranks x {max(1, data.workers)} workers = {readers} readers; "
             f"use --data.workers {max(1, len(shards) // world_size)}, fewer ranks, or smaller shards (prepare --shard-size)"
         )
@@ -89,7 +90,7 @@ class TrainLoader:
         self.heartbeats = Heartbeats(self.layout.workers)
         self.steps_per_epoch = sum(self.counts) // self.layout.global_batch
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"engine.batch_size: {self.batch_size} x {self.world_size} ranks = {self.layout.global_batch} images a step, but "
                 f"{len(self.shards)} shards have {sum(self.counts)} samples; lower engine.batch_size, or give more data"
             )
@@ -163,7 +164,7 @@ class TrainLoader:
                     silent = self.heartbeats.silent(self.data.stall_seconds / 2) or [
                         "no worker says which shard it reads"
                     ]
-                    raise RuntimeError(
+                    raise RunError(
                         f"data.stall_seconds: no batch for {self.data.stall_seconds} s: {'; '.join(silent)}. Look at that file and its storage; "
                         "give the same command again to go on from the newest checkpoint"
                     ) from error
@@ -172,7 +173,7 @@ class TrainLoader:
                     f"DataLoader worker is gone in the middle of a batch ({type(error).__name__})"
                 ) from error
         if "error" in batch:
-            raise RuntimeError(batch["error"])
+            raise RunError(batch["error"])
         return batch
 
     def _account(self, seen: int, bad: list[dict[str, Any]]) -> None:
@@ -185,7 +186,7 @@ class TrainLoader:
             with self.quarantine.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in bad)
         if self.bad.seen >= _JUDGED_AFTER and self.bad.total > self.data.max_bad_fraction * self.bad.seen:
-            raise RuntimeError(
+            raise RunError(
                 f"data.max_bad_fraction: {self.bad.total} of {self.bad.seen} samples could not be used (limit "
                 f"{self.data.max_bad_fraction:.0%}): {self.bad}. Look at them with `dreamlip-train prepare validate`, or raise the limit"
             )
@@ -196,12 +197,10 @@ def is_worker_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
-def worker_error(error: BaseException | str) -> RuntimeError:
+def worker_error(error: BaseException | str) -> RunError:
     """The same with what to do about it."""
     said = str(error).splitlines()[0].rstrip(". ")
-    return RuntimeError(
-        f"data.workers: {said}. If the system ran out of memory, lower data.workers or data.shuffle_buffer"
-    )
+    return RunError(f"data.workers: {said}. If the system ran out of memory, lower data.workers or data.shuffle_buffer")
 
 
 class _MakeReader:

@@ -23,6 +23,8 @@ import braceexpand
 from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
+from dreamlip_train.jobs.user_error import UserError
+
 logger = logging.getLogger("dreamlip_train")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -37,24 +39,24 @@ def list_shards(pattern: str, *, allow_pipe: bool = False, field: str = "data.sh
     """The shard paths and URLs that a pattern names, sorted within each part: globs, braces, folders, several parts joined with "::".
 
     Raises:
-        ValueError: the pattern is empty, matches nothing, or is a "pipe:" (a shell command) that was not permitted.
+        UserError: the pattern is empty, matches nothing, or is a "pipe:" (a shell command) that was not permitted.
     """
     if not pattern.strip():
-        raise ValueError(
+        raise UserError(
             f"{field}: is empty; give a folder, a glob such as 'shards/*.tar', or braces such as 'cc3m-{{0000..0575}}.tar'"
         )
     found: list[str] = []
     for part in pattern.split("::"):
         if part.startswith("pipe:"):
             if not allow_pipe:
-                raise ValueError(f"{field}: {part!r} runs a shell command; set data.allow_pipe if you trust it")
+                raise UserError(f"{field}: {part!r} runs a shell command; set data.allow_pipe if you trust it")
             found.append(part)
             continue
         for name in braceexpand.braceexpand(part.removeprefix("file://")):
             found += _expand(name, field)
     repeated = sorted({name for name in found if found.count(name) > 1}) if len(set(found)) < len(found) else []
     if repeated:
-        raise ValueError(f"{field}: {repeated[0]!r} is named more than once by {pattern!r}; name each shard once")
+        raise UserError(f"{field}: {repeated[0]!r} is named more than once by {pattern!r}; name each shard once")
     return found
 
 
@@ -64,7 +66,7 @@ def _expand(name: str, field: str) -> list[str]:
     matches = sorted(glob.glob(os.path.join(name, "*.tar"))) if os.path.isdir(name) else sorted(glob.glob(name))
     if not matches:
         what = "a folder without .tar files" if os.path.isdir(name) else f"no such file (in {os.getcwd()})"
-        raise ValueError(f"{field}: {name!r} matches no shard: {what}; `dreamlip-train prepare` makes shards")
+        raise UserError(f"{field}: {name!r} matches no shard: {what}; `dreamlip-train prepare` makes shards")
     return matches
 
 
@@ -99,7 +101,7 @@ def _count_table(folder: Path) -> dict[str, int]:
             listed = content["shards"] if name == MANIFEST else content
             table |= {shard: int(entry["samples"] if name == MANIFEST else entry) for shard, entry in listed.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: is not a shard index ({error}); delete it, or make it again with `dreamlip-train prepare validate`"
             ) from error
     return table
@@ -109,7 +111,7 @@ def _count(shard: str) -> int:
     try:
         return sum(1 for sample in read_shard(shard) if image_of(sample) is not None)
     except ShardError as error:
-        raise ValueError(f"{shard}: cannot be counted: {error}; remove it or fetch it again") from error
+        raise UserError(f"{shard}: cannot be counted: {error}; remove it or fetch it again") from error
 
 
 def read_shard(shard: str) -> Iterator[dict[str, Any]]:

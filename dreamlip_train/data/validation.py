@@ -10,6 +10,7 @@ from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.quarantine import BadCounts
 from dreamlip_train.data.samples import BadSample, val_sample
 from dreamlip_train.data.shards import ShardError, list_shards, read_shard
+from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
 
@@ -22,7 +23,7 @@ def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> I
         caption the sample has, "raw": str or None, "mask": uint8 [S, S] label map of the same geometry, or None}
 
     Raises:
-        ValueError: data.val_shards is empty or matches nothing.
+        UserError: data.val_shards is empty or matches nothing.
     """
     bad = BadCounts()
     given = 0
@@ -40,7 +41,7 @@ def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> I
 
 
 def check_held_out(data: DataConfig, *, image_size: int) -> None:
-    """Raise ValueError unless data.val_shards has a sample with a sentence: said before a run, not at its first evaluation, which may be days later."""
+    """Raise UserError unless data.val_shards has a sample with a sentence: said before a run, not at its first evaluation, which may be days later."""
     read = 0
     for sample in val_samples(data, image_size=image_size):
         if sample["sentences"]:
@@ -49,13 +50,13 @@ def check_held_out(data: DataConfig, *, image_size: int) -> None:
     raise no_sentences(data, read)
 
 
-def no_sentences(data: DataConfig, read: int) -> ValueError:
+def no_sentences(data: DataConfig, read: int) -> UserError:
     """The error of held-out shards in which nothing can be asked."""
     if read == 0:
-        return ValueError(
+        return UserError(
             f"data.val_shards: no sample of {data.val_shards!r} could be read; `dreamlip-train prepare validate` says what is in it"
         )
-    return ValueError(
+    return UserError(
         f"data.val_shards: none of the samples of {data.val_shards!r} has a sentence in {data.eval_source!r} or another long caption "
         f"({read} read); set data.eval_source to a column that has text"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.user_error import UserError
 
 
 def claim_output(output: Path, state: str, job: dict[str, Any], what: str) -> Path:
@@ -16,15 +17,15 @@ def claim_output(output: Path, state: str, job: dict[str, Any], what: str) -> Pa
         job: the inputs and settings that decide what is written, as json.
         what: what the folder holds, for the message.
     Raises:
-        ValueError: the folder is another job's, or has shards of unknown origin.
+        UserError: the folder is another job's, or has shards of unknown origin.
     """
     folder = output / state
     folder.mkdir(parents=True, exist_ok=True)
     known, job = folder / "job.json", json.loads(json.dumps(job))
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != job:
-        raise ValueError(f"--output: {str(output)!r} holds {what}; give another folder or delete it")
+        raise UserError(f"--output: {str(output)!r} holds {what}; give another folder or delete it")
     if not known.exists() and any(output.glob("*.tar")):
-        raise ValueError(
+        raise UserError(
             f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder"
         )
     if not known.exists():

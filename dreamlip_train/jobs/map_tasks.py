@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dreamlip_train.jobs.process_pool import map_bounded
+from dreamlip_train.jobs.user_error import RunError, UserError
 
 _WAITING_PER_CPU = 4
 
@@ -28,7 +29,7 @@ def map_tasks(
         ray_address: of a running cluster ("auto" finds the one of this machine); needs the ``ray`` extra.
         gpus_if_any: GPUs a task takes on a cluster that has some.
     Raises:
-        ValueError: ray is not installed, or there is no cluster at that address.
+        UserError: ray is not installed, or there is no cluster at that address.
     """
     if not ray_address:
         yield from map_bounded(function, items, processes)
@@ -41,11 +42,21 @@ def map_tasks(
     for item in items:
         if len(running) >= room:
             ended, running = ray.wait(running)
-            yield from ray.get(ended)
+            yield from _results(ray, ended)
         running.append(task.remote(item))
     while running:
         ended, running = ray.wait(running)
-        yield from ray.get(ended)
+        yield from _results(ray, ended)
+
+
+def _results(ray: Any, ended: list[Any]) -> list[Any]:
+    """What tasks returned; a user's error is raised as itself, without the traceback that Ray makes part of its message."""
+    try:
+        return ray.get(ended)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError | RunError):
+            raise error.cause from None
+        raise
 
 
 def _callable(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -61,7 +72,7 @@ def _connect(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "--ray: ray is not installed; pip install 'dreamlip[ray]', or leave --ray out to use this machine's cores"
         ) from error
     if not ray.is_initialized():
@@ -69,7 +80,7 @@ def _connect(address: str) -> Any:
             _require_listener(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--ray: no cluster at {address!r} ({str(error).splitlines()[0]}); start one with `ray start --head`"
             ) from error
     return ray
