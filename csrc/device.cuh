@@ -1,5 +1,7 @@
-// The few instructions the CUDA kernels are made of, one function each: copies past the registers, matrix loads, the tensor cores' product.
-// Layouts are PTX's (mma.m16n8k16, ldmatrix). With DREAMLIP_EMULATE a header of the tests gives the same functions on the CPU, lane by lane.
+// The few instructions the CUDA kernels are made of, one function each: copies past the registers, matrix loads,
+// the tensor cores' product.
+// Layouts are PTX's (mma.m16n8k16, ldmatrix). With DREAMLIP_EMULATE a header of the tests gives the same functions on
+// the CPU, lane by lane.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +22,8 @@ DREAMLIP_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint
 
 // 16 bytes from global to shared memory, asynchronously; zeros where `valid` is false.
 DREAMLIP_DEVICE void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
 }
 DREAMLIP_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N groups of this thread's copies are under way.
@@ -28,21 +31,31 @@ template <int N> DREAMLIP_DEVICE void wait_copies() { asm volatile("cp.async.wai
 
 // Four 8x8 matrices of 16-bit values, one row from each lane's address: matrix i from lanes 8 i .. 8 i + 7.
 DREAMLIP_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 // Two, from lanes 0 .. 15.
 DREAMLIP_DEVICE void load_matrices(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
 }
 DREAMLIP_DEVICE void load_transposed(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // c [16, 8] += a [16, 16] b [16, 8], float32 sums.
 DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -50,11 +63,13 @@ DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint3
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same for float32: c [16, 8] += a [16, 8] b [8, 8], each number as two of TF32's; what is left out is below 2^-20 of a product.
+// The same for float32: c [16, 8] += a [16, 8] b [8, 8], each number as two of TF32's;
+// what is left out is below 2^-20 of a product.
 DREAMLIP_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
@@ -93,11 +108,17 @@ struct WarpLanes {
     return x;
   }
   template <class T> DREAMLIP_DEVICE T min(T x) const {
-    for (int mask = 16; mask > 0; mask /= 2) { const T y = shuffle_xor(x, mask); x = y < x ? y : x; }
+    for (int mask = 16; mask > 0; mask /= 2) {
+      const T y = shuffle_xor(x, mask);
+      x = y < x ? y : x;
+    }
     return x;
   }
   template <class T> DREAMLIP_DEVICE T max(T x) const {
-    for (int mask = 16; mask > 0; mask /= 2) { const T y = shuffle_xor(x, mask); x = y > x ? y : x; }
+    for (int mask = 16; mask > 0; mask /= 2) {
+      const T y = shuffle_xor(x, mask);
+      x = y > x ? y : x;
+    }
     return x;
   }
   DREAMLIP_DEVICE bool any(bool x) const { return any_lane(x); }

@@ -1,15 +1,20 @@
-// The schemas of the compiled ops, their CPU registration, and a module that tells what was built. Fake and autograd live in Python (grouping.py).
+// The schemas of the compiled ops, their CPU registration, and a module that tells what was built.
+// Fake and autograd live in Python (grouping.py).
 
 #include "patch_pool.h"
+#include "patch_pool_plan.h"
 
 #include <torch/extension.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 TORCH_LIBRARY(dreamlip_csrc, m) {
-  m.def("patch_pool_forward(Tensor patches, Tensor texts, float threshold, int normalization, Tensor? patch_mask) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "patch_pool_backward(Tensor patches, Tensor texts, Tensor similarity, Tensor inv_norm, float threshold, int normalization, "
+      "patch_pool_forward(Tensor patches, Tensor texts, float threshold, int normalization, Tensor? patch_mask) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "patch_pool_backward(Tensor patches, Tensor texts, Tensor similarity, Tensor inv_norm, float threshold, int "
+      "normalization, "
       "Tensor? patch_mask, Tensor d_pooled) -> (Tensor, Tensor)");
 }
 
@@ -26,6 +31,7 @@ TORCH_LIBRARY_IMPL(dreamlip_csrc, CUDA, m) {
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("patch_pool_shared_bytes", &dreamlip::least_pool_bytes);
   m.def("build_info", [] {
     pybind11::dict info;
     info["torch"] = TORCH_VERSION;

@@ -1,7 +1,8 @@
 // The CUDA kernels of patch_pool.cuh as ops: checks, how much of the ring fits, launches.
 
-#include "patch_pool.h"
+#include "aligned.h"
 #include "patch_pool.cuh"
+#include "patch_pool.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -11,16 +12,6 @@
 
 namespace dreamlip {
 namespace {
-
-constexpr int kMostTexts = 16;  // a pass
-
-// Rows of whole 16-byte chunks: the width padded to a multiple of 8, the last dimension dense, every row aligned.
-at::Tensor aligned(const at::Tensor& x) {
-  const int64_t rest = (8 - x.size(2) % 8) % 8;
-  if (rest) return at::constant_pad_nd(x, {0, rest});
-  const bool ok = x.stride(2) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  return ok ? x : x.contiguous();
-}
 
 PoolShape describe(const at::Tensor& patches, const at::Tensor& texts, double threshold, int64_t normalization) {
   PoolShape s{};
@@ -44,20 +35,18 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Chooses the ring for the shared memory there is; returns the bytes to launch with.
-int fit(PoolShape& s, int KT, bool backward) {
+// The bytes of shared memory to launch with; `s` is completed with the tiles that fit into what this GPU has.
+// Forward refuses what backward could not hold.
+int plan(PoolShape& s, bool backward) {
   const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  s.slots = s.boxes();
-  s.resident = s.row_boxes() == 1 && s.boxes() <= 9 && PoolLayout(s, KT, backward).total <= limit;
-  if (s.resident) return PoolLayout(s, KT, backward).total;
-  for (s.slots = 8; s.slots >= 2; --s.slots)
-    if (PoolLayout(s, KT, backward).total <= limit) return PoolLayout(s, KT, backward).total;
-  s.slots = 2;
-  TORCH_CHECK(false, "group_patches: backend='cuda' needs ", PoolLayout(s, KT, backward).total, " bytes of shared memory a block for P=", s.P, ", K=", s.K, ", D=", s.D,
-              "; this GPU has ", limit, ". Use backend='triton'");
+  const int least = least_pool_bytes(s.P, s.K, s.D, s.element);
+  TORCH_CHECK(least <= limit, "group_patches: backend='cuda' cannot run: P=", s.P, ", K=", s.K, ", D=", s.D, " needs ",
+              least, " of ", limit, " bytes of shared memory a block. Use backend='auto'");
+  return plan_pool(s, backward, limit);
 }
 
-template <class Kernel, class... Arguments> void launch(Kernel kernel, const PoolShape& shape, int shared, Arguments... arguments) {
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, const PoolShape& shape, int shared, Arguments... arguments) {
   C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   int blocks = 0;
   C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared));
@@ -76,7 +65,9 @@ template <class F> void with_types(const at::Tensor& patches, int64_t K, F f) {
     case at::kBFloat16: return with_k(__nv_bfloat16{});
     case at::kHalf: return with_k(__half{});
     case at::kFloat: return with_k(float{});
-    default: TORCH_CHECK(false, "group_patches: backend='cuda' takes float32, bfloat16 and float16, got ", patches.scalar_type(), "; use backend='torch'");
+    default:
+      TORCH_CHECK(false, "group_patches: backend='cuda' takes float32, bfloat16 and float16, got ",
+                  patches.scalar_type(), "; use backend='torch'");
   }
 }
 
@@ -85,46 +76,56 @@ template <class T> T* data_to(at::Tensor& x) { return static_cast<T*>(x.mutable_
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cuda(const at::Tensor& patches, const at::Tensor& texts, double threshold, int64_t normalization,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cuda(const at::Tensor& patches,
+                                                                       const at::Tensor& texts, double threshold,
+                                                                       int64_t normalization,
                                                                        const std::optional<at::Tensor>& patch_mask) {
   const c10::cuda::CUDAGuard guard(patches.device());
-  if (texts.size(1) > kMostTexts) {  // sub-captions do not know of one another: the rest by another pass over the patches
-    const auto [first, w, inv_norm] = patch_pool_forward_cuda(patches, texts.narrow(1, 0, kMostTexts), threshold, normalization, patch_mask);
-    const auto [rest, w_rest, same] =
-        patch_pool_forward_cuda(patches, texts.narrow(1, kMostTexts, texts.size(1) - kMostTexts), threshold, normalization, patch_mask);
+  if (texts.size(1) >
+      kMostTexts) {  // sub-captions do not know of one another: the rest by another pass over the patches
+    const auto [first, w, inv_norm] =
+        patch_pool_forward_cuda(patches, texts.narrow(1, 0, kMostTexts), threshold, normalization, patch_mask);
+    const auto [rest, w_rest, same] = patch_pool_forward_cuda(
+        patches, texts.narrow(1, kMostTexts, texts.size(1) - kMostTexts), threshold, normalization, patch_mask);
     return {at::cat({first, rest}, 1), at::cat({w, w_rest}, 1), inv_norm};
   }
   const at::Tensor x = aligned(patches), t = aligned(texts);
   const int64_t N = x.size(0), P = x.size(1), K = t.size(1), D = x.size(2);
-  at::Tensor pooled = at::empty({N, K, D}, t.options()), similarity = at::empty({N, K, P}, x.options().dtype(at::kFloat)),
+  at::Tensor pooled = at::empty({N, K, D}, t.options()),
+             similarity = at::empty({N, K, P}, x.options().dtype(at::kFloat)),
              inv_norm = at::empty({N, P}, x.options().dtype(at::kFloat));
   const at::Tensor mask = patch_mask ? patch_mask->contiguous() : at::Tensor();
   if (N)
     with_types(x, K, [&](auto type, auto tiles) {
       using T = decltype(type);
       PoolShape s = describe(x, t, threshold, normalization);
-      const int shared = fit(s, tiles, false);
-      launch(forward_kernel<T, tiles>, s, shared, data<T>(x), data<T>(t), mask.defined() ? mask.const_data_ptr<bool>() : nullptr, data_to<T>(pooled),
+      const int shared = plan(s, false);
+      launch(forward_kernel<T, tiles>, s, shared, data<T>(x), data<T>(t),
+             mask.defined() ? mask.const_data_ptr<bool>() : nullptr, data_to<T>(pooled),
              similarity.mutable_data_ptr<float>(), inv_norm.mutable_data_ptr<float>());
     });
   if (D != patches.size(2)) pooled = pooled.narrow(2, 0, patches.size(2)).contiguous();
   return {pooled, similarity, inv_norm};
 }
 
-std::tuple<at::Tensor, at::Tensor> patch_pool_backward_cuda(const at::Tensor& patches, const at::Tensor& texts, const at::Tensor& similarity,
-                                                            const at::Tensor& inv_norm, double threshold, int64_t normalization,
-                                                            const std::optional<at::Tensor>& patch_mask, const at::Tensor& d_pooled) {
+std::tuple<at::Tensor, at::Tensor> patch_pool_backward_cuda(const at::Tensor& patches, const at::Tensor& texts,
+                                                            const at::Tensor& similarity, const at::Tensor& inv_norm,
+                                                            double threshold, int64_t normalization,
+                                                            const std::optional<at::Tensor>& patch_mask,
+                                                            const at::Tensor& d_pooled) {
   const c10::cuda::CUDAGuard guard(patches.device());
   if (texts.size(1) > kMostTexts) {
     const auto part = [&](int64_t from, int64_t count) {
-      return patch_pool_backward_cuda(patches, texts.narrow(1, from, count), similarity.narrow(1, from, count).contiguous(), inv_norm, threshold,
+      return patch_pool_backward_cuda(patches, texts.narrow(1, from, count),
+                                      similarity.narrow(1, from, count).contiguous(), inv_norm, threshold,
                                       normalization, patch_mask, d_pooled.narrow(1, from, count));
     };
     auto [d_patches, d_texts] = part(0, kMostTexts);
     const auto [more, d_rest] = part(kMostTexts, texts.size(1) - kMostTexts);
     return {d_patches.add_(more), at::cat({d_texts, d_rest}, 1)};
   }
-  const at::Tensor x = aligned(patches), t = aligned(texts), up = aligned(d_pooled);
+  const at::Tensor x = aligned(patches), t = aligned(texts), up = aligned(d_pooled), w = similarity.contiguous(),
+                   norms = inv_norm.contiguous();
   const int64_t N = x.size(0), P = x.size(1), K = t.size(1), D = x.size(2);
   at::Tensor d_patches = at::empty({N, P, D}, x.options()), d_texts = at::empty({N, K, D}, t.options());
   const at::Tensor mask = patch_mask ? patch_mask->contiguous() : at::Tensor();
@@ -134,9 +135,10 @@ std::tuple<at::Tensor, at::Tensor> patch_pool_backward_cuda(const at::Tensor& pa
       PoolShape s = describe(x, t, threshold, normalization);
       s.up_image = up.stride(0);
       s.up_row = up.stride(1);
-      const int shared = fit(s, tiles, true);
-      launch(backward_kernel<T, tiles>, s, shared, data<T>(x), data<T>(t), data<T>(up), mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
-             similarity.const_data_ptr<float>(), inv_norm.const_data_ptr<float>(), data_to<T>(d_patches), data_to<T>(d_texts));
+      const int shared = plan(s, true);
+      launch(backward_kernel<T, tiles>, s, shared, data<T>(x), data<T>(t), data<T>(up),
+             mask.defined() ? mask.const_data_ptr<bool>() : nullptr, w.const_data_ptr<float>(),
+             norms.const_data_ptr<float>(), data_to<T>(d_patches), data_to<T>(d_texts));
     });
   if (D != patches.size(2)) {
     d_patches = d_patches.narrow(2, 0, patches.size(2)).contiguous();

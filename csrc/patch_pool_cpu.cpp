@@ -1,4 +1,5 @@
-// The grouping op for CPU tensors: parallel over images, one pass over an image's patches while they are in the cache, no intermediate of their size.
+// The grouping op for CPU tensors: parallel over images, one pass over an image's patches while they are in the cache,
+// no intermediate of their size.
 //
 // N images, P patches, K texts, D width; ld is D rounded up to whole vectors.
 
@@ -64,7 +65,8 @@ template <class S, class T> DREAMLIP_INLINE void narrow(const T* from, int d, S*
 }
 
 // The image's patches as rows of T of whole vectors: where they lie, if they do, else copied.
-template <class S, class T, int kBytes> DREAMLIP_INLINE const T* rows_of(const Image<S, T>& im, Scratch<T>& scratch, int ld, long& stride) {
+template <class S, class T, int kBytes>
+DREAMLIP_INLINE const T* rows_of(const Image<S, T>& im, Scratch<T>& scratch, int ld, long& stride) {
   if constexpr (std::is_same_v<S, T>) {
     if (im.patch_step == 1 && ld == im.D) {
       stride = im.patch_stride;
@@ -82,7 +84,8 @@ template <class S, class T, int kBytes> DREAMLIP_INLINE const T* rows_of(const I
 }
 
 // Unit texts as rows of whole vectors; inv[k] = 1 / |t_k|, 0 for a zero vector.
-template <class S, class T, int kBytes> DREAMLIP_INLINE void unit_texts(const Image<S, T>& im, int ld, T* rows, T* inv) {
+template <class S, class T, int kBytes>
+DREAMLIP_INLINE void unit_texts(const Image<S, T>& im, int ld, T* rows, T* inv) {
   for (int k = 0; k < im.K; ++k) {
     T* row = rows + size_t(k) * ld;
     widen(im.texts + k * im.text_stride, im.text_step, im.D, row);
@@ -106,13 +109,15 @@ template <class S, class T, int kBytes> DREAMLIP_INLINE void forward_image(const
     T *w = im.similarity + size_t(k) * P, *coef = scratch.coef.data() + size_t(k) * P;
     for (int p = 0; p < P; ++p) w[p] *= im.inv_norm[p];
     const Row<T> row = read_row(OneLane{}, w, im.valid, P, im.options);
-    for (int p = 0; p < P; ++p) coef[p] = weight(row, im.options.normalization, w[p], is_valid(im.valid, p)) * im.inv_norm[p];
+    for (int p = 0; p < P; ++p)
+      coef[p] = weight(row, im.options.normalization, w[p], is_valid(im.valid, p)) * im.inv_norm[p];
   }
   V::pool(x, ldx, P, scratch.coef.data(), P, K, ld, scratch.out.data(), ld);
   for (int k = 0; k < K; ++k) narrow(scratch.out.data() + size_t(k) * ld, im.D, im.pooled + size_t(k) * im.D);
 }
 
-template <class S, class T, int kBytes> DREAMLIP_INLINE void backward_image(const Image<S, T>& im, Scratch<T>& scratch) {
+template <class S, class T, int kBytes>
+DREAMLIP_INLINE void backward_image(const Image<S, T>& im, Scratch<T>& scratch) {
   using V = Simd<T, kBytes>;
   const int P = im.P, K = im.K, ld = (im.D + V::width - 1) / V::width * V::width;
   scratch.reserve(P, K, ld);
@@ -121,7 +126,8 @@ template <class S, class T, int kBytes> DREAMLIP_INLINE void backward_image(cons
   T *up = scratch.rows.data(), *unit = up + size_t(K) * ld;  // rows: K upstream gradients, K unit texts
   for (int k = 0; k < K; ++k) widen(im.d_pooled + k * im.up_stride, im.up_step, im.D, up + size_t(k) * ld);
   unit_texts<S, T, kBytes>(im, ld, unit, scratch.text_inv.data());
-  T *a = scratch.coef.data(), *dw = a + size_t(K) * P;  // coefficients of the rows: weights, gradients of the similarities
+  T *a = scratch.coef.data(),
+    *dw = a + size_t(K) * P;  // coefficients of the rows: weights, gradients of the similarities
   V::all_dots(x, ldx, P, up, ld, K, ld, dw, P, nullptr);
   for (int p = 0; p < P; ++p) scratch.radial[p] = 0;
   for (int k = 0; k < K; ++k) {
@@ -162,14 +168,15 @@ template <class S, class T, int kBytes> DREAMLIP_INLINE void backward_image(cons
       V::template spread<kPatches>(up, ld, 2 * K, a + p, P, x + p * ldx, ldx, scratch.radial.data() + p, ld, to, ldo);
     else
       for (int q = 0; q < count; ++q)
-        V::template spread<1>(up, ld, 2 * K, a + p + q, P, x + (p + q) * ldx, ldx, scratch.radial.data() + p + q, ld, to + q * ldo, ldo);
+        V::template spread<1>(up, ld, 2 * K, a + p + q, P, x + (p + q) * ldx, ldx, scratch.radial.data() + p + q, ld,
+                              to + q * ldo, ldo);
     if (to == scratch.out.data())
       for (int q = 0; q < count; ++q) narrow(to + q * ldo, im.D, im.d_patches + size_t(p + q) * im.D);
   }
 }
 
 // The same code for three instruction sets.
-#define DREAMLIP_VARIANT(NAME, TARGET, BYTES)                                                             \
+#define DREAMLIP_VARIANT(NAME, TARGET, BYTES)                                                              \
   template <class S, class T> TARGET void NAME(const Image<S, T>& im, Scratch<T>& scratch, bool forward) { \
     if (forward) forward_image<S, T, BYTES>(im, scratch);                                                  \
     else backward_image<S, T, BYTES>(im, scratch);                                                         \
@@ -210,13 +217,17 @@ template <class F> void with_types(at::ScalarType dtype, F f) {
 }
 
 void check(const at::Tensor& patches, const at::Tensor& texts, const std::optional<at::Tensor>& mask) {
-  TORCH_CHECK(patches.dim() == 3 && texts.dim() == 3 && patches.size(0) == texts.size(0) && patches.size(2) == texts.size(2),
-              "patch_pool: patches [N, P, D] and texts [N, K, D] must share N and D, got ", patches.sizes(), " and ", texts.sizes());
-  TORCH_CHECK(patches.scalar_type() == texts.scalar_type(), "patch_pool: patches and texts must share a dtype, got ", patches.scalar_type(), " and ",
-              texts.scalar_type());
-  TORCH_CHECK(!mask || (mask->scalar_type() == at::kBool && mask->dim() == 2 && mask->size(0) == patches.size(0) && mask->size(1) == patches.size(1)),
+  TORCH_CHECK(
+      patches.dim() == 3 && texts.dim() == 3 && patches.size(0) == texts.size(0) && patches.size(2) == texts.size(2),
+      "patch_pool: patches [N, P, D] and texts [N, K, D] must share N and D, got ", patches.sizes(), " and ",
+      texts.sizes());
+  TORCH_CHECK(patches.scalar_type() == texts.scalar_type(), "patch_pool: patches and texts must share a dtype, got ",
+              patches.scalar_type(), " and ", texts.scalar_type());
+  TORCH_CHECK(!mask || (mask->scalar_type() == at::kBool && mask->dim() == 2 && mask->size(0) == patches.size(0) &&
+                        mask->size(1) == patches.size(1)),
               "patch_pool: patch_mask must be bool [N, P]");
-  TORCH_CHECK(patches.device().is_cpu() && texts.device().is_cpu(), "patch_pool: these are the CPU kernels, got a tensor on ", patches.device());
+  TORCH_CHECK(patches.device().is_cpu() && texts.device().is_cpu(),
+              "patch_pool: these are the CPU kernels, got a tensor on ", patches.device());
 }
 
 template <class S, class T>
@@ -235,12 +246,15 @@ Image<S, T> describe(const at::Tensor& patches, const at::Tensor& texts, double 
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cpu(const at::Tensor& patches, const at::Tensor& texts, double threshold,
-                                                                      int64_t normalization, const std::optional<at::Tensor>& patch_mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cpu(const at::Tensor& patches,
+                                                                      const at::Tensor& texts, double threshold,
+                                                                      int64_t normalization,
+                                                                      const std::optional<at::Tensor>& patch_mask) {
   check(patches, texts, patch_mask);
   const int64_t N = patches.size(0), P = patches.size(1), K = texts.size(1), D = patches.size(2);
   const auto wide = patches.options().dtype(patches.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  at::Tensor pooled = at::empty({N, K, D}, patches.options()), similarity = at::empty({N, K, P}, wide), inv_norm = at::empty({N, P}, wide);
+  at::Tensor pooled = at::empty({N, K, D}, patches.options()), similarity = at::empty({N, K, P}, wide),
+             inv_norm = at::empty({N, P}, wide);
   const at::Tensor mask = patch_mask ? patch_mask->contiguous() : at::Tensor();
   with_types(patches.scalar_type(), [&](auto s, auto t) {
     using S = decltype(s);
@@ -263,13 +277,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cpu(const at::
   return {pooled, similarity, inv_norm};
 }
 
-std::tuple<at::Tensor, at::Tensor> patch_pool_backward_cpu(const at::Tensor& patches, const at::Tensor& texts, const at::Tensor& similarity,
-                                                           const at::Tensor& inv_norm, double threshold, int64_t normalization,
-                                                           const std::optional<at::Tensor>& patch_mask, const at::Tensor& d_pooled) {
+std::tuple<at::Tensor, at::Tensor> patch_pool_backward_cpu(const at::Tensor& patches, const at::Tensor& texts,
+                                                           const at::Tensor& similarity, const at::Tensor& inv_norm,
+                                                           double threshold, int64_t normalization,
+                                                           const std::optional<at::Tensor>& patch_mask,
+                                                           const at::Tensor& d_pooled) {
   check(patches, texts, patch_mask);
-  TORCH_CHECK(d_pooled.sizes() == texts.sizes() && d_pooled.scalar_type() == texts.scalar_type(), "patch_pool: d_pooled must be like texts, got ",
-              d_pooled.sizes(), " of ", d_pooled.scalar_type());
-  TORCH_CHECK(similarity.is_contiguous() && inv_norm.is_contiguous(), "patch_pool: similarity and inv_norm must be contiguous, as forward gives them");
+  TORCH_CHECK(d_pooled.sizes() == texts.sizes() && d_pooled.scalar_type() == texts.scalar_type(),
+              "patch_pool: d_pooled must be like texts, got ", d_pooled.sizes(), " of ", d_pooled.scalar_type());
+  TORCH_CHECK(similarity.is_contiguous() && inv_norm.is_contiguous(),
+              "patch_pool: similarity and inv_norm must be contiguous, as forward gives them");
   const int64_t N = patches.size(0), P = patches.size(1), K = texts.size(1), D = patches.size(2);
   at::Tensor d_patches = at::empty({N, P, D}, patches.options()), d_texts = at::empty({N, K, D}, texts.options());
   const at::Tensor mask = patch_mask ? patch_mask->contiguous() : at::Tensor();

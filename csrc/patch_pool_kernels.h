@@ -1,5 +1,7 @@
-// The four dense loops of the grouping op on the CPU, for one image: vectors of `kBytes` bytes, several texts or patches at a time in registers.
-// Rows are padded with zeros to whole vectors by the caller. Everything here is inlined into functions compiled for one instruction set.
+// The four dense loops of the grouping op on the CPU, for one image: vectors of `kBytes` bytes,
+// several texts or patches at a time in registers.
+// Rows are padded with zeros to whole vectors by the caller.
+// Everything here is inlined into functions compiled for one instruction set.
 #pragma once
 
 #include <cstring>
@@ -26,7 +28,8 @@ template <class T, int kBytes> struct Simd {
 
   // out[k][p] = rows[k] . x[p] for k < KB and PB patches; with norms also squares[p] = x[p] . x[p].
   template <int KB, int PB, bool kNorms>
-  static inline __attribute__((always_inline)) void dots(const T* x, long ldx, const T* rows, long ldr, int d, T* out, long ldo, T* squares) {
+  static inline __attribute__((always_inline)) void dots(const T* x, long ldx, const T* rows, long ldr, int d, T* out,
+                                                         long ldo, T* squares) {
     vec acc[KB][PB], own[PB];
     for (int p = 0; p < PB; ++p) {
       own[p] = vec{};
@@ -53,14 +56,17 @@ template <class T, int kBytes> struct Simd {
   static constexpr int kTwo = kBytes >= 64 ? 2 : 1;
 
   template <int KB, bool kNorms>
-  static inline __attribute__((always_inline)) void block_dots(const T* x, long ldx, int patches, const T* rows, long ldr, int d, T* out, long ldo, T* squares) {
+  static inline __attribute__((always_inline)) void block_dots(const T* x, long ldx, int patches, const T* rows,
+                                                               long ldr, int d, T* out, long ldo, T* squares) {
     int p = 0;
-    for (; p + kTwo <= patches; p += kTwo) dots<KB, kTwo, kNorms>(x + p * ldx, ldx, rows, ldr, d, out + p, ldo, squares + p);
+    for (; p + kTwo <= patches; p += kTwo)
+      dots<KB, kTwo, kNorms>(x + p * ldx, ldx, rows, ldr, d, out + p, ldo, squares + p);
     for (; p < patches; ++p) dots<KB, 1, kNorms>(x + p * ldx, ldx, rows, ldr, d, out + p, ldo, squares + p);
   }
 
   // out[k][p] for all `count` rows, and squares[p] unless it is null.
-  static inline __attribute__((always_inline)) void all_dots(const T* x, long ldx, int patches, const T* rows, long ldr, int count, int d, T* out, long ldo, T* squares) {
+  static inline __attribute__((always_inline)) void all_dots(const T* x, long ldx, int patches, const T* rows, long ldr,
+                                                             int count, int d, T* out, long ldo, T* squares) {
     int k = 0;
     while (k < count) {
       const T* r = rows + k * ldr;
@@ -84,7 +90,8 @@ template <class T, int kBytes> struct Simd {
   }
 
   template <int KB, int S>
-  static inline __attribute__((always_inline)) void strip(const T* x, long ldx, int patches, const T* coef, long ldc, T* out, long ldo) {
+  static inline __attribute__((always_inline)) void strip(const T* x, long ldx, int patches, const T* coef, long ldc,
+                                                          T* out, long ldo) {
     vec acc[KB][S];
     for (int k = 0; k < KB; ++k)
       for (int s = 0; s < S; ++s) acc[k][s] = vec{};
@@ -100,13 +107,15 @@ template <class T, int kBytes> struct Simd {
 
   // out[k] = sum_p coef[k][p] x[p] for KB texts: strips of kTwo vectors, sums in registers.
   template <int KB>
-  static inline __attribute__((always_inline)) void block_pool(const T* x, long ldx, int patches, const T* coef, long ldc, int d, T* out, long ldo) {
+  static inline __attribute__((always_inline)) void block_pool(const T* x, long ldx, int patches, const T* coef,
+                                                               long ldc, int d, T* out, long ldo) {
     int i = 0;
     for (; i + kTwo * width <= d; i += kTwo * width) strip<KB, kTwo>(x + i, ldx, patches, coef, ldc, out + i, ldo);
     for (; i < d; i += width) strip<KB, 1>(x + i, ldx, patches, coef, ldc, out + i, ldo);
   }
 
-  static inline __attribute__((always_inline)) void pool(const T* x, long ldx, int patches, const T* coef, long ldc, int count, int d, T* out, long ldo) {
+  static inline __attribute__((always_inline)) void pool(const T* x, long ldx, int patches, const T* coef, long ldc,
+                                                         int count, int d, T* out, long ldo) {
     int k = 0;
     for (; k + 8 <= count; k += 8) block_pool<8>(x, ldx, patches, coef + k * ldc, ldc, d, out + k * ldo, ldo);
     for (; k + 4 <= count; k += 4) block_pool<4>(x, ldx, patches, coef + k * ldc, ldc, d, out + k * ldo, ldo);
@@ -115,8 +124,9 @@ template <class T, int kBytes> struct Simd {
 
   // out[p] = sum_r coef[r][p] rows[r] - radial[p] x[p] for PB patches.
   template <int PB>
-  static inline __attribute__((always_inline)) void spread(const T* rows, long ldr, int count, const T* coef, long ldc, const T* x, long ldx, const T* radial, int d,
-                                                           T* out, long ldo) {
+  static inline __attribute__((always_inline)) void spread(const T* rows, long ldr, int count, const T* coef, long ldc,
+                                                           const T* x, long ldx, const T* radial, int d, T* out,
+                                                           long ldo) {
     for (int i = 0; i < d; i += width) {
       vec acc[PB];
       for (int p = 0; p < PB; ++p) acc[p] = -radial[p] * load(x + p * ldx + i);

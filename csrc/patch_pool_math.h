@@ -1,4 +1,5 @@
-// The grouping op's maths of one row: similarities of one sub-caption with P patches -> weights, and the gradient back (docs/math.md, eq. 10-14).
+// The grouping op's maths of one row: similarities of one sub-caption with P patches -> weights,
+// and the gradient back (docs/math.md, eq. 10-14).
 // One definition for the CPU and CUDA kernels; no torch. Lanes says how a row's patches are shared out:
 //   CPU: one lane has them all.   CUDA: 32 lanes take every 32nd, and the reductions are shuffles of a warp.
 #pragma once
@@ -34,12 +35,12 @@ template <class T> struct RowOptions {
 
 // What the backward pass needs to know about a row beside its similarities.
 template <class T> struct Row {
-  T lo;       // smallest valid similarity ("minmax")
-  T scale;    // "minmax": 1 / range; "softmax": 1 / sum of exponentials
-  T shift;    // "softmax": largest valid similarity
-  T cut;      // what a score must reach
+  T lo;     // smallest valid similarity ("minmax")
+  T scale;  // "minmax": 1 / range; "softmax": 1 / sum of exponentials
+  T shift;  // "softmax": largest valid similarity
+  T cut;    // what a score must reach
   T inv_total;
-  T even;     // the uniform weight of a valid patch
+  T even;  // the uniform weight of a valid patch
   bool uniform;
 };
 
@@ -64,7 +65,9 @@ template <class T> DREAMLIP_HD T score(const Row<T>& row, int normalization, T w
 }
 
 // NaN compares false with everything: a NaN score is kept, so that it shows in the result.
-template <class T> DREAMLIP_HD bool keeps(const Row<T>& row, T u, T compared) { return !(compared < row.cut) && !(u < 0); }
+template <class T> DREAMLIP_HD bool keeps(const Row<T>& row, T u, T compared) {
+  return !(compared < row.cut) && !(u < 0);
+}
 
 template <class T, class Lanes>
 DREAMLIP_HD Row<T> read_row(Lanes lanes, const T* w, const bool* valid, int patches, RowOptions<T> options) {
@@ -122,14 +125,16 @@ template <class T> DREAMLIP_HD T weight(const Row<T>& row, int normalization, T 
 
 // da [P] (gradient of the weights) -> dw [P] (gradient of the similarities), in place; returns sum_p dw w.
 template <class T, class Lanes>
-DREAMLIP_HD T weights_backward(Lanes lanes, const Row<T>& row, const T* w, const bool* valid, int patches, int normalization, T* da) {
+DREAMLIP_HD T weights_backward(Lanes lanes, const Row<T>& row, const T* w, const bool* valid, int patches,
+                               int normalization, T* da) {
   if (row.uniform) {
     for (int p = lanes.lane; p < patches; p += lanes.width) da[p] = 0;
     return 0;
   }
   using Sum = typename Lanes::template Sum<T>;
   Sum mean = 0;
-  for (int p = lanes.lane; p < patches; p += lanes.width) mean += Sum(weight(row, normalization, w[p], is_valid(valid, p))) * da[p];
+  for (int p = lanes.lane; p < patches; p += lanes.width)
+    mean += Sum(weight(row, normalization, w[p], is_valid(valid, p))) * da[p];
   mean = lanes.sum(mean);
   Sum sum = 0, along = 0;
   T lowest = 0;

@@ -1,4 +1,5 @@
-// The way of an image's boxes through the ring in shared memory: in which order they are needed, when a copy starts, when a box may be overwritten.
+// The way of an image's boxes through the ring in shared memory: in which order they are needed, when a copy starts,
+// when a box may be overwritten.
 #pragma once
 
 #include "patch_pool_tiles.cuh"
@@ -17,11 +18,14 @@ DREAMLIP_DEVICE void wait_pending(int n) {
     case 6: wait_copies<6>(); break;
     case 7: wait_copies<7>(); break;
     case 8: wait_copies<8>(); break;
-    default: wait_copies<9>(); break;  // waits for more than it must: correct, and nobody has so many boxes in shared memory
+    default:
+      wait_copies<9>();
+      break;  // waits for more than it must: correct, and nobody has so many boxes in shared memory
   }
 }
 
-// The order in which a block's boxes are needed, and their way through the ring. Step t of an image: pass t / boxes, box t % boxes.
+// The order in which a block's boxes are needed, and their way through the ring. Step t of an image: pass t / boxes,
+// box t % boxes.
 template <class T, int KT> struct Ring {
   const PatchPool<T, KT>& pool;
   const T* patches;

@@ -1,48 +1,10 @@
-// The parts of the grouping's CUDA kernels: shapes, the layout of shared memory, and a block's products with one box of patches (patch_pool.cuh tells the whole).
+// The parts of the grouping's CUDA kernels: a block's products with one box of patches (patch_pool.cuh is the whole).
 #pragma once
 
 #include "device.cuh"
+#include "patch_pool_plan.h"
 
 namespace dreamlip {
-
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRowBytes = 128, kBoxRows = 256;  // of a box
-
-struct PoolShape {
-  int N, P, K, D;
-  long x_image, x_row, t_image, t_row, up_image, up_row;  // strides in elements; the last dimension's is 1
-  RowOptions<float> options;
-  int element;    // bytes of one
-  int slots;      // boxes in the ring
-  bool resident;  // all boxes of an image are in it (P <= 256)
-
-  DREAMLIP_HD int box_columns() const { return kRowBytes / element; }
-  DREAMLIP_HD int column_boxes() const { return (D + box_columns() - 1) / box_columns(); }
-  DREAMLIP_HD int row_boxes() const { return (P + kBoxRows - 1) / kBoxRows; }
-  DREAMLIP_HD int boxes() const { return column_boxes() * row_boxes(); }
-  DREAMLIP_HD int box_rows() const { return P < kBoxRows ? P : kBoxRows; }
-  DREAMLIP_HD int p16() const { return (P + 15) / 16 * 16; }
-};
-
-// Offsets in bytes of the parts of shared memory.
-struct PoolLayout {
-  int zero, rows, coef, sims, weights, along, total;
-  int row_pitch, coef_pitch;  // in elements: 16 bytes more than whole, so that the rows of a matrix lie in different banks
-
-  DREAMLIP_HD static int up(int bytes) { return (bytes + 127) / 128 * 128; }
-  DREAMLIP_HD PoolLayout(const PoolShape& s, int KT, bool backward) {
-    row_pitch = s.column_boxes() * s.box_columns() + 16 / s.element;
-    coef_pitch = s.p16() + 16 / s.element;
-    const int texts = 8 * KT;
-    zero = s.slots * up(s.box_rows() * kRowBytes);
-    rows = zero + 128;                                                         // texts, backward: upstream gradients then texts
-    coef = rows + up((backward ? 2 : 1) * texts * row_pitch * s.element);              // [2 texts, P]: high parts, low parts
-    sims = coef + up(2 * texts * coef_pitch * s.element);                              // [texts, p16] float: similarities, backward: da then dw
-    weights = sims + up(texts * s.p16() * 4);                                  // backward: [texts, p16] float: weights; then [p16] radial, [p16] inverse norms
-    along = weights + (backward ? up((texts + 2) * s.p16() * 4) : up(s.p16() * 4));  // forward: [p16] inverse norms at `weights`
-    total = along + up(2 * texts * 4);                                         // [texts] along, [texts] inverse norms of the texts
-  }
-};
 
 template <class T, int KT> struct PatchPool {
   static constexpr int kTexts = 8 * KT;
@@ -62,15 +24,21 @@ template <class T, int KT> struct PatchPool {
   DREAMLIP_DEVICE T* row(int r) const { return reinterpret_cast<T*>(memory + layout.rows) + r * layout.row_pitch; }
   DREAMLIP_DEVICE T* coef(int r) const { return reinterpret_cast<T*>(memory + layout.coef) + r * layout.coef_pitch; }
   DREAMLIP_DEVICE float* sims(int k) const { return reinterpret_cast<float*>(memory + layout.sims) + k * s.p16(); }
-  DREAMLIP_DEVICE float* weights(int k) const { return reinterpret_cast<float*>(memory + layout.weights) + k * s.p16(); }
+  DREAMLIP_DEVICE float* weights(int k) const {
+    return reinterpret_cast<float*>(memory + layout.weights) + k * s.p16();
+  }
   DREAMLIP_DEVICE float* along() const { return reinterpret_cast<float*>(memory + layout.along); }
   DREAMLIP_DEVICE float* inv_text() const { return along() + kTexts; }
 
   // Where chunk c (8 columns) of a box's row r lies; a row beyond the image's patches reads as zeros.
   DREAMLIP_DEVICE char* chunk(char* box, int r, int c) const { return box + r * kRowBytes + ((c ^ (r & 7)) << 4); }
-  DREAMLIP_DEVICE const char* chunk_or_zero(char* box, int r, int rows, int c) const { return r < rows ? chunk(box, r, c) : memory + layout.zero; }
+  DREAMLIP_DEVICE const char* chunk_or_zero(char* box, int r, int rows, int c) const {
+    return r < rows ? chunk(box, r, c) : memory + layout.zero;
+  }
 
-  DREAMLIP_DEVICE int rows_of(int row_box) const { return s.P - row_box * kBoxRows < kBoxRows ? s.P - row_box * kBoxRows : kBoxRows; }
+  DREAMLIP_DEVICE int rows_of(int row_box) const {
+    return s.P - row_box * s.tall < s.tall ? s.P - row_box * s.tall : s.tall;
+  }
 
   // Starts the copy of one box; every thread calls it, then commits.
   DREAMLIP_DEVICE void fetch(const T* image, int slot, int column_box, int row_box) const {
@@ -79,7 +47,7 @@ template <class T, int KT> struct PatchPool {
     for (int i = thread; i < rows * 8; i += kThreads) {
       const int r = i / 8, c = i % 8, column = column_box * kColumns + c * kChunk;
       const bool valid = column < s.D;
-      copy_async(chunk(to, r, c), image + (row_box * kBoxRows + r) * s.x_row + (valid ? column : 0), valid);
+      copy_async(chunk(to, r, c), image + (row_box * s.tall + r) * s.x_row + (valid ? column : 0), valid);
     }
   }
 
@@ -89,24 +57,39 @@ template <class T, int KT> struct PatchPool {
     for (int i = thread; i < (layout.total - layout.zero) / 4; i += kThreads) words[i] = 0;
   }
 
+  // K rows of `stride` elements, D of them used, to row(first ..). By plain loads: copies would have to be counted
+  // among the boxes' groups.
+  DREAMLIP_DEVICE void load_rows(int first, const T* from, long stride) const {
+    const int chunks = s.D / kChunk;
+    for (int i = thread; i < s.K * chunks; i += kThreads) {
+      const int k = i / chunks, column = i % chunks * kChunk;
+      *reinterpret_cast<uint4*>(row(first + k) + column) = *reinterpret_cast<const uint4*>(from + k * stride + column);
+    }
+  }
+
   // inv_text[k] = 1 / |t_k| of the rows from `first`; a warp a text.
   DREAMLIP_DEVICE void text_norms(int first) const {
     for (int k = warp; k < s.K; k += kWarps) {
       float square = 0;
-      for (int i = lane; i < int(s.D * sizeof(T) / 4); i += 32) square += squares<T>(reinterpret_cast<const uint32_t*>(row(first + k))[i]);
+      for (int i = lane; i < int(s.D * sizeof(T) / 4); i += 32)
+        square += squares<T>(reinterpret_cast<const uint32_t*>(row(first + k))[i]);
       square = WarpLanes{lane}.sum(square);
       if (lane == 0) inv_text()[k] = square == 0 ? 0.f : 1.f / sqrtf(square);
     }
   }
 
-  // Products of one box with the texts at row(first ..): acc[tile][text tile] += 16 patches x 8 texts; with norms also the patches' squares.
+  // Products of one box with the texts at row(first ..): acc[tile][text tile] += 16 patches x 8 texts;
+  // with norms also the patches' squares.
   template <bool kNorms>
-  DREAMLIP_DEVICE void dots(char* box, int rows, int column_box, int first, float (&acc)[2][KT][4], float (&square)[2][2]) const {
+  DREAMLIP_DEVICE void dots(char* box, int rows, int column_box, int first, float (&acc)[2][KT][4],
+                            float (&square)[2][2]) const {
 #pragma unroll
     for (int step = 0; step < kColumns / kStep; ++step) {
       uint32_t b[KT][2];
 #pragma unroll
-      for (int j = 0; j < KT; ++j) load_matrices(b[j], row(first + 8 * j + (lane & 7)) + column_box * kColumns + step * kStep + ((lane >> 3) & 1) * kChunk);
+      for (int j = 0; j < KT; ++j)
+        load_matrices(
+            b[j], row(first + 8 * j + (lane & 7)) + column_box * kColumns + step * kStep + ((lane >> 3) & 1) * kChunk);
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const int r = (warp + tile * kWarps) * 16;
@@ -123,6 +106,23 @@ template <class T, int KT> struct PatchPool {
     }
   }
 
+  // The patch whose dots with the texts this lane has in acc[tile] at `half`; -1 beyond the patches.
+  DREAMLIP_DEVICE int patch_of(int row_box, int tile, int half) const {
+    const int r = (warp + tile * kWarps) * 16 + half * 8 + lane / 4;
+    return r < rows_of(row_box) ? row_box * s.tall + r : -1;
+  }
+
+  // f(text k, its dot with the patch of `half`) for this lane's texts.
+  template <class F> DREAMLIP_DEVICE void each_text(const float (&acc)[KT][4], int half, F f) const {
+#pragma unroll
+    for (int j = 0; j < KT; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int k = 8 * j + 2 * (lane % 4) + e;
+        if (k < s.K) f(k, acc[j][2 * half + e]);
+      }
+  }
+
   // A coefficient of text k and patch p; of 16 bits as its high and low parts.
   DREAMLIP_DEVICE void put_coef(int k, int p, float value) const {
     const T high = from_float<T>(value);
@@ -135,7 +135,8 @@ template <class T, int KT> struct PatchPool {
     return chunk(box, r, column / kChunk) + column % kChunk * sizeof(T);
   }
 
-  // acc += coefficients [texts, patches of the box] @ the eight columns of this warp. With KT = 1 rows 0-7 are the high parts and 8-15 the low ones.
+  // acc += coefficients [texts, patches of the box] @ the eight columns of this warp.
+  // With KT = 1 rows 0-7 are the high parts and 8-15 the low ones.
   DREAMLIP_DEVICE void pool(char* box, int rows, int row_box, float (&acc)[4]) const {
     if (warp >= kColumns / 8) return;
     for (int step = 0; step * kStep < rows; ++step) {
@@ -153,23 +154,25 @@ template <class T, int KT> struct PatchPool {
 #pragma unroll
       for (int part = 0; part < (kSplit ? KT : 1); ++part) {
         uint32_t a[4];
-        load_matrices(a, coef(part * 16 + (lane & 7) + ((lane >> 3) & 1) * 8) + row_box * kBoxRows + step * kStep + (lane >> 4) * kChunk);
+        const int k = part * 16 + (lane & 7) + ((lane >> 3) & 1) * 8;
+        const T* from = coef(k) + row_box * s.tall + step * kStep + (lane >> 4) * kChunk;
+        if (!kSplit && k >= kTexts) from = reinterpret_cast<const T*>(memory + layout.zero);
+        load_matrices(a, from);
         multiply(acc, a, b, T{});
       }
     }
   }
 
-  // The pooled value of text k = lane / 4 (+ 8) at columns 2 (lane % 4), + 1 of this warp's eight: KT values of two.
-  DREAMLIP_DEVICE void pooled(const float (&acc)[4], float (&out)[KT][2]) const {
-    if (KT == 1) {
-      out[0][0] = acc[0] + acc[2];
-      out[0][1] = acc[1] + acc[3];
-    } else {
+  // f(text k, columns d and d + 1 of D: their pooled values) for what this lane has of column box `cb`.
+  template <class F> DREAMLIP_DEVICE void each_pooled(const float (&acc)[4], int cb, F f) const {
+    const int d = cb * kColumns + warp * 8 + 2 * (lane % 4);
+    if (warp >= kColumns / 8 || d >= s.D) return;
 #pragma unroll
-      for (int j = 0; j < KT; ++j) {
-        out[j][0] = acc[2 * j];
-        out[j][1] = acc[2 * j + 1];
-      }
+    for (int j = 0; j < KT; ++j) {
+      const int k = 8 * j + lane / 4;
+      if (k >= s.K) continue;
+      if (KT == 1) f(k, d, acc[0] + acc[2], acc[1] + acc[3]);  // high parts and low parts
+      else f(k, d, acc[2 * j], acc[2 * j + 1]);
     }
   }
 };

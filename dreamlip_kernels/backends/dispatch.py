@@ -61,7 +61,14 @@ def _cuda(case: Case) -> str | None:
         return "it runs on CUDA tensors"
     if case.dtype == torch.float64:
         return "it computes in float32 or less; float64 needs backend='torch'"
-    return extension.why_not("cuda")
+    return extension.why_not_on(case.device)
+
+
+def _cuda_pool(case: Case) -> str | None:
+    if (why := _cuda(case)) is not None or not case.sizes:
+        return why
+    p, k, d = case.sizes["P"], case.sizes["K"], case.sizes["D"]
+    return extension.why_not_pool(case.device, p, k, d, case.dtype.itemsize)
 
 
 def _cpp(case: Case, build: bool = False) -> str | None:
@@ -74,7 +81,7 @@ def _cpp(case: Case, build: bool = False) -> str | None:
 # cpp comes first since it has been timed on many CPUs; triton and cuda come after torch: what no one has qualified on a device does not run there.
 _BACKENDS: dict[str, dict[str, _Check]] = {
     "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
-    "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton, "cuda": _cuda},
+    "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton, "cuda": _cuda_pool},
 }
 COMMAND = "python -m dreamlip_kernels qualify"
 _pinned: dict[str, str] = {}

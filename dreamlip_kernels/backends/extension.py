@@ -19,6 +19,7 @@ import torch
 logger = logging.getLogger("dreamlip_kernels")
 
 _BUILT = "dreamlip_kernels._C"
+LEAST_CAPABILITY = (8, 0)  # of the CUDA kernels: cp.async, and tensor cores that take bfloat16
 _state: dict[str, Any] = {}
 
 
@@ -38,11 +39,52 @@ def why_not(device: str, build: bool = False) -> str | None:
         return _state["why"]
     if not _state:  # could be compiled, and nobody has asked yet
         return None if device == "cpu" else "the extension is not built; install with nvcc on PATH"
-    if device == "cuda" and not build_info()["cuda"]:
+    if device == "cuda" and not _state["cuda"]:
         return (
             "the extension was built without CUDA; install with nvcc on PATH (CUDA_HOME) and without DREAMLIP_NO_CUDA"
         )
     return None
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on that device, or None."""
+    if (why := why_not("cuda")) is not None:
+        return why
+    capability, _ = _device_limits(device.index)
+    if capability < LEAST_CAPABILITY:
+        return f"it needs compute capability 8.0 (Ampere) or later, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def why_not_pool(device: torch.device, p: int, k: int, d: int, element_bytes: int) -> str | None:
+    """Why the CUDA kernels of group_patches cannot hold an image of P patches, K sub-captions and width D, or None."""
+    needed, (_, limit) = patch_pool_shared_bytes(p, k, d, element_bytes), _device_limits(device.index)
+    if needed > limit:
+        return f"P={p}, K={k}, D={d} needs {needed} of {limit} bytes of shared memory a block"
+    return None
+
+
+def _device_limits(index: int | None) -> tuple[tuple[int, int], int]:
+    """(compute capability, bytes of shared memory that a block may have) of a CUDA device."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin
+
+
+# torch.compiler.assume_constant_result(_device_limits), which would import the whole compiler now.
+_device_limits._dynamo_marked_constant = True
+
+
+def patch_pool_shared_bytes(p: int, k: int, d: int, element_bytes: int) -> int:
+    """Bytes of shared memory that a block of the CUDA kernels of group_patches can do with, forward and backward.
+
+    ``least_pool_bytes`` of csrc/patch_pool_plan.h, which torch.compile could not trace.
+    """
+    up = lambda n: -(-n // 128) * 128  # noqa: E731
+    texts, p16, d, parts = 8 if k <= 8 else 16, -(-p // 16) * 16, -(-d // 8) * 8, 4 // element_bytes
+    ring = 2 * up(min(p, 32) * 128)
+    rows = up(2 * texts * (-(-d * element_bytes // 128) * 128 + 16))
+    coefficients = up(parts * texts * (p16 * element_bytes + 16))
+    return ring + 128 + rows + coefficients + up(texts * p16 * 4) + up((texts + 2) * p16 * 4) + up(8 * texts)
 
 
 def build_info() -> dict[str, Any] | None:
@@ -75,6 +117,7 @@ def _find() -> None:
             )
             return
         built_for = module.build_info()["torch"]
+        _state["cuda"] = module.build_info()["cuda"]  # a value, which torch.compile can trace
         if built_for.split("+")[0] != torch.__version__.split("+")[0]:
             _state["why"] = (
                 f"the extension was built against torch {built_for}, this is {torch.__version__}; install the package again"
@@ -103,6 +146,7 @@ def _compile() -> None:
     try:
         name = f"dreamlip_kernels_{torch.__version__.replace('.', '_').replace('+', '_')}"
         files = [str(folder / "ops.cpp"), str(folder / "patch_pool_cpu.cpp")]
+        _state["cuda"] = None
         _state["module"] = cpp_extension.load(name, files, extra_cflags=["-O3", "-g0", "-Wno-psabi"], verbose=False)
     except Exception as error:  # compilers and torch's builder raise whatever they like
         _state["why"] = (

@@ -1,6 +1,8 @@
-// The device functions of csrc/device.cuh on the CPU: every thread of a block is a fiber, warp and block operations are meetings of fibers.
+// The device functions of csrc/device.cuh on the CPU: every thread of a block is a fiber,
+// warp and block operations are meetings of fibers.
 //
-// What a device leaves to luck is made unlucky here: a copy's destination is garbage until the wait that covers it, fibers run in random order
+// What a device leaves to luck is made unlucky here: a copy's destination is garbage until the wait that covers it,
+// fibers run in random order
 // from one meeting to the next, and a meeting that not everybody comes to ends the program.
 #pragma once
 
@@ -112,7 +114,9 @@ inline void run_block(int threads, unsigned seed, std::function<void(int)> funct
     return state.progress != before;
   };
   const int warps = threads / 32;
-  for (int idle = 0; idle <= 50 * warps;) {  // a random warp runs on alone for a random while, as far ahead of the others as barriers let it
+  for (int idle = 0;
+       idle <=
+       50 * warps;) {  // a random warp runs on alone for a random while, as far ahead of the others as barriers let it
     const int warp = int(random() % warps);
     bool moved = false;
     for (unsigned burst = 1 + random() % 200; burst > 0 && round(warp); --burst) moved = true;
@@ -165,7 +169,8 @@ template <int M, bool kTransposed> void load(uint32_t (&r)[M], const void* row) 
     for (int i = 0; i < M; ++i) {
       uint16_t pair[2];
       for (int e = 0; e < 2; ++e) {
-        const int line = kTransposed ? 2 * (lane % 4) + e : lane / 4, column = kTransposed ? lane / 4 : 2 * (lane % 4) + e;
+        const int line = kTransposed ? 2 * (lane % 4) + e : lane / 4,
+                  column = kTransposed ? lane / 4 : 2 * (lane % 4) + e;
         const char* address = static_cast<const char*>(row_of(8 * i + line));
         if (reinterpret_cast<uintptr_t>(address) % 16) std::abort();
         std::memcpy(&pair[e], address + 2 * column, 2);
@@ -218,7 +223,8 @@ DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint3
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 2 * (lane % 4) + i % 2;
       float sum = c[i];
-      for (int k = 0; k < 8; ++k) sum += of(row % 8 * 4 + k % 4).a[(row >= 8) + 2 * (k >= 4)] * of(column * 4 + k % 4).b[k >= 4];
+      for (int k = 0; k < 8; ++k)
+        sum += of(row % 8 * 4 + k % 4).a[(row >= 8) + 2 * (k >= 4)] * of(column * 4 + k % 4).b[k >= 4];
       c[i] = sum;
     }
   });
@@ -236,7 +242,9 @@ DREAMLIP_DEVICE bool any_lane(bool x) {
   });
   return any;
 }
-DREAMLIP_DEVICE void sync_warp() { emulated::exchange(0, [](auto) {}); }
+DREAMLIP_DEVICE void sync_warp() {
+  emulated::exchange(0, [](auto) {});
+}
 DREAMLIP_DEVICE void sync_block() { emulated::meet(emulated::block->all, int(emulated::block->fibers.size())); }
 
 }  // namespace dreamlip
