@@ -20,6 +20,7 @@ LAYERS = {
         "sigmoid": "ops checks distributed contrastive",
         "grouping": "backends ops checks distributed contrastive reference",  # reference until its numerics are a file
         "losses": "checks distributed contrastive sigmoid grouping",
+        "integrations": "contrastive losses",
         "__init__": "version backends ops contrastive sigmoid grouping losses",
     },
     "dreamlip_train": {
