@@ -11,7 +11,7 @@ install: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch ninja "setuptools>=77" wheel
-	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,log,recaption,ray,integrations,benchmark,dev]"
+	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,log,recaption,ray,benchmark,dev]"
 	touch $@
 
 demo: install
@@ -25,6 +25,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
+	$(BIN)/python -m pip install -q -c constraints.txt accelerate datasets lightning pandas sentence-transformers  # the integrations extra
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each instruction set.
