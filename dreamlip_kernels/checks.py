@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .numerics import accumulate_dtype
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 inputs, float32 for every other."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_features(fn: str, **features: tuple[Tensor, int]) -> None:

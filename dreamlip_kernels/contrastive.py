@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared
-from .distributed.collectives import Group, all_reduce_sum, check_agreement, rank_and_size
+from .distributed.collectives import Group, agreement_sizes, check_agreement, global_mean, rank_and_size
 from .distributed.gathered_logsumexp import gathered_logsumexp
 
 
@@ -88,25 +88,6 @@ def multi_positive_contrastive_loss(
         return (global_mean(row_term, captioned, group) + global_mean(col_term, mask_KN, group)) / 2
     pair = (_where(mask_KN, row - pos) + col_term) / 2
     return pair.T if reduction == "none" else global_mean(pair, mask_KN, group)
-
-
-def agreement_sizes(text_features: Tensor, mask: Tensor | None) -> dict[str, int]:
-    """What all ranks must agree on before their first collective."""
-    n, k, d = text_features.shape
-    return {
-        "N (images a rank)": n,
-        "K (sub-captions)": k,
-        "D (width)": d,
-        "text_mask (1 = given)": int(mask is not None),
-    }
-
-
-def global_mean(terms: Tensor, mask: Tensor | None, group: Group = None) -> Tensor:
-    """This rank's part of the mean of masked ``terms`` over the world: the parts average to exactly that mean (eq. 8)."""
-    if mask is None:
-        return terms.sum() / max(terms.numel(), 1)
-    count = all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)
-    return terms.sum() * rank_and_size(group)[1] / count
 
 
 def _where(mask: Tensor | None, value: Tensor) -> Tensor:

@@ -11,16 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
 from .backends import dispatch
-from .checks import accumulate_dtype, as_scale, check_choice, check_features, check_mask, check_shared
-from .contrastive import agreement_sizes, global_mean
-from .distributed.collectives import Group, all_gather_rows, check_agreement, reduce_scatter_logsumexp
+from .checks import as_scale, check_choice, check_features, check_mask, check_shared
+from .distributed.collectives import (
+    Group,
+    agreement_sizes,
+    all_gather_rows,
+    check_agreement,
+    global_mean,
+    reduce_scatter_logsumexp,
+)
+from .numerics import accumulate_dtype, unit
+from .ops.group_patches import NORMALIZATIONS, group_patches_op
+from .ops.group_patches_torch import pooling_weights
 from .ops.logsumexp import bidirectional_logsumexp
-
-NORMALIZATIONS = ("minmax", "softmax", "none")
-# Patch values the torch backend widens to float32 at a time.
-_CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**26}
 
 
 def group_patches(
@@ -62,7 +66,7 @@ def group_patches(
     _check(fn, patch_features, text_features, threshold, normalization, patch_mask)
     (n, p, d), k = patch_features.shape, text_features.shape[1]
     chosen = dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d)
-    return _group_patches(patch_features, text_features, threshold, normalization, patch_mask, chosen)[0]
+    return group_patches_op(patch_features, text_features, threshold, normalization, patch_mask, chosen)[0]
 
 
 def patch_weights(
@@ -75,15 +79,12 @@ def patch_weights(
 ) -> Tensor:
     """The weights [N, K, P] with which ``group_patches`` pools: what each sub-caption selects. Arguments and errors as there."""
     _check("patch_weights", patch_features, text_features, threshold, normalization, patch_mask)
-    wide = accumulate_dtype(patch_features)
+    dtype = accumulate_dtype(patch_features)
+    if patch_mask is not None:
+        patch_features = patch_features.masked_fill(~patch_mask[..., None], 0)
     with torch.autocast(patch_features.device.type, enabled=False):
-        return reference.patch_weights(
-            patch_features.to(wide),
-            text_features.to(wide),
-            threshold=threshold,
-            normalization=normalization,
-            patch_mask=patch_mask,
-        )
+        similarity = unit(text_features.to(dtype)) @ unit(patch_features.to(dtype)).mT
+        return pooling_weights(similarity, threshold, normalization, patch_mask).a
 
 
 def subcaption_grouping_loss(
@@ -129,6 +130,8 @@ def subcaption_grouping_loss(
     check_choice(fn, "direction", direction, ("both", "t2v"))
     check_agreement(fn, agreement_sizes(text_features, text_mask), text_features.device, group)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
+    if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
+        queries, text_features = (t.masked_fill(~text_mask[..., None], 0) for t in (queries, text_features))
     pooled = group_patches(
         patch_features,
         queries,
@@ -138,7 +141,7 @@ def subcaption_grouping_loss(
         backend=backend,
     )
     with torch.autocast(text_features.device.type, enabled=False):
-        pooled, text = reference.unit(pooled.to(scale.dtype)), reference.unit(text_features.to(scale.dtype))
+        pooled, text = unit(pooled.to(scale.dtype)), unit(text_features.to(scale.dtype))
         pos = scale * (pooled * text).sum(-1)  # [n, K]
         if contrast == "image":
             over_texts, over_groups = _within_image(pooled, text, scale, text_mask)
@@ -188,213 +191,3 @@ def _check(fn, patch_features, text_features, threshold, normalization, patch_ma
         raise ValueError(
             f"{fn}: threshold must be a number or None (1 / valid patches), got {type(threshold).__name__}"
         )
-
-
-# --- registered ops -------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("dreamlip_kernels::group_patches", mutates_args=())
-def _group_patches(
-    patches: Tensor, texts: Tensor, threshold: float | None, normalization: str, patch_mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> pooled [N,K,D], and for backward the similarities [N,K,P] and inverse patch norms [N,P]."""
-    with torch.autocast(patches.device.type, enabled=False):
-        return _FORWARD[backend](patches, texts, threshold, normalization, patch_mask)
-
-
-@_group_patches.register_fake
-def _(patches, texts, threshold, normalization, patch_mask, backend):
-    n, p, _ = patches.shape
-    wide = accumulate_dtype(patches)
-    pooled = texts.new_empty(texts.shape)
-    return pooled, patches.new_empty(n, texts.shape[1], p, dtype=wide), patches.new_empty(n, p, dtype=wide)
-
-
-@torch.library.custom_op("dreamlip_kernels::group_patches_backward", mutates_args=())
-def _group_patches_backward(
-    patches: Tensor,
-    texts: Tensor,
-    similarity: Tensor,
-    inv_norm: Tensor,
-    threshold: float | None,
-    normalization: str,
-    patch_mask: Tensor | None,
-    d_pooled: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(patches.device.type, enabled=False):
-        return _BACKWARD[backend](patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled)
-
-
-@_group_patches_backward.register_fake
-def _(patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled, backend):
-    return patches.new_empty(patches.shape), texts.new_empty(texts.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    patches, texts, ctx.threshold, ctx.normalization, patch_mask, ctx.backend = inputs
-    _, similarity, inv_norm = output
-    ctx.save_for_backward(patches, texts, similarity, inv_norm, patch_mask)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, d_pooled, d_similarity, d_inv_norm):
-    patches, texts, similarity, inv_norm, patch_mask = ctx.saved_tensors
-    if d_pooled is None:
-        return None, None, None, None, None, None
-    d_patches, d_texts = _group_patches_backward(
-        patches, texts, similarity, inv_norm, ctx.threshold, ctx.normalization, patch_mask, d_pooled, ctx.backend
-    )
-    return d_patches, d_texts, None, None, None, None
-
-
-_group_patches.register_autograd(_backward, setup_context=_setup_context)
-
-
-# --- torch backend: the normalised patches are never stored, only [N, K, P] --------------------------------------------------
-
-
-def _chunks(patches: Tensor):
-    """Slices of images whose patches, widened, stay within a bounded number of values."""
-    n, p, d = patches.shape
-    budget = _CHUNK_VALUES.get(patches.device.type, _CHUNK_VALUES["cpu"])
-    size = max(1, budget // max(1, p * d))
-    for start in range(0, n, size):
-        yield slice(start, start + size)
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    return torch.where(norm == 0, 0, 1 / norm)
-
-
-def _weights(w: Tensor, threshold: float | None, normalization: str, patch_mask: Tensor | None):
-    """Similarities w [n,K,P] -> weights a [n,K,P] (eq. 10-11), and for their backward: kept [n,K,P], total [n,K,1], uniform [n,K,1]."""
-    valid = None if patch_mask is None else patch_mask[:, None, :]
-    count = (
-        torch.full_like(w[:, :1, :1], w.shape[-1])
-        if valid is None
-        else valid.sum(-1, keepdim=True).clamp(min=1).to(w.dtype)
-    )
-    uniform = torch.zeros_like(w[..., :1], dtype=torch.bool)
-    u = relative = w
-    if normalization == "minmax":
-        lo = (w if valid is None else w.masked_fill(~valid, torch.inf)).amin(-1, keepdim=True)
-        hi = (w if valid is None else w.masked_fill(~valid, -torch.inf)).amax(-1, keepdim=True)
-        uniform = hi - lo <= reference.flat_tolerance(w.dtype)
-        u = w - lo  # the range cancels in u / sum(u): hi only decides what is kept
-        relative = u / (hi - lo)
-    elif normalization == "softmax":
-        u = relative = (w if valid is None else w.masked_fill(~valid, torch.finfo(w.dtype).min)).softmax(-1)
-    drop = relative < (1 / count if threshold is None else threshold)
-    kept = ~(drop | (u < 0) if valid is None else drop | (u < 0) | ~valid)
-    u = torch.where(kept, u, 0)
-    total = u.sum(-1, keepdim=True)
-    uniform = uniform | (total <= 0)
-    even = 1 / count if valid is None else valid / count
-    return torch.where(uniform, even, u / torch.where(uniform, 1, total)), kept, total, uniform
-
-
-def _weights_backward(w, a, kept, total, uniform, da, normalization: str, patch_mask: Tensor | None) -> Tensor:
-    """The gradient of the weights' similarities [n,K,P] from the weights' own, eq. 13-14."""
-    centred = da - (a * da).sum(-1, keepdim=True)
-    if normalization == "softmax":
-        dw = a * centred
-    else:
-        dw = torch.where(kept, centred / torch.where(uniform, 1, total), 0)
-    if normalization == "minmax":
-        w = w if patch_mask is None else w.masked_fill(~patch_mask[:, None, :], torch.inf)
-        lowest = w == w.amin(-1, keepdim=True)
-        dw = dw - lowest * (dw.sum(-1, keepdim=True) / lowest.sum(-1, keepdim=True))
-    return dw.masked_fill(uniform, 0)
-
-
-def _forward_torch(patches, texts, threshold, normalization, patch_mask):
-    wide = accumulate_dtype(patches)
-    n, p, _ = patches.shape
-    pooled = texts.new_empty(texts.shape)
-    similarity = patches.new_empty(n, texts.shape[1], p, dtype=wide)
-    inv_norm = patches.new_empty(n, p, dtype=wide)
-    for i in _chunks(patches):
-        x, t = patches[i].to(wide), texts[i].to(wide)
-        inv_norm[i] = _inverse_norm(x)
-        w = (t * _inverse_norm(t)[..., None]) @ x.mT * inv_norm[i, None, :]
-        similarity[i] = w
-        a, *_ = _weights(w, threshold, normalization, None if patch_mask is None else patch_mask[i])
-        pooled[i] = ((a * inv_norm[i, None, :]) @ x).to(pooled.dtype)
-    return pooled, similarity, inv_norm
-
-
-def _backward_torch(patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled):
-    wide = accumulate_dtype(patches)
-    d_patches, d_texts = patches.new_empty(patches.shape), texts.new_empty(texts.shape)
-    for i in _chunks(patches):
-        x, t, dv, w, inv_x = (
-            patches[i].to(wide),
-            texts[i].to(wide),
-            d_pooled[i].to(wide),
-            similarity[i],
-            inv_norm[i, None, :],
-        )
-        inv_t = _inverse_norm(t)[..., None]
-        t_unit = t * inv_t
-        mask = None if patch_mask is None else patch_mask[i]
-        a, kept, total, uniform = _weights(w, threshold, normalization, mask)
-        da = dv @ x.mT * inv_x
-        dw = _weights_backward(w, a, kept, total, uniform, da, normalization, mask)
-        d_text_unit = (dw * inv_x) @ x
-        d_texts[i] = ((d_text_unit - t_unit * (dw * w).sum(-1, keepdim=True)) * inv_t).to(texts.dtype)
-        radial = (a * da + dw * w).sum(1)  # [n, P]: the part of the gradient along the patch itself
-        d_unit = torch.cat([a, dw], 1).mT @ torch.cat([dv, t_unit], 1)
-        inv_x = inv_norm[i, :, None]
-        d_patches[i] = d_unit.addcmul_(x, radial[..., None] * inv_x, value=-1).mul_(inv_x).to(patches.dtype)
-    return d_patches, d_texts
-
-
-# --- cpp and cuda backends: csrc/ ------------------------------------------------------------------------------------
-
-_DEFAULT_THRESHOLD = -1e38  # csrc reads anything below -1e30 as 1 / (valid patches)
-
-
-def _compiled_options(threshold: float | None, normalization: str) -> tuple[float, int]:
-    sigma = _DEFAULT_THRESHOLD if threshold is None else max(float(threshold), -1e29)
-    return sigma, NORMALIZATIONS.index(normalization)
-
-
-def _forward_compiled(patches, texts, threshold, normalization, patch_mask):
-    return torch.ops.dreamlip_csrc.patch_pool_forward(
-        patches, texts, *_compiled_options(threshold, normalization), patch_mask
-    )
-
-
-def _backward_compiled(patches, texts, similarity, inv_norm, threshold, normalization, patch_mask, d_pooled):
-    options = _compiled_options(threshold, normalization)
-    return torch.ops.dreamlip_csrc.patch_pool_backward(
-        patches, texts, similarity, inv_norm, *options, patch_mask, d_pooled
-    )
-
-
-# --- triton backend: ops/group_patches_triton.py --------------------------------------------------------------------------------------
-
-
-def _forward_triton(*arguments):
-    from .ops import group_patches_triton
-
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, which need not be theirs
-        return group_patches_triton.forward(*arguments)
-
-
-def _backward_triton(*arguments):
-    from .ops import group_patches_triton
-
-    with torch.cuda.device_of(arguments[0]):
-        return group_patches_triton.backward(*arguments)
-
-
-_FORWARD = {"torch": _forward_torch, "cpp": _forward_compiled, "triton": _forward_triton, "cuda": _forward_compiled}
-_BACKWARD = {
-    "torch": _backward_torch,
-    "cpp": _backward_compiled,
-    "triton": _backward_triton,
-    "cuda": _backward_compiled,
-}

@@ -38,6 +38,7 @@ def multi_positive_contrastive_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Multi-positive image-text contrast, eq. 5-7. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar, or [N,K]."""
+    text_features = _without_masked(text_features, text_mask)
     n, k, _ = text_features.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
     row, col = bidirectional_logsumexp(image_features, text_features.transpose(0, 1), logit_scale, valid.T)
@@ -63,6 +64,7 @@ def multi_positive_sigmoid_loss(
     text_mask: Tensor | None = None,
 ) -> Tensor:
     """Every image-caption pair as a question of its own, eq. 19. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar."""
+    text_features = _without_masked(text_features, text_mask)
     n, k, _ = text_features.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
     z = logit_scale * torch.einsum("md,nkd->mnk", image_features, text_features) + logit_bias
@@ -84,6 +86,7 @@ def patch_weights(
     Rows sum to one. Where nothing distinguishes the patches (all similarities equal, or none kept) the weights are uniform over
     the valid patches and carry no gradient; an image without a valid patch has zero weights.
     """
+    patch_features = _without_masked(patch_features, patch_mask)
     w = torch.einsum("nkd,npd->nkp", unit(text_features), unit(patch_features))
     valid = torch.ones_like(w[:, :1], dtype=torch.bool) if patch_mask is None else patch_mask[:, None, :]
     count = valid.sum(-1, keepdim=True)
@@ -104,9 +107,12 @@ def patch_weights(
     return torch.where(flat, uniform, score / torch.where(flat, 1, total))
 
 
-def group_patches(patch_features: Tensor, text_features: Tensor, **options) -> Tensor:
-    """``patch_weights(...) @ unit(patch_features)``: one embedding a sub-caption, eq. 12 -> [N,K,D], not normalised."""
-    return patch_weights(patch_features, text_features, **options) @ unit(patch_features)
+def group_patches(
+    patch_features: Tensor, text_features: Tensor, *, patch_mask: Tensor | None = None, **options
+) -> Tensor:
+    """``patch_weights(...) @ unit(patch_features)``: one embedding per sub-caption, eq. 12 -> [N,K,D], not normalized."""
+    patch_features = _without_masked(patch_features, patch_mask)
+    return patch_weights(patch_features, text_features, patch_mask=patch_mask, **options) @ unit(patch_features)
 
 
 def subcaption_grouping_loss(
@@ -120,6 +126,7 @@ def subcaption_grouping_loss(
     **options,
 ) -> Tensor:
     """Contrast of each sub-caption with its own group of patches, eq. 16-17. Options as patch_weights -> scalar."""
+    text_features = _without_masked(text_features, text_mask)
     group = unit(group_patches(patch_features, text_features, **options))
     text = unit(text_features)
     n, k, d = text.shape
@@ -136,6 +143,11 @@ def subcaption_grouping_loss(
     t2v = torch.where(valid, over_groups - pos, 0)
     pair = t2v if direction == "t2v" else (t2v + torch.where(valid, over_texts - pos, 0)) / 2
     return pair.sum() / valid.sum().clamp(min=1)
+
+
+def _without_masked(features: Tensor, mask: Tensor | None) -> Tensor:
+    # What is not there is zero, whatever it holds: a NaN times a weight of zero would be NaN.
+    return features if mask is None else torch.where(mask[..., None], features, 0)
 
 
 def unit(x: Tensor) -> Tensor:

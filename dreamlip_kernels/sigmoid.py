@@ -12,8 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import as_scale, check_features, check_mask, check_shared
-from .contrastive import agreement_sizes
-from .distributed.collectives import Group, all_gather_rows, all_reduce_sum, check_agreement, rank_and_size
+from .distributed.collectives import (
+    Group,
+    agreement_sizes,
+    all_gather_rows,
+    all_reduce_sum,
+    check_agreement,
+    rank_and_size,
+)
 from .ops.tiles import tiles
 
 

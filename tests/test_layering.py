@@ -11,14 +11,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "dreamlip_kernels": {
         "version": "",
-        "checks": "",
+        "numerics": "",
+        "checks": "numerics",
         "reference": "",
         "backends": "version",
-        "ops": "backends checks",
-        "distributed": "ops",
+        "ops": "backends checks numerics",
+        "distributed": "ops numerics",
         "contrastive": "backends checks distributed",
-        "sigmoid": "ops checks distributed contrastive",
-        "grouping": "backends ops checks distributed contrastive reference",  # reference until its numerics are a file
+        "sigmoid": "ops checks distributed",
+        "grouping": "backends ops checks distributed numerics",
         "losses": "checks distributed contrastive sigmoid grouping",
         "integrations": "contrastive losses",
         "__init__": "version backends ops contrastive sigmoid grouping losses",

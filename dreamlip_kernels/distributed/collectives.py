@@ -22,6 +22,17 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def agreement_sizes(text_features: Tensor, mask: Tensor | None) -> dict[str, int]:
+    """What all ranks must agree on before their first collective."""
+    n, k, d = text_features.shape
+    return {
+        "N (images a rank)": n,
+        "K (sub-captions)": k,
+        "D (width)": d,
+        "text_mask (1 = given)": int(mask is not None),
+    }
+
+
 def check_agreement(fn: str, sizes: dict[str, int], device: torch.device, group: Group = None) -> None:
     """Raise ValueError on every rank unless all ranks hold the same sizes.
 
@@ -65,6 +76,14 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     x = x.clone()
     dist.all_reduce(x, group=group)
     return x
+
+
+def global_mean(terms: Tensor, mask: Tensor | None, group: Group = None) -> Tensor:
+    """This rank's part of the mean of masked ``terms`` over the world: the parts average to exactly that mean (eq. 8)."""
+    if mask is None:
+        return terms.sum() / max(terms.numel(), 1)
+    count = all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)
+    return terms.sum() * rank_and_size(group)[1] / count
 
 
 def _gather(x: Tensor, world: int, group: Group) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..checks import accumulate_dtype, as_scale, check_features, check_mask
+from ..checks import as_scale, check_features, check_mask
+from ..numerics import accumulate_dtype
 from .paired_dot import paired_dot, paired_slices
 from .tiles import tiles
 

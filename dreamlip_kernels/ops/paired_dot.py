@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype
+from ..numerics import accumulate_dtype
 
 
 def paired_slices(m: int, c: int, diagonal: int) -> tuple[slice, slice]:

@@ -67,13 +67,15 @@ SCRIPT = """
 
 GROUPING = """
     import sys
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from dreamlip_kernels.ops import group_patches_triton as module
 
     arch, folder, kp, dtype = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    block_p, block_d, warps, stages = module.BLOCKS[kp, dtype == "fp32"]
+    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+    block_p, block_d, warps, stages = module.BLOCKS[kp, dtypes[dtype]]
     for kernel in ("pool_forward", "pool_backward"):
         names = getattr(module, kernel).arg_names
         stored = ("x_ptr", "t_ptr", "up_ptr", "out_ptr", "dx_ptr", "dt_ptr")
@@ -82,7 +84,7 @@ GROUPING = """
         full = {name: signature.get(name, "constexpr") for name in names}
         # As in a run on contiguous features of a width in multiples of 16.
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr") or name == "D" or name.startswith("stride")}
-        constants = dict(NORMALIZATION=0, HAS_THRESHOLD=True, HAS_MASK=True, PRECISION="tf32x3" if dtype == "fp32" else "tf32")
+        constants = dict(NORMALIZATION=0, HAS_MASK=True, PRECISION="tf32x3" if dtype == "fp32" else "tf32")
         constants |= dict(KP=kp, BLOCK_P=block_p, BLOCK_D=block_d)
         source = ASTSource(getattr(module, kernel), signature=full, constexprs=constants, attrs=aligned)
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
@@ -148,12 +150,14 @@ SLOW = pytest.mark.slow
     "arch, kp, dtype",
     [
         (80, 16, "bf16"),
-        (90, 16, "fp32"),
+        (90, 16, "fp16"),
+        pytest.param(80, 16, "fp16", marks=SLOW),
+        pytest.param(90, 16, "fp32", marks=SLOW),
         pytest.param(80, 16, "fp32", marks=SLOW),
         pytest.param(90, 16, "bf16", marks=SLOW),
         pytest.param(100, 16, "bf16", marks=SLOW),
     ]
-    + [pytest.param(arch, 32, dtype, marks=SLOW) for arch in (80, 90) for dtype in ("bf16", "fp32")],
+    + [pytest.param(arch, 32, dtype, marks=SLOW) for arch in (80, 90) for dtype in ("bf16", "fp16", "fp32")],
 )
 def test_grouping_configurations(arch, kp, dtype, tmp_path):
     """M is 16 or 32, below what wgmma takes with these tiles: mma.sync is the tensor-core instruction, and fast enough (performance is memory's)."""
