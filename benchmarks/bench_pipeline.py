@@ -77,7 +77,7 @@ def ours(folder):
     from dreamlip_train.data.loader import train_loader
     from dreamlip_train.model.tokenizer import CaptionTokenizer
 
-    config = DataConfig(shards=str(folder), num_sub_captions=K, workers=WORKERS)
+    config = DataConfig(shards=str(folder), num_sub_captions=K, num_workers=WORKERS)
     return train_loader(config, image_size=224, tokenize=CaptionTokenizer(77).with_cut, batch_size=BATCH).epoch(0)
 
 

@@ -31,7 +31,7 @@ MODELS = ["ViT-B-32", "ViT-B-16"]
 def trained(request):
     pytest.importorskip("open_clip", reason="the train extra is not installed")
     from dreamlip_train.config.schema import ModelConfig
-    from dreamlip_train.model.dreamlip import build_model
+    from dreamlip_train.model.build import build_model
 
     return build_model(ModelConfig(name=request.param), seed=0).to(DEVICE)
 
@@ -42,7 +42,7 @@ def batch():
 
 
 def moved(given, pack=True):
-    from dreamlip_train.training.engine import move_batch
+    from dreamlip_train.training.step import move_batch
 
     return move_batch(given, torch.device(DEVICE), pack)
 
@@ -110,7 +110,7 @@ def test_train_step(run, trained, loop):
 def test_setting(run, model, setting):
     pytest.importorskip("open_clip", reason="the train extra is not installed")
     from dreamlip_train.config.schema import ModelConfig
-    from dreamlip_train.model.dreamlip import build_model
+    from dreamlip_train.model.build import build_model
 
     changed = SETTINGS[setting]
     trained = build_model(ModelConfig(name=model), seed=0).to(DEVICE)
@@ -135,27 +135,30 @@ def test_setting(run, model, setting):
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("model", MODELS[:1] if DEVICE == "cpu" else MODELS[1:])
 def test_gradient_caching(run, model, chunks):
-    """engine.chunk_size through the real engine: a whole step in one pass, and in four chunks that go through the towers twice."""
+    """train.chunk_size through the real engine: a whole step in one pass, and in four chunks that go through the towers twice."""
     pytest.importorskip("deepspeed", reason="the train extra is not installed")
-    from dreamlip_train.config.schema import EngineConfig, ModelConfig, OptimConfig
-    from dreamlip_train.model.dreamlip import build_model
-    from dreamlip_train.training.engine import build_engine, init_distributed, train_step
+    from dreamlip_train.config.run_schema import TrainConfig
+    from dreamlip_train.config.schema import Config, ModelConfig
+    from dreamlip_train.model.build import build_model
+    from dreamlip_train.training.distributed import init_distributed
+    from dreamlip_train.training.engine import build_engine
     from dreamlip_train.training.grad_cache import cached_train_step, split_batch
+    from dreamlip_train.training.step import train_step
 
-    settings = EngineConfig(
-        batch_size=BATCH,
-        chunk_size=BATCH // chunks if chunks > 1 else 0,
-        precision="fp32" if DEVICE == "cpu" else "amp_bf16",
+    config = Config(
+        model=ModelConfig(name=model),
+        train=TrainConfig(
+            global_batch_size=BATCH,
+            chunk_size=BATCH // chunks,
+            precision="fp32" if DEVICE == "cpu" else "amp_bf16",
+        ),
     )
-    device = init_distributed()
-    engine = build_engine(build_model(ModelConfig(name=model), seed=0), settings, OptimConfig(), device)
+    engine = build_engine(build_model(config.model, seed=0), config, init_distributed())
     given, loss_fn = batch() | {"text_mask": torch.ones(BATCH, K, dtype=torch.bool)}, DreamLIPLoss()
 
     def step():
         if chunks > 1:
-            cached_train_step(
-                engine, loss_fn, [moved(chunk) for chunk in split_batch(given, settings.chunk_size)], lr=1e-5
-            )
+            cached_train_step(engine, loss_fn, [moved(chunk) for chunk in split_batch(given, chunks)], lr=1e-5)
         else:
             train_step(engine, loss_fn, moved(given), lr=1e-5)
 
@@ -174,7 +177,7 @@ def test_optimizer_step(run, trained, fused):
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_patch_embedding(run, trained, layout):
-    """engine.channels_last, by itself: pixels as the loader has them, normalised, through the first layer, forward and backward."""
+    """train.channels_last, by itself: pixels as the loader has them, normalised, through the first layer, forward and backward."""
     images = batch()["images"].contiguous(memory_format=torch.channels_last).to(DEVICE)
     conv = trained.clip.visual.conv1
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreamlip_train.config.recipes import demo
 from dreamlip_train.config.schema import Config
+from dreamlip_train.config.validation import validate
 
 RAW, SHORT, LONG = "raw_caption", "shortIB_captions", "longIB_captions"
 
@@ -109,9 +110,8 @@ def config_of(variant: Variant, *, train: str, val: str, seed: int, steps: int, 
     config.model.context_length = 77
     config.loss.threshold = 0.5  # where no variant says otherwise, as in the table of benchmarks/RESULTS.md
     config.optim.warmup_steps = min(config.optim.warmup_steps, steps // 10)
-    config.engine = dataclasses.replace(
-        config.engine, seed=seed, steps=steps, batch_size=batch_size, save_every_steps=steps, keep_last=1
-    )
+    config.train = dataclasses.replace(config.train, seed=seed, steps=steps, global_batch_size=batch_size)
+    config.checkpoint = dataclasses.replace(config.checkpoint, every_steps=steps, keep_last=1)
     config.eval.every_steps = 0
     for name, value in variant.changes.items():
         if name == "model.pool":
@@ -119,5 +119,5 @@ def config_of(variant: Variant, *, train: str, val: str, seed: int, steps: int, 
         else:
             section, key = name.split(".")
             setattr(getattr(config, section), key, value)
-    config.validate()
+    validate(config)
     return config

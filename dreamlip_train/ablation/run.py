@@ -125,7 +125,7 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
 
 def _prepare_data(data: Path, num_train: int, num_val: int) -> tuple[str, str]:
     """The scenes as shards: (training, held out)."""
-    from dreamlip_train.model.dreamlip import count_tokens
+    from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare.folder import prepare_folder
     from dreamlip_train.prepare.scenes import prepare_scenes
 
@@ -178,7 +178,7 @@ def _scores(run: Path) -> dict[str, Any]:
     path = run / "ablation.json"
     if path.is_file():
         return json.loads(path.read_text())
-    from dreamlip_train.checkpoint.state import load_for_eval
+    from dreamlip_train.checkpoint.weights import load_for_eval
     from dreamlip_train.evaluation.held_out import evaluate
 
     model, config = load_for_eval(run)

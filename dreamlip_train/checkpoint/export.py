@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from dreamlip_train.checkpoint.hf_clip import clip_config, clip_state_dict, processor_config, write_tokenizer
-from dreamlip_train.checkpoint.state import load_for_eval
+from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.jobs.atomic_json import write_json
-from dreamlip_train.model.dreamlip import DreamLIP, open_clip_state_dict
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.model.dreamlip import DreamLIP
+from dreamlip_train.model.open_clip_weights import open_clip_state_dict
 
 Format = Literal["open_clip-file", "open_clip-dir", "hf-dir"]
 _TOLERANCE = 1e-5
@@ -39,19 +41,19 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
     Returns:
         {"image", "text": the largest difference between features of this model and of the one loaded back, or None where transformers is not installed}.
     Raises:
-        ValueError: the checkpoint can't be read, ``output`` exists, or the format can't hold this model (the property is named).
+        UserError: the checkpoint can't be read, ``output`` exists, or the format can't hold this model (the property is named).
         RuntimeError: what was written does not give the same features when loaded; nothing is left at ``output``.
     """
     model, config = load_for_eval(checkpoint, model_name)
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(
+        raise UserError(
             f"--output: {str(output)!r} exists; give a new {'file' if to == 'open_clip-file' else 'folder'}"
         )
     settings = model_settings(config.model)
     # A weights file alone does not say what its model is: its consumer must find the name in open_clip's table.
     if to == "open_clip-file" and open_clip.get_model_config(config.model.name) is None:
-        raise ValueError(
+        raise UserError(
             f"--to: open_clip has no model called {config.model.name!r}, which a weights file would be loaded as; use open_clip-dir, which brings its config"
         )
     writers: dict[str, Callable[[DreamLIP, dict[str, Any], Path], None]] = {

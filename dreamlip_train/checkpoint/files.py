@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dreamlip_train.jobs.user_error import UserError
+
 MANIFEST = "manifest.json"
 # What DeepSpeed pickles into its files beside tensors and plain Python. Anything else could run code when it is loaded.
 _PICKLED = {
@@ -39,7 +41,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """{"step", "world_size", "batch_size", "data", "files": {name: {"bytes", "sha256"}}, ..}."""
+    """{"step", "world_size", "global_batch_size", "data", "files": {name: {"bytes", "sha256"}}, ..}."""
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
 
 
@@ -56,17 +58,17 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that ``path``, a run folder or a checkpoint folder, stands for.
 
     Raises:
-        ValueError: there is none, or it is incomplete.
+        UserError: there is none, or it is incomplete.
     """
     if (path / MANIFEST).is_file() or path.name.startswith("step-"):
         if not is_complete(path):
-            raise ValueError(
+            raise UserError(
                 f"{path} is not a complete checkpoint: files of its manifest.json are missing or cut short; give an earlier one"
             )
         return path
     found = newest(path / "checkpoints")
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip file"
         )
     return found
@@ -101,7 +103,7 @@ def refuse_foreign_pickles(checkpoint: Path) -> None:
     """Look into every .pt file, without loading it, for what could run code; DeepSpeed loads its files as full pickles.
 
     Raises:
-        ValueError: a file names a function or class that no checkpoint of this trainer holds.
+        UserError: a file names a function or class that no checkpoint of this trainer holds.
     """
     import torch
 
@@ -109,9 +111,9 @@ def refuse_foreign_pickles(checkpoint: Path) -> None:
         try:
             unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _PICKLED
         except Exception as error:  # whatever a file that is no checkpoint raises
-            raise ValueError(f"{path} is not a torch checkpoint file: {error}") from error
+            raise UserError(f"{path} is not a torch checkpoint file: {error}") from error
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{path} would call {', '.join(sorted(unknown))} when loaded, which no checkpoint of this trainer does: it was not loaded. "
                 "Resume only runs of your own; start from others' weights with model.pretrained"
             )

@@ -15,6 +15,8 @@ import open_clip
 import torch
 from torch import Tensor
 
+from dreamlip_train.jobs.user_error import UserError
+
 _START, _END = 49406, 49407
 
 _NAMES = {
@@ -44,21 +46,21 @@ def clip_config(settings: dict[str, Any]) -> dict[str, Any]:
     """transformers' CLIPConfig for open_clip's model config.
 
     Raises:
-        ValueError: the model has something CLIPModel has not; it is named.
+        UserError: the model has something CLIPModel has not; it is named.
     """
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     if vision.get("pool_type", "tok") != "tok":
-        raise ValueError(
+        raise UserError(
             f"--to hf-dir: the image tower pools by {vision['pool_type']!r}, transformers' CLIP only by the class token; use open_clip-dir"
         )
     for name, allowed in (("no_ln_pre", False), ("ls_init_value", None), ("final_ln_after_pool", False)):
         if vision.get(name, allowed) != allowed:
-            raise ValueError(
+            raise UserError(
                 f"--to hf-dir: transformers' CLIP has no vision_cfg.{name}={vision[name]!r}; use open_clip-dir"
             )
     for name in ("norm_kwargs", "act_kwargs"):
         if vision.get(name) or text.get(name):
-            raise ValueError(f"--to hf-dir: transformers' CLIP knows nothing of {name}; use open_clip-dir")
+            raise UserError(f"--to hf-dir: transformers' CLIP knows nothing of {name}; use open_clip-dir")
     activation = "quick_gelu" if settings.get("quick_gelu", False) else "gelu"
     width, heads = vision["width"], vision["width"] // vision.get("head_width", 64)
     common = {
@@ -103,7 +105,7 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLIPModel's weights from open_clip.CLIP's.
 
     Raises:
-        ValueError: a weight has no place there.
+        UserError: a weight has no place there.
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -121,7 +123,7 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
             None,
         )
         if stem is None:
-            raise ValueError(f"--to hf-dir: transformers' CLIP has no place for {name!r}; use open_clip-dir")
+            raise UserError(f"--to hf-dir: transformers' CLIP has no place for {name!r}; use open_clip-dir")
         found[_NAMES[stem] + name[len(stem) :]] = value.T if name in ("visual.proj", "text_projection") else value
     return {name: value.contiguous() for name, value in found.items()}
 
@@ -134,7 +136,7 @@ def _block_weights(prefix: str, name: str, value: Tensor) -> dict[str, Tensor]:
         }
     stem, _, kind = name.rpartition(".")
     if stem not in _IN_BLOCK:
-        raise ValueError(f"--to hf-dir: transformers' CLIP has no place for {name!r} of a block; use open_clip-dir")
+        raise UserError(f"--to hf-dir: transformers' CLIP has no place for {name!r} of a block; use open_clip-dir")
     return {f"{prefix}{_IN_BLOCK[stem]}.{kind}": value}
 
 
@@ -142,11 +144,11 @@ def open_clip_config(config: dict[str, Any]) -> dict[str, Any]:
     """open_clip's model config for transformers' CLIPConfig, the reverse of ``clip_config``.
 
     Raises:
-        ValueError: not a CLIP model, or an activation open_clip's CLIP has not.
+        UserError: not a CLIP model, or an activation open_clip's CLIP has not.
     """
     vision, text = config.get("vision_config"), config.get("text_config")
     if config.get("model_type") != "clip" or not isinstance(vision, dict) or not isinstance(text, dict):
-        raise ValueError(
+        raise UserError(
             f"WEIGHTS: config.json is of a {config.get('model_type')!r} model with no two towers; give a transformers CLIPModel folder"
         )
     # transformers leaves out what equals its own defaults.
@@ -166,7 +168,7 @@ def open_clip_config(config: dict[str, Any]) -> dict[str, Any]:
     } | text
     activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
     if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
-        raise ValueError(
+        raise UserError(
             f"WEIGHTS: the towers' activations are {sorted(activations)}; open_clip's CLIP has one for both, gelu or quick_gelu"
         )
     settings: dict[str, Any] = {
@@ -197,7 +199,7 @@ def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
     """open_clip.CLIP's weights, of the names in ``expected``, from CLIPModel's.
 
     Raises:
-        ValueError: a weight is missing or has no place there.
+        UserError: a weight is missing or has no place there.
     """
     weights = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
     found, used = {}, set()
@@ -205,13 +207,13 @@ def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
         parts = list(clip_state_dict({name: like}))
         missing = [part for part in parts if part not in weights]
         if missing:
-            raise ValueError(f"WEIGHTS: model.safetensors has no {missing[0]!r}; give a whole CLIPModel folder")
+            raise UserError(f"WEIGHTS: model.safetensors has no {missing[0]!r}; give a whole CLIPModel folder")
         used |= set(parts)
         value = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
         found[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
     unknown = sorted(weights.keys() - used)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"WEIGHTS: open_clip's CLIP has no place for {unknown[0]!r}"
             + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
         )

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dreamlip_train.checkpoint.hf_clip import open_clip_config, open_clip_weights
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.model.dreamlip import build_model, known_models, open_clip_state_dict
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.model.build import build_model, known_models
+from dreamlip_train.model.open_clip_weights import open_clip_state_dict
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -28,29 +30,29 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
     """Write ``output`` (a .pt of {"state_dict"}, fp32 tensors only, open_clip's keys); returns what to do with it, as text to read.
 
     Raises:
-        ValueError: nothing readable is there, it comes from another model than ``model_name`` (shapes or activation are named), or ``output`` exists.
+        UserError: nothing readable is there, it comes from another model than ``model_name`` (shapes or activation are named), or ``output`` exists.
     """
     source, output = Path(source), Path(output)
     if output.exists():
-        raise ValueError(f"--output: {str(output)!r} exists; give a new file")
+        raise UserError(f"--output: {str(output)!r} exists; give a new file")
     if not output.absolute().parent.is_dir():
-        raise ValueError(f"--output: no folder {str(output.absolute().parent)!r}; make it first")
+        raise UserError(f"--output: no folder {str(output.absolute().parent)!r}; make it first")
     if source.is_dir():
         state, settings = _read_folder(source)
         name = _name_of(settings, model_name, source)
     elif source.is_file():
         if not model_name:
-            raise ValueError(f"--model: say which open_clip model {str(source)!r} holds, such as ViT-B-16")
+            raise UserError(f"--model: say which open_clip model {str(source)!r} holds, such as ViT-B-16")
         name, state = model_name, _read_file(source, model_name)
     else:
-        raise ValueError(f"WEIGHTS: no file or folder {str(source)!r}")
+        raise UserError(f"WEIGHTS: no file or folder {str(source)!r}")
     partial = output.with_name(output.name + ".partial")
     try:
         torch.save({"state_dict": state}, partial)
         try:
             model = build_model(ModelConfig(name=name, pretrained=str(partial), local_logit_scale=False), seed=0)
-        except ValueError as error:
-            raise ValueError(
+        except UserError as error:
+            raise UserError(
                 str(error).replace("model.pretrained", "WEIGHTS").replace(str(partial), str(source))
             ) from error
         torch.save({"state_dict": open_clip_state_dict(model)}, partial)
@@ -69,7 +71,7 @@ def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
         return _safetensors(path)
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         if not _settings(model_name).get("quick_gelu"):
-            raise ValueError(
+            raise UserError(
                 f"--model: {str(path)!r} is a TorchScript archive, as OpenAI published its weights: those have QuickGELU activations and {model_name} "
                 f"has GELU; give {model_name}-quickgelu"
             )
@@ -79,10 +81,10 @@ def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises whatever the bytes lead it to
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"WEIGHTS: {str(path)!r} can't be read as tensors only: {reason}") from error
+        raise UserError(f"WEIGHTS: {str(path)!r} can't be read as tensors only: {reason}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
-        raise ValueError(
+        raise UserError(
             f'WEIGHTS: {str(path)!r} holds no weights; it must be {{"state_dict": {{name: tensor}}}} or {{name: tensor}}'
         )
     return {name.removeprefix("module."): value.float() for name, value in state.items()}
@@ -94,7 +96,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return {name: value.float() for name, value in load_file(path).items()}
     except Exception as error:  # safetensors has its own errors
-        raise ValueError(f"WEIGHTS: {str(path)!r} can't be read: {error}") from error
+        raise UserError(f"WEIGHTS: {str(path)!r} can't be read: {error}") from error
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -110,7 +112,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 ModelConfig(name="imported", config=settings, context_length=settings["text_cfg"]["context_length"]), 0
             )
         return open_clip_weights(_safetensors(folder / "model.safetensors"), expected.clip.state_dict()), settings
-    raise ValueError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
+    raise UserError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
 
 
 def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:
@@ -124,13 +126,13 @@ def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:
             if wanted.get(key) != named.get(key)
         ]
         if differ:
-            raise ValueError(
+            raise UserError(
                 f"--model: {str(folder)!r} is not {given}: {'; '.join(differ[:4])}. Leave --model out to have its name looked up"
             )
         return given
     names = [name for name in known_models() if _comparable(_settings(name)) == wanted]
     if not names:
-        raise ValueError(
+        raise UserError(
             f"WEIGHTS: open_clip has no model built like {str(folder)!r}; describe it in model.config of a TOML file, its weights file as model.pretrained"
         )
     return min(names, key=len)
@@ -139,7 +141,7 @@ def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:
 def _settings(name: str) -> dict[str, Any]:
     settings = known_models().get(name)
     if settings is None:
-        raise ValueError(f"--model: open_clip knows no {name!r}; `open_clip.list_models()` lists the names")
+        raise UserError(f"--model: open_clip knows no {name!r}; `open_clip.list_models()` lists the names")
     return settings
 
 

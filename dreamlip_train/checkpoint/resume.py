@@ -19,21 +19,22 @@ from dreamlip_train.checkpoint.files import (
 )  # fmt: skip
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import differences, read_config
+from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
 
 # Other values of these need other tensors in the checkpoint.
 _FIXED = (
     "model.name", "model.config", "model.context_length", "model.patch_projection", "model.local_logit_scale", "model.init_logit_bias",
-    "engine.zero_stage", "engine.precision",
+    "deepspeed.zero_stage", "train.precision", "train.global_batch_size",
 )  # fmt: skip
-# These say where, how fast and how often, not what is trained. engine.batch_size and data.shards are compared by what they amount to.
+# These say where, how fast and how often, not what is trained. data.shards is compared by what it amounts to.
 _FREE = (
-    "data.shards", "data.val_shards", "data.workers", "data.allow_pipe", "data.max_bad_fraction", "data.stall_seconds", "data.eval_source",
-    "model.pretrained", "loss.backend", "engine.batch_size", "engine.epochs", "engine.steps", "engine.grad_checkpointing",
-    "data.pin_memory", "optim.fused", "engine.compile", "engine.channels_last", "engine.prefetch", "engine.pack_captions", "engine.chunk_size",
-    "engine.log_every", "engine.save_every_steps", "engine.save_every_minutes", "engine.keep_last", "engine.max_nonfinite_steps",
-    "engine.wandb_project", "engine.deepspeed", "eval.every_steps", "eval.batch_size", "eval.max_samples", "eval.threshold",
+    "data.shards", "data.val_shards", "data.num_workers", "data.allow_pipe", "data.max_bad_fraction", "data.stall_seconds", "data.eval_source",
+    "model.pretrained", "loss.backend", "train.epochs", "train.steps", "train.grad_checkpointing",
+    "data.pin_memory", "optim.fused", "train.compile", "train.channels_last", "train.prefetch", "train.pack_captions", "train.chunk_size",
+    "logging.every_steps", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "train.max_nonfinite_steps",
+    "logging.wandb_project", "deepspeed.config", "eval.every_steps", "eval.batch_size", "eval.max_samples", "eval.threshold",
 )  # fmt: skip
 
 
@@ -41,16 +42,16 @@ def starting_point(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint to start from, or None for a new run; makes the run folder and clears away what a crash left in it. Collective.
 
     Raises:
-        ValueError: ``resume`` is "never" and the folder holds a run, or names a checkpoint that is not usable, or ranks see different folders.
+        UserError: ``resume`` is "never" and the folder holds a run, or names a checkpoint that is not usable, or ranks see different folders.
     """
     checkpoints = run_dir / "checkpoints"
     if resume == "never" and ((run_dir / "metrics.jsonl").exists() or checkpoints.exists()):
-        raise ValueError(
+        raise UserError(
             f"--run-dir: {run_dir} already holds a run; give another folder, go on with --resume auto, or delete it"
         )
     given = find_checkpoint(Path(resume)) if resume not in ("auto", "never") else None
     if given is not None and given.parent.absolute() != checkpoints.absolute() and newest(checkpoints):
-        raise ValueError(
+        raise UserError(
             f"--resume: {run_dir} has checkpoints of its own, such as {newest(checkpoints)}; give another --run-dir"
         )
     _require_shared(run_dir)
@@ -90,7 +91,7 @@ def _require_shared(run_dir: Path) -> None:
         token.unlink(missing_ok=True)
     blind = [rank for rank, sees in enumerate(seen) if not sees]
     if blind:
-        raise ValueError(
+        raise UserError(
             f"--run-dir: {run_dir} is not one folder for all ranks: ranks {blind} do not see what rank 0 writes; use shared storage"
         )
 
@@ -104,45 +105,32 @@ def _damaged(checkpoint: Path) -> list[str]:
 
 def _require_undamaged(checkpoint: Path) -> None:
     if damaged := _damaged(checkpoint):
-        raise ValueError(
+        raise UserError(
             f"--resume: {checkpoint / damaged[0]} is not what was written (its hash differs); give an earlier checkpoint"
         )
 
 
-def check_fits(
-    checkpoint: Path, config: Config, world_size: int, data: str, accept_changes: bool = False
-) -> dict[str, tuple[Any, Any]]:
+def check_fits(checkpoint: Path, config: Config, data: str, accept_changes: bool = False) -> dict[str, tuple[Any, Any]]:
     """The settings that changed since the checkpoint was written, after making sure that a run can go on with them.
 
     Args:
         data: fingerprint of the training shards; "" is not compared.
         accept_changes: let settings of the recipe differ.
     Raises:
-        ValueError: another model, precision, ZeRO stage, global batch, data set or (without ``accept_changes``) recipe; it is named with both values.
+        UserError: another model, precision, ZeRO stage, global batch, data set or (without ``accept_changes``) recipe; it is named with both values.
     """
     manifest = read_manifest(checkpoint)
     changed = differences(read_config(checkpoint / "config.toml"), config)
     for name, (old, new) in changed.items():
         said = f"{name}: {checkpoint} was written with {old!r}, this run has {new!r}"
         if name in _FIXED:
-            raise ValueError(f"{said}; use its value, or another --run-dir")
+            raise UserError(f"{said}; use its value, or another --run-dir")
         if name not in _FREE and not accept_changes:
-            raise ValueError(
+            raise UserError(
                 f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on differently"
             )
-    ranks, batch = manifest["world_size"], manifest["batch_size"]
-    if ranks * batch != world_size * config.engine.batch_size:
-        fitting = (
-            f"--engine.batch-size {ranks * batch // world_size}"
-            if ranks * batch % world_size == 0
-            else "a number of ranks that divides it"
-        )
-        raise ValueError(
-            f"engine.batch_size: {checkpoint} was trained on {ranks} ranks x {batch} = {ranks * batch} images a step, this run has {world_size} x "
-            f"{config.engine.batch_size} = {world_size * config.engine.batch_size}; use {fitting}, or another --run-dir"
-        )
     if data and manifest["data"] and data != manifest["data"]:
-        raise ValueError(
+        raise UserError(
             f"data.shards: {checkpoint} was trained on other data ({manifest['data']}) than these ({data}); give the same shards, or start another "
             "run from its weights (--run-dir, model.pretrained)"
         )

@@ -53,7 +53,7 @@ def _evaluate(arguments: list[str], program: str) -> dict[str, Any]:
     _must_be_writable(options.output)
     import torch
 
-    from dreamlip_train.checkpoint.state import load_for_eval
+    from dreamlip_train.checkpoint.weights import load_for_eval
     from dreamlip_train.config.schema import EvalConfig
     from dreamlip_train.evaluation.held_out import evaluate
 
@@ -258,7 +258,7 @@ def _load(checkpoint: str, name: str) -> tuple[Any, Any]:
     """The model on the device there is, and that device."""
     import torch
 
-    from dreamlip_train.checkpoint.state import load_for_eval
+    from dreamlip_train.checkpoint.weights import load_for_eval
 
     model, _ = load_for_eval(checkpoint, name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

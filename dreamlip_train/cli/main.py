@@ -18,8 +18,10 @@ import tyro
 
 from dreamlip_train.cli import evaluate, prepare
 from dreamlip_train.config.recipes import RECIPES
+from dreamlip_train.config.renamed import refuse_renamed_flags
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
+from dreamlip_train.config.validation import validate
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 PROGRAM = "dreamlip-train"
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, RunError, ValueError, RuntimeError) as error:
         if not isinstance(error, UserError | RunError) and not _raised_in(error, _NOT_CONVERTED):
             raise
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
         print(f"{rank}{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -51,15 +53,10 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 _NOT_CONVERTED = (
     "dreamlip_kernels",
     "dreamlip_train.ablation",
-    "dreamlip_train.checkpoint",
     "dreamlip_train.cli",
-    "dreamlip_train.config.schema",
     "dreamlip_train.evaluation",
-    "dreamlip_train.model",
-    "dreamlip_train.monitoring",
     "dreamlip_train.prepare",
     "dreamlip_train.reporting",
-    "dreamlip_train.training",
 )
 
 
@@ -130,6 +127,7 @@ def _train(arguments: list[str], program: str) -> None:
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=3) or list(RECIPES)
         raise ValueError(f"{arguments[0]}: no such recipe; did you mean {', '.join(close)}?")
+    refuse_renamed_flags(arguments)
     base = RECIPES[name]()
     file = _value_of("--config", arguments)
     if file is not None:
@@ -142,8 +140,8 @@ def _train(arguments: list[str], program: str) -> None:
     )
     config = options.settings
     if options.deepspeed_config is not None:
-        config.engine.deepspeed = _read_json(options.deepspeed_config)
-    config.validate()
+        config.deepspeed.config = _read_json(options.deepspeed_config)
+    validate(config)
     from dreamlip_train.training.run import train
 
     train(config, options.run_dir, options.resume, options.accept_changes)

@@ -50,7 +50,7 @@ class FolderOptions:
 def prepare_folder(arguments: list[str], program: str) -> None:
     """A caption table and a folder of images into shards: --captions FILE --images DIR --output DIR"""
     options = tyro.cli(FolderOptions, args=arguments, prog=program)
-    from dreamlip_train.model.dreamlip import count_tokens
+    from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare import folder as prepare
 
     prepare.prepare_folder(
@@ -119,7 +119,7 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     """Check, index and repair existing shards (img2dataset, FLAIR, open_clip): PATTERN [--fix DIR]"""
     options = tyro.cli(ValidateOptions, args=arguments, prog=program)
     from dreamlip_train.captions.statistics import format_summary
-    from dreamlip_train.model.dreamlip import count_tokens
+    from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare.validate import validate_shards
 
     checked = validate_shards(
@@ -148,7 +148,7 @@ class StatsOptions:
 def prepare_stats(arguments: list[str], program: str) -> None:
     """Sub-captions and tokens by source, as a table and a PNG: PATTERN --output captions.png"""
     options = tyro.cli(StatsOptions, args=arguments, prog=program)
-    from dreamlip_train.model.dreamlip import count_tokens
+    from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms, plot_histograms
 
     found = caption_histograms(options.pattern, count_tokens, max_shards=options.max_shards, splitter=options.splitter)

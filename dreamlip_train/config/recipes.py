@@ -1,21 +1,26 @@
 """Named training recipes: each returns a whole Config, every number with its source.
 
 The paper (DreamLIP, ECCV 2024) gives the models, 224 px, context 77, 32 epochs, temperature 0.07 and K = 10, but no batch size, learning rate, decay or
-loss weights. Those are FLAIR's (CVPR 2025), trained on the same captions, so the large recipes are reconstructions. Batch sizes are a rank's, for 8 ranks.
+loss weights. Those are FLAIR's (CVPR 2025), trained on the same captions, so the large recipes are reconstructions. Batch sizes are global.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from dreamlip_train.config.run_schema import (
+    CheckpointConfig,
+    DeepSpeedConfig,
+    LoggingConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from dreamlip_train.config.schema import (
     Config,
     DataConfig,
-    EngineConfig,
     EvalConfig,
     LossConfig,
     ModelConfig,
-    OptimConfig,
 )
 
 # The paper's main tables train on the raw caption and ShareGPT4V's short and long ones.
@@ -47,7 +52,7 @@ def demo() -> Config:
             caption_sources=("raw_caption", "shortIB_captions", "longIB_captions"),
             source_weights={"raw_caption": 0.2, "shortIB_captions": 0.3},
             eval_source="longIB_captions",
-            workers=1,
+            num_workers=1,
         ),
         model=ModelConfig(
             name="demo",
@@ -56,51 +61,51 @@ def demo() -> Config:
         ),
         loss=LossConfig(grouping_weight=0.05),
         optim=OptimConfig(lr=2e-3, warmup_steps=40, weight_decay=0.05),
-        engine=EngineConfig(
-            batch_size=128, steps=600, precision="fp32", zero_stage=1, log_every=10, save_every_steps=200, keep_last=2
-        ),
+        train=TrainConfig(global_batch_size=128, steps=600, precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
+        logging=LoggingConfig(every_steps=10),
         eval=EvalConfig(every_steps=100, batch_size=100, threshold=0.5),
     )
 
 
 def cc3m_vitb32() -> Config:
     """ViT-B/32 on CC3M: global batch 1024."""
-    return _large("ViT-B-32", batch_size=128, weight_decay=0.5)
+    return _large("ViT-B-32", global_batch_size=1024, weight_decay=0.5)
 
 
 def cc3m_vitb16() -> Config:
     """ViT-B/16 on CC3M: global batch 1024."""
-    return _large("ViT-B-16", batch_size=128, weight_decay=0.5)
+    return _large("ViT-B-16", global_batch_size=1024, weight_decay=0.5)
 
 
 def cc12m_vitb32() -> Config:
     """ViT-B/32 on CC12M: global batch 6144."""
-    return _large("ViT-B-32", batch_size=768, weight_decay=0.5)
+    return _large("ViT-B-32", global_batch_size=6144, weight_decay=0.5)
 
 
 def cc12m_vitb16() -> Config:
     """ViT-B/16 on CC12M: global batch 6144."""
-    return _large("ViT-B-16", batch_size=768, weight_decay=0.5)
+    return _large("ViT-B-16", global_batch_size=6144, weight_decay=0.5)
 
 
 def yfcc15m_vitb32() -> Config:
     """ViT-B/32 on YFCC15M: global batch 6144."""
-    return _large("ViT-B-32", batch_size=768, weight_decay=0.5)
+    return _large("ViT-B-32", global_batch_size=6144, weight_decay=0.5)
 
 
 def yfcc15m_vitb16() -> Config:
     """ViT-B/16 on YFCC15M: global batch 6144."""
-    return _large("ViT-B-16", batch_size=768, weight_decay=0.5)
+    return _large("ViT-B-16", global_batch_size=6144, weight_decay=0.5)
 
 
 def merged30m_vitb32() -> Config:
     """ViT-B/32 on CC3M + CC12M + YFCC15M: global batch 6144."""
-    return _large("ViT-B-32", batch_size=768, weight_decay=0.2)
+    return _large("ViT-B-32", global_batch_size=6144, weight_decay=0.2)
 
 
 def merged30m_vitb16() -> Config:
     """ViT-B/16 on CC3M + CC12M + YFCC15M: global batch 6144."""
-    return _large("ViT-B-16", batch_size=768, weight_decay=0.2)
+    return _large("ViT-B-16", global_batch_size=6144, weight_decay=0.2)
 
 
 def clip_cc3m_vitb16() -> Config:
@@ -135,14 +140,14 @@ def _without_grouping(config: Config, *, sources: tuple[str, ...], k: int) -> Co
     return config
 
 
-def _large(model: str, *, batch_size: int, weight_decay: float) -> Config:
+def _large(model: str, *, global_batch_size: int, weight_decay: float) -> Config:
     return Config(
         data=DataConfig(
             num_sub_captions=10,  # paper: K = 10
             sampling="uniform",  # paper, eq. 4 (the released code draws the raw caption first: "raw_first")
             caption_sources=_PAPER_SOURCES,
             crop_scale=(0.9, 1.0),  # DreamLIP's released default
-            workers=8,
+            num_workers=8,
             shuffle_buffer=5000,
         ),
         model=ModelConfig(name=model, context_length=77, init_temperature=0.07),  # paper
@@ -158,13 +163,14 @@ def _large(model: str, *, batch_size: int, weight_decay: float) -> Config:
             warmup_steps=2000,
             final_lr_fraction=0.0,  # FLAIR
         ),
-        engine=EngineConfig(
-            batch_size=batch_size,  # FLAIR: 1024 on CC3M, 6144 elsewhere, over 8 ranks
+        train=TrainConfig(
+            global_batch_size=global_batch_size,
+            chunk_size=global_batch_size // 8,  # on 8 ranks a rank's whole share; on fewer, gradient caching
             epochs=32,  # paper and FLAIR
             precision="amp_bf16",
-            zero_stage=1,
-            grad_checkpointing=batch_size > 256,
+            grad_checkpointing=global_batch_size > 2048,
         ),
+        deepspeed=DeepSpeedConfig(zero_stage=1),
     )
 
 

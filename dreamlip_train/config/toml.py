@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from dreamlip_train.config.renamed import refuse_renamed_keys
 from dreamlip_train.config.schema import Config
 from dreamlip_train.jobs.user_error import UserError
 
@@ -26,6 +27,7 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         raise UserError(f"--config: cannot read {str(path)!r}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config: {str(path)!r} is not TOML: {error}") from error
+    refuse_renamed_keys(settings, str(path))
     return override(base or Config(), settings)
 
 

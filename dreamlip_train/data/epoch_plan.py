@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Layout:
+class ReaderLayout:
     """``ranks`` x ``workers`` readers that take ``batch_size`` samples a rank and step, for ``steps`` steps of the epoch (or its rest)."""
 
     ranks: int
@@ -26,13 +26,13 @@ class Layout:
         """Samples of a step."""
         return self.ranks * self.batch_size
 
-    def same_readers(self, other: Layout) -> bool:
+    def same_readers(self, other: ReaderLayout) -> bool:
         """Whether both deal an epoch alike."""
         return (self.ranks, self.workers, self.batch_size) == (other.ranks, other.workers, other.batch_size)
 
 
 @dataclass(frozen=True)
-class Piece:
+class SampleRange:
     """``take`` samples, after the first ``skip``, of the shuffled samples ``start`` to ``stop`` of the epoch."""
 
     start: int
@@ -46,14 +46,14 @@ def batches_of_worker(steps: int, worker: int, workers: int) -> int:
     return len(range(worker, steps, workers))
 
 
-def plan(total: int, past: Sequence[Layout], now: Layout) -> tuple[int, list[list[Piece]]]:
+def plan_epoch(total: int, past: Sequence[ReaderLayout], now: ReaderLayout) -> tuple[int, list[list[SampleRange]]]:
     """How ``now`` reads what the ``past`` layouts left of an epoch of ``total`` samples.
 
     Returns:
         (steps, streams): the steps that are left, and the pieces of each reader, reader ``rank * workers + worker``. What fills no step is nobody's.
     """
-    rest = [Piece(0, total, 0, total)]
-    streams: list[list[Piece]] = []
+    rest = [SampleRange(0, total, 0, total)]
+    streams: list[list[SampleRange]] = []
     for layout in past:
         _, streams, rest = _deal(rest, layout)
         for reader, pieces in enumerate(streams):
@@ -64,7 +64,7 @@ def plan(total: int, past: Sequence[Layout], now: Layout) -> tuple[int, list[lis
     return steps, streams
 
 
-def _deal(pieces: list[Piece], layout: Layout) -> tuple[int, list[list[Piece]], list[Piece]]:
+def _deal(pieces: list[SampleRange], layout: ReaderLayout) -> tuple[int, list[list[SampleRange]], list[SampleRange]]:
     """(steps, the pieces of each reader, what is left over)."""
     total = sum(piece.take for piece in pieces)
     steps = total // layout.global_batch
@@ -77,25 +77,25 @@ def _deal(pieces: list[Piece], layout: Layout) -> tuple[int, list[list[Piece]], 
     return steps, streams, _cut(pieces, begin, total)
 
 
-def _cut(pieces: list[Piece], begin: int, end: int) -> list[Piece]:
+def _cut(pieces: list[SampleRange], begin: int, end: int) -> list[SampleRange]:
     """Samples ``begin`` to ``end`` of the pieces one after another. A piece that nobody has begun is cut before it is shuffled, another one after it."""
     cut, position = [], 0
     for piece in pieces:
         first, last = max(begin - position, 0), min(end - position, piece.take)
         position += piece.take
         if first < last and piece.skip == 0 and piece.take == piece.stop - piece.start:
-            cut.append(Piece(piece.start + first, piece.start + last, 0, last - first))
+            cut.append(SampleRange(piece.start + first, piece.start + last, 0, last - first))
         elif first < last:
-            cut.append(Piece(piece.start, piece.stop, piece.skip + first, last - first))
+            cut.append(SampleRange(piece.start, piece.stop, piece.skip + first, last - first))
     return cut
 
 
-def _after(pieces: list[Piece], read: int) -> list[Piece]:
+def _after(pieces: list[SampleRange], read: int) -> list[SampleRange]:
     """What a reader has left of its pieces after ``read`` samples."""
     left, position = [], 0
     for piece in pieces:
         gone = min(max(read - position, 0), piece.take)
         position += piece.take
         if gone < piece.take:
-            left.append(Piece(piece.start, piece.stop, piece.skip + gone, piece.take - gone))
+            left.append(SampleRange(piece.start, piece.stop, piece.skip + gone, piece.take - gone))
     return left

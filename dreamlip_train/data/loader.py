@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.data.epoch_plan import Layout, batches_of_worker, plan
+from dreamlip_train.data.epoch_plan import ReaderLayout, batches_of_worker, plan_epoch
 from dreamlip_train.data.quarantine import BadCounts, read_quarantine
 from dreamlip_train.data.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
 from dreamlip_train.data.shards import list_shards, sample_counts
@@ -57,11 +57,11 @@ def train_loader(
         UserError: no shard matches, or there are too few shards or samples for this many readers (the field is named).
     """
     shards = list_shards(data.shards, allow_pipe=data.allow_pipe)
-    readers = world_size * max(1, data.workers)
+    readers = world_size * max(1, data.num_workers)
     if len(shards) < readers:
         raise UserError(
-            f"data.workers: {len(shards)} shards for {world_size} ranks x {max(1, data.workers)} workers = {readers} readers; "
-            f"use --data.workers {max(1, len(shards) // world_size)}, fewer ranks, or smaller shards (prepare --shard-size)"
+            f"data.num_workers: {len(shards)} shards for {world_size} ranks x {max(1, data.num_workers)} workers = {readers} readers; "
+            f"use --data.num-workers {max(1, len(shards) // world_size)}, fewer ranks, or smaller shards (prepare --shard-size)"
         )
     return TrainLoader(
         data=data, shards=shards, counts=sample_counts(shards), image_size=image_size, tokenize=tokenize, batch_size=batch_size,
@@ -86,13 +86,13 @@ class TrainLoader:
     bad: BadCounts = field(default_factory=BadCounts)
 
     def __post_init__(self) -> None:
-        self.layout = Layout(self.world_size, max(1, self.data.workers), self.batch_size)
+        self.layout = ReaderLayout(self.world_size, max(1, self.data.num_workers), self.batch_size)
         self.heartbeats = Heartbeats(self.layout.workers)
         self.steps_per_epoch = sum(self.counts) // self.layout.global_batch
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"engine.batch_size: {self.batch_size} x {self.world_size} ranks = {self.layout.global_batch} images a step, but "
-                f"{len(self.shards)} shards have {sum(self.counts)} samples; lower engine.batch_size, or give more data"
+                f"train.global_batch_size: {self.layout.global_batch} images per step, but "
+                f"{len(self.shards)} shards have {sum(self.counts)} samples; lower train.global_batch_size, or give more data"
             )
 
     @property
@@ -101,30 +101,30 @@ class TrainLoader:
         listed = [(os.path.basename(shard), count) for shard, count in zip(self.shards, self.counts, strict=True)]
         return f"{len(listed)} shards, {sum(self.counts)} samples, {hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]}"
 
-    def after(self, steps: int) -> list[Layout]:
+    def after(self, steps: int) -> list[ReaderLayout]:
         """What ``epoch`` takes to go on after ``steps`` steps of these readers."""
         return [replace(self.layout, steps=steps)]
 
-    def epoch(self, epoch: int, past: Sequence[Layout] = ()) -> Iterator[dict[str, Any]]:
+    def epoch(self, epoch: int, past: Sequence[ReaderLayout] = ()) -> Iterator[dict[str, Any]]:
         """The batches that ``past`` left of an epoch: with the same readers exactly those an uninterrupted epoch gives from there, with others the
         samples nobody has read yet (as many as bad samples were met on the way may come twice).
 
         The workers start with this call, in this thread: only the main one hears at once that one of them was killed. The batches may be taken by another.
         """
         begun = past[-1].steps if past and past[-1].same_readers(self.layout) else 0
-        steps, streams = plan(sum(self.counts), past[:-1] if begun else past, self.layout)
+        steps, streams = plan_epoch(sum(self.counts), past[:-1] if begun else past, self.layout)
         own = streams[self.rank * self.layout.workers :][: self.layout.workers]
         make = _MakeReader(self, epoch, own, begun, steps)
         dataset = ReaderDataset(make, self.layout.workers, begun % self.layout.workers, self.heartbeats)
         waits = (
             {"prefetch_factor": 4, "timeout": min(_LOOK_EVERY, self.data.stall_seconds or _LOOK_EVERY)}
-            if self.data.workers
+            if self.data.num_workers
             else {}
         )
         loader = DataLoader(
             dataset,
             batch_size=None,
-            num_workers=self.data.workers,
+            num_workers=self.data.num_workers,
             worker_init_fn=partial(start_worker, beats=self.heartbeats),
             pin_memory=self.data.pin_memory and torch.cuda.is_available(),
             **waits,
@@ -200,7 +200,9 @@ def is_worker_error(error: BaseException) -> bool:
 def worker_error(error: BaseException | str) -> RunError:
     """The same with what to do about it."""
     said = str(error).splitlines()[0].rstrip(". ")
-    return RunError(f"data.workers: {said}. If the system ran out of memory, lower data.workers or data.shuffle_buffer")
+    return RunError(
+        f"data.num_workers: {said}. If the system ran out of memory, lower data.num_workers or data.shuffle_buffer"
+    )
 
 
 class _MakeReader:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.data.epoch_plan import Piece
+from dreamlip_train.data.epoch_plan import SampleRange
 from dreamlip_train.data.quarantine import BadCounts
 from dreamlip_train.data.samples import BadSample, prepare_sample
 from dreamlip_train.data.shards import ShardError, image_of, read_shard
@@ -89,7 +89,7 @@ class Reader:
     def __init__(
         self,
         order: EpochOrder,
-        pieces: list[Piece],
+        pieces: list[SampleRange],
         skip: int,
         *,
         data: DataConfig,
@@ -127,13 +127,13 @@ class Reader:
         self.seen, self.bad = 0, []
         return batch
 
-    def _samples(self, pieces: list[Piece], skip: int) -> Iterator[tuple[str, tuple[str, Tensor, list[str]]]]:
+    def _samples(self, pieces: list[SampleRange], skip: int) -> Iterator[tuple[str, tuple[str, Tensor, list[str]]]]:
         for piece in pieces:
             passed = min(skip, piece.take)
             skip -= passed
             yield from self._piece(piece, piece.skip + passed, piece.take - passed)
 
-    def _piece(self, piece: Piece, skip: int, take: int) -> Iterator[tuple[str, tuple[str, Tensor, list[str]]]]:
+    def _piece(self, piece: SampleRange, skip: int, take: int) -> Iterator[tuple[str, tuple[str, Tensor, list[str]]]]:
         """``take`` usable samples of a stretch after the first ``skip``, which are not decoded. A stretch cut short by bad samples begins again."""
         rng = random.Random(f"samples-{self.salt}-{piece.start}-{piece.stop}")
         while take > 0:
@@ -165,7 +165,7 @@ class Reader:
                     f"data.shards: no usable sample in {', '.join(names)} (a reader's part): {found if self.bad else 'all are in the quarantine file'}"
                 )
 
-    def _raw(self, piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _raw(self, piece: SampleRange) -> Iterator[tuple[str, dict[str, Any]]]:
         """The stretch's samples as bytes. Those without an image are in no index; they go with the ones before them."""
         for shard, first, last, to_end in self.order.stretch(piece.start, piece.stop):
             self.beat(shard)

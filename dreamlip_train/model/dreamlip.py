@@ -6,25 +6,20 @@ that ``open_clip_state_dict`` is a file any open_clip program loads.
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.packing import PackedCaptions, RowAttention, row_mask
 from dreamlip_train.model.tokenizer import CaptionTokenizer
 
 MAX_LOGIT_SCALE = math.log(100.0)
-_VISION_WITHOUT_PATCHES = ("timm_model_name", "attentional_pool")
+LOGIT_SCALARS = ("logit_scale", "logit_scale_local", "logit_bias")
 
 
 class BoundedBelowLog100(torch.autograd.Function):
@@ -149,7 +144,7 @@ class DreamLIP(nn.Module):
             or images.shape[-1] != self.image_size
             or images.shape[-2] != self.image_size
         ):
-            raise ValueError(
+            raise UserError(
                 f"DreamLIP: images must be [n, 3, {self.image_size}, {self.image_size}], got {tuple(images.shape)}"
             )
         visual = self.clip.visual
@@ -167,7 +162,7 @@ class DreamLIP(nn.Module):
         """open_clip's CLIP.encode_text for any length up to the context, without its fixed-length check."""
         clip, (count, length) = self.clip, tokens.shape
         if length > clip.context_length:
-            raise ValueError(f"DreamLIP: text has {length} tokens a row, model.context_length is {clip.context_length}")
+            raise UserError(f"DreamLIP: text has {length} tokens a row, model.context_length is {clip.context_length}")
         ends = torch.arange(count, device=tokens.device) * length + tokens.argmax(
             dim=-1
         )  # the end token has the highest id
@@ -197,156 +192,3 @@ def crop_to_longest(tokens: Tensor) -> Tensor:
     """
     longest = int(tokens.argmax(dim=-1).max()) + 1 if tokens.numel() else 1
     return tokens[..., :longest]
-
-
-def build_model(model: ModelConfig, seed: int) -> DreamLIP:
-    """The model ``model`` describes, its new weights a function of ``seed`` alone, in fp32 on the CPU.
-
-    Raises:
-        ValueError: the name is unknown, the image tower has no patch tokens, the text tower is not a causal CLIP one, or ``pretrained`` does not fit.
-    """
-    settings = _tower_settings(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            clip = open_clip.CLIP(
-                **settings, init_logit_scale=math.log(1 / model.init_temperature), nonscalar_logit_scale=True
-            )
-        except TypeError as error:
-            raise ValueError(f"model.config: {error}; give open_clip's embed_dim, vision_cfg and text_cfg") from error
-    _check_towers(clip, model.name)
-    if model.pretrained:
-        load_open_clip_weights(clip, model.pretrained)
-    return DreamLIP(
-        clip,
-        CaptionTokenizer(model.context_length),
-        local_projection=model.patch_projection == "local",
-        local_logit_scale=model.local_logit_scale,
-        logit_bias=model.init_logit_bias,
-    )
-
-
-def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
-    """Copy an open_clip weights file into ``clip``, position embeddings resized to its picture size and context length.
-
-    Raises:
-        ValueError: the file cannot be read, holds more than tensors, or comes from another model (the first keys and shapes that differ are named).
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"model.pretrained: no file {path!r}; give an open_clip weights file")
-    try:
-        state = open_clip.factory.load_state_dict(path, weights_only=True)
-        problems = _mismatches(clip.state_dict(), state)
-    except Exception as error:  # torch's reader raises whatever the bytes lead it to
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}"
-        ) from error
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(
-            f"model.pretrained: {path!r} comes from another model: {shown}. Give the model.name or model.config it was trained with"
-        )
-    for key in ("logit_scale", "logit_bias"):
-        if key in state:
-            state[key] = state[key].reshape(clip.state_dict()[key].shape)
-    resize_pos_embed(state, clip)
-    resize_text_pos_embed(state, clip)
-    clip.load_state_dict(state)
-
-
-@functools.cache
-def _tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer(77)
-
-
-def count_tokens(text: str) -> int:
-    """CLIP tokens of a text, start and end included, before any truncation."""
-    return len(_tokenizer().encode(text)) + 2
-
-
-@functools.cache
-def known_models() -> dict[str, dict[str, Any]]:
-    """open_clip's table of models, by name; only those with CLIP's own text tower and a ViT."""
-    table = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    return {
-        name: settings
-        for name, settings in table.items()
-        if isinstance(settings["vision_cfg"].get("layers"), int)
-        and "hf_model_name" not in settings["text_cfg"]
-        and "multimodal_cfg" not in settings
-    }
-
-
-def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:
-    """``model``'s towers under exactly open_clip.CLIP's keys: fp32 on the CPU, logit_scale 0-dim and within its bound, nothing train-only."""
-    state = {key: value.detach().float().cpu() for key, value in model.clip.state_dict().items()}
-    state["logit_scale"] = state["logit_scale"].reshape(()).clamp(0.0, MAX_LOGIT_SCALE)
-    return state
-
-
-def _tower_settings(model: ModelConfig) -> dict[str, Any]:
-    """The keyword arguments of open_clip.CLIP, from model.config or open_clip's own table."""
-    settings = copy.deepcopy(model.config) or open_clip.get_model_config(model.name)
-    if settings is None:
-        raise ValueError(
-            f"model.name: open_clip knows no {model.name!r}; `open_clip.list_models()` lists the names, or describe the towers in model.config"
-        )
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in settings]
-    if missing:
-        raise ValueError(f"model.config: {missing[0]} is missing; give open_clip's embed_dim, vision_cfg and text_cfg")
-    vision, text = settings["vision_cfg"], settings["text_cfg"]
-    without_patches = [key for key in _VISION_WITHOUT_PATCHES if vision.get(key)] or (
-        [] if isinstance(vision.get("layers", 12), int) else ["layers"]
-    )
-    if without_patches or vision.get("final_ln_after_pool"):
-        field = (without_patches or ["final_ln_after_pool"])[0]
-        raise ValueError(
-            f"model.name: the image tower of {model.name!r} gives no patch tokens after its norm (vision_cfg.{field}={vision[field]!r}); use a plain ViT"
-        )
-    if (
-        settings.pop("custom_text", False)
-        or "multimodal_cfg" in settings
-        or text.get("hf_model_name")
-        or text.get("hf_tokenizer_name")
-    ):
-        raise ValueError(
-            f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; use a plain CLIP configuration such as ViT-B-16"
-        )
-    if model.config and text.get("context_length", model.context_length) != model.context_length:
-        raise ValueError(
-            f"model.context_length: got {model.context_length}, but model.config's text_cfg.context_length is {text['context_length']}; give one of them"
-        )
-    text["context_length"] = model.context_length
-    return settings
-
-
-def _check_towers(clip: open_clip.CLIP, name: str) -> None:
-    visual, vocabulary = clip.visual, open_clip.SimpleTokenizer().vocab_size
-    if not isinstance(visual, VisionTransformer) or visual.proj is None or visual.pool_type not in ("tok", "avg"):
-        raise ValueError(
-            f"model.name: the image tower of {name!r} gives no projected patch tokens; use a ViT whose vision_cfg.pool_type is 'tok' or 'avg'"
-        )
-    if visual.image_size[0] != visual.image_size[1]:
-        raise ValueError(f"model.config: vision_cfg.image_size must be square, got {visual.image_size}")
-    if clip.attn_mask is None or clip.text_pool_type != "argmax":
-        raise ValueError(
-            f"model.name: the text tower of {name!r} must be causal and pooled at its end token (no_causal_mask=False, pool_type='argmax')"
-        )
-    if clip.vocab_size < vocabulary:
-        raise ValueError(
-            f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; leave it out"
-        )
-
-
-def _mismatches(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
-    """What keeps ``given`` from loading, position counts aside: those are resized."""
-    problems = [f"{key} is missing" for key in expected if key not in given]
-    problems += [f"{key} is not in this model" for key in given if key not in expected]
-    for key in expected.keys() & given.keys():
-        want, got = tuple(expected[key].shape), tuple(given[key].shape)
-        if key.endswith("positional_embedding"):
-            want, got = want[1:], got[1:]
-        if want != got and expected[key].numel() != 1:
-            problems.append(f"{key} is {got}, this model's is {want}")
-    return sorted(problems, key=lambda problem: "positional" in problem)

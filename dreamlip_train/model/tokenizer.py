@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import open_clip
 import torch
 from open_clip.tokenizer import bytes_to_unicode
@@ -54,3 +56,13 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
                 cut += 1
             rows.append(ids + [0] * (length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length), cut
+
+
+@functools.cache
+def _tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(77)
+
+
+def count_tokens(text: str) -> int:
+    """CLIP tokens of a text, start and end included, before any truncation."""
+    return len(_tokenizer().encode(text)) + 2

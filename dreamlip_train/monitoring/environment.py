@@ -22,7 +22,7 @@ def backends(requested: str, device: torch.device, *, reasons: bool = False) -> 
     """The backend each op of the losses will take on ``device``, with ``reasons`` followed by why.
 
     Raises:
-        ValueError: no op knows ``requested``.  RuntimeError: it cannot run here.
+        UserError: no op knows ``requested``.  RuntimeError: it cannot run here.
     """
     probe = torch.empty(1, device=device)
     chosen = {op: select(op, probe, requested) for op in ("bidirectional_logsumexp", "group_patches")}
@@ -44,7 +44,7 @@ def examine(pattern: str = "") -> str:
     """What this machine offers a run, as text; with ``pattern`` also the findings of ``prepare validate`` on those shards.
 
     Raises:
-        ValueError: ``pattern`` matches no shard.
+        UserError: ``pattern`` matches no shard.
     """
     parts = [
         "versions\n" + "\n".join(f"  {name:<18} {version}" for name, version in versions().items()),

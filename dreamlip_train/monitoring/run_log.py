@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Below this share of waiting the loader keeps up; the first windows are left out, in which the workers start.
-_SLOW_DATA = 0.5
-_WINDOWS_BEFORE_ADVICE = 3
+from dreamlip_train.jobs.user_error import UserError
 
 
 class RunLog:
     """Opens (appends to) the files of ``run_dir``: ``log.txt`` for rank 0, ``logs/rank-NNNN.txt`` for another, which prints nothing and keeps no metrics.
 
     Raises:
-        ValueError: ``wandb_project`` is given and wandb is not installed.
+        UserError: ``wandb_project`` is given and wandb is not installed.
     """
 
     def __init__(self, run_dir: Path, rank: int, total_steps: int, wandb_project: str = "") -> None:
@@ -105,55 +101,6 @@ class RunLog:
             self.wandb.finish()
 
 
-class Stopwatch:
-    """Counts images, tokens and captions cut at the context's end, and splits the time since the last ``window`` into waiting for data and the rest."""
-
-    def __init__(self) -> None:
-        self.slow_windows = self.windows = 0
-        self.advised = False
-        self.restart()
-
-    def restart(self) -> None:
-        """Start a window now."""
-        self.began = time.perf_counter()
-        self.waited = 0.0
-        self.images = self.tokens = self.cut = 0
-
-    def window(self) -> dict[str, float]:
-        """{"seconds", "images", "tokens", "cut", "data_wait" (a share of the time)} of the window that ends here."""
-        seconds = max(time.perf_counter() - self.began, 1e-9)
-        result = {
-            "seconds": seconds,
-            "images": self.images,
-            "tokens": self.tokens,
-            "cut": self.cut,
-            "data_wait": self.waited / seconds,
-        }
-        self.windows += 1
-        self.slow_windows += self.windows > 1 and result["data_wait"] > _SLOW_DATA
-        self.restart()
-        return result
-
-    def advice(self, data_wait: float, workers: int, cores: int) -> str | None:
-        """Once, when the step keeps waiting for data: what to change."""
-        if self.advised or self.slow_windows < _WINDOWS_BEFORE_ADVICE:
-            return None
-        self.advised = True
-        remedy = (
-            f"raise --data.workers (now {workers}; {cores} cores here)"
-            if workers < cores
-            else "all cores are loading: store smaller pictures, or move the shards to a faster disk"
-        )
-        return f"training waits for data {data_wait:.0%} of the time: {remedy}"
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: what torch allocated on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 class _ToRunLog(logging.Handler):
     def __init__(self, log: RunLog) -> None:
         super().__init__()
@@ -184,8 +131,8 @@ def _wandb(run_dir: Path, project: str) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
-            "engine.wandb_project: wandb is not installed; pip install 'dreamlip[wandb]', or leave the project empty"
+        raise UserError(
+            "logging.wandb_project: wandb is not installed; pip install 'dreamlip[wandb]', or leave the project empty"
         ) from error
     return wandb.init(project=project, name=run_dir.name, id=run_dir.absolute().name, dir=str(run_dir), resume="allow")
 

@@ -169,7 +169,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and "step" in row:
             by_step.setdefault(row["step"], {}).update(row)
     if not by_step:
-        raise ValueError(f"{path}: has no line with a step; train at least engine.log_every steps")
+        raise ValueError(f"{path}: has no line with a step; train at least logging.every_steps steps")
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamlip_train.checkpoint.state import load_for_eval
+from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shards import list_shards
@@ -108,7 +108,7 @@ def _header(run: Path, config: Config, summary: dict[str, Any]) -> str:
         hours = summary["seconds"] / 3600
         facts["hours" if hours >= 1 else "minutes"] = f"{hours:.1f}" if hours >= 1 else f"{60 * hours:.1f}"
     facts |= {
-        "images a step": f"{config.engine.batch_size * summary.get('ranks', 1):,}",
+        "images a step": f"{config.train.global_batch_size:,}",
         "sub-captions an image": str(config.data.num_sub_captions),
     }
     if "retrieval" in summary:

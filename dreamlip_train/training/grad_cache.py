@@ -19,16 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.training.engine import LOGIT_SCALARS, StepResult, finite_everywhere
+from dreamlip_train.model.dreamlip import LOGIT_SCALARS
+from dreamlip_train.training.step import StepResult, finite_everywhere
 
 _ROWS = ("image_features", "text_features")
 
 
-def split_batch(batch: dict[str, Any], chunk_size: int) -> list[dict[str, Any]]:
-    """``batch`` in chunks of ``chunk_size`` images, in order."""
-    count = len(batch["images"])
-    keys = ("images", "text", "text_mask")
-    return [{key: batch[key][start : start + chunk_size] for key in keys} for start in range(0, count, chunk_size)]
+def split_batch(batch: dict[str, Any], chunks: int) -> list[dict[str, Any]]:
+    """``batch`` in ``chunks`` parts of as many images, the first ones of one more where that does not divide, in order."""
+    parts = {key: batch[key].tensor_split(chunks) for key in ("images", "text", "text_mask")}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def cached_train_step(

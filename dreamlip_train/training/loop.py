@@ -16,28 +16,28 @@ import torch
 import torch.distributed as dist
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.checkpoint import state as checkpoint
-from dreamlip_train.config.schema import Config, LossConfig
+from dreamlip_train.checkpoint import saving
+from dreamlip_train.checkpoint.ranks import SaveError
+from dreamlip_train.checkpoint.state import TrainState
+from dreamlip_train.config.batch import chunks_per_rank
+from dreamlip_train.config.schema import Config
 from dreamlip_train.data.loader import TrainLoader
 from dreamlip_train.evaluation.held_out import StoppedError, evaluate
+from dreamlip_train.jobs.user_error import RunError
+from dreamlip_train.model.flops import Cost
 from dreamlip_train.monitoring.loss_spikes import LossSpikes
-from dreamlip_train.monitoring.run_log import RunLog, Stopwatch, memory_gb
+from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.stop_signals import StopRequest
+from dreamlip_train.monitoring.throughput import Stopwatch, memory_gb
 from dreamlip_train.monitoring.watchdog import Watchdog
-from dreamlip_train.training.engine import StepResult, evaluation_model, learning_rate, move_batch, train_step
+from dreamlip_train.training.engine import evaluation_model
 from dreamlip_train.training.grad_cache import cached_train_step, split_batch
+from dreamlip_train.training.objective import dreamlip_loss
+from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.prefetch import prefetched
+from dreamlip_train.training.step import StepResult, move_batch, train_step
 
 _MANY_CUT = 0.02  # of the captions
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs of an image and of a caption token, and the device's peak FLOP/s where it is known."""
-
-    image: float
-    token: float
-    peak: float | None
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Loop:
     run_dir: Path
     loader: TrainLoader
     log: RunLog
-    progress: checkpoint.Progress
+    progress: TrainState
     total_steps: int
     stop: StopRequest
     watchdog: Watchdog
@@ -57,6 +57,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.ranks = dist.get_world_size()
+        self.chunks = chunks_per_rank(self.config, self.ranks)
         self.watch, self.spikes = Stopwatch(), LossSpikes()
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         self.spiking = self.said_cut = False
@@ -70,7 +71,7 @@ class Loop:
         """True when all steps are done, False when a signal ended the run; a checkpoint of that moment is saved in both cases.
 
         Raises:
-            RuntimeError: the last checkpoint could not be written, or engine.max_nonfinite_steps steps in a row were not finite.
+            RunError: the last checkpoint could not be written, or train.max_nonfinite_steps steps in a row were not finite.
         """
         config, progress = self.config, self.progress
         loss_fn = dreamlip_loss(config.loss)
@@ -88,9 +89,9 @@ class Loop:
             self.log.advance(progress.step)
             self._note_unusual(result, loss, batch)
             last = progress.step == self.total_steps
-            if progress.step % config.engine.log_every == 0 or last:
+            if progress.step % config.logging.every_steps == 0 or last:
                 self._log_step(result, lr)
-            pause = stop or save or last or progress.step % config.engine.save_every_steps == 0
+            pause = stop or save or last or progress.step % config.checkpoint.every_steps == 0
             if pause:
                 self._save()
             if stop and not last:
@@ -107,15 +108,15 @@ class Loop:
 
     def _step(self, loss_fn: DreamLIPLoss, moved: Any, lr: float) -> StepResult:
         patches = self.config.loss.grouping_weight > 0
-        step = cached_train_step if self.config.engine.chunk_size else train_step
+        step = cached_train_step if self.chunks > 1 else train_step
         return step(self.engine, loss_fn, moved, lr, patches=patches)
 
     def _move(self, batch: dict[str, Any]) -> Any:
         """``batch`` as the step takes it, on the device: whole, or in the chunks of gradient caching."""
-        engine, device = self.config.engine, self.engine.device
-        if engine.chunk_size:
-            return [move_batch(chunk, device, engine.pack_captions) for chunk in split_batch(batch, engine.chunk_size)]
-        return move_batch(batch, device, engine.pack_captions)
+        device, pack = self.engine.device, self.config.train.pack_captions
+        if self.chunks > 1:
+            return [move_batch(chunk, device, pack) for chunk in split_batch(batch, self.chunks)]
+        return move_batch(batch, device, pack)
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], Any]]:
         """The batches that are left, epoch after epoch, as loaded and as moved, the time spent waiting for each on the stopwatch."""
@@ -133,7 +134,7 @@ class Loop:
                     yield batch
 
     def _moved(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
-        if not self.config.engine.prefetch:
+        if not self.config.train.prefetch:
             yield from ((batch, self._move(batch)) for batch in loaded)
             return
         batches = prefetched(loaded, self._move, self.engine.device)
@@ -146,7 +147,7 @@ class Loop:
 
     def _agree(self, result: StepResult) -> tuple[float, bool, bool]:
         """(the global loss, whether any rank was asked to stop, whether the clock of rank 0 says to save), alike on every rank."""
-        minutes = self.config.engine.save_every_minutes
+        minutes = self.config.checkpoint.every_minutes
         due = bool(minutes) and dist.get_rank() == 0 and time.monotonic() - self.saved_at >= 60 * minutes
         flags = torch.tensor([0.0, float(self.stop.name is not None), float(due)], device=self.engine.device)
         flags[0] = sum(result.losses.values())
@@ -160,10 +161,10 @@ class Loop:
         self.watchdog.now("saving a checkpoint")
         self.saved_at = time.monotonic()
         try:
-            path = checkpoint.save(
+            path = saving.save(
                 self.engine, self.run_dir / "checkpoints", self.config, self.progress, self.loader.fingerprint
             )
-        except checkpoint.SaveError as error:
+        except SaveError as error:
             self.log.message(f"CHECKPOINT NOT SAVED: {error}. Training goes on without it; make room", loud=True)
             return
         self.saved_step = self.progress.step
@@ -171,7 +172,7 @@ class Loop:
 
     def _require_saved(self, why: str) -> None:
         if self.saved_step != self.progress.step:
-            raise RuntimeError(f"{why} at step {self.progress.step}, but that checkpoint could not be written (see log.txt); the newest is of step "
+            raise RunError(f"{why} at step {self.progress.step}, but that checkpoint could not be written (see log.txt); the newest is of step "
                                f"{self.saved_step}. Make room and give the same command again")  # fmt: skip
 
     def _evaluate(self) -> None:
@@ -221,11 +222,11 @@ class Loop:
         self.log.message(
             f"step {progress.step} was skipped: {what} is not finite; its {len(samples)} samples are in {path}"
         )
-        if progress.skipped_in_a_row >= self.config.engine.max_nonfinite_steps:
+        if progress.skipped_in_a_row >= self.config.train.max_nonfinite_steps:
             shown = ", ".join(f"{sample['shard']}: {sample['key']}" for sample in progress.skipped_samples[:8])
-            raise RuntimeError(
-                f"engine.max_nonfinite_steps: {progress.skipped_in_a_row} steps in a row were not finite, the last is {progress.step}. Their samples "
-                f"({shown}, ...) are in {path}; look at them, lower optim.lr, or use engine.precision='fp32'"
+            raise RunError(
+                f"train.max_nonfinite_steps: {progress.skipped_in_a_row} steps in a row were not finite, the last is {progress.step}. Their samples "
+                f"({shown}, ...) are in {path}; look at them, lower optim.lr, or use train.precision='fp32'"
             )
 
     def _keep_samples(self, name: str, batch: dict[str, Any], **about: Any) -> tuple[Path, list[dict[str, str]]]:
@@ -282,7 +283,7 @@ class Loop:
             f"step {progress.step}/{self.total_steps}  loss {row['loss']:.3f} ({shown})  {row['images_per_s']:.0f} images/s{mfu}  "
             f"waiting for data {row['data_wait']:.0%}  {duration(seconds_left)} left",
         )
-        advice = self.watch.advice(row["data_wait"], self.config.data.workers, len(os.sched_getaffinity(0)))
+        advice = self.watch.advice(row["data_wait"], self.config.data.num_workers, len(os.sched_getaffinity(0)))
         if advice:
             self.log.message(advice)
         self._note_cut(int(cut), int(images) * self.config.data.num_sub_captions)
@@ -295,22 +296,6 @@ class Loop:
                 f"{cut} of the last {captions} captions are longer than model.context_length={self.config.model.context_length} tokens and lose their ends; "
                 "raise it, or draw shorter ones (data.merged_num, data.splitter)"
             )
-
-
-def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
-    """The objective that ``loss`` describes."""
-    return DreamLIPLoss(
-        mpcl_weight=loss.mpcl_weight,
-        grouping_weight=loss.grouping_weight,
-        pairs=loss.pairs,
-        negatives=loss.negatives,
-        positives=loss.positives,
-        threshold=loss.threshold,
-        normalization=loss.normalization,
-        contrast=loss.contrast,
-        direction=loss.direction,
-        backend=loss.backend,
-    )
 
 
 def duration(seconds: float) -> str:

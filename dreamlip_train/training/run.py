@@ -8,23 +8,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dreamlip_train.checkpoint import resume
-from dreamlip_train.checkpoint import state as checkpoint
-from dreamlip_train.checkpoint.files import read_manifest
+from dreamlip_train.checkpoint import files, loading, resume
+from dreamlip_train.checkpoint.state import TrainState
+from dreamlip_train.config.batch import chunks_per_rank, images_per_rank
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import format_config
+from dreamlip_train.config.validation import validate
 from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loader, worker_error
 from dreamlip_train.data.validation import check_held_out
 from dreamlip_train.evaluation.held_out import StoppedError
-from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.model.flops import peak_flops, training_flops
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.model.build import build_model
+from dreamlip_train.model.flops import Cost, peak_flops, training_flops
 from dreamlip_train.monitoring.environment import backends, versions
 from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
-from dreamlip_train.training.deepspeed_config import deepspeed_config
-from dreamlip_train.training.engine import build_engine, evaluation_model, init_distributed
-from dreamlip_train.training.loop import Cost, Loop
+from dreamlip_train.training.deepspeed_config import check_deepspeed_config
+from dreamlip_train.training.distributed import init_distributed
+from dreamlip_train.training.engine import build_engine, evaluation_model
+from dreamlip_train.training.loop import Loop
 from dreamlip_train.training.summary import final_report
 
 
@@ -40,13 +43,13 @@ def train(
             checkpoint or run.
         accept_changes: go on from a checkpoint although settings of the recipe differ from its own.
     Raises:
-        ValueError: a setting, the data or a checkpoint does not fit (the field is named).
-        RuntimeError: the last checkpoint could not be written, or engine.max_nonfinite_steps steps in a row were not finite.
+        UserError: a setting, the data or a checkpoint does not fit (the field is named).
+        RunError: the last checkpoint could not be written, or train.max_nonfinite_steps steps in a row were not finite.
     """
-    config.validate()
-    deepspeed_config(config.engine, config.optim)  # refuses what DeepSpeed would ignore, before anything is built
+    validate(config)
+    check_deepspeed_config(config.deepspeed.config)  # refuses what DeepSpeed would ignore, before anything is built
     if not config.data.shards:
-        raise ValueError(
+        raise UserError(
             "data.shards: is empty; give the training shards, such as --data.shards 'shards/*.tar' (`dreamlip-train prepare` makes them)"
         )
     with StopRequest() as stop:
@@ -58,33 +61,33 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
     rank, ranks = dist.get_rank(), dist.get_world_size()
     chosen = backends(config.loss.backend, device)
     start_from = resume.starting_point(run_dir, start)
-    model = build_model(config.model, config.engine.seed)
+    model = build_model(config.model, config.train.seed)
     loader = train_loader(
         config.data,
         image_size=model.image_size,
         tokenize=model.tokenize.with_cut,
-        batch_size=config.engine.batch_size,
+        batch_size=images_per_rank(config, ranks),
         rank=rank,
         world_size=ranks,
-        seed=config.engine.seed,
+        seed=config.train.seed,
         quarantine=run_dir / "quarantine.jsonl",
     )
     if config.data.val_shards:
         check_held_out(config.data, image_size=model.image_size)
-    changed = resume.check_fits(start_from, config, ranks, loader.fingerprint, accept_changes) if start_from else {}
-    total_steps = config.engine.steps or config.engine.epochs * loader.steps_per_epoch
-    log = RunLog(run_dir, rank, total_steps, config.engine.wandb_project)
+    changed = resume.check_fits(start_from, config, loader.fingerprint, accept_changes) if start_from else {}
+    total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
+    log = RunLog(run_dir, rank, total_steps, config.logging.wandb_project)
     try:
         log.message(_header(config, run_dir, device, total_steps, loader))
         cost = (
-            Cost(*training_flops(model), peak=peak_flops(device, config.engine.precision))
+            Cost(*training_flops(model), peak=peak_flops(device, config.train.precision))
             if rank == 0
             else Cost(0.0, 0.0, None)
         )
-        written_by = read_manifest(start_from)["world_size"] if start_from else ranks
-        engine = build_engine(model, config.engine, config.optim, device, resized=written_by != ranks)
-        torch.manual_seed(config.engine.seed + rank)
-        progress = checkpoint.load(engine, start_from, config.engine.seed) if start_from else checkpoint.Progress()
+        written_by = files.read_manifest(start_from)["world_size"] if start_from else ranks
+        engine = build_engine(model, config, device, resized=written_by != ranks)
+        torch.manual_seed(config.train.seed + rank)
+        progress = loading.load(engine, start_from, config.train.seed) if start_from else TrainState()
         if rank == 0:
             (run_dir / "config.toml").write_text(format_config(config), encoding="utf-8")
         if start_from:
@@ -100,7 +103,7 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
             facts |= {"ranks": ranks, "device": device.type, "backends": chosen, "versions": versions()}
             summary = _report(engine, config, run_dir, log, facts, device, stop)
         else:
-            where = checkpoint.step_folder(run_dir / "checkpoints", progress.step)
+            where = files.step_folder(run_dir / "checkpoints", progress.step)
             log.message(
                 f"stopped by {stop.name or 'a signal to another rank'} after step {progress.step}, saved as {where}; the same command goes on"
             )
@@ -139,19 +142,21 @@ def _report(
 
 def _header(config: Config, run_dir: Path, device: torch.device, total_steps: int, loader: TrainLoader) -> str:
     """The first line of a run: what runs where, why, how large, and where it will be."""
-    ranks, batch, data = dist.get_world_size(), config.engine.batch_size, config.data
+    ranks, batch, data = dist.get_world_size(), config.train.global_batch_size, config.data
+    chunks = chunks_per_rank(config, ranks)
+    share = f"{batch // ranks} per rank" + (f" in {chunks} chunks" if chunks > 1 else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
     used = ", ".join(f"{op}={backend}" for op, backend in backends(config.loss.backend, device, reasons=True).items())
-    captions = batch * ranks * data.num_sub_captions
+    captions = batch * data.num_sub_captions
     return (
-        f"{ranks} x {name}, ZeRO-{config.engine.zero_stage}, {config.engine.precision}; backends {used}; "
-        f"{batch} x {ranks} = {batch * ranks} images a step, {data.num_sub_captions} sub-captions each, up to "
-        f"{captions * config.model.context_length:,} tokens; {total_steps} steps of {loader.steps_per_epoch} an epoch ({loader.fingerprint}); "
+        f"{ranks} x {name}, ZeRO-{config.deepspeed.zero_stage}, {config.train.precision}; backends {used}; "
+        f"{batch} images per step ({share}), learning rate {config.optim.lr:g}, {data.num_sub_captions} sub-captions each, up to "
+        f"{captions * config.model.context_length:,} tokens; {total_steps} steps of {loader.steps_per_epoch} per epoch ({loader.fingerprint}); "
         f"checkpoints in {run_dir / 'checkpoints'}"
     )
 
 
-def _resumed(start_from: Path, progress: checkpoint.Progress, loader: TrainLoader, written_by: int, ranks: int) -> str:
+def _resumed(start_from: Path, progress: TrainState, loader: TrainLoader, written_by: int, ranks: int) -> str:
     text = f"resumed from {start_from} at step {progress.step}"
     if written_by != ranks:
         text += f", which {written_by} ranks wrote (now {ranks}; random states start anew)"

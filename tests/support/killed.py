@@ -32,9 +32,10 @@ def start(shards: Path, run: Path, steps: int) -> int:
     if child:
         return child
     torch.set_num_threads(1)
-    config = tiny_config(save_every_steps=INTERVAL, log_every=1)
-    config.engine.steps = steps
-    config.data.shards, config.data.workers, config.data.num_sub_captions, config.data.shuffle_buffer = (
+    config = tiny_config()
+    config.checkpoint.every_steps, config.logging.every_steps = INTERVAL, 1
+    config.train.steps = steps
+    config.data.shards, config.data.num_workers, config.data.num_sub_captions, config.data.shuffle_buffer = (
         str(shards),
         1,
         3,

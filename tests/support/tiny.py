@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.config.schema import Config, EngineConfig, ModelConfig, OptimConfig
-from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.training.engine import build_engine, init_distributed, learning_rate, move_batch, train_step
+from dreamlip_train.config.run_schema import CheckpointConfig, DeepSpeedConfig, OptimConfig, TrainConfig
+from dreamlip_train.config.schema import Config, ModelConfig
+from dreamlip_train.model.build import build_model
+from dreamlip_train.training.distributed import init_distributed
+from dreamlip_train.training.engine import build_engine
+from dreamlip_train.training.optimizer import learning_rate
+from dreamlip_train.training.step import move_batch, train_step
 
 TOWERS = {
     "embed_dim": 32,
@@ -45,13 +49,13 @@ def tiny_model(**changes) -> ModelConfig:
     return ModelConfig(**({"name": "tiny", "config": TOWERS, "context_length": 16} | changes))
 
 
-def tiny_config(zero_stage: int = 1, precision: str = "fp32", batch_size: int = GLOBAL_BATCH, **engine) -> Config:
+def tiny_config(zero_stage: int = 1, precision: str = "fp32", **train) -> Config:
     return Config(
         model=tiny_model(),
         optim=OptimConfig(lr=5e-4, warmup_steps=2, weight_decay=0.1),
-        engine=EngineConfig(
-            batch_size=batch_size, steps=STEPS, precision=precision, zero_stage=zero_stage, keep_last=2, **engine
-        ),
+        train=TrainConfig(**({"global_batch_size": GLOBAL_BATCH, "steps": STEPS, "precision": precision} | train)),
+        checkpoint=CheckpointConfig(keep_last=2),
+        deepspeed=DeepSpeedConfig(zero_stage=zero_stage),
     )
 
 
@@ -83,7 +87,7 @@ _TOKENIZER = None
 
 def tiny_engine(config: Config):
     device = init_distributed()
-    return build_engine(build_model(config.model, config.engine.seed), config.engine, config.optim, device)
+    return build_engine(build_model(config.model, config.train.seed), config, device)
 
 
 def run_steps(engine, config: Config, first: int, last: int, rank: int = 0, world_size: int = 1) -> list[float]:

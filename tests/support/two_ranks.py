@@ -14,17 +14,17 @@ import torch.distributed as dist
 from tiny import GLOBAL_BATCH, STEPS, batch, run_steps, tiny_config, tiny_engine
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.checkpoint import state as checkpoint
-from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.training.engine import (
-    build_engine,
-    evaluation_model,
-    init_distributed,
-    learning_rate,
-    move_batch,
-    train_step,
-)
+from dreamlip_train.checkpoint.files import complete_checkpoints
+from dreamlip_train.checkpoint.loading import load
+from dreamlip_train.checkpoint.ranks import SaveError
+from dreamlip_train.checkpoint.saving import save
+from dreamlip_train.checkpoint.state import TrainState
+from dreamlip_train.model.build import build_model
+from dreamlip_train.training.distributed import init_distributed
+from dreamlip_train.training.engine import build_engine, evaluation_model
 from dreamlip_train.training.grad_cache import cached_train_step, split_batch
+from dreamlip_train.training.optimizer import learning_rate
+from dreamlip_train.training.step import move_batch, train_step
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
 
@@ -67,9 +67,9 @@ def a_full_disk_on_one_rank(engine, config, folder: Path) -> str:
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))
     try:
-        checkpoint.save(engine, folder, config, checkpoint.Progress(step=9))
+        save(engine, folder, config, TrainState(step=9))
         return "saved"
-    except checkpoint.SaveError as error:
+    except SaveError as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -77,19 +77,22 @@ def a_full_disk_on_one_rank(engine, config, folder: Path) -> str:
 
 def resumed(folder: Path, stage: int, precision: str) -> list[float]:
     """Losses after the checkpoint that one process wrote."""
-    config = tiny_config(stage, precision, batch_size=GLOBAL_BATCH // 2)
+    config = tiny_config(stage, precision)
     device = init_distributed()
-    engine = build_engine(build_model(config.model, 7), config.engine, config.optim, device, resized=True)
-    progress = checkpoint.load(engine, folder / "step-00000003")
+    engine = build_engine(build_model(config.model, 7), config, device, resized=True)
+    progress = load(engine, folder / "step-00000003")
     return global_losses(engine, config, progress.step, STEPS)
 
 
 def in_chunks(stage: int, chunk: int) -> list[float]:
     """Global losses of the first ten steps by gradient caching."""
-    config = tiny_config(stage, batch_size=GLOBAL_BATCH // 2, chunk_size=chunk)
+    config = tiny_config(stage, chunk_size=chunk)
     engine, losses = tiny_engine(config), []
     for step in range(10):
-        chunks = [move_batch(part, engine.device) for part in split_batch(batch(step, dist.get_rank(), 2), chunk)]
+        chunks = [
+            move_batch(part, engine.device)
+            for part in split_batch(batch(step, dist.get_rank(), 2), GLOBAL_BATCH // 2 // chunk)
+        ]
         result = cached_train_step(engine, DreamLIPLoss(), chunks, learning_rate(step, STEPS, config.optim))
         losses.append(float(sum(result.losses.values())))
     losses = torch.tensor(losses, dtype=torch.float64)
@@ -105,15 +108,15 @@ facts = {
     "chunks": {f"{stage} {chunk}": in_chunks(stage, chunk) for stage, chunk in ((1, 2), (2, 1))},
 }
 for stage in (0, 1, 2, 3):
-    config = tiny_config(stage, batch_size=GLOBAL_BATCH // 2)
+    config = tiny_config(stage)
     engine = tiny_engine(config)
     facts["losses"][stage] = global_losses(engine, config, 0, 3)
-    checkpoint.save(engine, folder / f"two-{stage}", config, checkpoint.Progress(step=3))
+    save(engine, folder / f"two-{stage}", config, TrainState(step=3))
     facts["losses"][stage] += global_losses(engine, config, 3, STEPS)
     facts["moved"][stage] = skips_what_one_rank_cannot_use(engine, config)
     if stage == 1:
         facts["full"] = a_full_disk_on_one_rank(engine, config, folder / "two-1")
-        facts["kept"] = [path.name for path in checkpoint.complete_checkpoints(folder / "two-1")]
+        facts["kept"] = [path.name for path in complete_checkpoints(folder / "two-1")]
 for stage, precision in RESIZED:
     facts["resumed"][f"{stage} {precision}"] = resumed(folder / f"one-{stage}-{precision}", stage, precision)
 if dist.get_rank() == 0:

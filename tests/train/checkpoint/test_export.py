@@ -21,9 +21,12 @@ from transformers import (
 from dreamlip_train import cli
 from dreamlip_train.checkpoint import export
 from dreamlip_train.checkpoint.export import export_checkpoint
-from dreamlip_train.checkpoint.state import Progress, load_for_eval, save
+from dreamlip_train.checkpoint.saving import save
+from dreamlip_train.checkpoint.state import TrainState
+from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.model.dreamlip import build_model, open_clip_state_dict
+from dreamlip_train.model.build import build_model
+from dreamlip_train.model.open_clip_weights import open_clip_state_dict
 
 TEXTS = ["a photo of a dog", "Two RED cars &amp; a house, isn't it?", "naïve café  über 12,000 — x", "word " * 200]
 
@@ -35,7 +38,7 @@ def run(request, tmp_path_factory):
     config.model.patch_projection = "local"
     engine = tiny_engine(config)
     run_steps(engine, config, 0, 2)
-    save(engine, folder / "checkpoints", config, Progress(step=2))
+    save(engine, folder / "checkpoints", config, TrainState(step=2))
     return folder
 
 
@@ -199,7 +202,7 @@ def test_models_transformers_does_not_know_are_refused(tmp_path, changes, messag
     config = tiny_config()
     config.model.config = {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], **changes}}
     engine = tiny_engine(config)
-    save(engine, tmp_path / "checkpoints", config, Progress(step=2))
+    save(engine, tmp_path / "checkpoints", config, TrainState(step=2))
     with pytest.raises(ValueError, match=f"--to hf-dir: .*{message}.*use open_clip-dir"):
         export_checkpoint(tmp_path, tmp_path / "hf", "hf-dir")
     assert (

@@ -8,7 +8,7 @@ import torch
 
 from dreamlip_train import cli
 from dreamlip_train.checkpoint.import_weights import import_weights
-from dreamlip_train.checkpoint.state import load_for_eval
+from dreamlip_train.checkpoint.weights import load_for_eval
 
 NAME = "ViT-S-32-alt"
 

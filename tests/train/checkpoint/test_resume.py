@@ -8,7 +8,8 @@ from tiny import tiny_config, tiny_engine
 
 from dreamlip_train.checkpoint.files import clean_up, complete_checkpoints, damaged_files
 from dreamlip_train.checkpoint.resume import check_fits, starting_point
-from dreamlip_train.checkpoint.state import Progress, save
+from dreamlip_train.checkpoint.saving import save
+from dreamlip_train.checkpoint.state import TrainState
 
 DATA = "3 shards, 24 samples, 0123456789abcdef"
 
@@ -19,7 +20,7 @@ def saved(tmp_path_factory):
     run, config = tmp_path_factory.mktemp("run"), tiny_config()
     engine = tiny_engine(config)
     for step in (2, 4):
-        save(engine, run / "checkpoints", config, Progress(step=step), DATA)
+        save(engine, run / "checkpoints", config, TrainState(step=step), DATA)
     return run
 
 
@@ -85,12 +86,12 @@ def test_never_and_foreign_checkpoints_do_not_mix_with_a_run(run, saved):
             "local",
             "model.patch_projection: .* was written with 'shared', this run has 'local'; use its value",
         ),
-        ("engine", "zero_stage", 2, "engine.zero_stage: .* was written with 1, this run has 2"),
+        ("deepspeed", "zero_stage", 2, "deepspeed.zero_stage: .* was written with 1, this run has 2"),
         (
-            "engine",
-            "batch_size",
+            "train",
+            "global_batch_size",
             4,
-            "engine.batch_size: .* 1 ranks x 8 = 8 images a step, this run has 1 x 4 = 4; use --engine.batch-size 8",
+            "train.global_batch_size: .*step-00000004 was written with 8, this run has 4; use its value",
         ),
         (
             "optim",
@@ -106,30 +107,30 @@ def test_another_model_or_recipe_is_refused_by_name(saved, section, field, value
     config = tiny_config()
     setattr(getattr(config, section), field, value)
     with pytest.raises(ValueError, match=message):
-        check_fits(saved / "checkpoints" / "step-00000004", config, 1, DATA)
+        check_fits(saved / "checkpoints" / "step-00000004", config, DATA)
     if "--accept-changes" in message:
-        changed = check_fits(saved / "checkpoints" / "step-00000004", config, 1, DATA, accept_changes=True)
+        changed = check_fits(saved / "checkpoints" / "step-00000004", config, DATA, accept_changes=True)
         assert list(changed) == [f"{section}.{field}"]
 
 
-def test_other_data_is_refused_and_other_ranks_need_the_same_global_batch(saved):
+def test_other_data_is_refused_and_other_settings_of_pace_are_not(saved):
     path = saved / "checkpoints" / "step-00000004"
     with pytest.raises(
         ValueError,
         match=r"data.shards: .* was trained on other data \(3 shards, 24 samples, 0123.*\) than these \(4 shards",
     ):
-        check_fits(path, tiny_config(), 1, "4 shards, 30 samples, fedcba9876543210")
-    with pytest.raises(ValueError, match="use a number of ranks that divides it"):
-        check_fits(path, tiny_config(), 3, DATA)
-    config = tiny_config(batch_size=4, log_every=7, save_every_steps=9)
-    assert set(check_fits(path, config, 2, DATA)) == {
-        "engine.batch_size",
-        "engine.log_every",
-        "engine.save_every_steps",
-    }
+        check_fits(path, tiny_config(), "4 shards, 30 samples, fedcba9876543210")
+    config = tiny_config(chunk_size=4)
+    config.logging.every_steps, config.checkpoint.every_steps = 7, 9
+    assert set(check_fits(path, config, DATA)) == {"train.chunk_size", "logging.every_steps", "checkpoint.every_steps"}
 
 
 def test_the_manifest_says_what_a_resume_needs(saved):
     manifest = json.loads((saved / "checkpoints" / "step-00000004" / "manifest.json").read_text())
-    assert (manifest["step"], manifest["world_size"], manifest["batch_size"], manifest["data"]) == (4, 1, 8, DATA)
+    assert (manifest["step"], manifest["world_size"], manifest["global_batch_size"], manifest["data"]) == (
+        4,
+        1,
+        8,
+        DATA,
+    )
     assert all(len(entry["sha256"]) == 64 and entry["bytes"] > 0 for entry in manifest["files"].values())

@@ -78,7 +78,7 @@ def test_unknown_words_get_the_closest(capsys):
     assert "cc3m_vitb_16: no such recipe; did you mean cc3m_vitb16" in fails(capsys, "train", "cc3m_vitb_16")
     assert "--data.num-sub-captions" in fails(capsys, "train", "demo", "--run-dir", "x", "--data.num-subcaptions", "4")
     assert "Expected one of ('0', '1', '2', '3')" in fails(
-        capsys, "train", "demo", "--run-dir", "x", "--engine.zero-stage", "7"
+        capsys, "train", "demo", "--run-dir", "x", "--deepspeed.zero-stage", "7"
     )
     assert "--run-dir" in fails(capsys, "train", "demo")
     assert "usage: dreamlip-train train RECIPE" in fails(capsys, "train")
@@ -90,7 +90,7 @@ def test_unknown_keys_in_files_get_the_closest(capsys, tmp_path):
         capsys, "train", "demo", "--run-dir", str(tmp_path), "--config", str(tmp_path / "base.toml")
     )
     (tmp_path / "ds.json").write_text('{"zero_optimisation": {}}')
-    assert "engine.deepspeed: unknown key 'zero_optimisation'; did you mean zero_optimization" in fails(
+    assert "deepspeed.config: unknown key 'zero_optimisation'; did you mean zero_optimization" in fails(
         capsys, "train", "demo", "--run-dir", str(tmp_path / "run"), "--deepspeed-config", str(tmp_path / "ds.json")
     )
     assert not (tmp_path / "run").exists()
@@ -112,9 +112,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, trained)
         "a.tar",
         3,
     )
-    assert (config.engine.batch_size, run_dir, resume) == (128, "r", "never")
+    assert (config.train.global_batch_size, run_dir, resume) == (128, "r", "never")
     assert accept_changes is False
-    assert config.engine.deepspeed == {"wall_clock_breakdown": True}
+    assert config.deepspeed.config == {"wall_clock_breakdown": True}
 
 
 def test_a_runs_own_config_reproduces_it(tmp_path, trained):

@@ -19,13 +19,15 @@ text_cfg = { width = 32, heads = 2, layers = 1 }
 
 [data]
 num_sub_captions = 4
-workers = 1
+num_workers = 1
 
-[engine]
-batch_size = 4
+[train]
+global_batch_size = 4
 steps = 12
 precision = "fp32"
-log_every = 1
+
+[logging]
+every_steps = 1
 
 [optim]
 lr = 3e-3

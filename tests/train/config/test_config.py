@@ -4,6 +4,7 @@ import pytest
 
 from dreamlip_train.config.schema import Config, LossConfig
 from dreamlip_train.config.toml import differences, format_config, override, read_config
+from dreamlip_train.config.validation import validate
 
 
 @pytest.mark.parametrize(
@@ -11,7 +12,7 @@ from dreamlip_train.config.toml import differences, format_config, override, rea
     [
         ({"data": {"num_sub_captions": 0}}, "data.num_sub_captions"),
         ({"data": {"merged_num": 0}}, "data.merged_num"),
-        ({"data": {"workers": -1}}, "data.workers"),
+        ({"data": {"num_workers": -1}}, "data.num_workers"),
         ({"data": {"crop_scale": [0.9, 1.1]}}, "data.crop_scale"),
         ({"data": {"max_bad_fraction": 2}}, "data.max_bad_fraction"),
         ({"data": {"source_weights": {"raw_caption": -1.0}}}, "data.source_weights"),
@@ -33,21 +34,21 @@ from dreamlip_train.config.toml import differences, format_config, override, rea
             "model.patch_projection",
         ),
         ({"optim": {"lr": 0}}, "optim.lr"),
-        ({"engine": {"batch_size": 0}}, "engine.batch_size"),
-        ({"engine": {"epochs": 0}}, "engine.epochs"),
-        ({"engine": {"keep_last": 0}}, "engine.keep_last"),
-        ({"engine": {"compile": True, "zero_stage": 3}}, "engine.compile"),
-        ({"engine": {"compile": True, "pack_captions": False}}, "engine.pack_captions"),
+        ({"train": {"global_batch_size": 0}}, "train.global_batch_size"),
+        ({"train": {"epochs": 0}}, "train.epochs"),
+        ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last"),
+        ({"train": {"compile": True}, "deepspeed": {"zero_stage": 3}}, "train.compile"),
+        ({"train": {"compile": True, "pack_captions": False}}, "train.pack_captions"),
         ({"eval": {"every_steps": 10}}, "eval.every_steps"),
     ],
 )
 def test_impossible_settings_name_the_field(settings, field):
     with pytest.raises(ValueError, match=rf"^{field}: got"):
-        override(Config(), settings).validate()
+        validate(override(Config(), settings))
 
 
 def test_the_defaults_are_possible():
-    Config().validate()
+    validate(Config())
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,9 @@ def test_the_defaults_are_possible():
         ("[optm]\nlr = 1", r"optm: no such setting; did you mean optim\b"),
         ("optim = 1", r"optim: got 1; it is a section, write \[optim\]"),
         ("[optim]\nlr = 'fast'", "optim.lr: got 'fast'; it must be float"),
-        ("[engine]\nzero_stage = 5", "engine.zero_stage: got 5; choose from 0, 1, 2, 3"),
-        ("[engine]\nsteps = 1.5", "engine.steps: got 1.5; it must be int"),
-        ("[engine]\ncompile = 1", "engine.compile: got 1; it must be bool"),
+        ("[deepspeed]\nzero_stage = 5", "deepspeed.zero_stage: got 5; choose from 0, 1, 2, 3"),
+        ("[train]\nsteps = 1.5", "train.steps: got 1.5; it must be int"),
+        ("[train]\ncompile = 1", "train.compile: got 1; it must be bool"),
         ("[data]\ncrop_scale = [1.0]", r"data.crop_scale: got \[1.0\]; give 2 values"),
         ("[data]\ncaption_sources = 'raw_caption'", "data.caption_sources: got 'raw_caption'; it must be tuple"),
         ("[data\n", "is not TOML"),
@@ -86,7 +87,7 @@ def test_a_written_config_reads_back_the_same(tmp_path):
         "text_cfg": {"pool_type": "argmax"},
     }
     config.optim.lr, config.loss.threshold = 1e-7, 0.5
-    config.engine.deepspeed = {"zero_optimization": {"overlap_comm": True}}
+    config.deepspeed.config = {"zero_optimization": {"overlap_comm": True}}
     (tmp_path / "config.toml").write_text(format_config(config), encoding="utf-8")
     read = read_config(tmp_path / "config.toml")
     assert read == config and differences(config, read) == {}

@@ -4,7 +4,8 @@ import pytest
 
 from dreamlip_train.config.recipes import RECIPES
 from dreamlip_train.config.toml import differences, format_config, override
-from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.config.validation import validate
+from dreamlip_train.model.build import build_model
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -12,7 +13,7 @@ def test_recipes_are_valid_and_survive_their_file(name, tmp_path):
     import tomllib
 
     config = RECIPES[name]()
-    config.validate()
+    validate(config)
     assert override(type(config)(), tomllib.loads(format_config(config))).to_dict() == config.to_dict()
     assert RECIPES[name].__doc__
 
@@ -22,13 +23,13 @@ def test_the_papers_settings_hold_in_every_large_recipe():
         if name != "demo":
             config = recipe()
             captions = 1 if name.startswith(("clip", "laclip")) else 10
-            assert (config.engine.epochs, config.data.num_sub_captions, config.model.context_length) == (
+            assert (config.train.epochs, config.data.num_sub_captions, config.model.context_length) == (
                 32,
                 captions,
                 77,
             )
             assert (config.optim.lr, config.optim.beta2, config.optim.warmup_steps) == (5e-4, 0.98, 2000)
-            assert config.engine.batch_size * 8 == (1024 if "cc3m" in name else 6144)
+            assert config.train.global_batch_size == (1024 if "cc3m" in name else 6144)
             assert config.optim.weight_decay == (0.2 if name.startswith("merged") else 0.5)
 
 

@@ -4,19 +4,19 @@ import random
 
 import pytest
 
-from dreamlip_train.data.epoch_plan import Layout, Piece, batches_of_worker, plan
+from dreamlip_train.data.epoch_plan import ReaderLayout, SampleRange, batches_of_worker, plan_epoch
 
 
-def samples(piece: Piece) -> list[int]:
+def samples(piece: SampleRange) -> list[int]:
     """Stands for the shuffled order of a stretch: any fixed order that depends on start and stop alone."""
     order = list(range(piece.start, piece.stop))
     random.Random(f"{piece.start}-{piece.stop}").shuffle(order)
     return order[piece.skip : piece.skip + piece.take]
 
 
-def read(total: int, past: list[Layout], now: Layout, steps: int) -> list[int]:
+def read(total: int, past: list[ReaderLayout], now: ReaderLayout, steps: int) -> list[int]:
     """What the readers of ``now`` read in ``steps`` steps."""
-    _, streams = plan(total, past, now)
+    _, streams = plan_epoch(total, past, now)
     found = []
     for reader, pieces in enumerate(streams):
         stream = [sample for piece in pieces for sample in samples(piece)]
@@ -31,18 +31,18 @@ def test_every_sample_once_over_any_changes_of_readers(seed):
     past, found = [], []
     for _ in range(rng.randrange(1, 5)):
         ranks = rng.choice([1, 2, 3, 4, 6])
-        now = Layout(ranks, rng.randrange(1, 4), 12 // ranks)
-        steps_left, _ = plan(total, past, now)
+        now = ReaderLayout(ranks, rng.randrange(1, 4), 12 // ranks)
+        steps_left, _ = plan_epoch(total, past, now)
         steps = rng.randrange(0, steps_left + 1)
         found += read(total, past, now, steps)
-        past.append(Layout(now.ranks, now.workers, now.batch_size, steps))
-    steps_left, _ = plan(total, past, Layout(2, 2, 6))
+        past.append(ReaderLayout(now.ranks, now.workers, now.batch_size, steps))
+    steps_left, _ = plan_epoch(total, past, ReaderLayout(2, 2, 6))
     assert sum(layout.steps for layout in past) + steps_left == total // 12
-    found += read(total, past, Layout(2, 2, 6), steps_left)
+    found += read(total, past, ReaderLayout(2, 2, 6), steps_left)
     assert len(found) == len(set(found)) == total // 12 * 12 and set(found) <= set(range(total))
 
 
 def test_readers_get_equal_shares():
-    steps, streams = plan(1000, [], Layout(2, 3, 7))
+    steps, streams = plan_epoch(1000, [], ReaderLayout(2, 3, 7))
     assert steps == 71
     assert [sum(piece.take for piece in pieces) // 7 for pieces in streams] == [24, 24, 23] * 2

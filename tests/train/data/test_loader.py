@@ -18,7 +18,7 @@ from dreamlip_train.training.prefetch import prefetched
 
 
 def loader(folder, *, workers=0, batch_size=8, rank=0, world_size=1, seed=0, quarantine=None, **data):
-    config = DataConfig(shards=str(folder), workers=workers, num_sub_captions=3, shuffle_buffer=20, **data)
+    config = DataConfig(shards=str(folder), num_workers=workers, num_sub_captions=3, shuffle_buffer=20, **data)
     return train_loader(
         config,
         image_size=16,
@@ -342,14 +342,12 @@ def test_patterns(tmp_path):
 def test_impossible_splits_name_the_field(tmp_path):
     write_shards(tmp_path, [8])
     with pytest.raises(
-        ValueError, match="data.workers: 1 shards for 2 ranks x 1 workers = 2 readers; use --data.workers 1"
+        ValueError, match="data.num_workers: 1 shards for 2 ranks x 1 workers = 2 readers; use --data.num-workers 1"
     ):
         loader(tmp_path, world_size=2)
-    with pytest.raises(ValueError, match="data.workers: 1 shards for 1 ranks x 2 workers = 2 readers"):
+    with pytest.raises(ValueError, match="data.num_workers: 1 shards for 1 ranks x 2 workers = 2 readers"):
         loader(tmp_path, workers=2)
-    with pytest.raises(
-        ValueError, match="engine.batch_size: 9 x 1 ranks = 9 images a step, but 1 shards have 8 samples"
-    ):
+    with pytest.raises(ValueError, match="train.global_batch_size: 9 images per step, but 1 shards have 8 samples"):
         loader(tmp_path, batch_size=9)
 
 

@@ -13,7 +13,7 @@ from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.evaluation.class_prompts import class_features, read_classes, read_templates
 from dreamlip_train.evaluation.multi_label import average_precision, evaluate_labels, format_labels, read_labels
-from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.build import build_model
 
 CLASSES = ["red star", "blue moon", "dog; hound", "nothing like it"]
 

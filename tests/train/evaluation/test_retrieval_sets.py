@@ -12,7 +12,7 @@ from tiny import tiny_model
 from dreamlip_train import cli
 from dreamlip_train.data.images import decode_image, resize_center_crop
 from dreamlip_train.evaluation.retrieval_sets import evaluate_set, format_set, read_set
-from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.build import build_model
 
 COUNT = 24
 WORDS = "red green blue star moon tree car dog cat house left right above below".split()

@@ -21,7 +21,7 @@ from dreamlip_train.evaluation.segmentation import (
     window_starts,
 )
 from dreamlip_train.evaluation.segmentation_sets import LAYOUTS, Layout, read_label_map, read_segmentation
-from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.build import build_model
 
 THREE = Layout("images", "labels", "", ("red", "green", "blue"))
 

@@ -12,7 +12,7 @@ from tiny import clean_environment
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.evaluation.zero_shot import format_zero_shot, zero_shot
-from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.build import build_model
 
 pytest.importorskip("clip_benchmark", reason="the benchmark extra is not installed")
 CLASSES, COUNT = ["red star", "blue moon", "dog", "house", "sea", "tree"], 36

@@ -9,15 +9,10 @@ import torch
 from tiny import TOWERS, tiny_model, tiny_tokenize
 
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.model.dreamlip import (
-    MAX_LOGIT_SCALE,
-    BoundedBelowLog100,
-    build_model,
-    crop_to_longest,
-    logit_multiplier,
-    open_clip_state_dict,
-)
+from dreamlip_train.model.build import build_model
+from dreamlip_train.model.dreamlip import MAX_LOGIT_SCALE, BoundedBelowLog100, crop_to_longest, logit_multiplier
 from dreamlip_train.model.flops import training_flops
+from dreamlip_train.model.open_clip_weights import open_clip_state_dict
 
 TEXTS = [
     "red",

@@ -6,9 +6,9 @@ from caption_lengths import HUMAN, MACHINE, captions
 from tiny import run_steps, tiny_config, tiny_engine, tiny_model
 from torch import nn
 
-from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.build import build_model
 from dreamlip_train.model.packing import RowAttention, pack_captions, row_mask
-from dreamlip_train.training.engine import move_batch
+from dreamlip_train.training.step import move_batch
 
 CPU = torch.device("cpu")
 
@@ -104,6 +104,6 @@ def test_a_compiled_tower_takes_any_number_of_rows():
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_as_an_uncompiled_one():
-    """What engine.compile builds, with the compiler behind it, under ZeRO-1; its kernels round otherwise."""
+    """What train.compile builds, with the compiler behind it, under ZeRO-1; its kernels round otherwise."""
     losses = [run_steps(tiny_engine(config), config, 0, 5) for config in (tiny_config(1), tiny_config(1, compile=True))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -93,7 +93,7 @@ def test_captions_meet_their_pictures_and_the_report_counts_both_sides(tmp_path,
         and "10 rows whose picture is in no shard, such as images.example.com/set one/" in printed
     )
     loader = train_loader(
-        DataConfig(shards=str(tmp_path / "out"), workers=0, num_sub_captions=3),
+        DataConfig(shards=str(tmp_path / "out"), num_workers=0, num_sub_captions=3),
         image_size=16,
         tokenize=tokenize,
         batch_size=5,

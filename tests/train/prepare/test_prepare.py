@@ -67,7 +67,7 @@ def test_real_photographs_from_table_to_batch(tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
     first = members(tmp_path / "out" / "00000.tar")
     assert first["000000000.jpg"] == (photos / "astronaut.jpg").read_bytes(), "images are copied as they are"
-    config = DataConfig(shards=str(tmp_path / "out"), num_sub_captions=4, workers=0)
+    config = DataConfig(shards=str(tmp_path / "out"), num_sub_captions=4, num_workers=0)
     made = train_loader(config, image_size=64, tokenize=tokenize, batch_size=count)
     (batch,) = made.epoch(0)
     assert batch["images"].shape == (count, 3, 64, 64) and batch["text_mask"].all() and made.bad.total == 0
@@ -277,5 +277,5 @@ def test_validate_without_a_usable_sample_is_an_error(tmp_path):
 def test_the_loader_takes_its_counts_from_the_manifest(tmp_path, caplog):
     write_shards(tmp_path, [8, 8], index=False)
     validate_shards(str(tmp_path))
-    made = train_loader(DataConfig(shards=str(tmp_path), workers=0), image_size=16, tokenize=tokenize, batch_size=4)
+    made = train_loader(DataConfig(shards=str(tmp_path), num_workers=0), image_size=16, tokenize=tokenize, batch_size=4)
     assert made.counts == [8, 8] and made.steps_per_epoch == 4 and not caplog.text

@@ -5,15 +5,15 @@ import torch
 from tiny import STEPS, batch, tiny_config
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.training.engine import learning_rate, parameter_groups
+from dreamlip_train.model.build import build_model
+from dreamlip_train.training.optimizer import learning_rate, parameter_groups
 
 
 @pytest.fixture(scope="module")
 def torch_losses():
     """The trajectory of plain torch: AdamW, clipping and the same rates."""
     config = tiny_config()
-    model, loss_fn = build_model(config.model, config.engine.seed), DreamLIPLoss()
+    model, loss_fn = build_model(config.model, config.train.seed), DreamLIPLoss()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.98), eps=1e-8)
     losses = []
     for step in range(STEPS):

@@ -7,10 +7,13 @@ import torch
 from tiny import STEPS, batch, run_steps, tiny_config, tiny_engine, tiny_model
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.config.schema import EngineConfig, OptimConfig
-from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.training.deepspeed_config import deepspeed_config
-from dreamlip_train.training.engine import evaluation_model, learning_rate, move_batch, parameter_groups, train_step
+from dreamlip_train.config.run_schema import DeepSpeedConfig, OptimConfig
+from dreamlip_train.config.schema import Config
+from dreamlip_train.model.build import build_model
+from dreamlip_train.training.deepspeed_config import check_deepspeed_config, deepspeed_config
+from dreamlip_train.training.engine import evaluation_model
+from dreamlip_train.training.optimizer import learning_rate, parameter_groups
+from dreamlip_train.training.step import move_batch, train_step
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -143,22 +146,25 @@ def test_only_matrices_decay():
     ("extra", "message"),
     [
         ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'; did you mean zero_optimization"),
-        ({"train_batch_size": 4}, "'train_batch_size' is set by engine.batch_size"),
+        ({"train_batch_size": 4}, "'train_batch_size' is set by train.global_batch_size"),
         ({"gradient_accumulation_steps": 4}, "would shrink its negatives"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by the optim section"),
-        ({"fp16": {"enabled": True}}, "'fp16' is set by engine.precision"),
-        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is set by engine.zero_stage"),
+        ({"fp16": {"enabled": True}}, "'fp16' is set by train.precision"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is set by deepspeed.zero_stage"),
     ],
 )
 def test_deepspeed_settings_are_checked(extra, message):
-    with pytest.raises(ValueError, match=f"engine.deepspeed: .*{message}"):
-        deepspeed_config(EngineConfig(deepspeed=extra), OptimConfig())
+    with pytest.raises(ValueError, match=f"deepspeed.config: .*{message}"):
+        check_deepspeed_config(extra)
 
 
 def test_deepspeed_settings_are_merged_last():
     config = deepspeed_config(
-        EngineConfig(zero_stage=2, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}}),
-        OptimConfig(grad_clip_norm=0.5),
+        Config(
+            deepspeed=DeepSpeedConfig(zero_stage=2, config={"zero_optimization": {"reduce_bucket_size": 1000}}),
+            optim=OptimConfig(grad_clip_norm=0.5),
+        ),
+        ranks=1,
     )
     assert (
         config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} and config["gradient_clipping"] == 0.5
@@ -167,8 +173,8 @@ def test_deepspeed_settings_are_merged_last():
 
 def test_a_key_deepspeed_refuses_is_a_named_error():
     config = tiny_config()
-    config.engine.deepspeed = {"zero_optimization": {"reduce_bucket": 5}}
-    with pytest.raises(ValueError, match=r"(?s)engine.deepspeed: DeepSpeed refuses the config.*reduce_bucket"):
+    config.deepspeed.config = {"zero_optimization": {"reduce_bucket": 5}}
+    with pytest.raises(ValueError, match=r"(?s)deepspeed.config: DeepSpeed refuses the config.*reduce_bucket"):
         tiny_engine(config)
 
 

@@ -21,16 +21,16 @@ from dreamlip_train.config.toml import format_config
 from dreamlip_train.monitoring.loss_spikes import LossSpikes
 from dreamlip_train.monitoring.watchdog import Watchdog
 from dreamlip_train.training import loop
-from dreamlip_train.training.engine import move_batch, train_step
 from dreamlip_train.training.run import train
+from dreamlip_train.training.step import move_batch, train_step
 
 SUPPORT = Path(__file__).parents[2] / "support"
 
 
-def tiny_run(shards: Path, steps: int, **engine):
-    config = tiny_config(log_every=1, **engine)
-    config.engine.steps = steps
-    config.data.shards, config.data.workers, config.data.num_sub_captions, config.data.shuffle_buffer = (
+def tiny_run(shards: Path, steps: int, every_steps: int = 1000):
+    config = tiny_config(steps=steps)
+    config.logging.every_steps, config.checkpoint.every_steps = 1, every_steps
+    config.data.shards, config.data.num_workers, config.data.num_sub_captions, config.data.shuffle_buffer = (
         str(shards),
         1,
         3,
@@ -115,7 +115,7 @@ def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2, said.decode()[-2000:]
     assert re.search(
-        r"data.workers: DataLoader worker (\(pid.*\d+|is gone in the middle of a batch).*lower data.workers or data.shuffle_buffer",
+        r"data.num_workers: DataLoader worker (\(pid.*\d+|is gone in the middle of a batch).*lower data.num_workers or data.shuffle_buffer",
         said.decode(),
     ), said.decode()[-2000:]
 
@@ -124,7 +124,7 @@ def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path, number):
     """SIGTERM to torchrun, which hands it on; SLURM's SIGUSR1 to a single rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    words = long_run(tmp_path, "--engine.batch-size", "4", "--engine.zero-stage", "3")
+    words = long_run(tmp_path, "--deepspeed.zero-stage", "3")
     process = subprocess.Popen(
         [*launcher, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -201,7 +201,7 @@ def small_disk():
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, small_disk, capsys):
     at_step(monkeypatch, {3: lambda _: small_disk(200_000), 5: lambda _: small_disk(None)})
-    train(tiny_run(write_shards(tmp_path / "shards", [40]), 6, save_every_steps=1), tmp_path / "run")
+    train(tiny_run(write_shards(tmp_path / "shards", [40]), 6, every_steps=1), tmp_path / "run")
     said = (tmp_path / "run" / "log.txt").read_text()
     for step, kept in ((3, 2), (4, 2)):
         assert (
@@ -222,13 +222,14 @@ def test_a_run_whose_last_checkpoint_fails_says_so_and_fails(tmp_path, monkeypat
         RuntimeError,
         match="trained to the end at step 4, but that checkpoint could not be written .* the newest is of step 2",
     ):
-        train(tiny_run(write_shards(tmp_path / "shards", [40]), 4, save_every_steps=2), tmp_path / "run")
+        train(tiny_run(write_shards(tmp_path / "shards", [40]), 4, every_steps=2), tmp_path / "run")
     small_disk(None)
-    assert train(tiny_run(tmp_path / "shards", 4, save_every_steps=2), tmp_path / "run")["steps"] == 4
+    assert train(tiny_run(tmp_path / "shards", 4, every_steps=2), tmp_path / "run")["steps"] == 4
 
 
 def test_minutes_save_too(tmp_path):
-    config = tiny_run(write_shards(tmp_path / "shards", [40]), 4, save_every_steps=1000, save_every_minutes=1e-6)
+    config = tiny_run(write_shards(tmp_path / "shards", [40]), 4, every_steps=1000)
+    config.checkpoint.every_minutes = 1e-6
     train(config, tmp_path / "run")
     assert (tmp_path / "run" / "log.txt").read_text().count(" saved ") == 4
 

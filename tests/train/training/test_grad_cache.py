@@ -8,10 +8,10 @@ import torch
 from tiny import GLOBAL_BATCH, STEPS, TOWERS, batch, tiny_config, tiny_engine, tiny_model
 
 from dreamlip_kernels import DreamLIPLoss
-from dreamlip_train.config.schema import Config, EngineConfig, LossConfig
-from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.training.engine import learning_rate, move_batch, train_step
+from dreamlip_train.model.build import build_model
 from dreamlip_train.training.grad_cache import _features, cached_train_step, split_batch
+from dreamlip_train.training.optimizer import learning_rate
+from dreamlip_train.training.step import move_batch, train_step
 
 LOSSES = {
     "both": {},
@@ -24,7 +24,7 @@ LOSSES = {
 
 def run(stage: int, chunk: int, options: dict, steps: int = 10, rank: int = 0, world_size: int = 1):
     """Losses of ``steps`` steps and the weights after them."""
-    config = tiny_config(stage, batch_size=GLOBAL_BATCH // world_size, chunk_size=chunk)
+    config = tiny_config(stage, chunk_size=chunk)
     config.model.init_logit_bias = -2.0 if options.get("pairs") == "sigmoid" else None
     engine, loss_fn, losses = tiny_engine(config), DreamLIPLoss(**options), []
     patches = loss_fn.grouping_weight > 0
@@ -34,7 +34,10 @@ def run(stage: int, chunk: int, options: dict, steps: int = 10, rank: int = 0, w
             result = cached_train_step(
                 engine,
                 loss_fn,
-                [move_batch(part, engine.device) for part in split_batch(data, chunk)],
+                [
+                    move_batch(part, engine.device)
+                    for part in split_batch(data, -(-GLOBAL_BATCH // world_size // chunk))
+                ],
                 lr,
                 patches=patches,
             )
@@ -80,8 +83,8 @@ def test_plain_accumulation_would_be_another_loss(one_pass):
     """What caching is for: the mean of the chunks' own losses has fewer negatives."""
     config = tiny_config(1)
     engine, data = tiny_engine(config), batch(0)
-    parts = [engine.module(part["images"], part["text"]) for part in split_batch(data, 2)]
-    masks = [part["text_mask"] for part in split_batch(data, 2)]
+    parts = [engine.module(part["images"], part["text"]) for part in split_batch(data, 4)]
+    masks = [part["text_mask"] for part in split_batch(data, 4)]
     loss_fn = DreamLIPLoss(grouping_weight=0.0)
     own = [
         loss_fn(part["image_features"], part["text_features"], part["logit_scale"], text_mask=m).item()
@@ -99,9 +102,9 @@ def test_patch_dropout_drops_the_same_patches_in_both_passes():
     assert engine.module.training
     loss_fn, chunks = (
         DreamLIPLoss(grouping_weight=0.0),
-        [move_batch(part, engine.device) for part in split_batch(batch(3), 4)],
+        [move_batch(part, engine.device) for part in split_batch(batch(3), 2)],
     )
-    model = build_model(config.model, config.engine.seed)  # the same weights, every chunk's graph kept
+    model = build_model(config.model, config.train.seed)  # the same weights, every chunk's graph kept
     torch.manual_seed(5)
     outs = [model(chunk["images"], chunk["text"], False) for chunk in chunks]
     loss = loss_fn(
@@ -137,7 +140,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_and_the_next_step_alone():
     data = batch(0)
     bad = data | {"images": data["images"].float() / 255}
     bad["images"][5, 0, 0, 0] = math.nan
-    chunks = lambda given: [move_batch(part, engine.device) for part in split_batch(given, 4)]  # noqa: E731
+    chunks = lambda given: [move_batch(part, engine.device) for part in split_batch(given, 2)]  # noqa: E731
     result = cached_train_step(engine, loss_fn, chunks(bad), 1e-3)
     assert not result.applied and all(
         torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True)
@@ -146,21 +149,10 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_and_the_next_step_alone():
     assert any(not torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
 
 
-BAD = [
-    (
-        dict(engine=EngineConfig(batch_size=8, chunk_size=3)),
-        "engine.chunk_size: got 3; give a number that divides engine.batch_size=8",
-    ),
-    (dict(engine=EngineConfig(batch_size=8, chunk_size=8)), "is smaller"),
-    (dict(engine=EngineConfig(batch_size=8, chunk_size=2, zero_stage=3)), "runs with engine.zero_stage 1 or 2, not 3"),
-    (
-        dict(engine=EngineConfig(batch_size=8, chunk_size=2), loss=LossConfig(contrast="batch")),
-        'loss.contrast="batch" needs the patches of the whole batch',
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD)
-def test_what_it_cannot_do_is_refused_by_name(change, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**change).validate()
+def test_chunks_of_unlike_sizes_are_one_batch(one_pass):
+    losses, weights = run(1, 3, {})  # 8 images as 3 + 3 + 2
+    assert [got["contrastive_loss"] for got in losses] == pytest.approx(
+        [want["contrastive_loss"] for want in one_pass["both"][0]], rel=1e-6
+    )
+    for got, want in zip(weights, one_pass["both"][1], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

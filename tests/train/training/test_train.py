@@ -17,7 +17,7 @@ from dreamlip_train import cli
 BASE = """
 [data]
 num_sub_captions = 3
-workers = 1
+num_workers = 1
 shuffle_buffer = 16
 [model]
 name = "tiny"
@@ -28,11 +28,13 @@ vision_cfg = {image_size = 32, patch_size = 8, width = 32, layers = 2, head_widt
 text_cfg = {width = 32, heads = 2, layers = 2}
 [optim]
 warmup_steps = 2
-[engine]
-batch_size = 8
+[train]
+global_batch_size = 8
 steps = 6
-log_every = 1
-save_every_steps = 3
+[logging]
+every_steps = 1
+[checkpoint]
+every_steps = 3
 """
 
 
@@ -108,8 +110,9 @@ def test_a_run_leaves_what_the_documentation_lists(run):
     assert 0 <= logged[6]["data_wait"] <= 1
     first_line = (run / "log.txt").read_text().splitlines()[0]
     for part in (
-        "1 x CPU", "ZeRO-1", "bidirectional_logsumexp=torch (auto, the first in order)", "8 x 1 = 8 images a step, 3 sub-captions each",
-        "up to 384 tokens", "6 steps of 8 an epoch (4 shards, 64 samples", "checkpoints in",
+        "1 x CPU", "ZeRO-1", "bidirectional_logsumexp=torch (auto, the first in order)",
+        "8 images per step (8 per rank), learning rate 0.002", "3 sub-captions each",
+        "up to 384 tokens", "6 steps of 8 per epoch (4 shards, 64 samples", "checkpoints in",
     ):  # fmt: skip
         assert part in first_line, first_line
     evaluated = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "retrieval" in row]
@@ -247,16 +250,16 @@ def test_a_diverging_run_stops_and_names_its_samples(scenes, tmp_path, capsys):
         tmp_path / "run",
         "--optim.lr",
         "1e30",
-        "--engine.max-nonfinite-steps",
+        "--train.max-nonfinite-steps",
         "2",
-        "--engine.steps",
+        "--train.steps",
         "9",
-        "--engine.save-every-steps",
+        "--checkpoint.every-steps",
         "1",
     )
     with pytest.raises(SystemExit):
         cli.main(words)
-    assert "engine.max_nonfinite_steps: 2 steps in a row were not finite" in capsys.readouterr().err
+    assert "train.max_nonfinite_steps: 2 steps in a row were not finite" in capsys.readouterr().err
     skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
     assert len(skipped) == 2 and len(skipped[0]["samples"]) == 8 and skipped[0]["samples"][0]["shard"].endswith(".tar")
     assert (tmp_path / "run/checkpoints/step-00000001/manifest.json").is_file()
@@ -288,7 +291,7 @@ def test_the_deepspeed_launcher_goes_on_with_two_ranks(scenes, run, tmp_path):
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / "step-00000006")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    words = train_words(scenes, again, "--engine.batch-size", "4", "--data.workers", "2")
+    words = train_words(scenes, again, "--data.num-workers", "2")
     launched(words, launcher, "--num_accelerators", "2", "--module", "dreamlip_train")
     summary = json.loads((again / "summary.json").read_text())
     assert (summary["ranks"], summary["steps"], summary["samples"]) == (2, 6, 12)
@@ -312,9 +315,7 @@ def test_two_nodes_of_a_hostfile(scenes, tmp_path):
         port = probe.getsockname()[1]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), "--num_gpus", "1", "--module"]
-    words = train_words(
-        scenes, tmp_path / "run", "--engine.batch-size", "4", "--engine.zero-stage", "2", "--engine.steps", "3"
-    )
+    words = train_words(scenes, tmp_path / "run", "--deepspeed.zero-stage", "2", "--train.steps", "3")
     nodes = [
         subprocess.Popen(
             [*launcher[:-1], "--node_rank", str(node), "--module", "dreamlip_train", *words],

@@ -7,10 +7,10 @@ from caption_lengths import HUMAN, captions
 pytest.importorskip("open_clip", reason="the train extra is not installed")
 from tiny import TOWERS, tiny_model
 
-from dreamlip_train.model.dreamlip import build_model
+from dreamlip_train.model.build import build_model
 from dreamlip_train.model.packing import pack_captions
-from dreamlip_train.training.engine import move_batch
 from dreamlip_train.training.prefetch import prefetched
+from dreamlip_train.training.step import move_batch
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from tiny import STEPS, clean_environment, run_steps, tiny_config
 
-from dreamlip_train.checkpoint.state import Progress, load, save
-from dreamlip_train.model.dreamlip import build_model
-from dreamlip_train.training.engine import build_engine, init_distributed
+from dreamlip_train.checkpoint.loading import load
+from dreamlip_train.checkpoint.saving import save
+from dreamlip_train.checkpoint.state import TrainState
+from dreamlip_train.model.build import build_model
+from dreamlip_train.training.distributed import init_distributed
+from dreamlip_train.training.engine import build_engine
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
 
@@ -21,9 +24,9 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
     folder, losses = tmp_path_factory.mktemp("ranks"), {}
     for stage, precision in RESIZED:
         config = tiny_config(stage, precision)
-        engine = build_engine(build_model(config.model, 0), config.engine, config.optim, init_distributed())
+        engine = build_engine(build_model(config.model, 0), config, init_distributed())
         run_steps(engine, config, 0, 3)
-        save(engine, folder / f"one-{stage}-{precision}", config, Progress(step=3))
+        save(engine, folder / f"one-{stage}-{precision}", config, TrainState(step=3))
         losses[f"{stage} {precision}"] = run_steps(engine, config, 3, STEPS)
     return folder, losses
 
@@ -81,7 +84,7 @@ def test_one_process_goes_on_from_two_ranks(facts, one_process, stage):
     """With DeepSpeed's two errors of ZeRO-3 repaired: one Adam step counter for all parameters, one weight decay for all groups."""
     folder, _ = one_process
     config = tiny_config(stage)
-    engine = build_engine(build_model(config.model, 7), config.engine, config.optim, init_distributed(), resized=True)
+    engine = build_engine(build_model(config.model, 7), config, init_distributed(), resized=True)
     progress = load(engine, folder / f"two-{stage}" / "step-00000003")
     assert run_steps(engine, config, progress.step, STEPS) == pytest.approx(
         facts["losses"][str(stage)][3:], rel=1e-6, abs=0

@@ -1,0 +1,65 @@
+"""A trained model for evaluation and export, from a run, a checkpoint of any ZeRO stage, or an open_clip weights file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+
+from dreamlip_train.checkpoint.files import (
+    find_checkpoint,
+    refuse_foreign_pickles,
+)
+from dreamlip_train.config.schema import Config, ModelConfig
+from dreamlip_train.config.toml import read_config
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.model.build import build_model
+from dreamlip_train.model.dreamlip import DreamLIP
+
+
+def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Config]:
+    """The model in fp32 on the CPU and the config it was trained with, from a run folder, a checkpoint folder or an open_clip weights file.
+
+    Args:
+        path: RUN, RUN/checkpoints/step-NNNNNNNN, or a weights file.
+        model_name: the open_clip name of the model in a weights file; needed there, and wrong elsewhere.
+    Raises:
+        UserError: nothing loadable is there, or ``model_name`` is missing or superfluous.
+    """
+    path = Path(path)
+    if path.is_file():
+        if not model_name:
+            raise UserError(f"--model: say which open_clip model {str(path)!r} holds, such as ViT-B-16")
+        config = Config(model=ModelConfig(name=model_name, pretrained=str(path), local_logit_scale=False))
+        return build_model(config.model, seed=0).eval(), config
+    if model_name:
+        raise UserError(f"--model: {str(path)!r} brings its own config; leave --model out")
+    if not path.is_dir():
+        raise UserError(f"no file or folder {str(path)!r}; give a run folder, a checkpoint folder or an open_clip file")
+    checkpoint = find_checkpoint(path)
+    refuse_foreign_pickles(checkpoint)
+    config = read_config(checkpoint / "config.toml")
+    # The weights follow; the file they once started from may be gone.
+    config.model.pretrained = ""
+    model = build_model(config.model, seed=0)
+    model.load_state_dict(
+        {name: value.float() for name, value in _state_dict(checkpoint, config.deepspeed.zero_stage).items()}
+    )
+    return model.eval(), config
+
+
+def _state_dict(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
+    """The model's whole fp32 weights. DeepSpeed's files are pickles: load only checkpoints of your own runs."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state = {}
+    if (
+        zero_stage < 3
+    ):  # every rank has the whole module, as the forward pass saw it; parameters that are not trained are nowhere else
+        state = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    if zero_stage > 0:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            state |= get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return state

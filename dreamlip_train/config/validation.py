@@ -1,0 +1,123 @@
+"""What settings can't work, each refused by its name (section.field) with its value and what to do, before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from dreamlip_train.config.schema import Config, DataConfig, LossConfig
+from dreamlip_train.jobs.user_error import UserError
+
+_AT_LEAST = {
+    "data.num_sub_captions": (1, "give at least 1"),
+    "data.merged_num": (1, "1 means single sentences"),
+    "data.num_workers": (0, "0 loads in the training process"),
+    "data.shuffle_buffer": (1, "1 turns shuffling off"),
+    "data.stall_seconds": (0, "0 waits forever"),
+    "model.context_length": (4, "give at least 4 tokens"),
+    "model.init_temperature": (0.01, "logit scales stop at 100: give 0.01 or more"),
+    "loss.mpcl_weight": (0, "give a weight >= 0"),
+    "loss.grouping_weight": (0, "give a weight >= 0"),
+    "optim.warmup_steps": (0, "0 means no warm-up"),
+    "optim.grad_clip_norm": (0, "0 turns clipping off"),
+    "train.global_batch_size": (1, "give at least 1"),
+    "train.chunk_size": (0, "0 takes a rank's images at once"),
+    "train.epochs": (0, "give train.epochs or train.steps"),
+    "train.steps": (0, "0 means train.epochs"),
+    "train.max_nonfinite_steps": (1, "give at least 1"),
+    "checkpoint.every_steps": (1, "give at least 1"),
+    "checkpoint.every_minutes": (0, "0 goes by steps alone"),
+    "checkpoint.keep_last": (1, "give at least 1"),
+    "logging.every_steps": (1, "give at least 1"),
+    "eval.every_steps": (0, "0 evaluates once at the end"),
+    "eval.batch_size": (1, "give at least 1"),
+    "eval.max_samples": (0, "0 means all"),
+}
+_FRACTIONS = ("data.max_bad_fraction", "optim.final_lr_fraction")
+
+
+def validate(config: Config) -> None:
+    """Raise UserError naming the first field (section.field) whose value can't work."""
+    for name, (smallest, what_to_do) in _AT_LEAST.items():
+        value = value_of(config, name)
+        if not value >= smallest:  # NaN is not
+            refuse(name, value, what_to_do)
+    for name in _FRACTIONS:
+        if not 0 <= value_of(config, name) <= 1:
+            refuse(name, value_of(config, name), "give a fraction in [0, 1]")
+    _check_captions(config.data)
+    _check_loss(config.loss)
+    _check_bias(config)
+    _check_grouping(config)
+    _check_training(config)
+    if config.eval.every_steps and not config.data.val_shards:
+        refuse("eval.every_steps", config.eval.every_steps, "it evaluates on data.val_shards, which is empty")
+
+
+def _check_captions(data: DataConfig) -> None:
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        refuse("data.crop_scale", data.crop_scale, "give 0 < low <= high <= 1")
+    negative = {name: weight for name, weight in data.source_weights.items() if not weight >= 0}
+    if negative:
+        refuse("data.source_weights", negative, "weights are >= 0")
+    unused = [name for name in data.source_weights if data.caption_sources and name not in data.caption_sources]
+    if unused:
+        refuse("data.source_weights", unused, f"these columns are not in data.caption_sources {data.caption_sources}")
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if loss.mpcl_weight == loss.grouping_weight == 0:
+        refuse("loss.mpcl_weight", 0, "both loss weights are 0: nothing would be trained")
+    if loss.positives == "logsum" and loss.negatives != "all":
+        refuse("loss.positives", loss.positives, 'the sum inside the log needs loss.negatives="all"')
+    if loss.pairs == "sigmoid" and (loss.negatives, loss.positives) != ("slot", "mean"):
+        what_to_do = "loss.negatives and loss.positives belong to the softmax; leave them at their defaults"
+        refuse("loss.pairs", loss.pairs, what_to_do)
+
+
+def _check_bias(config: Config) -> None:
+    bias, sigmoid = config.model.init_logit_bias, config.loss.pairs == "sigmoid"
+    if sigmoid and bias is None:
+        what_to_do = "the sigmoid loss starts at a bias that makes most pairs negatives; give -10"
+        refuse("model.init_logit_bias", bias, what_to_do)
+    if bias is not None and not sigmoid:
+        refuse("model.init_logit_bias", bias, 'only loss.pairs="sigmoid" has a bias')
+
+
+def _check_grouping(config: Config) -> None:
+    weight = config.loss.grouping_weight
+    if weight > 0 and config.loss.contrast == "image" and config.data.num_sub_captions == 1:
+        what_to_do = (
+            "with data.num_sub_captions=1 the within-image contrast has no negatives; "
+            'give more sub-captions, loss.contrast="batch", or weight 0'
+        )
+        refuse("loss.grouping_weight", weight, what_to_do)
+    why = "only the grouping loss uses it, and loss.grouping_weight is 0"
+    if weight == 0 and config.model.local_logit_scale:
+        refuse("model.local_logit_scale", True, f"{why}; set it to False")
+    if weight == 0 and config.model.patch_projection == "local":
+        refuse("model.patch_projection", "local", f'{why}; use "shared"')
+
+
+def _check_training(config: Config) -> None:
+    train = config.train
+    if not config.optim.lr > 0:
+        refuse("optim.lr", config.optim.lr, "give a rate > 0")
+    if train.steps == train.epochs == 0:
+        refuse("train.epochs", 0, "give train.epochs or train.steps")
+    if train.compile and config.deepspeed.zero_stage == 3:
+        refuse("train.compile", True, "does not run with deepspeed.zero_stage=3; use stage 0, 1 or 2")
+    if train.compile and not train.pack_captions:
+        what_to_do = "train.compile compiles the text tower for packed captions; leave them packed, or do not compile"
+        refuse("train.pack_captions", False, what_to_do)
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of the field ``name`` (section.field)."""
+    section, field = name.split(".")
+    return getattr(getattr(config, section), field)
+
+
+def refuse(name: str, value: Any, what_to_do: str) -> NoReturn:
+    """Raise the UserError of a setting that can't work."""
+    raise UserError(f"{name}: got {value!r}; {what_to_do}")
