@@ -56,6 +56,12 @@ def _triton(case: Case) -> str | None:
     return None
 
 
+def _triton_pool(case: Case) -> str | None:
+    if (why := _triton(case)) is not None or case.sizes.get("K", 0) <= 32:
+        return why
+    return f"it takes K up to 32 sub-captions, got K={case.sizes['K']}"
+
+
 def _cuda(case: Case) -> str | None:
     if case.device.type != "cuda":
         return "it runs on CUDA tensors"
@@ -81,7 +87,7 @@ def _cpp(case: Case, build: bool = False) -> str | None:
 # cpp comes first since it has been timed on many CPUs; triton and cuda come after torch: what no one has qualified on a device does not run there.
 _BACKENDS: dict[str, dict[str, _Check]] = {
     "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
-    "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton, "cuda": _cuda_pool},
+    "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton_pool, "cuda": _cuda_pool},
 }
 COMMAND = "python -m dreamlip_kernels qualify"
 _pinned: dict[str, str] = {}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import assert_no_worse_than_torch, three_ways, value_and_grads, worst_of
 from patch_cases import compare, degenerate, region_like
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
@@ -185,6 +186,23 @@ def test_opcheck_and_compile(backend):
         value_and_grads(compiled, (patches, texts)), value_and_grads(fn, (patches, texts)), strict=True
     ):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fakes_have_the_strides_of_what_is_computed(backend):
+    """Inductor lays memory out by the fake's strides, and opcheck does not compare them for inputs that are not contiguous."""
+    patches, texts = region_like(3, 9, 2, 8)
+    forward, backward = (
+        getattr(torch.ops.dreamlip_kernels, f"group_patches{name}").default for name in ("", "_backward")
+    )
+    for x, t in ((patches.mT.contiguous().mT, texts), (patches, texts.transpose(0, 1).contiguous().transpose(0, 1))):
+        _, w, inv_norm = outputs = forward(x, t, None, "minmax", None, backend)
+        arguments = (x, t, w, inv_norm, None, "minmax", None, t, backend)
+        with FakeTensorMode() as mode:
+            fake = [v if v is None or isinstance(v, str) else mode.from_tensor(v) for v in arguments]
+            expected = [*forward(*fake[:2], *arguments[4:7], backend), *backward(*fake)]
+        for got, want in zip([*outputs, *backward(*arguments)], expected, strict=True):
+            assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
 
 
 def test_autocast_changes_nothing():
