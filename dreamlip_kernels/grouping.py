@@ -100,6 +100,8 @@ def subcaption_grouping_loss(
     direction: str = "both",
     group: Group = None,
     backend: str = "auto",
+    grouping_backend: str | None = None,
+    contrastive_backend: str | None = None,
 ) -> Tensor:
     """Contrast of each sub-caption with its own group of patches, docs/math.md eq. 16-17.
 
@@ -112,7 +114,9 @@ def subcaption_grouping_loss(
         logit_scale: the multiplier of this loss, its own or the contrastive one.
         text_mask: [N, K] bool; missing sub-captions are out of numerator and denominator. An image with one contributes 0 within itself.
         direction: "both", or "t2v" for the paper's one: each sub-caption picks its group among the groups.
-        group, backend: as in ``multi_positive_contrastive_loss``. Patches never travel; contrast="batch" gathers the pooled [n, K, D].
+        group: as in ``multi_positive_contrastive_loss``. Patches never travel; contrast="batch" gathers the pooled [n, K, D].
+        backend: one name for both ops, which applies where an op has it: "cuda" and "cpp" choose the pooling, and leave the contrast at "auto".
+        grouping_backend, contrastive_backend: of ``group_patches``, and of ``bidirectional_logsumexp`` with contrast="batch"; None takes ``backend``.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs): the mean over the sub-captions present in the world.
@@ -128,6 +132,8 @@ def subcaption_grouping_loss(
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     check_choice(fn, "contrast", contrast, ("image", "batch"))
     check_choice(fn, "direction", direction, ("both", "t2v"))
+    grouping_backend = dispatch.requested(fn, "group_patches", grouping_backend, backend)
+    contrastive_backend = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
     check_agreement(fn, agreement_sizes(text_features, text_mask), text_features.device, group)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
@@ -138,7 +144,7 @@ def subcaption_grouping_loss(
         threshold=threshold,
         normalization=normalization,
         patch_mask=patch_mask,
-        backend=backend,
+        backend=grouping_backend,
     )
     with torch.autocast(text_features.device.type, enabled=False):
         pooled, text = unit(pooled.to(scale.dtype)), unit(text_features.to(scale.dtype))
@@ -152,6 +158,7 @@ def subcaption_grouping_loss(
                 groups, text.reshape(1, n * k, d), scale,
                 y_mask=None if flat is None else flat[None],
                 x_mask=None if flat is None else all_gather_rows(flat, group),
+                backend=contrastive_backend,
             )  # fmt: skip
             over_texts, over_groups = reduce_scatter_logsumexp(row, group).reshape(n, k), col.reshape(n, k)
         pair = over_groups - pos

@@ -10,6 +10,7 @@ import warnings
 
 from torch import Tensor, nn
 
+from .backends import dispatch
 from .checks import check_choice
 from .contrastive import multi_positive_contrastive_loss
 from .distributed.collectives import Group, rank_and_size
@@ -112,11 +113,17 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
     def __init__(
         self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
         *, threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
-        group: Group = None, backend: str = "auto",
+        group: Group = None, backend: str = "auto", grouping_backend: str | None = None, contrastive_backend: str | None = None,
     ):  # fmt: skip
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
+        name = type(self).__name__
         self.options = dict(
-            threshold=threshold, normalization=normalization, contrast=contrast, direction=direction, backend=backend
+            threshold=threshold,
+            normalization=normalization,
+            contrast=contrast,
+            direction=direction,
+            grouping_backend=dispatch.requested(name, "group_patches", grouping_backend, backend),
+            contrastive_backend=dispatch.requested(name, "bidirectional_logsumexp", contrastive_backend, backend),
         )
 
     def forward(
@@ -147,14 +154,15 @@ class DreamLIPLoss(_ClipLossArguments):
 
     Takes ClipLoss's positional arguments and, by keyword, the options of both functions; threshold, normalization, contrast and
     direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss as the contrast, where negatives and positives have no meaning.
-    ``backend`` names one backend for both ops or is "auto"; the sigmoid loss has but one.
+    ``contrastive_backend`` and ``grouping_backend`` name the backend of each op; ``backend`` is the shorthand for both, which applies where an op has it
+    ("cuda" and "cpp" choose the pooling and leave the contrast at "auto").
     """
 
     def __init__(
         self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
         *, mpcl_weight: float = 1.0, grouping_weight: float = 1.0, negatives: str = "slot", positives: str = "mean",
         pairs: str = "softmax", threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
-        group: Group = None, backend: str = "auto",
+        group: Group = None, backend: str = "auto", contrastive_backend: str | None = None, grouping_backend: str | None = None,
     ):  # fmt: skip
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
         if mpcl_weight < 0 or grouping_weight < 0 or mpcl_weight + grouping_weight == 0:
@@ -167,10 +175,15 @@ class DreamLIPLoss(_ClipLossArguments):
             raise ValueError(
                 f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with pairs='sigmoid'; leave them out"
             )
+        contrastive_backend = dispatch.requested(
+            "DreamLIPLoss", "bidirectional_logsumexp", contrastive_backend, backend
+        )
         self.contrastive = (
             MultiPositiveSigmoidLoss(group=group)
             if pairs == "sigmoid"
-            else MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=backend)
+            else MultiPositiveContrastiveLoss(
+                negatives=negatives, positives=positives, group=group, backend=contrastive_backend
+            )
         )
         self.grouping = SubcaptionGroupingLoss(
             threshold=threshold,
@@ -179,6 +192,8 @@ class DreamLIPLoss(_ClipLossArguments):
             direction=direction,
             group=group,
             backend=backend,
+            grouping_backend=grouping_backend,
+            contrastive_backend=contrastive_backend,
         )
 
     def forward(

@@ -20,7 +20,7 @@ LAYERS = {
         "contrastive": "backends checks distributed",
         "sigmoid": "ops checks distributed",
         "grouping": "backends ops checks distributed numerics",
-        "losses": "checks distributed contrastive sigmoid grouping",
+        "losses": "backends checks distributed contrastive sigmoid grouping",
         "integrations": "contrastive losses",
         "__init__": "version backends ops contrastive sigmoid grouping losses",
     },

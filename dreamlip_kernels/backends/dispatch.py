@@ -104,6 +104,22 @@ def ops() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
+def requested(fn: str, op: str, own: str | None, shorthand: str) -> str:
+    """The backend that a caller with one name for several ops asks of ``op``: its ``own`` name, else the shorthand where ``op`` has it, else "auto".
+
+    Raises:
+        ValueError: no op has a backend of that name, or ``op`` has none of its own name.
+    """
+    if own is not None:
+        if own not in ("auto", *_BACKENDS[op]):
+            raise ValueError(f"{fn}: {op} has no backend {own!r}; choose from {['auto', *_BACKENDS[op]]}")
+        return own
+    known = {name for checks in _BACKENDS.values() for name in checks}
+    if shorthand not in {"auto", *known}:
+        raise ValueError(f"{fn}: unknown backend={shorthand!r}; choose from {['auto', *sorted(known)]}")
+    return shorthand if shorthand in _BACKENDS[op] else "auto"
+
+
 def pin(op: str, backend: str | None) -> None:
     """From now on "auto" takes ``backend`` for ``op`` in this process wherever it can run; None takes the pin out. What a resumed run needs."""
     if backend is None:

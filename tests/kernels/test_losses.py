@@ -9,6 +9,7 @@ from numerics import clip_like, value_and_grads
 from open_clip.loss import ClipLoss
 
 import dreamlip_kernels as dk
+from dreamlip_kernels.backends import dispatch
 
 OPEN_CLIP_ARGUMENTS = dict(
     local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1, use_horovod=False
@@ -116,3 +117,28 @@ def test_bad_construction_is_named():
         dk.DreamLIPLoss(rank=1, world_size=4)
     with pytest.raises(ValueError, match="grouping_weight"):
         dk.DreamLIPLoss(grouping_weight=-1)
+
+
+def test_each_op_has_a_backend_of_its_own(features, monkeypatch):
+    """``backend="cpp"`` was refused, for the contrast has none of that name: the compiled pooling could not be chosen."""
+    taken = []
+    real = dispatch.select
+    monkeypatch.setattr(
+        dispatch, "select", lambda op, x, name="auto", **sizes: taken.append((op, name)) or real(op, x, name, **sizes)
+    )
+    image, text, patches = features
+    loss = dk.DreamLIPLoss(backend="torch")(image, text, 10.0, patch_features=patches)
+    for options, contrast, pooling in (
+        (dict(backend="cpp"), "auto", "cpp"),
+        (dict(contrastive_backend="torch", grouping_backend="cpp"), "torch", "cpp"),
+        (dict(backend="torch", grouping_backend="auto"), "torch", "auto"),
+    ):
+        taken.clear()
+        torch.testing.assert_close(dk.DreamLIPLoss(**options)(image, text, 10.0, patch_features=patches), loss)
+        assert taken == [("bidirectional_logsumexp", contrast), ("group_patches", pooling)]
+        dk.SubcaptionGroupingLoss(contrast="batch", **options)(patches, text, 10.0)
+        assert taken[2:] == [("group_patches", pooling), ("bidirectional_logsumexp", contrast)]
+    with pytest.raises(ValueError, match="DreamLIPLoss: unknown backend='abacus'; choose from .'auto', 'cpp'"):
+        dk.DreamLIPLoss(backend="abacus")
+    with pytest.raises(ValueError, match="bidirectional_logsumexp has no backend 'cpp'"):
+        dk.DreamLIPLoss(contrastive_backend="cpp")
