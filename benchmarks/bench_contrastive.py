@@ -1,9 +1,13 @@
-"""Multi-positive contrast: this package's backends against what people run today, torch.compile, Inf-CL, and matrix products with elementwise passes.
+"""Multi-positive contrast: this package's backends against what people run today, torch.compile, Inf-CL, memeff, and
+matrix products with elementwise passes.
 
-make bench        or        pytest benchmarks/bench_contrastive.py --benchmark-only --benchmark-group-by=param:dtype,param:shape,param:phase
+    make bench
+    pytest benchmarks/bench_contrastive.py --benchmark-only --benchmark-group-by=param:dtype,param:shape,param:phase
+    pytest benchmarks/bench_contrastive.py --benchmark-only --peer my_loss.py:my_loss     # your own beside them
 
-Beside times the summary gives each one's share of the floor (1 U forward, 4 U both ways, U = 2 N N K D operations, at this run's own rate of a large matrix
-product), its peak memory, and once a shape its errors against float64. `python benchmarks/plot_contrastive.py RESULTS.json` draws time and memory against N.
+Beside times the summary gives each one's share of the floor (1 U forward, 4 U both ways, U = 2 N N K D operations, at
+this run's own rate of a large matrix product), its peak memory, and once per shape its errors against float64.
+`python benchmarks/plot_contrastive.py RESULTS.json PICTURE.png` draws time and memory against N.
 """
 
 import contrastive_peers as peers
@@ -22,21 +26,32 @@ def ours(backend):
 PROVIDERS = {
     "torch": ours("torch"),
     "triton": ours("triton"),
+    "cuda": ours("cuda"),
     "open_clip per slot": peers.open_clip_per_slot,
     "flattened": peers.flattened,
     "chunked": peers.chunked_unfused,
     "Inf-CL": peers.inf_cl,
+    "memeff": peers.memeff,
     "torch.compile": peers.cross_entropy_per_slot,  # last: compiling takes longest
 }
+OURS = ("torch", "triton", "cuda")
 COMPILED = [(8192, 8, 512), (512, 8, 512)]  # on a GPU, on a CPU
 DTYPES = ["float32", "bfloat16"] if DEVICE == "cuda" else ["float32"]
 
 
+def pytest_generate_tests(metafunc):
+    """The providers, and the peers that the command line names."""
+    if "provider" in metafunc.fixturenames:
+        own = {place.rpartition(":")[2]: peers.load(place) for place in metafunc.config.getoption("--peer")}
+        PROVIDERS.update({name: function for name, function in own.items() if name not in PROVIDERS})
+        metafunc.parametrize("provider", PROVIDERS)
+
+
 def require(provider, image):
     """The provider's function, or a skip that says why it cannot run here."""
-    if provider in ("torch", "triton"):
+    if provider in OURS:
         why = dispatch.why_not("bidirectional_logsumexp", provider, image)
-        if DEVICE == "cpu" and provider == "triton":
+        if DEVICE == "cpu" and provider == "triton" and not why:
             why = "Triton's interpreter is no benchmark"
     else:
         why = peers.why_not(provider)
@@ -54,7 +69,7 @@ def features(shape, dtype):
     return (
         image.to(dtype).requires_grad_(),
         text.to(dtype).requires_grad_(),
-        torch.tensor(14.3, device=DEVICE, requires_grad=True),
+        torch.tensor(peers.SCALE, device=DEVICE, requires_grad=True),
     )
 
 
@@ -63,7 +78,6 @@ def features(shape, dtype):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("phase", ["forward", "forward+backward"])
-@pytest.mark.parametrize("provider", PROVIDERS)
 def test_contrastive(run, matmul_rate, provider, phase, dtype, shape):
     n, k, d = shape
     if provider == "torch.compile" and (shape not in COMPILED or phase == "forward"):
@@ -84,7 +98,6 @@ def test_contrastive(run, matmul_rate, provider, phase, dtype, shape):
 
 @pytest.mark.parametrize("shape", named({"N512-K8-D512": (512, 8, 512)}, {"N8192-K8-D512": (8192, 8, 512)})[-1:])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("provider", PROVIDERS)
 def test_error(run, provider, dtype, shape):
     """Relative errors against float64 of the same inputs: of the loss, and of each gradient by its norm."""
     image, text, scale = features(shape, dtype)

@@ -19,6 +19,13 @@ def pytest_addoption(parser):
         default=float("inf"),
         help="seconds after which no further case is begun; the others are skipped",
     )
+    parser.addoption(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="FILE.py:NAME",
+        help="a loss of your own beside the others: NAME(image [N, D], text [N, K, D], scale) -> scalar",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +71,12 @@ def matmul_rate():
 
 @pytest.fixture
 def run(benchmark, request):
-    """``run(step, floor=None, rounds=..., images=None, warmup=2, extra=None)``: median time of ``step()``; with the seconds it must take at least, its share
-    of that floor; with the images it handles, images/s; ``extra`` numbers as they are; and the peak of memory beyond what was in use before, the device's on
-    CUDA and the process's on a CPU."""
+    """``run(step, floor=None, rounds=..., images=None, warmup=2, extra=None)``: the median time of ``step()``.
+
+    With the seconds that it must take at least, its share of that floor; with the images it handles, images/s;
+    ``extra`` numbers as they are; and the peak of memory beyond what was in use before: the device's on CUDA,
+    the process's on a CPU.
+    """
 
     def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3, images=None, warmup=2, extra=None):
         def synchronised():

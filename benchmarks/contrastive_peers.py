@@ -1,12 +1,18 @@
-"""What else computes a multi-positive contrastive loss: ``peer(image [N,D], text [N,K,D], scale) -> scalar``, all the mean over K slots of a CLIP loss.
+"""What else computes a multi-positive contrastive loss: ``peer(image [N,D], text [N,K,D], scale) -> scalar``.
 
-Peers with 16-bit logits (eager and compiled code under autocast) are not of equal accuracy: the benchmark states the error of each.
+All are the mean over K slots of a CLIP loss. Peers with 16-bit logits (eager and compiled code under autocast) are not
+of equal accuracy: the benchmark states the error of each. ``pytest benchmarks/bench_contrastive.py --peer FILE.py:NAME``
+adds a function of one's own.
 """
 
 import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+SCALE = 14.3  # the benchmark's scale, for peers that take a number
 
 
 def open_clip_per_slot(image, text, scale):
@@ -34,7 +40,10 @@ def compiled(loss):
 
 
 class _ChunkedLogsumexp(torch.autograd.Function):
-    """Row and column log-sum-exp by matrix products into a float32 chunk and elementwise passes over it: the honest baseline without fused kernels."""
+    """Row and column log-sum-exp by matrix products into a float32 chunk and elementwise passes over it.
+
+    The honest baseline without fused kernels.
+    """
 
     CHUNK = 2**27  # logits
 
@@ -102,10 +111,34 @@ def inf_cl(image, text, scale):
     return total / text.shape[1]
 
 
+def memeff(image, text, scale):
+    """memeff's CLIP loss for each slot, with the textbook gradient; it takes the temperature as a number."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    loss = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    slots = [loss(image, text[:, k].contiguous()) for k in range(text.shape[1])]
+    return sum(slots) / len(slots) + 0 * scale  # it has no gradient for the scale
+
+
+def load(place: str) -> Callable:
+    """The function that ``FILE.py:NAME`` names."""
+    file, _, name = place.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise ValueError(f"--peer: expected FILE.py:NAME with a file that exists, got {place!r}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--peer: {file} has no function {name!r}")
+    return getattr(module, name)
+
+
 def why_not(name: str) -> str | None:
     """Why a peer cannot run here, or None."""
     if name == "Inf-CL" and (importlib.util.find_spec("inf_cl") is None or not torch.cuda.is_available()):
         return "Inf-CL needs a CUDA device and the benchmark extra (inf-cl)"
+    if name == "memeff" and (importlib.util.find_spec("memeff") is None or not torch.cuda.is_available()):
+        return "memeff needs a CUDA device and the benchmark extra (memeff)"
     if name == "open_clip per slot" and importlib.util.find_spec("open_clip") is None:
         return "open_clip is not installed"
     return None

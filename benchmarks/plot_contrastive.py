@@ -1,4 +1,7 @@
-"""Time and peak memory of the contrastive providers against N: ``python benchmarks/plot_contrastive.py PYTEST_BENCHMARK.json PICTURE.png``."""
+"""Time and peak memory of the contrastive providers against N.
+
+python benchmarks/plot_contrastive.py PYTEST_BENCHMARK.json PICTURE.png
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,34 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-# The same colour in every panel, whoever is in it.
-COLOURS = {
+OURS = ("torch", "triton", "cuda")
+# The same color in every panel, whoever is in it.
+COLORS = {
     "triton": "tab:blue",
+    "cuda": "navy",
     "torch": "tab:cyan",
     "open_clip per slot": "tab:orange",
     "flattened": "tab:green",
     "torch.compile": "tab:red",
     "chunked": "tab:purple",
     "Inf-CL": "tab:brown",
+    "memeff": "tab:olive",
 }
+OWN_PEERS = ["tab:pink", "black", "tab:gray"]  # of --peer, in the order in which they come
 
 
 def curves(results: dict) -> dict[tuple[int, str], dict[str, list[tuple[int, float, float]]]]:
     """{(K, dtype): {provider: [(N, seconds, peak MB), ...]}} of forward and backward."""
-    found: dict = defaultdict(lambda: defaultdict(list))
+    points: dict = defaultdict(lambda: defaultdict(list))
     for case in results["benchmarks"]:
-        given = case.get("params") or {}
-        if not case["name"].startswith("test_contrastive") or given["phase"] == "forward":
+        params = case.get("params") or {}
+        if not case["name"].startswith("test_contrastive") or params["phase"] == "forward":
             continue
-        n, k, _ = given["shape"]
-        found[k, given["dtype"]][given["provider"]].append(
+        n, k, _ = params["shape"]
+        points[k, params["dtype"]][params["provider"]].append(
             (n, case["stats"]["median"], case["extra_info"].get("peak_mb", 0.0))
         )
-    return {key: {name: sorted(points) for name, points in providers.items()} for key, providers in found.items()}
+    return {key: {name: sorted(values) for name, values in providers.items()} for key, providers in points.items()}
 
 
 def main(source: str, target: str) -> None:
@@ -43,14 +50,16 @@ def main(source: str, target: str) -> None:
     panels = curves(json.loads(Path(source).read_text()))
     if not panels:
         sys.exit(f"{source}: no test_contrastive in it")
+    own = [name for providers in panels.values() for name in providers if name not in COLORS]
+    colors = COLORS | dict(zip(dict.fromkeys(own), OWN_PEERS * len(own), strict=False))
     figure, axes = plt.subplots(2, len(panels), figsize=(4.5 * len(panels), 7), squeeze=False, layout="constrained")
     for column, ((k, dtype), providers) in enumerate(sorted(panels.items())):
         for name, points in providers.items():
-            ours = name in ("torch", "triton")
+            ours = name in OURS
             label = f"dreamlip_kernels, {name}" if ours else name
             style = dict(
                 marker="o",
-                color=COLOURS[name],
+                color=colors[name],
                 linewidth=2.5 if ours else 1,
                 linestyle="-" if ours else "--",
                 label=label,
