@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= benchmarks/out
 DEMO := data/demo$(addprefix -,$(DEMO_TRAIN))
 
-.PHONY: demo test test-slow sanitize lint bench wheels gpu gpu-ablate ablate install clean
+.PHONY: demo test test-slow sanitize lint bench wheels gpu gpu-ablate ablate install matrix wheels-release clean
 
 install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -47,6 +47,20 @@ bench: install
 	mkdir -p $(OUT)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/benchmarks.json
 	$(BIN)/python benchmarks/plot_contrastive.py $(OUT)/benchmarks.json $(OUT)/contrastive.png
+
+# The kernels' tests under every version that the metadata promises; MATRIX="--torch 2.6" for a part of it.
+matrix:
+	$(PYTHON) release/matrix.py $(MATRIX)
+
+# The source archive, a wheel with the CPU kernels for this Python, and one with the CUDA kernels where nvcc is; tried in new environments.
+wheels-release: install
+	rm -rf dist
+	$(BIN)/python -m pip install -q -c constraints.txt build
+	$(BIN)/python -m build -q --sdist --no-isolation
+	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip wheel -q . --no-deps --no-build-isolation -w dist
+	if [ -n "$(CUDA_HOME)" ]; then DREAMLIP_LOCAL_VERSION=cuda DREAMLIP_REQUIRE_EXTENSION=1 \
+		$(BIN)/python -m pip wheel -q . --no-deps --no-build-isolation -w dist/cuda; fi
+	$(BIN)/python release/try_dist.py dist
 
 # For a GPU machine without a package index: what its training benchmarks need beside torch. `make gpu` installs what lies in wheels/.
 wheels: install

@@ -1,9 +1,12 @@
-"""Builds csrc/ where torch and a compiler are at hand; without them the packages install as pure Python and say what they lack.
+"""Builds csrc/ where torch and a compiler are at hand.
 
-DREAMLIP_NO_CUDA=1 leaves the CUDA sources out. TORCH_CUDA_ARCH_LIST chooses the architectures; no GPU is needed to build.
+Without them the packages install as pure Python and say what they lack. DREAMLIP_NO_CUDA=1 leaves the CUDA sources out.
+TORCH_CUDA_ARCH_LIST chooses the architectures; no GPU is needed to build. For a release, DREAMLIP_LOCAL_VERSION=cuda
+makes 0.1.0+cuda of 0.1.0, and DREAMLIP_REPOSITORY is the address that the links of an index page begin with.
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +15,20 @@ from setuptools import find_packages, setup
 
 # PTX of compute_90 also runs on later GPUs; nothing here needs the features of sm_90a alone.
 ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def version() -> str:
+    """The version of dreamlip_kernels, with the local part of a build of its own."""
+    text = Path(__file__).with_name("dreamlip_kernels").joinpath("version.py").read_text()
+    local = os.environ.get("DREAMLIP_LOCAL_VERSION")
+    return re.search(r'__version__ = "(.*)"', text)[1] + (f"+{local}" if local else "")
+
+
+def readme() -> str:
+    """README.md for an index page, where relative links lead nowhere."""
+    text = Path(__file__).with_name("README.md").read_text()
+    home = os.environ.get("DREAMLIP_REPOSITORY")
+    return re.sub(r"\]\((?![a-z]+:|#)", f"]({home.rstrip('/')}/", text) if home else text
 
 
 def tell(message: str) -> None:
@@ -65,6 +82,9 @@ def extension() -> dict:
 
 
 setup(
+    version=version(),
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["dreamlip_kernels*", "dreamlip_train*"]), "dreamlip_kernels.csrc"],
     package_dir={"dreamlip_kernels.csrc": "csrc"},
     package_data={"dreamlip_kernels": ["py.typed"], "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"]},

@@ -21,7 +21,11 @@ NEEDS = {
 
 def losses(words: list[str], tmp_path: Path) -> list[float]:
     """Run an example in an empty folder; the losses it prints."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "EXAMPLE_FOLDER": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "EXAMPLE_FOLDER": str(tmp_path / "data"),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [float(value) for value in re.findall(r"(?:step +\d+ +loss|\bLoss:) ([\d.]+)", done.stdout + done.stderr)]

@@ -1,0 +1,93 @@
+"""The kernels' tests under every version that the metadata promises: ``python release/matrix.py [--torch 2.6 ...]``.
+
+For each Python that this machine has (3.11 and newer), each torch and each numpy that goes with it: an environment of
+its own under build/matrix, the package built into it, ``pytest tests/kernels``. Prints a Markdown table (docs/versions.md).
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+TORCHES = ("2.6", "2.8", "2.10", "newest")
+NUMPY = {"2.6": "1.26.*"}  # the oldest torch with the oldest numpy; later ones with numpy 2
+TESTS = ["test_contrastive.py", "test_grouping.py", "test_losses.py", "test_sigmoid.py", "test_reference.py"]
+TESTS += ["test_dispatch.py", "test_distributed.py", "test_extension.py", "test_grouping_triton.py"]
+
+
+def interpreters(wanted: list[str]) -> dict[str, str]:
+    """The path of each wanted Python that is here."""
+    paths = {version: shutil.which(f"python{version}") for version in wanted}
+    for version in paths:  # pyenv's shims are on the path also where the version is not chosen
+        if paths[version] and subprocess.run([paths[version], "--version"], capture_output=True).returncode != 0:
+            paths[version] = None
+    return {version: path for version, path in paths.items() if path}
+
+
+def run(words: list[str], log: Path, **options) -> bool:
+    """Whether a command succeeded; what it printed is added to ``log``."""
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(map(str, words))}\n")
+        file.flush()
+        return subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, **options).returncode == 0
+
+
+def try_versions(python: str, path: str, torch: str) -> str:
+    """One cell of the table."""
+    folder = ROOT / "build" / "matrix" / f"py{python}-torch{torch}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    log, binary = folder / "log.txt", folder / "env" / "bin" / "python"
+    numpy = NUMPY.get(torch, "2.*,<2.4")
+    pinned = "torch" if torch == "newest" else f"torch=={torch}.*"
+    steps = [
+        ([path, "-m", "venv", folder / "env"], "no environment"),
+        (
+            [binary, "-m", "pip", "install", "-q", pinned, f"numpy=={numpy}", "ninja", "setuptools>=77", "wheel"],
+            "no torch",
+        ),
+        ([binary, "-m", "pip", "install", "-q", "pytest", "pytest-timeout", "pytest-xdist"], "no pytest"),
+        ([binary, "-m", "pip", "install", "-q", "--no-build-isolation", "."], "does not build"),
+    ]
+    environment = os.environ | {"DREAMLIP_NO_CUDA": "1", "DREAMLIP_REQUIRE_EXTENSION": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    for words, failure in steps:
+        if not run(words, log, env=environment):
+            return f"{failure} ({log.relative_to(ROOT)})"
+    tests = [f"tests/kernels/{name}" for name in TESTS if (ROOT / "tests" / "kernels" / name).exists()]
+    # The installed package is tested, not the checkout: no "." on the path.
+    passed = run(
+        [binary, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=tests/support", *tests],
+        log,
+        env=environment,
+    )
+    shutil.rmtree(folder / "env")
+    last = log.read_text().strip().splitlines()[-1]
+    return last if passed else f"FAILED: {last} ({log.relative_to(ROOT)})"
+
+
+def main() -> None:
+    """Parse the arguments, try them all, print the table; exit with 1 where one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", nargs="+", default=list(PYTHONS))
+    parser.add_argument("--torch", nargs="+", default=list(TORCHES))
+    options = parser.parse_args()
+    here = interpreters(options.python)
+    if not here:
+        parser.exit(1, f"matrix: none of Python {', '.join(options.python)} is on the path\n")
+    print("| Python | torch | numpy | result |\n|---|---|---|---|")
+    failed = False
+    for python, path in here.items():
+        for torch in options.torch:
+            result = try_versions(python, path, torch)
+            failed |= "passed" not in result or result.startswith("FAILED")
+            print(f"| {python} | {torch} | {NUMPY.get(torch, '2')} | {result} |", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
