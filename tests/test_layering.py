@@ -16,7 +16,7 @@ LAYERS = {
         "reference": "",
         "backends": "version",
         "ops": "backends checks numerics",
-        "distributed": "ops numerics",
+        "distributed": "backends ops numerics",
         "contrastive": "backends checks distributed",
         "sigmoid": "ops checks distributed",
         "grouping": "backends ops checks distributed numerics",

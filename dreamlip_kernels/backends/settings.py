@@ -1,12 +1,13 @@
-"""What a program may set once for all calls of the Triton backend: how much memory it works in, and how float32 features are computed with."""
+"""What a program may set once for all calls: how much memory the ops work in, and how float32 features are multiplied."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-_FLOAT32 = ("fp16", "torch")
+_FLOAT32 = ("torch", "fp16")
 _SMALLEST_WORKSPACE = 2**20
 
 
@@ -15,26 +16,24 @@ class Settings:
     """The values in force; change them with ``configure``."""
 
     workspace_bytes: int = 2**29
-    float32: str = "fp16"
-
-    @property
-    def exact_float32(self) -> bool:
-        """Whether float32 features are multiplied as float32."""
-        return self.float32 == "torch" and torch.get_float32_matmul_precision() == "highest"
+    float32: str = "torch"
 
 
 settings = Settings()
 
 
 def configure(*, workspace_bytes: int | None = None, float32: str | None = None) -> None:
-    """Set what the Triton backend of ``bidirectional_logsumexp`` (and the losses on it) does from now on; what is not named stays.
+    """Set what ``bidirectional_logsumexp`` (and the losses on it) does from now on; what is not named stays.
 
     Args:
-        workspace_bytes: bound of the partial sums forward and of the chunk of gradient coefficients backward; 512 MB at the start. Less memory is more, smaller
-            matrix products.
-        float32: how float32 features are computed with. "fp16" (at the start): rounded to float16 after a power-of-two scaling, sums in float32; of unit
-            vectors that is an error of about 2^-11 of a logit, as TF32's. "torch": as ``torch.get_float32_matmul_precision()`` says, each product as
-            three TF32 ones where it is "highest" (nearly float32's own error, at less than a third of the speed), as "fp16" otherwise.
+        workspace_bytes: bound of what forward keeps of the pairs for backward (torch backend, on a CPU), of the partial
+            sums forward and of the chunk of gradient coefficients backward (Triton backend); 512 MB at the start. Less
+            memory is more, smaller matrix products.
+        float32: how the Triton backend multiplies float32 features. "torch" (at the start): as
+            ``torch.get_float32_matmul_precision()`` says. At "highest" each product is three TF32 ones, with nearly
+            float32's own error, at less than a third of the speed; at "high" and "medium", and under autocast, they are
+            rounded to float16 after a power-of-two scaling, with sums in float32: of unit vectors that is an error of
+            about 2^-11 of a logit, as TF32's. "fp16": always the latter.
 
     Raises:
         ValueError: a value is not one of these.
@@ -49,3 +48,18 @@ def configure(*, workspace_bytes: int | None = None, float32: str | None = None)
         settings.workspace_bytes = int(workspace_bytes)
     if float32 is not None:
         settings.float32 = float32
+
+
+def float32_products(x: Tensor) -> str:
+    """How 16-bit kernels multiply features like ``x``, should they be float32: "tf32x3" or "fp16".
+
+    Asked where the op is called: its backward runs outside autocast and must multiply as its forward did.
+    """
+    if settings.float32 == "fp16" or torch.is_autocast_enabled(x.device.type):
+        return "fp16"
+    return "tf32x3" if _matmul_precision() == "highest" else "fp16"
+
+
+@torch.compiler.assume_constant_result  # torch.compile does not trace the question
+def _matmul_precision() -> str:
+    return torch.get_float32_matmul_precision()

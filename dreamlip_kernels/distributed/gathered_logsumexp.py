@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.logsumexp import logsumexp_backward_op, logsumexp_op
+from ..backends.settings import float32_products
+from ..ops.logsumexp import logsumexp, logsumexp_backward_op, logsumexp_op
 from .collectives import Group, rank_and_size, reduce_scatter_logsumexp
 
 # Backward goes in so many stretches where each still has rows enough to fill a device.
@@ -24,7 +25,7 @@ def gathered_logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """row [K, n] of this rank's x [n, D] over the world's columns, col [K, n] of its y [K, n, D] over the world's rows, and the logits pos [K, n] of (j, j)."""
     if rank_and_size(group)[1] == 1:
-        return logsumexp_op(x, y, scale, None, y_mask, True, backend)
+        return logsumexp(x, y, scale, None, y_mask, paired=True, backend=backend)
     row, col, pos = _GatheredLogsumexp.apply(x, y, scale, y_mask, backend, group)
     return reduce_scatter_logsumexp(row, group), col, pos
 
@@ -38,22 +39,23 @@ class _GatheredLogsumexp(torch.autograd.Function):
         n = x.shape[0]
         everyone = x.new_empty(world * n, *x.shape[1:])
         travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=group, async_op=True)
-        row_own, col, pos = logsumexp_op(x, y, scale, None, y_mask, True, backend)
+        keep, float32 = False, float32_products(x)
+        row_own, col, pos, _ = logsumexp_op(x, y, scale, None, y_mask, True, keep, float32, backend)
         travelling.wait()
         rows = [row_own]
         for before, part in ((True, everyone[: rank * n]), (False, everyone[(rank + 1) * n :])):
             if len(part):
-                row_part, col_part, _ = logsumexp_op(part, y, scale, None, y_mask, False, backend)
+                row_part, col_part, *_ = logsumexp_op(part, y, scale, None, y_mask, False, keep, float32, backend)
                 rows.insert(0, row_part) if before else rows.append(row_part)
                 col = torch.logaddexp(col, col_part)
         row = torch.cat(rows, dim=1)
-        ctx.save_for_backward(everyone, y, scale, y_mask, row, col)
-        ctx.backend, ctx.group = backend, group
+        ctx.save_for_backward(everyone, y, scale, y_mask, row, col, pos)
+        ctx.backend, ctx.group, ctx.float32 = backend, group, float32
         return row, col, pos
 
     @staticmethod
     def backward(ctx, d_row: Tensor, d_col: Tensor, d_pos: Tensor):
-        everyone, y, scale, y_mask, row, col = ctx.saved_tensors
+        everyone, y, scale, y_mask, row, col, pos = ctx.saved_tensors
         rank, world = rank_and_size(ctx.group)
         total, k = len(everyone), len(y)
         n = total // world
@@ -77,10 +79,15 @@ class _GatheredLogsumexp(torch.autograd.Function):
                 y_mask,
                 row_part,
                 col,
+                pos,
+                None,
                 d_row_part,
                 d_col,
                 d_pos_part,
                 rank * stretch - start,
+                True,
+                True,
+                ctx.float32,
                 ctx.backend,
                 True,
             )

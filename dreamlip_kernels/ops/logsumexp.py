@@ -1,4 +1,4 @@
-"""The primitive under every contrastive loss here, the bidirectional log-sum-exp (docs/math.md section 1), and its torch backend.
+"""The primitive under every contrastive loss here, the bidirectional log-sum-exp (docs/math.md section 1), and its registered ops.
 
 M rows, C columns, K slots, D width.
 """
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
+from ..backends.settings import float32_products, settings
 from ..checks import as_scale, check_features, check_mask
 from ..numerics import accumulate_dtype
-from .paired_dot import paired_dot, paired_slices
-from .tiles import tiles
+from . import logsumexp_torch
+from .rectangle import Rectangle, Upstream
 
 
 def bidirectional_logsumexp(
@@ -49,34 +50,70 @@ def bidirectional_logsumexp(
     check_mask(fn, "x_mask", x_mask, x.shape[:1], x)
     (m, d), (k, c, _) = x.shape, y.shape
     chosen = dispatch.select(fn, x, backend, M=m, C=c, K=k, D=d)
-    row, col, _ = logsumexp_op(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, False, chosen)
+    row, col, _ = logsumexp(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, paired=False, backend=chosen)
     return row, col
 
 
-# --- registered ops -------------------------------------------------------------------------------------------------------
+def logsumexp(
+    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, *, paired: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row, col and pos of ``logsumexp_op``, differentiable; arguments are checked already."""
+    keep = backend == "torch" and _keeps_pairs(x, y, scale)
+    row, col, pos, _ = logsumexp_op(x, y, scale, x_mask, y_mask, paired, keep, float32_products(x), backend)
+    return row, col, pos
+
+
+def _keeps_pairs(x: Tensor, y: Tensor, scale: Tensor) -> bool:
+    """Whether forward keeps exp(z - offset) of all pairs for backward: one product less, where they fit the workspace.
+
+    On CPUs, where it was measured. On CUDA each elementwise operation of the torch backend is a pass over memory, and
+    keeping the pairs adds as many passes as the product that it saves is worth.
+    """
+    if x.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    pairs = x.shape[0] * y.shape[0] * y.shape[1]
+    needed = x.requires_grad or y.requires_grad or scale.requires_grad
+    return needed and pairs * scale.element_size() <= settings.workspace_bytes
+
+
+# --- registered ops ---------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("dreamlip_kernels::bidirectional_logsumexp", mutates_args=())
 def logsumexp_op(
-    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, paired: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """row, col, and with ``paired`` the positives' logits pos [K, C], those of the pairs (j, j), computed as the sums that contain them; else [0, 0].
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    paired: bool,
+    keep: bool,
+    float32: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row [K, M], col [K, C]; with ``paired`` the positives' logits pos [K, C], of the pairs (j, j), else [0, 0]; and what ``keep`` keeps.
 
-    One op for all three: a positive's gradient and its share of the softmax's, which nearly cancel late in training, are added in float32 before anything
-    is rounded, and no second dy [K, C, D] waits for its sum with the first.
+    One op for all of them: a positive's gradient and its share of the softmax's, which nearly cancel late in training,
+    are added in float32 before anything is rounded, and no second dy [K, C, D] waits for its sum with the first.
+
+    Args:
+        keep: forward may keep [K, M, C] of the pairs for backward, else [0, 0, 0] (a backend may always return that).
+        float32: how 16-bit kernels multiply float32 features, "fp16" or "tf32x3".
     """
+    rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
     with torch.autocast(x.device.type, enabled=False):
-        return _FORWARD[backend](x, y, scale, x_mask, y_mask, paired)
+        return _FORWARD[backend](rectangle, paired, keep)
 
 
 @logsumexp_op.register_fake
-def _(x, y, scale, x_mask, y_mask, paired, backend):
+def _(x, y, scale, x_mask, y_mask, paired, keep, float32, backend):
     k, c, _ = y.shape
-    dtype = accumulate_dtype(x)
+    m, dtype = x.shape[0], accumulate_dtype(x)
     return (
-        x.new_empty(k, x.shape[0], dtype=dtype),
+        x.new_empty(k, m, dtype=dtype),
         x.new_empty(k, c, dtype=dtype),
         x.new_empty((k, c) if paired else (0, 0), dtype=dtype),
+        x.new_empty((k, m, c) if keep else (0, 0, 0), dtype=dtype),
     )
 
 
@@ -89,107 +126,111 @@ def logsumexp_backward_op(
     y_mask: Tensor | None,
     row: Tensor,
     col: Tensor,
+    pos: Tensor | None,
+    kept: Tensor | None,
     d_row: Tensor,
     d_col: Tensor,
     d_pos: Tensor | None,
     diagonal: int,
+    needs_x: bool,
+    needs_y: bool,
+    float32: str,
     backend: str,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dy (strided as y) and dscale. With d_pos [K, C] the pairs (diagonal + j, j), as far as there are such rows, are positives with that upstream.
+    """dx, dy (strided as y) and dscale; ``Upstream`` says what the gradients are of.
 
-    ``wide`` leaves dx and dy in the dtype they were summed in, for a caller that sums on.
+    A side that needs no gradient costs nothing and comes back without an element. ``wide`` leaves dx and dy in the dtype
+    they were summed in, for a caller that sums on.
     """
+    rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
+    upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, kept)
+    dtype = accumulate_dtype(x) if wide else x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        dtype = accumulate_dtype(x) if wide else x.dtype
-        return _BACKWARD[backend](x, y, scale, x_mask, y_mask, row, col, d_row, d_col, d_pos, diagonal, dtype)
+        return _BACKWARD[backend](rectangle, upstream, needs_x, needs_y, dtype)
 
 
 @logsumexp_backward_op.register_fake
-def _(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, d_pos, diagonal, backend, wide):
+def _(
+    x,
+    y,
+    scale,
+    x_mask,
+    y_mask,
+    row,
+    col,
+    pos,
+    kept,
+    d_row,
+    d_col,
+    d_pos,
+    diagonal,
+    needs_x,
+    needs_y,
+    float32,
+    backend,
+    wide,
+):
     dtype = accumulate_dtype(x) if wide else x.dtype
-    return x.new_empty(x.shape, dtype=dtype), torch.empty_like(y, dtype=dtype), torch.empty_like(scale)
+    return (
+        x.new_empty(x.shape if needs_x else 0, dtype=dtype),
+        torch.empty_like(y, dtype=dtype) if needs_y else y.new_empty(0, dtype=dtype),
+        torch.empty_like(scale),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, scale, x_mask, y_mask, ctx.paired, ctx.backend = inputs
-    ctx.save_for_backward(x, y, scale, x_mask, y_mask, *output[:2])
+    x, y, scale, x_mask, y_mask, ctx.paired, ctx.keep, ctx.float32, ctx.backend = inputs
+    row, col, pos, kept = output
+    ctx.set_materialize_grads(False)  # of the pairs kept, a gradient of zeros would be as large as they are
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(x, y, scale, x_mask, y_mask, row, col, pos, kept)
 
 
-def _backward(ctx, d_row, d_col, d_pos):
+def _backward(ctx, d_row, d_col, d_pos, _):
+    x, y, scale, x_mask, y_mask, row, col, pos, kept = ctx.saved_tensors
+    d_row = torch.zeros_like(row) if d_row is None else d_row
+    d_col = torch.zeros_like(col) if d_col is None else d_col
+    needs_x, needs_y, needs_scale = ctx.needs_input_grad[:3]
     dx, dy, dscale = logsumexp_backward_op(
-        *ctx.saved_tensors, d_row, d_col, d_pos if ctx.paired else None, 0, ctx.backend, False
+        x,
+        y,
+        scale,
+        x_mask,
+        y_mask,
+        row,
+        col,
+        pos,
+        kept if ctx.keep else None,
+        d_row,
+        d_col,
+        d_pos if ctx.paired else None,
+        0,
+        needs_x,
+        needs_y,
+        ctx.float32,
+        ctx.backend,
+        False,
     )
-    return dx, dy, dscale, None, None, None, None
+    return dx if needs_x else None, dy if needs_y else None, dscale if needs_scale else None, *[None] * 6
 
 
 logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- torch backend: one tile of logits at a time, true maxima ---------------------------------------------------------------
-
-
-def _logits(
-    x_scaled: Tensor, y: Tensor, rows: slice, cols: slice, x_mask: Tensor | None, y_mask: Tensor | None
-) -> Tensor:
-    z = x_scaled[rows] @ y[cols].to(x_scaled.dtype).T
-    if y_mask is not None:
-        z.masked_fill_(~y_mask[None, cols], -torch.inf)
-    if x_mask is not None:
-        z.masked_fill_(~x_mask[rows, None], -torch.inf)
-    return z
-
-
-def _forward_torch(x, y, scale, x_mask, y_mask, paired):
-    x_scaled = x.to(scale.dtype) * scale
-    row = x_scaled.new_full((y.shape[0], x.shape[0]), -torch.inf)
-    col = x_scaled.new_full(y.shape[:2], -torch.inf)
-    for k in range(y.shape[0]):
-        for rows, cols in tiles(x.shape[0], y.shape[1], x.device):
-            z = _logits(x_scaled, y[k], rows, cols, x_mask, None if y_mask is None else y_mask[k])
-            row[k, rows] = torch.logaddexp(row[k, rows], z.logsumexp(1))
-            col[k, cols] = torch.logaddexp(col[k, cols], z.logsumexp(0))
-    return row, col, paired_dot(x_scaled, y) if paired else x_scaled.new_empty(0, 0)
-
-
-def _backward_torch(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, d_pos, diagonal, dtype):
-    x_wide = x.to(scale.dtype)
-    x_scaled = x_wide * scale
-    dx = torch.zeros_like(x_wide)
-    dy = torch.empty_like(y, dtype=dtype)
-    # A row or column without a logit has no gradient: exp(z - inf) is 0, and its upstream may be anything.
-    d_row, row = torch.where(torch.isneginf(row), 0, d_row), row.masked_fill(torch.isneginf(row), torch.inf)
-    d_col, col = torch.where(torch.isneginf(col), 0, d_col), col.masked_fill(torch.isneginf(col), torch.inf)
-    for k in range(y.shape[0]):
-        dy_k = torch.zeros_like(y[k], dtype=scale.dtype)
-        for rows, cols in tiles(x.shape[0], y.shape[1], x.device):
-            z = _logits(x_scaled, y[k], rows, cols, x_mask, None if y_mask is None else y_mask[k])
-            g = (z - row[k, rows, None]).exp_().mul_(d_row[k, rows, None])
-            g.add_(z.sub_(col[k, None, cols]).exp_().mul_(d_col[k, None, cols]))
-            dx[rows].addmm_(g, y[k, cols].to(g.dtype))
-            dy_k[cols].addmm_(g.T, x_wide[rows])
-        if d_pos is not None:
-            rows, cols = paired_slices(x.shape[0], y.shape[1], diagonal)
-            dx[rows].addcmul_(d_pos[k, cols, None], y[k, cols])
-            dy_k[cols].addcmul_(d_pos[k, cols, None], x_wide[rows])
-        dy[k] = dy_k.mul_(scale)
-    dscale = (x_wide * dx).sum(dtype=torch.float64).to(scale.dtype)
-    return dx.mul_(scale).to(dtype), dy, dscale
-
-
-def _forward_triton(*arguments):
+def _forward_triton(rectangle, paired, keep):
     from . import logsumexp_triton
 
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, which need not be theirs
-        return logsumexp_triton.forward(*arguments)
+    with torch.cuda.device_of(rectangle.x):  # Triton launches on the current device, which need not be theirs
+        return logsumexp_triton.forward(rectangle, paired, keep)
 
 
-def _backward_triton(*arguments):
+def _backward_triton(rectangle, *arguments):
     from . import logsumexp_triton
 
-    with torch.cuda.device_of(arguments[0]):
-        return logsumexp_triton.backward(*arguments)
+    with torch.cuda.device_of(rectangle.x):
+        return logsumexp_triton.backward(rectangle, *arguments)
 
 
-_FORWARD = {"torch": _forward_torch, "triton": _forward_triton}
-_BACKWARD = {"torch": _backward_torch, "triton": _backward_triton}
+_FORWARD = {"torch": logsumexp_torch.forward, "triton": _forward_triton}
+_BACKWARD = {"torch": logsumexp_torch.backward, "triton": _backward_triton}

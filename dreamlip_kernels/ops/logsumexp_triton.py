@@ -20,9 +20,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..backends.settings import settings
+from .dense import dense
 from .logsumexp_kernels import exp_sums, gradient_tile, online_rows
 from .logsumexp_tiles import INTERPRETED, ONLINE, Blocks, blocks_for
-from .paired_dot import paired_dot, paired_slices
+from .rectangle import Rectangle, Upstream, paired_slices
 
 LOG2E = 1.4426950408889634
 HEADROOM = 106.0  # binary exponent of the largest possible term of a sum
@@ -34,8 +35,8 @@ GRADIENT_EXPONENT = 14  # |G| is scaled up to 2^14: float16 then holds it normal
 class Operands:
     """x and y as the kernels read them, D padded to TMA's 16 bytes: 16-bit, with the factors that undo float16's power-of-two scaling, or float32."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None):
-        wide = x.dtype == torch.float32 and settings.exact_float32
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, float32: str):
+        wide = x.dtype == torch.float32 and float32 == "tf32x3"
         self.x, self.x_unit = (_aligned(x), x.new_ones(())) if wide else _sixteen_bit(x, x_mask)
         self.y, self.y_unit = (_aligned(y), y.new_ones(())) if wide else _sixteen_bit(y, y_mask)
         self.precision = "tf32x3" if wide else "tf32"  # the latter has no meaning for 16-bit operands
@@ -94,16 +95,16 @@ def _aligned(v: Tensor) -> Tensor:
     return padded
 
 
-def forward(
-    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, paired: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, M], col [K, C] and, with ``paired``, the logits of the pairs (j, j) [K, C], of the operands as the sums have them; float32."""
+    x, y, scale, float32 = rectangle.x, rectangle.y, rectangle.scale, rectangle.float32
+    x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
     m, (k, c, _) = x.shape[0], y.shape
+    kept = x.new_empty((k, m, c) if keep else (0, 0, 0), dtype=torch.float32)
     if m == 0 or c == 0 or k == 0:
         row, col = (x.new_full((k, n), -torch.inf, dtype=torch.float32) for n in (m, c))
-        return row, col, x.new_empty((k, c) if paired else (0, 0), dtype=torch.float32)
-    y_mask = None if y_mask is None else y_mask.contiguous()
-    operands = Operands(x, y, scale, x_mask, y_mask)
+        return row, col, x.new_empty((k, c) if paired else (0, 0), dtype=torch.float32), kept
+    operands = Operands(x, y, scale, x_mask, y_mask, float32)
     row_sum, col_sum = _sums(operands, x_mask, y_mask)
     flag = _out_of_range(row_sum, x_mask) | _out_of_range(col_sum, y_mask)
     offset = operands.slope_and_offset[1]
@@ -115,7 +116,12 @@ def forward(
         if paired
         else row.new_empty(0, 0)
     )
-    return row, col, pos
+    return row, col, pos, kept
+
+
+def paired_dot(x: Tensor, y: Tensor) -> Tensor:
+    """``torch.einsum("cd,kcd->kc", x.float(), y.float())``, a slot at a time."""
+    return torch.stack([torch.sum(x.float() * slot, dim=-1) for slot in y])
 
 
 def _out_of_range(sums: Tensor, mask: Tensor | None) -> Tensor:
@@ -174,15 +180,17 @@ def _online(
 
 
 def backward(
-    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None,
-    row: Tensor, col: Tensor, d_row: Tensor, d_col: Tensor, d_pos: Tensor | None, diagonal: int, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy in ``dtype`` and dscale. With d_pos [K, C] the pairs (diagonal + j, j) are positives: kept out of the rounded G and added in float32."""
+    x, y, scale, float32 = rectangle.x, rectangle.y, rectangle.scale, rectangle.float32
+    x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
+    row, col, d_row, d_col = upstream.row, upstream.col, upstream.d_row, upstream.d_col
+    d_pos, diagonal = upstream.d_pos, upstream.diagonal
     (m, d), (k, c, _) = x.shape, y.shape
     if m == 0 or c == 0 or k == 0:
         return x.new_zeros(x.shape, dtype=dtype), torch.zeros_like(y, dtype=dtype), torch.zeros_like(scale)
-    y_mask = None if y_mask is None else y_mask.contiguous()
-    operands = Operands(x, y, scale, x_mask, y_mask)
+    operands = Operands(x, y, scale, x_mask, y_mask, float32)
     slope, offset = operands.slope_and_offset
     a = torch.where(torch.isneginf(row), 0, d_row)
     b = torch.where(torch.isneginf(col), 0, d_col)
@@ -234,7 +242,8 @@ def backward(
     if apart:
         for slot in range(k):
             dx[own_m].addcmul_(g_own[slot, :, None], y[slot, own_c])
-    return dx.mul_(scale).to(dtype).contiguous(), dy, dscale.to(scale.dtype)
+    dx = dx.mul_(scale).to(dtype).contiguous() if needs_x else dx.new_empty(0, dtype=dtype)
+    return dx, dy if needs_y else dy.new_empty(0), dscale.to(scale.dtype)
 
 
 def _log_out_of_range(lse: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:

@@ -179,7 +179,8 @@ def test_opcheck():
     scale = torch.tensor(3.0, requires_grad=True)
     for mask in (None, y_mask):
         for paired in (False, True):
-            args = (x.clone().requires_grad_(), y.clone().requires_grad_(), scale, None, mask, paired, "torch")
+            inputs = (x.clone().requires_grad_(), y.clone().requires_grad_(), scale)
+            args = (*inputs, None, mask, paired, paired, "fp16", "torch")  # paired once with keep, once without
             torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
 
 

@@ -12,6 +12,12 @@ pytestmark = pytest.mark.gpu
 MODES = [("slot", "mean"), ("all", "mean"), ("all", "logsum")]
 
 
+@pytest.fixture(autouse=True)
+def float32_as_float16(monkeypatch):
+    """float32 features as the kernels' 16-bit code multiplies them, unless a test says otherwise."""
+    monkeypatch.setattr(settings, "float32", "fp16")
+
+
 def inputs_like(n, k, d, dtype, seed=0, scale=50.0):
     """Captions at a cosine of 0.24 to their image, as trained CLIP models have them: surer positives leave a loss that is nothing but rounding."""
     return (*(v.cuda() for v in clip_like(n, k, d, dtype, seed, noise=4.0)), torch.tensor(scale, device="cuda"))
@@ -161,7 +167,17 @@ def test_tensors_need_not_be_on_the_current_device():
 
 def test_opcheck():
     image, text, scale = (v.requires_grad_() for v in inputs_like(64, 2, 32, torch.float32))
-    args = (image, text.detach().transpose(0, 1).contiguous().requires_grad_(), scale, None, None, True, "triton")
+    args = (
+        image,
+        text.detach().transpose(0, 1).contiguous().requires_grad_(),
+        scale,
+        None,
+        None,
+        True,
+        False,
+        "fp16",
+        "triton",
+    )
     torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
 
 

@@ -4,6 +4,7 @@ float32 inputs are computed in float16, so the bar is the oracle on float16-roun
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from numerics import clip_like, value_and_grads
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 from dreamlip_kernels.backends import dispatch
-from dreamlip_kernels.backends.settings import settings
+from dreamlip_kernels.backends.settings import float32_products, settings
 
 pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 
@@ -21,6 +22,12 @@ pytest.importorskip("triton", reason="triton is an optional dependency of the ke
 def where_it_runs():
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device the kernels are compiled; test_contrastive_gpu.py runs them there")
+
+
+@pytest.fixture(autouse=True)
+def float32_as_float16(monkeypatch):
+    """float32 features as the kernels' 16-bit code multiplies them, unless a test says otherwise."""
+    monkeypatch.setattr(settings, "float32", "fp16")
 
 
 # numpy warns of the overflow that raises the flag; that is the case being tested.
@@ -124,12 +131,14 @@ def test_opcheck():
     x, y = clip_like(9, 2, 13)
     x, y, scale = x.requires_grad_(), y.transpose(0, 1).requires_grad_(), torch.tensor(3.0, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, (x, y, scale, None, None, True, "triton")
+        torch.ops.dreamlip_kernels.bidirectional_logsumexp.default,
+        (x, y, scale, None, None, True, False, "fp16", "triton"),
     )
     x, y, scale = x.detach(), y.detach(), scale.detach()
-    sums = (*reference.bidirectional_logsumexp(x, y, scale), *torch.rand(3, 2, 9))
+    sums, upstream = reference.bidirectional_logsumexp(x, y, scale), torch.rand(3, 2, 9)
+    pos = scale * torch.einsum("cd,kcd->kc", x, y)
     for wide in (False, True):
-        args = (x, y, scale, None, None, *sums, 0, "triton", wide)
+        args = (x, y, scale, None, None, *sums, pos, None, *upstream, 0, True, True, "fp16", "triton", wide)
         torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward.default, args)
         dx, dy, _ = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(*args)
         assert dx.is_contiguous() and dy.stride() == y.stride()  # which opcheck does not compare
@@ -195,8 +204,9 @@ def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
     apart = error()
     real = logsumexp._BACKWARD["triton"]
 
-    def together(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, d_pos, diagonal, dtype):
-        dx, dy, dscale = real(x, y, scale, x_mask, y_mask, row, col, d_row, d_col, None, 0, dtype)
+    def together(rectangle, upstream, *options):
+        dx, dy, dscale = real(rectangle, replace(upstream, d_pos=None), *options)
+        x, y, scale, d_pos = rectangle.x, rectangle.y, rectangle.scale, upstream.d_pos
         pull = scale * d_pos[..., None]
         return dx + (pull * y).sum(0), dy + pull * x, dscale + (d_pos[..., None] * x * y).sum()
 
@@ -227,11 +237,14 @@ def test_positives_may_lie_anywhere(diagonal):
             value = value + scale64 * (d_pos[:, there, None] * x64[(diagonal + columns)[there]] * y64[:, there]).sum()
         gold = torch.autograd.grad(value, (x64, y64, scale64))
         for backend, rounding, dtype in (("torch", 1e-12, torch.float64), ("triton", 2**-10, torch.float32)):
-            inputs, sums = ((v.to(dtype) for v in values) for values in ((x, y, scale), (row, col, *upstream)))
+            inputs, sums = ([v.to(dtype) for v in values] for values in ((x, y, scale), (row, col, *upstream)))
             upstream_pos = None if d_pos is None else d_pos.to(dtype)
+            logits = torch.zeros_like(positives).to(dtype)  # of columns without a positive: anything
+            logits[:, there] = (scale * (x[(diagonal + columns)[there]] * y[:, there]).sum(-1)).to(dtype)
             got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(
-                *inputs, None, None, *sums, upstream_pos, diagonal, backend, True
-            )
+                *inputs, None, None, *sums[:2], logits, None, *sums[2:], upstream_pos, diagonal,
+                True, True, "fp16", backend, True,
+            )  # fmt: skip
             for g, expected in zip(got, gold, strict=True):
                 assert (g - expected).abs().max() <= rounding * expected.abs().max(), (backend, d_pos is None)
 
@@ -293,7 +306,7 @@ def test_float32_as_float32(monkeypatch, case):
         torch.testing.assert_close(got.double(), want, atol=4e-6 + 1e-5 * float(want.abs().max()), rtol=0)
     torch.set_float32_matmul_precision("high")
     try:
-        assert not settings.exact_float32
+        assert float32_products(image) == "fp16"
         rough = value_and_grads(op, inputs)
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,229 @@
+"""Torch backend of bidirectional_logsumexp: one tile of logits at a time, on any device and in any dtype.
+
+    forward   z of a tile -> its log-sum-exps over rows and columns, with true maxima -> folded into the totals
+              or, with ``keep``: exp(z - offset) of all pairs is stored, and its plain sums are the totals
+    backward  z of a tile again, or what forward kept -> its gradient g -> dx += g y, dy += g.T x
+
+M rows, C columns, K slots, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .products import accumulate, matmul, multiplies_sixteen_bit
+from .rectangle import Rectangle, Upstream, paired_slices
+from .tiles import tiles
+
+# Kept pairs are exp(z - offset), at most 2^106 for unit vectors; sums within these bounds are right to float32. Others
+# are computed again from true maxima (docs/math.md, section 5).
+LARGEST_TERM, SMALLEST_SUM, LARGEST_SUM = 106 * math.log(2), -82 * math.log(2), 126 * math.log(2)
+GRADIENT_EXPONENT = 13  # 16-bit g is scaled to coefficients below 2^14: a row's and a column's together stay in float16
+
+
+class _Operands:
+    """x and the slots of y as the products take them: 16-bit on CUDA, else in the accumulation dtype. What a mask drops is 0, whatever it held."""
+
+    def __init__(self, rectangle: Rectangle):
+        self.rectangle, self.scale = rectangle, rectangle.scale
+        self.sixteen_bit = multiplies_sixteen_bit(rectangle.x)
+        self.x_dropped, self.y_dropped = (None if v is None else ~v for v in (rectangle.x_mask, rectangle.y_mask))
+        self.x = self._read(rectangle.x, self.x_dropped)
+        self.x_scaled = self.x if self.sixteen_bit else self.x * self.scale
+
+    def _read(self, v: Tensor, dropped: Tensor | None) -> Tensor:
+        v = v if self.sixteen_bit else v.to(self.scale.dtype)
+        return v if dropped is None else v.masked_fill(dropped[:, None], 0)
+
+    def slot(self, k: int) -> Tensor:
+        """y[k], [C, D]."""
+        return self._read(self.rectangle.y[k], None if self.y_dropped is None else self.y_dropped[k])
+
+    def logits(self, y: Tensor, k: int, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
+        """The logits of one tile of slot k, of which ``y`` is what ``slot`` read; -inf where a mask drops the pair."""
+        z = matmul(self.x_scaled[rows], y[cols].T, out)
+        if self.sixteen_bit:  # a scaled x would be rounded once more
+            z.mul_(self.scale)
+        if self.y_dropped is not None:
+            z.masked_fill_(self.y_dropped[k, None, cols], -torch.inf)
+        if self.x_dropped is not None:
+            z.masked_fill_(self.x_dropped[rows, None], -torch.inf)
+        return z
+
+    def without_logits(self) -> tuple[Tensor, Tensor]:
+        """Which rows [K, M] and columns [K, C] a mask leaves without any logit."""
+        m, c, k, _ = self.rectangle.sizes
+        none = self.scale.new_zeros((), dtype=torch.bool)
+        x_dropped = (none if self.x_dropped is None else self.x_dropped).expand(k, m)
+        y_dropped = (none if self.y_dropped is None else self.y_dropped).expand(k, c)
+        return x_dropped | y_dropped.all(1, keepdim=True), y_dropped | x_dropped.all(1, keepdim=True)
+
+
+def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row [K, M], col [K, C], pos [K, C] with ``paired`` else [0, 0], exp(z - offset) [K, M, C] with ``keep`` else [0, 0, 0]."""
+    operands = _Operands(rectangle)
+    kept = operands.scale.new_empty(0, 0, 0)
+    if keep:
+        row, col, kept = _kept_sums(operands)
+    if not keep or not _sums_are_right(operands, row, col):
+        row, col = _tiled_logsumexps(operands)
+    pos = _positives(operands) if paired else row.new_empty(0, 0)
+    return row, col, pos, kept
+
+
+def _tiled_logsumexps(operands: _Operands) -> tuple[Tensor, Tensor]:
+    """row and col from true maxima, one tile at a time."""
+    m, c, slots, _ = operands.rectangle.sizes
+    row = operands.scale.new_full((slots, m), -torch.inf)
+    col = operands.scale.new_full((slots, c), -torch.inf)
+    for k in range(slots):
+        y = operands.slot(k)
+        for rows, cols in tiles(m, c, y.device):
+            z = operands.logits(y, k, rows, cols)
+            row[k, rows] = torch.logaddexp(row[k, rows], z.logsumexp(1))
+            col[k, cols] = torch.logaddexp(col[k, cols], z.logsumexp(0))
+    return row, col
+
+
+def _kept_sums(operands: _Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """row, col and the exp(z - offset) whose sums they are; for ``_sums_are_right`` to judge."""
+    m, c, slots, _ = operands.rectangle.sizes
+    kept = operands.scale.new_empty(slots, m, c)
+    row_sum, col_sum = operands.scale.new_zeros(slots, m), operands.scale.new_zeros(slots, c)
+    offset = _offset(operands)
+    for k in range(slots):
+        y = operands.slot(k)
+        for rows, cols in tiles(m, c, y.device):
+            z = operands.logits(y, k, rows, cols, out=kept[k, rows, cols])
+            e = (z.sub_(offset) if offset else z).exp_()
+            row_sum[k, rows] += e.sum(1)
+            col_sum[k, cols] += e.sum(0)
+    return row_sum.log_().add_(offset), col_sum.log_().add_(offset), kept
+
+
+def _offset(operands: _Operands) -> float:
+    """The offset nearest 0 at which no term of unit vectors is too large and, at a scale up to 65, no sum too small."""
+    bound = abs(float(operands.scale))
+    return max(bound - LARGEST_TERM, min(0.0, -SMALLEST_SUM - bound))
+
+
+def _sums_are_right(operands: _Operands, row: Tensor, col: Tensor) -> bool:
+    """Whether plain sums of exp(z - offset) give these log-sum-exps: each is well inside the range, or without a logit."""
+    for logsumexp, empty in zip((row, col), operands.without_logits(), strict=True):
+        log_sum = logsumexp - _offset(operands)
+        if not (((log_sum >= SMALLEST_SUM) & (log_sum <= LARGEST_SUM)) | empty).all():  # NaN is not
+            return False
+    return True
+
+
+def _positives(operands: _Operands) -> Tensor:
+    """The logits [K, C] of the pairs (j, j)."""
+    wide = operands.scale.dtype
+    x = operands.x.to(wide) * operands.scale
+    return torch.stack([torch.sum(x * operands.slot(k), dim=-1) for k in range(operands.rectangle.sizes[2])])
+
+
+class _Gradient:
+    """g = d_row exp(z - row) + d_col exp(z - col), a tile at a time, with what comes down to the positives added in float32.
+
+    Where products are 16-bit, g is in units of ``unit`` and without its positives, whose whole gradient ``own`` gathers.
+    """
+
+    def __init__(self, operands: _Operands, upstream: Upstream):
+        self.operands, self.diagonal = operands, upstream.diagonal
+        # A row or column without a logit has no gradient: exp(z - inf) is 0, and its upstream may be anything.
+        empty_row, empty_col = torch.isneginf(upstream.row), torch.isneginf(upstream.col)
+        self.a, self.row = upstream.d_row.masked_fill(empty_row, 0), upstream.row.masked_fill(empty_row, torch.inf)
+        self.b, self.col = upstream.d_col.masked_fill(empty_col, 0), upstream.col.masked_fill(empty_col, torch.inf)
+        self.kept = upstream.kept
+        if self.kept is not None and not _sums_are_right(operands, upstream.row, upstream.col):
+            self.kept = None
+        if self.kept is not None:  # as coefficients of exp(z - offset)
+            offset = _offset(operands)
+            self.a, self.b = self.a * (offset - self.row).exp(), self.b * (offset - self.col).exp()
+        self.d_pos = None if upstream.d_pos is None else self._of_kept_pairs(upstream.d_pos)
+        self.unit = self.own = None
+        if operands.sixteen_bit:
+            largest = torch.maximum(self.a.abs().amax(), self.b.abs().amax())
+            self.unit = torch.exp2(torch.floor(torch.log2(largest)) - GRADIENT_EXPONENT).where(largest > 0, 1)
+            self.own = None if self.d_pos is None else torch.zeros_like(self.d_pos)
+
+    def _of_kept_pairs(self, d_pos: Tensor) -> Tensor:
+        """d_pos [K, C], 0 where a mask drops a pair's row or column."""
+        x_dropped, y_dropped = self.operands.x_dropped, self.operands.y_dropped
+        if y_dropped is not None:
+            d_pos = d_pos.masked_fill(y_dropped, 0)
+        if x_dropped is not None:
+            m, c, _, _ = self.operands.rectangle.sizes
+            rows, cols = paired_slices(m, c, self.diagonal)
+            dropped = x_dropped.new_zeros(c)
+            dropped[cols] = x_dropped[rows]
+            d_pos = d_pos.masked_fill(dropped, 0)
+        return d_pos
+
+    def tile(self, y: Tensor, k: int, rows: slice, cols: slice) -> Tensor:
+        """g of one tile of slot k, of which ``y`` is what ``slot`` read."""
+        if self.kept is not None:
+            g = (self.a[k, rows, None] + self.b[k, None, cols]).mul_(self.kept[k, rows, cols])
+        else:
+            z = self.operands.logits(y, k, rows, cols)
+            g = (z - self.row[k, rows, None]).exp_().mul_(self.a[k, rows, None])
+            g.add_(z.sub_(self.col[k, None, cols]).exp_().mul_(self.b[k, None, cols]))
+        if self.d_pos is not None:
+            self._add_positives(g, k, rows, cols)
+        return g if self.unit is None else (g / self.unit).to(self.operands.x.dtype)
+
+    def _add_positives(self, g: Tensor, k: int, rows: slice, cols: slice) -> None:
+        """The tile's pairs (diagonal + j, j) take d_pos; those of 16-bit products leave g for ``own``."""
+        offset = rows.start - cols.start - self.diagonal
+        if not -g.shape[0] < offset < g.shape[1]:
+            return
+        own = torch.diagonal(g, offset=offset)
+        first = cols.start + max(0, offset)
+        own += self.d_pos[k, first : first + len(own)]
+        if self.own is not None:
+            self.own[k, first : first + len(own)] = own
+            own.zero_()
+
+
+def backward(
+    rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M, D], dy (strided as y), each in ``dtype`` or without an element where nobody needs it; and dscale."""
+    operands = _Operands(rectangle)
+    gradient = _Gradient(operands, upstream)
+    (m, c, slots, d), wide = rectangle.sizes, operands.scale.dtype
+    own_rows, own_cols = paired_slices(m, c, upstream.diagonal)
+    through_x = needs_x or not needs_y  # one of the two products gives dscale
+    dx = operands.scale.new_zeros((m, d) if through_x else 0)
+    dy = torch.empty_like(rectangle.y, dtype=dtype) if needs_y else rectangle.y.new_empty(0, dtype=dtype)
+    dscale = operands.scale.new_zeros((), dtype=torch.float64)
+    for k in range(slots):
+        y = operands.slot(k)
+        dy_k = torch.zeros_like(y, dtype=wide) if needs_y else None
+        for rows, cols in tiles(m, c, y.device):
+            g = gradient.tile(y, k, rows, cols)
+            if through_x:
+                accumulate(dx[rows], g, y[cols])
+            if needs_y:
+                accumulate(dy_k[cols], g.T, operands.x[rows])
+        if needs_y:
+            if gradient.unit is not None:
+                dy_k.mul_(gradient.unit)
+            if gradient.own is not None:
+                dy_k[own_cols].addcmul_(gradient.own[k, own_cols, None], operands.x[own_rows])
+            if not through_x:
+                dscale += (y * dy_k).sum(dtype=torch.float64)
+            dy[k] = dy_k.mul_(operands.scale)
+    if through_x:
+        if gradient.unit is not None:
+            dx.mul_(gradient.unit)
+        if gradient.own is not None:
+            for k in range(slots):
+                dx[own_rows].addcmul_(gradient.own[k, own_cols, None], operands.slot(k)[own_cols])
+        dscale = (operands.x * dx).sum(dtype=torch.float64)
+    dx = dx.mul_(operands.scale).to(dtype) if needs_x else rectangle.x.new_empty(0, dtype=dtype)
+    return dx, dy, dscale.to(wide)

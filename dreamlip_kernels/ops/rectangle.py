@@ -1,0 +1,53 @@
+"""What the backends of bidirectional_logsumexp are handed: the rectangle of pairs, and what comes back down to it.
+
+M rows, C columns, K slots, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """The pairs (m, c) of every slot: x [M, D], y [K, C, D], the scale (0-dim, accumulation dtype), masks [M] and [K, C]."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    x_mask: Tensor | None = None
+    y_mask: Tensor | None = None
+    float32: str = "fp16"
+    """How 16-bit kernels multiply float32 features: "fp16" or "tf32x3" (``float32_products``)."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(M, C, K, D)."""
+        return self.x.shape[0], self.y.shape[1], self.y.shape[0], self.x.shape[1]
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Forward's results with their upstream gradients: row and d_row [K, M], col and d_col [K, C].
+
+    With d_pos [K, C] the pairs (diagonal + j, j), as far as there are such rows, are positives with that upstream, and
+    pos [K, C] holds their logits. ``kept`` is what forward kept of the pairs, or None.
+    """
+
+    row: Tensor
+    col: Tensor
+    d_row: Tensor
+    d_col: Tensor
+    pos: Tensor | None = None
+    d_pos: Tensor | None = None
+    diagonal: int = 0
+    kept: Tensor | None = None
+
+
+def paired_slices(m: int, c: int, diagonal: int) -> tuple[slice, slice]:
+    """The rows and the columns of the pairs (diagonal + j, j) that an m x c rectangle has."""
+    first, stop = min(c, max(0, -diagonal)), max(0, min(c, m - diagonal))
+    stop = max(first, stop)
+    return slice(first + diagonal, stop + diagonal), slice(first, stop)
