@@ -51,15 +51,8 @@ def configure(*, workspace_bytes: int | None = None, float32: str | None = None)
 
 
 def float32_products(x: Tensor) -> str:
-    """How 16-bit kernels multiply features like ``x``, should they be float32: "tf32x3" or "fp16".
+    """How 16-bit kernels shall multiply features like ``x``, should they be float32: "fp16", or "torch" as torch says.
 
     Asked where the op is called: its backward runs outside autocast and must multiply as its forward did.
     """
-    if settings.float32 == "fp16" or torch.is_autocast_enabled(x.device.type):
-        return "fp16"
-    return "tf32x3" if _matmul_precision() == "highest" else "fp16"
-
-
-@torch.compiler.assume_constant_result  # torch.compile does not trace the question
-def _matmul_precision() -> str:
-    return torch.get_float32_matmul_precision()
+    return "fp16" if torch.is_autocast_enabled(x.device.type) else settings.float32

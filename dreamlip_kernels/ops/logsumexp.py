@@ -98,7 +98,7 @@ def logsumexp_op(
 
     Args:
         keep: forward may keep [K, M, C] of the pairs for backward, else [0, 0, 0] (a backend may always return that).
-        float32: how 16-bit kernels multiply float32 features, "fp16" or "tf32x3".
+        float32: how 16-bit kernels multiply float32 features, "fp16", or "torch" as its own setting says.
     """
     rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
     with torch.autocast(x.device.type, enabled=False):

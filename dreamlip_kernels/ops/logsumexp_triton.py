@@ -35,8 +35,10 @@ GRADIENT_EXPONENT = 14  # |G| is scaled up to 2^14: float16 then holds it normal
 class Operands:
     """x and y as the kernels read them, D padded to TMA's 16 bytes: 16-bit, with the factors that undo float16's power-of-two scaling, or float32."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, float32: str):
-        wide = x.dtype == torch.float32 and float32 == "tf32x3"
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, exact_float32: bool
+    ):
+        wide = exact_float32
         self.x, self.x_unit = (_aligned(x), x.new_ones(())) if wide else _sixteen_bit(x, x_mask)
         self.y, self.y_unit = (_aligned(y), y.new_ones(())) if wide else _sixteen_bit(y, y_mask)
         self.precision = "tf32x3" if wide else "tf32"  # the latter has no meaning for 16-bit operands
@@ -97,7 +99,7 @@ def _aligned(v: Tensor) -> Tensor:
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, M], col [K, C] and, with ``paired``, the logits of the pairs (j, j) [K, C], of the operands as the sums have them; float32."""
-    x, y, scale, float32 = rectangle.x, rectangle.y, rectangle.scale, rectangle.float32
+    x, y, scale, float32 = rectangle.x, rectangle.y, rectangle.scale, rectangle.exact_float32
     x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
     m, (k, c, _) = x.shape[0], y.shape
     kept = x.new_empty((k, m, c) if keep else (0, 0, 0), dtype=torch.float32)
@@ -183,7 +185,7 @@ def backward(
     rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy in ``dtype`` and dscale. With d_pos [K, C] the pairs (diagonal + j, j) are positives: kept out of the rounded G and added in float32."""
-    x, y, scale, float32 = rectangle.x, rectangle.y, rectangle.scale, rectangle.float32
+    x, y, scale, float32 = rectangle.x, rectangle.y, rectangle.scale, rectangle.exact_float32
     x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
     row, col, d_row, d_col = upstream.row, upstream.col, upstream.d_row, upstream.d_col
     d_pos, diagonal = upstream.d_pos, upstream.diagonal

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +21,13 @@ class Rectangle:
     x_mask: Tensor | None = None
     y_mask: Tensor | None = None
     float32: str = "fp16"
-    """How 16-bit kernels multiply float32 features: "fp16" or "tf32x3" (``float32_products``)."""
+    """How 16-bit kernels multiply float32 features: "fp16", or "torch" as ``torch.get_float32_matmul_precision()`` says."""
+
+    @property
+    def exact_float32(self) -> bool:
+        """Whether features are float32 and each of their products three TF32 ones, nearly float32's own."""
+        follows = self.x.dtype == torch.float32 and self.float32 == "torch"
+        return follows and torch.get_float32_matmul_precision() == "highest"
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

@@ -13,7 +13,8 @@ from numerics import clip_like, value_and_grads
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 from dreamlip_kernels.backends import dispatch
-from dreamlip_kernels.backends.settings import float32_products, settings
+from dreamlip_kernels.backends.settings import settings
+from dreamlip_kernels.ops.rectangle import Rectangle
 
 pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 
@@ -306,7 +307,7 @@ def test_float32_as_float32(monkeypatch, case):
         torch.testing.assert_close(got.double(), want, atol=4e-6 + 1e-5 * float(want.abs().max()), rtol=0)
     torch.set_float32_matmul_precision("high")
     try:
-        assert float32_products(image) == "fp16"
+        assert not Rectangle(image, text, None, float32="torch").exact_float32
         rough = value_and_grads(op, inputs)
     finally:
         torch.set_float32_matmul_precision("highest")
