@@ -1,10 +1,10 @@
-# demo | test | lint | bench | wheels | gpu | gpu-ablate | ablate. Each installs what it needs into .venv from constraints.txt first.
+# demo | test | ptx | lint | bench | wheels | gpu | gpu-ablate | ablate. Each installs what it needs into .venv from constraints.txt first.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks/out
 DEMO := data/demo$(addprefix -,$(DEMO_TRAIN))
 
-.PHONY: demo test test-slow sanitize lint bench wheels gpu gpu-ablate ablate install matrix wheels-release clean
+.PHONY: demo test test-slow ptx sanitize lint bench wheels gpu gpu-ablate ablate install matrix wheels-release clean
 
 install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -27,6 +27,10 @@ test: install
 test-slow: install
 	$(BIN)/python -m pip install -q -c constraints.txt accelerate datasets lightning pandas sentence-transformers  # the integrations extra
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Every kernel's compiled code, executed on the CPU (tests/support/ptx); make test runs a part of it.
+ptx: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels/ptx -m "not gpu"
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each instruction set.
 TORCH = $(shell $(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)")

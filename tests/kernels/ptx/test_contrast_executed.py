@@ -1,0 +1,191 @@
+"""The contrast's compiled code, executed: what the shipped launchers launch on sm_80, 86 and 90, run on a CPU against
+the float64 oracle.
+
+Bounds are relative to the largest value. Sums are float32 sums of products of the operands as they are, so row and col
+are right to a few float32
+roundings; gradients carry one rounding of G to the operands' type.
+float32 features are rounded to float16 first, or multiplied as three TF32 products.
+"""
+
+import itertools
+
+import pytest
+import torch
+from numerics import clip_like, value_and_grads
+from ptx import FIRST_AHEAD, LAST_AHEAD, TOGETHER, UnknownInstruction, device
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import reference
+from dreamlip_kernels.backends.settings import settings
+
+# (dtype, settings.float32): bounds of row and col, of dx and dy, of dscale, which is left over where large terms
+# cancel.
+KINDS = {
+    "bf16": (torch.bfloat16, "fp16", 3e-6, 2**-6, 2**-6),
+    "fp16": (torch.float16, "fp16", 3e-6, 2**-9, 2**-9),
+    "fp32": (torch.float32, "fp16", 2**-10, 2**-9, 2**-8),
+    "tf32x3": (torch.float32, "torch", 3e-6, 3e-5, 3e-5),
+}
+
+
+@pytest.fixture
+def kind(request, monkeypatch):
+    """One of KINDS, with the setting that it needs."""
+    monkeypatch.setattr(settings, "float32", KINDS[request.param][1])
+    return request.param
+
+
+def within(kind, got, gold):
+    """row, col, dx, dy, dscale (or the first of them) are finite where gold is, and as near as KINDS says."""
+    bounds = (*KINDS[kind][2:3] * 2, *KINDS[kind][3:4] * 2, KINDS[kind][4])
+    for name, bound, value, wanted in zip(("row", "col", "dx", "dy", "dscale"), bounds, got, gold, strict=False):
+        value, finite = value.detach().double(), torch.isfinite(wanted)
+        assert torch.equal(value[~finite], wanted[~finite].double()), f"{name}: infinities differ"
+        largest = wanted[finite].abs().max().item()
+        error = (value - wanted)[finite].abs().max().item()
+        assert error <= bound * largest, f"{name}: error {error:.2e} exceeds {bound * largest:.2e} ({largest:.2e})"
+
+
+def check(kind, capability, x, y, scale, schedule=TOGETHER, **masks):
+    def op(x, y, s):
+        return dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks)
+
+    def oracle(x, y, s):
+        return reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))
+
+    with device(capability, schedule=schedule) as launches:
+        got = value_and_grads(op, (x, y, torch.tensor(scale)))
+    within(kind, got, value_and_grads(oracle, [v.double() for v in (x, y, torch.tensor(scale))]))
+    return launches
+
+
+def features(kind, m, c, k, d, seed=0):
+    x, y = clip_like(max(m, c), k, d, KINDS[kind][0], seed)
+    return x[:m], y[:c].transpose(0, 1)
+
+
+def masks_of(m, c, k, which):
+    gen = torch.Generator().manual_seed(1)
+    y_mask, x_mask = torch.rand(c, k, generator=gen).T > 0.4, torch.rand(m, 2, generator=gen)[:, 0] > 0.3
+    return {"none": {}, "x": dict(x_mask=x_mask), "y": dict(y_mask=y_mask), "x, y": dict(x_mask=x_mask, y_mask=y_mask)}[
+        which
+    ]
+
+
+ALL = pytest.mark.ptx
+
+
+def cases(fixed, *lists):
+    """The product of the lists; those in ``fixed`` run by default, the others in `make ptx`."""
+    return [pytest.param(*case, marks=[] if case in fixed else ALL) for case in itertools.product(*lists)]
+
+
+@pytest.mark.parametrize(
+    "kind, capability, which",
+    cases(
+        {("bf16", 80, "x, y"), ("fp16", 90, "none"), ("bf16", 90, "y"), ("tf32x3", 90, "x, y")},
+        KINDS,
+        (80, 86, 90),
+        ("none", "x", "y", "x, y"),
+    ),
+    indirect=["kind"],
+)
+def test_ragged_edges(kind, capability, which):
+    """Two slots of 112 x 144, width 80: no tile is full, and there are two of each."""
+    check(kind, capability, *features(kind, 112, 144, 2, 80), 14.3, **masks_of(112, 144, 2, which))
+
+
+@ALL
+@pytest.mark.parametrize(
+    "m, c, k, d",
+    [(1, 1, 1, 8), (3, 7, 2, 8), (128, 128, 1, 64), (130, 257, 3, 13), (64, 128, 1, 512), (40, 70, 1, 768)],
+)
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_shapes(kind, capability, m, c, k, d):
+    check(kind, capability, *features(kind, m, c, k, d), 14.3)
+
+
+# The fixed offset does not hold these sums: the flag sends them to the kernels with running maxima and to the exact
+# gradient.
+@pytest.mark.parametrize(
+    "kind, capability, scale, which",
+    cases({("fp16", 80, 1000.0, "y")}, KINDS, (80, 90), (1000.0, 0.0, -100.0), ("none", "y", "x, y")),
+    indirect=["kind"],
+)
+def test_the_exact_kernels(kind, capability, scale, which):
+    x, y = features(kind, 40, 70, 2, 40)
+    launches = check(kind, capability, x, y, scale, **masks_of(40, 70, 2, which))
+    assert any(launch.executed > 100 for launch in launches if launch.kernel == "online_rows") or scale == -100.0
+
+
+@pytest.mark.parametrize(
+    "kind, capability, schedule",
+    cases({("bf16", 80, LAST_AHEAD), ("bf16", 90, FIRST_AHEAD)}, KINDS, (80, 90), (FIRST_AHEAD, LAST_AHEAD)),
+    indirect=["kind"],
+)
+def test_the_order_of_warps_does_not_matter(kind, capability, schedule):
+    """To the bit: whichever warp runs ahead, barriers hold it where they must."""
+    x, y = features(kind, 70, 40, 1, 48)
+    scale = torch.tensor(14.3)
+
+    def op(x, y, s):
+        return dk.bidirectional_logsumexp(x, y, s, y_mask=masks_of(70, 40, 1, "y")["y_mask"], backend="triton")
+
+    results = []
+    for order in (TOGETHER, schedule):
+        with device(capability, schedule=order):
+            results.append(value_and_grads(op, (x, y, scale)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "kind, capability, diagonal",
+    cases({("bf16", 90, 37)}, KINDS, (80, 90), (0, 37, -50)),
+    indirect=["kind"],
+)
+def test_chunks_and_the_diagonal(kind, capability, diagonal, monkeypatch):
+    """The gradient in chunks of pairs, as of a rectangle between ranks, where the positives lie off the main diagonal
+    and are added in float32.
+    """
+    monkeypatch.setattr(settings, "workspace_bytes", 2**15)
+    m, c, k, d = 200, 150, 2, 40
+    x, y = features(kind, m, c, k, d)
+    scale, masks = torch.tensor(14.3), masks_of(m, c, k, "x, y")
+    z = 14.3 * torch.einsum("md,kcd->kmc", x.double(), y.double())
+    z = z.masked_fill(~masks["y_mask"][:, None], -torch.inf).masked_fill(~masks["x_mask"][None, :, None], -torch.inf)
+    row, col = z.logsumexp(2), z.logsumexp(1)
+    gen = torch.Generator().manual_seed(3)
+    d_row, d_col, d_pos = (torch.randn(k, n, generator=gen) for n in (m, c, c))
+    g = d_row[..., None] * (z - row[..., None]).exp().nan_to_num(0) + d_col[:, None] * (
+        z - col[:, None]
+    ).exp().nan_to_num(0)
+    j = torch.arange(c)[(torch.arange(c) + diagonal >= 0) & (torch.arange(c) + diagonal < m)]
+    g[:, j + diagonal, j] += d_pos[:, j]
+    dx, dy = (14.3 * torch.einsum(f"kmc,{other}", g, v.double()) for other, v in (("kcd->md", y), ("md->kcd", x)))
+    dscale = (x.double() * dx).sum() / 14.3
+    with device(capability) as launches:
+        got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(
+            x,
+            y,
+            scale,
+            masks["x_mask"],
+            masks["y_mask"],
+            row.float(),
+            col.float(),
+            d_row,
+            d_col,
+            d_pos,
+            diagonal,
+            "triton",
+            True,
+        )
+    assert sum(launch.kernel.startswith("gradient") for launch in launches) > 2 * k
+    within(kind, (row, col, *got), (row, col, dx, dy, dscale))
+
+
+def test_another_architecture_says_what_is_unknown():
+    """sm_100 multiplies by tcgen05, which the executor does not know, and says so."""
+    x, y = features("bf16", 40, 40, 1, 64)
+    with pytest.raises(UnknownInstruction, match=r"tcgen05\.\w+.*does not know"), device(100):
+        dk.bidirectional_logsumexp(x, y, 14.3, backend="triton")

@@ -1,0 +1,125 @@
+"""A launch: the kernel's parameters from its arguments, and the grid, a few blocks at a time."""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+# They register what they execute.
+from . import arithmetic, copies, exchange, movement, tensor_copies, tensor_core, warp_group  # noqa: F401
+from .errors import WrongParameters
+from .memory import PARAMETER_WINDOW, GlobalMemory
+from .program import Program, parse
+from .schedule import TOGETHER, Schedule, Scheduler
+from .tensor_copies import TensorMap
+from .wave import WARP, Wave
+
+LANES = 2048  # threads of a wave, about: enough to make numpy's overhead small
+
+
+@cache
+def program(text: str, kernel: str | None = None) -> Program:
+    return parse(text, kernel)
+
+
+def execute(
+    text: str,
+    arguments: list[Any],
+    grid: tuple[int, int, int],
+    *,
+    shared_bytes: int = 0,
+    kernel: str | None = None,
+    threads: int | None = None,
+    names: list[str] | None = None,
+    schedule: Schedule = TOGETHER,
+) -> int:
+    """Runs a kernel's PTX on the memory of tensors, in place.
+
+    Args:
+        text: PTX, of which ``kernel`` is the entry to run.
+        arguments: for each parameter a CPU tensor (its address), TensorMap, int, float, bool, bytes (a struct), or
+        None (a null pointer).
+        grid: blocks in x, y and z.
+        shared_bytes: dynamic shared memory of a block.
+        threads: of a block, where the PTX doesn't say.
+        names: of the arguments, for messages.
+        schedule: the order of warps.
+
+    Returns:
+        How many instructions were executed, each counted once for the threads that executed it together.
+
+    Raises:
+        PtxError: what the kernel did wrong, by its class.
+    """
+    kernel_program = program(text, kernel)
+    names = names or [f"argument {i}" for i in range(len(arguments))]
+    tensors = {
+        name: _extent(value) for name, value in zip(names, arguments, strict=True) if isinstance(value, torch.Tensor)
+    }
+    memory = GlobalMemory(tensors)
+    parameters, places, maps = _parameters(kernel_program, arguments, memory)
+    threads = kernel_program.threads or threads
+    if threads is None or threads % WARP:
+        raise WrongParameters(f"{threads} threads a block, expected a multiple of {WARP}")
+    number = grid[0] * grid[1] * grid[2]
+    step, executed = max(1, LANES // threads), 0
+    with np.errstate(all="ignore"):
+        for first in range(0, number, step):
+            wave = Wave(
+                kernel_program,
+                memory,
+                parameters,
+                places,
+                maps,
+                grid,
+                first,
+                min(step, number - first),
+                threads,
+                shared_bytes,
+            )
+            scheduler = Scheduler(wave, schedule)
+            scheduler.run()
+            executed += scheduler.executed
+    return executed
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and number of bytes between the first and the last element."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr(), 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), (last + 1) * tensor.element_size()
+
+
+def _parameters(kernel: Program, arguments: list[Any], memory: GlobalMemory):
+    """(bytes of the parameter space, place of each parameter in it, tensor maps by the address of their parameter)."""
+    if len(arguments) != len(kernel.parameters):
+        raise WrongParameters(f"{kernel.name} has {len(kernel.parameters)} parameters, got {len(arguments)} arguments")
+    data, places, maps = bytearray(), {}, {}
+    for parameter, value in zip(kernel.parameters, arguments, strict=True):
+        data += bytes(-len(data) % max(1, parameter.align))
+        places[parameter.name] = len(data)
+        if isinstance(value, TensorMap):
+            maps[PARAMETER_WINDOW + len(data)] = value
+            value = bytes(128)
+        piece = _encoded(value, parameter, memory)
+        if len(piece) != parameter.bytes:
+            raise WrongParameters(f"{parameter.name} has {parameter.bytes} bytes, its argument {value!r} {len(piece)}")
+        data += piece
+    return np.frombuffer(bytes(data) + bytes(16), np.uint8), places, maps
+
+
+def _encoded(value: Any, parameter, memory: GlobalMemory) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, torch.Tensor):
+        return struct.pack("<Q", memory.address(value.data_ptr()) if value.numel() else 0)
+    if value is None:
+        return bytes(parameter.bytes)
+    if isinstance(value, float):
+        return struct.pack("<d" if parameter.bytes == 8 else "<f", value)
+    return (int(value) & (1 << 8 * parameter.bytes) - 1).to_bytes(parameter.bytes, "little")
