@@ -6,6 +6,7 @@ from .contrastive import multi_positive_contrastive_loss
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss
 from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, MultiPositiveSigmoidLoss, SubcaptionGroupingLoss
 from .ops.logsumexp import bidirectional_logsumexp
+from .qualification import qualify
 from .sigmoid import multi_positive_sigmoid_loss
 from .version import __version__
 
@@ -22,5 +23,6 @@ __all__ = [
     "multi_positive_contrastive_loss",
     "multi_positive_sigmoid_loss",
     "patch_weights",
+    "qualify",
     "subcaption_grouping_loss",
 ]

@@ -22,7 +22,9 @@ LAYERS = {
         "grouping": "backends ops checks distributed numerics",
         "losses": "backends checks distributed contrastive sigmoid grouping",
         "integrations": "contrastive losses",
-        "__init__": "version backends ops contrastive sigmoid grouping losses",
+        "qualification": "backends ops contrastive sigmoid grouping reference",
+        "__init__": "version backends ops contrastive sigmoid grouping losses qualification",
+        "__main__": "backends qualification",
     },
     "dreamlip_train": {
         "jobs": "",

@@ -21,7 +21,7 @@ from . import extension, verdicts
 logger = logging.getLogger("dreamlip_kernels")
 
 # Looked up here, since torch.compile would not trace it. torch 2.10 is the first whose addmm adds 16-bit products to a float32 matrix.
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TORCH_SUFFICES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
@@ -45,7 +45,7 @@ def _always(case: Case) -> str | None:
 
 
 def _triton(case: Case) -> str | None:
-    if not _TRITON_INSTALLED:
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if not _TORCH_SUFFICES:
         return f"it needs torch 2.10 or later, this is {torch.__version__}"

@@ -48,7 +48,8 @@ def table(record: Record) -> str:
 
 
 def _times(t: verdicts.Timing) -> tuple[str, ...]:
-    return f"{t.shape} D={t.width}", f"{t.ms:.2f} ms", f"{t.torch_ms:.2f} ms", f"{t.floor_ms / t.ms:.0%}"
+    torch_code = "out of memory" if t.torch_ms is None else f"{t.torch_ms:.2f} ms"
+    return f"{t.shape} D={t.width}", f"{t.ms:.2f} ms", torch_code, f"{t.floor_ms / t.ms:.0%}"
 
 
 def _libraries(record: Record) -> str:

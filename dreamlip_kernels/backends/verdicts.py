@@ -37,8 +37,14 @@ class Timing:
     width: int
     similarities: int
     ms: float
-    torch_ms: float
+    torch_ms: float | None
+    """None where torch code found no memory."""
     floor_ms: float
+
+    @property
+    def faster(self) -> bool:
+        """Whether the backend takes torch's place at this shape."""
+        return self.torch_ms is None or self.ms <= FASTER * self.torch_ms
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Verdict:
             return f"not qualified: {self.why}"
         if not self.timings:
             return f"right, not used: {self.timed or 'not timed'}"
-        faster = [t for t in self.timings if t.ms <= FASTER * t.torch_ms]
+        faster = [t for t in self.timings if t.faster]
         if not faster:
             return "right, not used: slower than torch code"
         return "qualified" if len(faster) == len(self.timings) else f"qualified at {', '.join(t.shape for t in faster)}"
@@ -114,7 +120,7 @@ _records: dict[torch.device, Record | None] = {}
 
 def record(device: torch.device) -> Record | None:
     """The verdict on ``device``: measured here, else one shipped with this package for the same device, kernels and Triton."""
-    device = _indexed(device)
+    device = indexed(device)
     if device not in _records:
         _records[device] = _stored(device) or _shipped(device)
     return _records[device]
@@ -122,7 +128,7 @@ def record(device: torch.device) -> Record | None:
 
 def store(device: torch.device, found: Record) -> Record:
     """Write the record where the next process finds it; this one takes it from now on."""
-    device = _indexed(device)
+    device = indexed(device)
     path = cache.write(identity.file_name(device), found.to_json())
     _records[device] = dataclasses.replace(found, path=path)
     return _records[device]
@@ -155,7 +161,7 @@ def make_plan(found: Record, op: str, dtype: str) -> Plan:
     for verdict in about:
         for t in verdict.timings:
             faster = shapes.setdefault(t.width, {}).setdefault(t.similarities, [])
-            if not verdict.why and t.ms <= FASTER * t.torch_ms:
+            if t.faster and not verdict.why:
                 faster.append((t.ms, verdict.backend))
     if not shapes:
         return ((0, ((0, ("torch",)),)),)
@@ -212,7 +218,8 @@ def _shipped(device: torch.device) -> Record | None:
     return None
 
 
-def _indexed(device: torch.device) -> torch.device:
+def indexed(device: torch.device) -> torch.device:
+    """``device`` by its one name: "cuda" with the current index, "cpu" without any."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu") if device.type == "cpu" else device

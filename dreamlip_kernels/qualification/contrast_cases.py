@@ -1,0 +1,136 @@
+"""What the backends of bidirectional_logsumexp are tried with: ragged sizes, masks of any strides, scales, and sums that leave float32's range.
+
+N images, K sub-captions, M rows, C columns, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..contrastive import multi_positive_contrastive_loss
+from ..ops.logsumexp import bidirectional_logsumexp
+from .case import Case, Outputs, Speed
+
+OP = "bidirectional_logsumexp"
+DTYPES = ("bfloat16", "float16", "float32", "float32 exact")
+RAGGED_WIDTH = 40
+
+
+def cases(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
+    """Every case at every width, and one at a width that no tile divides."""
+    n = 333 if device.type == "cuda" else 41
+    for d in (*widths, RAGGED_WIDTH):
+        yield _op_case(backend, dtype, device, f"M={n} C={n - 2} K=3 D={d}, scale 14.3", (n, n - 2, 3, d), 14.3)
+        shape = (n - 2, n + 5, 2, d)
+        masked = "strided masks of rows and columns, strided features"
+        yield _op_case(
+            backend, dtype, device, f"M={n - 2} C={n + 5} K=2 D={d}, {masked}, scale 100", shape, 100.0, masked=True
+        )
+        yield _op_case(
+            backend,
+            dtype,
+            device,
+            f"M={n} C={n} K=2 D={d}, opposed features, masks, scale 100",
+            (n, n, 2, d),
+            100.0,
+            masked=True,
+            opposed=True,
+        )
+        yield _loss_case(backend, dtype, device, f"loss N={n} K=3 D={d}, text_mask, scale 14.3", (n, 3, d), 14.3)
+    if device.type == "cuda":
+        yield _loss_case(
+            backend, dtype, device, f"loss N=1111 K=5 D={widths[0]}, text_mask, scale 100", (1111, 5, widths[0]), 100.0
+        )
+
+
+def _op_case(backend, dtype, device, name, shape, scale, masked=False, opposed=False) -> Case:
+    m, c, k, d = shape
+    x_mask = y_mask = None
+    if masked:  # a column of a table, and the transpose of the mask that a loss is given
+        x_mask = (torch.rand(m, 3, generator=_seeded(1)) > 0.2).to(device)[:, 1]
+        y_mask = (torch.rand(c, k, generator=_seeded(2)) > 0.2).to(device).T
+
+    def draw(seed: int) -> tuple[Tensor, ...]:
+        image, text = clip_like(max(m, c), k, d, seed)
+        x, y = image[:m], (-text if opposed else text)[:c]
+        x, y = x.to(device, dtype), y.to(device, dtype)
+        # As the losses pass them: captions as a transposed [C, K, D]; and images as a part of wider rows.
+        x = torch.cat([x, x], 1)[:, :d] if masked else x
+        return x, y.transpose(0, 1), torch.tensor(scale, device=device)
+
+    return Case(
+        name,
+        op=lambda x, y, s: bidirectional_logsumexp(x, y, s, x_mask=x_mask, y_mask=y_mask, backend=backend),
+        oracle=lambda x, y, s: reference.bidirectional_logsumexp(x, y, s.to(x.dtype), y_mask, x_mask),
+        draw=draw,
+        capture=masked and not opposed,
+    )
+
+
+def _loss_case(backend, dtype, device, name, shape, scale) -> Case:
+    n, k, d = shape
+    mask = (torch.rand(n, k, generator=_seeded(3)) > 0.2).to(device)
+
+    def draw(seed: int) -> tuple[Tensor, ...]:
+        image, text = clip_like(n, k, d, seed)
+        return image.to(device, dtype), text.to(device, dtype), torch.tensor(scale, device=device)
+
+    return Case(
+        name,
+        op=lambda i, t, s: (multi_positive_contrastive_loss(i, t, s, text_mask=mask, backend=backend),),
+        oracle=lambda i, t, s: (reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), text_mask=mask),),
+        draw=draw,
+        capture=True,
+    )
+
+
+def eager(case: Case, inputs: tuple[Tensor, ...], upstream: Outputs | None, dtype: str) -> Outputs:
+    """What plain torch gives: at the features' own 16-bit dtype; for float32 features, which are computed with as float16, on features rounded to that."""
+    if dtype == "float32":
+        rounded = [v.half().double() if v.ndim > 1 else v.double() for v in inputs]
+        return case.values(case.oracle, rounded, upstream)
+    return case.values(case.oracle, inputs, upstream)
+
+
+def slack(dtype: str) -> float:
+    """Beyond twice eager's error, this share of the largest value: the coefficients of a gradient are rounded to 11 bits, as TF32 rounds."""
+    return 2**-9 if dtype == "float32" else 1e-5
+
+
+def speeds(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
+    """The loss with a tenth of the captions missing: small, and the issue's two sizes."""
+    k = 8
+    for n in (512, 4096, 16384) if device.type == "cuda" else (256,):
+        for d in widths:
+
+            def make(n=n, d=d):
+                image = torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=-1)
+                text = torch.nn.functional.normalize(
+                    image[:, None] + 3 * torch.randn(n, k, d, device=device) / d**0.5, dim=-1
+                )
+                scale = torch.tensor(50.0, device=device, requires_grad=True)
+                mask = torch.rand(n, k, device=device) > 0.1
+                inputs = (image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), scale)
+                return lambda: torch.autograd.grad(
+                    multi_positive_contrastive_loss(*inputs, text_mask=mask, backend=backend), inputs
+                )
+
+            unit = 2 * n * n * k * d
+            moved = 3 * n * (k + 1) * d * dtype.itemsize
+            yield Speed(f"N={n} K={k}", d, n * n * k, make, flops=4 * unit, moved=moved)
+
+
+def clip_like(n: int, k: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Unit images [n, d] and captions [n, k, d] at a cosine of about 0.24 to their image."""
+    gen = _seeded(seed)
+    image = torch.nn.functional.normalize(torch.randn(n, d, generator=gen), dim=-1)
+    noise = 4.0 * torch.randn(n, k, d, generator=gen) / d**0.5
+    return image, torch.nn.functional.normalize(image[:, None] + noise, dim=-1)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,180 @@
+"""Finds out, once on each device, which backends are right and faster there.
+
+correctness of every op, backend and dtype class, in processes side by side -> speed of what is right, one after another -> a verdict on disk
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import time
+from typing import Any
+
+import torch
+
+from ..backends import cache, dispatch, identity, verdicts
+from ..backends.verdicts import Record, Timing, Verdict
+from . import contrast_cases, grouping_cases
+from .supervisor import run_jobs
+
+logger = logging.getLogger("dreamlip_kernels")
+
+SUBJECTS = (contrast_cases, grouping_cases)
+WIDTHS = (512, 768)
+LIMIT_S = 120.0
+# The interpreter takes seconds for what a GPU does in microseconds: one small width, for correctness alone.
+INTERPRETED_WIDTHS = (64,)
+
+
+def qualify(
+    device: torch.device | str | None = None,
+    *,
+    widths: tuple[int, ...] = WIDTHS,
+    tune: bool = False,
+    reuse: bool = False,
+) -> Record:
+    """Test and time every backend on ``device``, store the verdict that ``backend="auto"`` reads from then on, and return it.
+
+    Correctness first: ragged sizes, masks, every dtype and scale, forward and backward, against float64, with at most twice the error of eager code; three
+    runs equal to the bit; no write beyond a buffer; captured in a CUDA graph. Then speed against torch code. All of it runs in child processes: a crash, a
+    hang or a lack of memory there is a verdict, and this process goes on. One process of a machine works at a time. docs/backends.md.
+
+    Args:
+        device: the device to qualify; None is the current CUDA device, or the CPU where there is none.
+        widths: feature widths D to test and time.
+        tune: also time a short list of tiles for the Triton kernels, and keep the fastest.
+        reuse: return the verdict in force, if there is one, without testing anything.
+
+    Raises:
+        ValueError: a width is not positive.  RuntimeError: the device cannot be used.
+    """
+    if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
+        raise ValueError(f"qualify: widths must be positive integers, got {widths!r}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    known = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    if device not in known and (device != torch.device("cuda") or len(known) == 1):
+        raise RuntimeError(f"qualify: device={str(device)!r} cannot be used; torch sees {', '.join(map(str, known))}")
+    device = verdicts.indexed(device)
+    with cache.lock(identity.file_name(device)):
+        verdicts.forget()
+        if reuse and (old := verdicts.record(device)) is not None:
+            return old
+        return verdicts.store(device, _measure(device, tuple(widths), tune))
+
+
+def _measure(device: torch.device, widths: tuple[int, ...], tune: bool) -> Record:
+    begin = time.monotonic()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = max(1, cores - 2 if device.type == "cuda" else cores // 2)
+    checks = _check_jobs(device, widths)
+    probe, *answers = run_jobs([_job("probe", device, widths), *checks], at_once, LIMIT_S, logger.info)
+    if "why" in probe:
+        raise RuntimeError(f"qualify: {device} cannot be used: {probe['why']}\n{probe['report']}")
+    right = [job for job, answer in zip(checks, answers, strict=True) if "why" not in answer and not job["interpreted"]]
+    rates, timings, slow = _speeds(device, widths, right)
+    found = [
+        _verdict(job, answer, timings.get(_key(job), ()), slow.get(_key(job), {}))
+        for job, answer in zip(checks, answers, strict=True)
+    ]
+    return Record(
+        identity=identity.identity(device),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        seconds=round(time.monotonic() - begin, 1),
+        widths=widths,
+        rates=rates,
+        verdicts=tuple(found),
+        tiles={},
+    )
+
+
+def _check_jobs(device: torch.device, widths: tuple[int, ...]) -> list[dict[str, Any]]:
+    jobs = []
+    for subject in SUBJECTS:
+        for backend in dispatch.backends(subject.OP):
+            interpreted = device.type == "cpu" and backend == "triton"
+            for dtype in subject.DTYPES if backend != "torch" else ():
+                probe = torch.empty(0, device=device, dtype=getattr(torch, dtype.removesuffix(" exact")))
+                # The interpreter has no bfloat16 products.
+                if _cannot_run(subject.OP, backend, probe, interpreted) or (interpreted and dtype == "bfloat16"):
+                    continue
+                about = {"op": subject.OP, "backend": backend, "dtype": dtype, "interpreted": interpreted}
+                environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+                tried = INTERPRETED_WIDTHS if interpreted else widths
+                jobs.append(_job("check", device, tried, environment=environment, warm=not interpreted, **about))
+    return jobs
+
+
+def _cannot_run(op: str, backend: str, probe: torch.Tensor, interpreted: bool) -> str | None:
+    if interpreted:
+        return None if dispatch.TRITON_INSTALLED else "triton is not installed"
+    try:
+        dispatch.select(op, probe, backend)  # which compiles what only needs compiling
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _speeds(device: torch.device, widths: tuple[int, ...], right: list[dict[str, Any]]):
+    """(rates, timings by job, the failures of those that were not timed): one process, one call after another."""
+    if not right:
+        return {}, {}, {}
+    bases = {
+        (job["op"], job["dtype"]): _job("time", device, widths, op=job["op"], dtype=job["dtype"], backend="torch")
+        for job in right
+    }
+    jobs = [
+        _job("rates", device, widths),
+        *bases.values(),
+        *(job | {"kind": "time", "name": job["name"] + ", speed"} for job in right),
+    ]
+    first, *answers = run_jobs(jobs, 1, LIMIT_S, logger.info)
+    if "why" in first:
+        raise RuntimeError(f"qualify: {device} cannot be timed: {first['why']}\n{first['report']}")
+    rates, times = first["rates"], dict(zip(map(_key, jobs[1:]), answers, strict=True))
+    timings, failures = {}, {}
+    for job in right:
+        mine, base = times[_key(job)], times[job["op"], "torch", job["dtype"]]
+        failed = next((answer for answer in (mine, base) if "why" in answer), None)
+        if failed is None:
+            timings[_key(job)] = _against(mine["timings"], base["timings"], rates)
+        else:
+            failures[_key(job)] = failed
+    return rates, timings, failures
+
+
+def _against(mine: list[dict[str, Any]], base: list[dict[str, Any]], rates: dict[str, float]) -> tuple[Timing, ...]:
+    """The times of a backend beside torch code's, and what the device's rates allow."""
+    torch_ms = {(t["shape"], t["width"]): round(t["ms"], 4) for t in base}
+    return tuple(
+        Timing(
+            shape=t["shape"],
+            width=t["width"],
+            similarities=t["similarities"],
+            ms=round(t["ms"], 4),
+            torch_ms=torch_ms.get((t["shape"], t["width"])),
+            floor_ms=round(1e3 * max(t["flops"] / rates["flops"], t["moved"] / rates["bytes"]), 4),
+        )
+        for t in mine
+    )
+
+
+def _verdict(job, answer, timings: tuple[Timing, ...], slow: dict[str, Any]) -> Verdict:
+    failed = answer if "why" in answer else slow
+    about = {"op": job["op"], "backend": job["backend"], "dtype": job["dtype"]}
+    if failed:
+        report = [f"dreamlip_kernels {job['op']}, backend={job['backend']!r}, {job['dtype']} features: {failed['why']}"]
+        return Verdict(**about, why=failed["why"], report="\n".join([*report, *filter(None, [failed["report"]])]))
+    numbers = {"error": round(answer["error"], 4), "cases": answer["cases"]}
+    return Verdict(
+        **about, **numbers, timings=timings, timed="run by Triton's interpreter" if job["interpreted"] else ""
+    )
+
+
+def _job(kind: str, device: torch.device, widths: tuple[int, ...], **about: Any) -> dict[str, Any]:
+    name = " ".join(about.get(word, "") for word in ("op", "backend", "dtype")).strip() or kind
+    return {"kind": kind, "name": name, "device": str(device), "widths": list(widths), "interpreted": False} | about
+
+
+def _key(job: dict[str, Any]) -> tuple[str, str, str]:
+    return job["op"], job["backend"], job["dtype"]

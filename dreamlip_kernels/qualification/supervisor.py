@@ -1,0 +1,153 @@
+"""Jobs over worker processes: a job whose worker crashes, hangs or cannot start has that as its answer, and the next job a new worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+# -P: the folder it starts in has no part in what it imports.
+WORKER = [sys.executable, "-P", "-m", "dreamlip_kernels.qualification.worker"]
+START_LIMIT_S = 240.0  # torch's import, and a context on the device, beside as many others
+_REPORT_LINES = 15
+Progress = Callable[[str], None]
+
+
+class Worker:
+    """One process, started when it gets its first job."""
+
+    def __init__(self, environment: dict[str, str], limit_s: float):
+        self.environment, self.limit_s = environment, limit_s
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """The worker's answer, or {"why", "report"} of its end."""
+        trying = "starting"
+        try:
+            if self.process is None:
+                self._start()
+                self._event(START_LIMIT_S)
+            self.process.stdin.write(json.dumps(job | {"limit": self.limit_s}) + "\n")
+            self.process.stdin.flush()
+            while True:
+                event = self._event(self.limit_s)
+                if "done" in event:
+                    return event["done"]
+                trying = event["trying"]
+                progress(f"{job['name']}: {trying}")
+        except TimeoutError:
+            self.end(signal.SIGABRT)  # faulthandler then writes where it hung
+            return {"why": f"hangs: no answer in {self.limit_s:.0f} s, in: {trying}", "report": self._last_words()}
+        except (EOFError, BrokenPipeError):
+            code = self.process.wait()
+            self.end()
+            return {"why": f"{_ending(code)}, in: {trying}", "report": self._last_words()}
+
+    def _start(self) -> None:
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - lives as long as the process
+        self.process = subprocess.Popen(
+            WORKER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=self.environment,
+            start_new_session=True,  # so that its own children, such as compilers, end with it
+        )
+        self.events: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_read, args=(self.process.stdout, self.events), daemon=True).start()
+
+    def _event(self, limit_s: float) -> dict[str, Any]:
+        try:
+            line = self.events.get(timeout=limit_s)
+        except queue.Empty:
+            raise TimeoutError from None
+        if line is None:
+            raise EOFError
+        return json.loads(line)
+
+    def end(self, first: signal.Signals = signal.SIGKILL) -> None:
+        """End the process and its children, at once or after the time a ``first`` signal takes it."""
+        if self.process is None:
+            return
+        for number in (first, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=3)
+        self.process = None
+
+    def _last_words(self) -> str:
+        self.log.seek(0)
+        lines = self.log.read().strip().splitlines()
+        # Where faulthandler wrote a stack, innermost call first, its beginning; else the end of what was printed.
+        stack = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+        kept = lines[-_REPORT_LINES:] if stack is None else lines[stack : stack + _REPORT_LINES]
+        return "\n".join(kept)
+
+
+def run_jobs(jobs: list[dict[str, Any]], workers: int, limit_s: float, progress: Progress) -> list[dict[str, Any]]:
+    """The answers in the jobs' order, by so many worker processes side by side. A job may take ``limit_s`` seconds between two signs of life.
+
+    Args:
+        jobs: what ``worker.run`` takes; "environment" holds variables for its process.
+    """
+    answers: list[dict[str, Any]] = [{} for _ in jobs]
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index in range(len(jobs)):
+        waiting.put(index)
+    running: list[Worker] = []
+
+    def work() -> None:
+        by_environment: dict[str, Worker] = {}
+        while True:
+            try:
+                index = waiting.get_nowait()
+            except queue.Empty:
+                return
+            extra = jobs[index].get("environment", {})
+            key = json.dumps(extra, sort_keys=True)
+            if key not in by_environment:
+                by_environment[key] = Worker(_environment(extra), limit_s)
+                running.append(by_environment[key])
+            answers[index] = by_environment[key].run(jobs[index], progress)
+            progress(f"{jobs[index]['name']}: {answers[index].get('why') or 'done'}")
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(workers, len(jobs))))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for worker in running:
+            worker.end()
+    return answers
+
+
+def _environment(extra: dict[str, str]) -> dict[str, str]:
+    # A worker asks for backends by name: it must not qualify in turn. The package it imports is this one, wherever the caller's own path points.
+    return (
+        os.environ | {"DREAMLIP_AUTO": "", "PYTHONPATH": os.pathsep.join([p or os.getcwd() for p in sys.path])} | extra
+    )
+
+
+def _read(stream, events: queue.Queue[str | None]) -> None:
+    for line in stream:
+        events.put(line)
+    events.put(None)
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with status {code}"
+    name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
+    return f"killed by {name}" + (" (the system may be out of memory)" if code == -signal.SIGKILL else "")

@@ -1,0 +1,214 @@
+"""Qualification proves itself on backends that are right, slow, wrong, and that end their process: each has the verdict it must have."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_backends
+import pytest
+import torch
+
+import dreamlip_kernels as dk
+from dreamlip_kernels.backends import cache, dispatch, explain, identity, verdicts
+from dreamlip_kernels.qualification import measure
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    fake_backends.install(monkeypatch)
+    monkeypatch.setenv("DREAMLIP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(verdicts, "_records", {})
+    monkeypatch.setattr(cache, "_memory", {})
+    monkeypatch.setattr(dispatch, "_announced", set())
+    return tmp_path
+
+
+def test_every_kind_of_backend_has_its_verdict(fakes):
+    record = measure.qualify("cpu", widths=(8,))
+    found = {v.backend: v for v in record.verdicts}
+    assert set(found) == set(fake_backends.BACKENDS) - {"torch"}
+    assert found["right"].status == "qualified" and 0 <= found["right"].error <= 1 and found["right"].cases == 1
+    assert found["level"].status == "qualified at N=1000"
+    assert found["slow"].status == "right, not used: slower than torch code"
+    for backend, words in {
+        "wrong": "output 0: error",
+        "unwritten": "NaN in value 0: an element that nobody wrote",
+        "overrun": "a write beyond the end of a buffer (new_empty (5, 8) torch.float32)",
+        "reader": "NaN in value 0",
+        "random": "not the same bits at a repeat",
+        "crash": "killed by SIGSEGV, in: D=8",
+        "hang": "hangs: no answer in 4 s, in: D=8",
+        "memory": "out of memory",
+        "raises": "RuntimeError: no kernel image is available",
+    }.items():
+        assert found[backend].status.startswith(f"not qualified: {words}"), (backend, found[backend].status)
+        assert not found[backend].timings
+        assert f"backend='{backend}', float32 features" in found[backend].report
+    assert "in twice" in found["crash"].report and "in twice" in found["hang"].report, "the report says where"
+
+    # What auto makes of it: at a size, the fastest of what is right and beats torch code; with what cannot run left out.
+    x = torch.ones(1)
+    assert dispatch.select("twice", x, N=10, D=8) == "right"
+    assert dispatch.select("twice", x, N=3, D=8) == "right", "below the smallest size timed, its order"
+    order, _ = dispatch._order("twice", dispatch.Case(CPU, torch.float32, {"N": 5000, "D": 512}))
+    assert set(order) == {"right", "level", "torch"} and order[-1] == "torch"
+    assert dispatch.select("twice", x.double(), N=10, D=8) == "torch", "a dtype without a verdict"
+    # What a user is shown.
+    for text in (dk.explain(), explain.table(record)):
+        for words in ("qualified at N=1000", "killed by SIGSEGV", record.date, record.path, "please report", "TFLOP/s"):
+            assert words in text
+    # The file is the record, and the next process reads it.
+    assert json.loads(Path(record.path).read_text())["format"] == verdicts.FORMAT
+    verdicts.forget()
+    assert verdicts.record(CPU) == record
+    assert measure.qualify("cpu", reuse=True) == record
+
+
+def test_two_processes_at_once_measure_once(fakes):
+    run = [sys.executable, fake_backends.__file__, "qualify"]
+    both = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outs = [process.communicate(timeout=200) for process in both]
+    assert all(process.returncode == 0 for process in both), outs
+    assert outs[0][0] == outs[1][0] and "'qualified'" in outs[0][0], "the one that waited read what the other wrote"
+    assert len(list((fakes / "cache").glob("*.json"))) == 1
+
+
+def stored(record=None):
+    return cache.folders()[0] / identity.file_name(CPU)
+
+
+def a_record(**changes):
+    timing = verdicts.Timing("N=10", 8, 10, ms=1.0, torch_ms=2.0, floor_ms=0.1)
+    right = verdicts.Verdict("twice", "right", "float32", error=0.5, cases=1, timings=(timing,))
+    about = dict(identity=identity.identity(CPU), date="2026-01-01", seconds=1.0, widths=(8,), rates={}, tiles={})
+    return verdicts.Record(**about | {"verdicts": (right,)} | changes)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"format": 1}', '{"format": 999}', "[" * 100000, "\x00\xff"]
+)
+def test_a_file_that_is_not_a_verdict_is_taken_for_absent(fakes, caplog, content):
+    stored().parent.mkdir()
+    stored().write_bytes(content.encode("latin-1"))
+    assert dispatch.select("twice", torch.ones(1), N=10, D=8) == "torch"
+    assert str(stored()) in caplog.text
+    verdicts.store(CPU, a_record())
+    verdicts.forget()
+    assert dispatch.select("twice", torch.ones(1), N=10, D=8) == "right"
+
+
+def test_a_verdict_on_another_machine_is_not_read(fakes, caplog):
+    foreign = a_record(identity={**identity.identity(CPU), "driver": "999"})
+    stored().parent.mkdir()
+    stored().write_text(json.dumps(foreign.to_json()))
+    assert verdicts.record(CPU) is None and "another device or version" in caplog.text
+
+
+def test_where_nothing_can_be_written_the_verdict_stays_in_memory(fakes, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "folders", lambda: [Path("/dev/null/cache"), Path("/dev/null/tmp")])
+    with cache.lock("x"):
+        record = verdicts.store(CPU, a_record())
+        verdicts.store(CPU, a_record())
+    assert record.path == "memory" and caplog.text.count("kept in memory") == 1
+    verdicts.forget()
+    assert verdicts.record(CPU) == record
+
+
+def test_a_home_that_is_read_only_gives_way_to_a_temporary_folder(fakes, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "folders", lambda: [Path("/dev/null/cache"), tmp_path / "mine"])
+    record = verdicts.store(CPU, a_record())
+    assert record.path == str(tmp_path / "mine" / identity.file_name(CPU))
+    verdicts.forget()
+    assert verdicts.record(CPU) == record
+
+
+def test_a_shipped_verdict_counts_for_the_same_device_kernels_and_triton(fakes, monkeypatch, tmp_path):
+    monkeypatch.setattr(verdicts, "MEASURED", tmp_path)
+    elsewhere = {**identity.identity(CPU), "driver": "1", "torch": "2.99", "package": "9"}
+    (tmp_path / "a.json").write_text(json.dumps(a_record(identity=elsewhere).to_json()))
+    assert verdicts.record(CPU).path == str(tmp_path / "a.json")
+    verdicts.forget()
+    (tmp_path / "a.json").write_text(json.dumps(a_record(identity={**elsewhere, "sources": "other"}).to_json()))
+    assert verdicts.record(CPU) is None
+
+
+def test_every_shipped_verdict_can_be_read():
+    for path in verdicts.MEASURED.glob("*.json"):
+        assert verdicts.Record.from_json(json.loads(path.read_text()), str(path)).verdicts
+
+
+def test_first_use_qualifies_once_and_never_while_compiling(fakes, monkeypatch):
+    calls = []
+    monkeypatch.setenv("DREAMLIP_AUTO", "first-use")
+    monkeypatch.setattr(
+        dispatch.subprocess,
+        "run",
+        lambda words, **_: calls.append(words) or subprocess.CompletedProcess(words, 1, "", "broken"),
+    )
+    dispatch._plan("twice", CPU, torch.float32, True)
+    assert not calls
+    for _ in range(2):
+        assert dispatch.select("twice", torch.ones(1), N=10, D=8) == "torch"
+    assert len(calls) == 1 and calls[0][1:] == ["-m", "dreamlip_kernels", "qualify", "--device", "cpu", "--reuse"]
+
+
+def test_compiled_code_reads_the_verdict_at_every_size(monkeypatch, tmp_path):
+    monkeypatch.setenv("DREAMLIP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(verdicts, "_records", {})
+    times = [verdicts.Timing(f"N={n}", 8, n * 9 * 3, ms, 1.0, 0.1) for n, ms in ((2, 2.0), (16, 0.5))]
+    verdicts.store(CPU, a_record(verdicts=(verdicts.Verdict("group_patches", "cpp", "float32", timings=tuple(times)),)))
+    used = []
+
+    def note(graph_module, _):
+        used.extend(node.args[-1] for node in graph_module.graph.nodes if "group_patches" in str(node.target))
+        return graph_module.forward
+
+    monkeypatch.setattr(dispatch, "_check_and_build", lambda check, case: None)
+    compiled = torch.compile(lambda p, t: dk.group_patches(p, t), fullgraph=True, backend=note, dynamic=True)
+    for n in (3, 40):
+        compiled(torch.ones(n, 9, 8), torch.ones(n, 3, 8))
+    assert used == ["torch", "cpp"], "from 16 images on"
+
+
+def test_a_pinned_backend_is_what_auto_takes(fakes):
+    verdicts.store(CPU, a_record())
+    dispatch.pin("twice", "slow")
+    try:
+        assert dispatch.select("twice", torch.ones(1), N=10, D=8) == "slow"
+        assert dispatch.why("twice", torch.ones(1)) == "auto; pinned"
+    finally:
+        dispatch.pin("twice", None)
+    assert dispatch.select("twice", torch.ones(1), N=10, D=8) == "right"
+    with pytest.raises(ValueError, match="unknown backend='quick'"):
+        dispatch.pin("twice", "quick")
+
+
+@pytest.mark.parametrize("wrong", [{"widths": ()}, {"widths": (0,)}, {"widths": ("512",)}])
+def test_widths_are_positive_integers(wrong):
+    with pytest.raises(ValueError, match="widths must be positive integers"):
+        dk.qualify("cpu", **wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "meta"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(RuntimeError, match=f"device='{device}' cannot be used; torch sees cpu"):
+        dk.qualify(device)
+
+
+def test_the_command_line(fakes, tmp_path):
+    """The whole way as a user goes it, in a folder with files that have the names of modules."""
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
+    verdicts.store(CPU, a_record())
+    run = [sys.executable, "-P", "-m", "dreamlip_kernels"]
+    there = dict(cwd=tmp_path, env=os.environ | {"DREAMLIP_AUTO": "first-use"}, capture_output=True, text=True)
+    out = subprocess.run([*run, "qualify", "--device", "cpu", "--reuse", "--output", "copy.json"], **there)
+    assert out.returncode == 0 and "qualified on 2026-01-01" in out.stdout, out.stderr
+    assert json.loads((tmp_path / "copy.json").read_text())["verdicts"]
+    assert "qualified on 2026-01-01" in subprocess.run([*run, "explain"], **there).stdout
+    refused = subprocess.run([*run, "qualify", "--device", "cpu", "--widths", "-1"], **there)
+    assert refused.returncode == 1 and refused.stderr.strip() == "qualify: widths must be positive integers, got (-1,)"
