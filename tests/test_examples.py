@@ -16,6 +16,7 @@ NEEDS = {
     "lightning_k_captions": ("lightning", "open_clip"),
     "accelerate_k_captions": ("accelerate", "open_clip"),
     "open_clip_k_captions": ("open_clip_train", "pandas"),
+    "train_on_own_images": ("deepspeed",),
 }
 
 
@@ -28,7 +29,10 @@ def losses(words: list[str], tmp_path: Path) -> list[float]:
     }
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [float(value) for value in re.findall(r"(?:step +\d+ +loss|\bLoss:) ([\d.]+)", done.stdout + done.stderr)]
+    return [
+        float(value)
+        for value in re.findall(r"(?:step +\d+(?:/\d+)? +loss|\bLoss:) ([\d.]+)", done.stdout + done.stderr)
+    ]
 
 
 @pytest.mark.slow
