@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import extension, verdicts
+from .settings import settings
 
 logger = logging.getLogger("dreamlip_kernels")
 
@@ -161,7 +162,8 @@ def _order(op: str, case: Case) -> tuple[tuple[str, ...], str]:
     rest = tuple(_BACKENDS[op])
     if op in _pinned:
         return (_pinned[op], *rest), "pinned"
-    found = _plan(op, case.device, case.dtype, torch.compiler.is_compiling())
+    float32 = "fp16" if torch.is_autocast_enabled(case.device.type) else settings.float32
+    found = _plan(op, case.device, case.dtype, float32, torch.compiler.is_compiling())
     if not found:
         return rest, ""
     sizes = case.sizes or {"M": 2**31}  # not known yet: what is best for large calls
@@ -172,10 +174,10 @@ def _order(op: str, case: Case) -> tuple[tuple[str, ...], str]:
     return tuple(name for name in names if name in _BACKENDS[op]), "by its verdict"
 
 
-def _plan(op: str, device: torch.device, dtype: torch.dtype, compiling: bool) -> verdicts.Plan:
+def _plan(op: str, device: torch.device, dtype: torch.dtype, float32: str, compiling: bool) -> verdicts.Plan:
     if os.environ.get("DREAMLIP_AUTO") == "first-use" and not compiling and verdicts.record(device) is None:
         _qualify_now(device)
-    return verdicts.plan(op, device, dtype)
+    return verdicts.plan(op, device, dtype, float32)
 
 
 # torch.compile then calls it while tracing and keeps what it returns. What torch.compiler.assume_constant_result does, which would import all of dynamo.

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from . import cache, identity
-from .settings import settings
 
 logger = logging.getLogger("dreamlip_kernels")
 
@@ -139,17 +138,17 @@ def forget() -> None:
     _records.clear()
 
 
-def dtype_class(op: str, dtype: torch.dtype) -> str:
-    """The dtype as verdicts name it: float32 that is multiplied as float32 (``configure``) is code of its own."""
+def dtype_class(op: str, dtype: torch.dtype, float32: str) -> str:
+    """The dtype as verdicts name it: float32 features that are multiplied as float16 (``float32_products``) meet code of their own."""
     name = str(dtype).removeprefix("torch.")
-    exact = op == "bidirectional_logsumexp" and dtype == torch.float32 and settings.exact_float32
-    return f"{name} exact" if exact else name
+    exact = float32 == "torch" and torch.get_float32_matmul_precision() == "highest"
+    return name if exact or (op, name) != ("bidirectional_logsumexp", "float32") else "float32 as float16"
 
 
-def plan(op: str, device: torch.device, dtype: torch.dtype) -> Plan:
+def plan(op: str, device: torch.device, dtype: torch.dtype, float32: str) -> Plan:
     """What the verdict says of ``op``: by width and similarities, the backends in the order of their times, torch code among them. Empty without one."""
     found = record(device)
-    return () if found is None else make_plan(found, op, dtype_class(op, dtype))
+    return () if found is None else make_plan(found, op, dtype_class(op, dtype, float32))
 
 
 def make_plan(found: Record, op: str, dtype: str) -> Plan:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..backends import dispatch
 from ..grouping import group_patches
 from .case import Case, Outputs, Speed
 
@@ -29,7 +30,13 @@ def cases(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[
             ((2, 49, 3), {"normalization": "softmax", "threshold": 0.0, "masked": True}),
             ((2, 49, 13), {"normalization": "none"}),
         ):
-            yield _case(backend, dtype, device, (*shape, d), **options)
+            if _fits(backend, dtype, device, (*shape, d)):
+                yield _case(backend, dtype, device, (*shape, d), **options)
+
+
+def _fits(backend, dtype, device, shape) -> bool:
+    n, p, k, d = shape
+    return dispatch.why_not(OP, backend, torch.empty(0, dtype=dtype, device=device), N=n, P=p, K=k, D=d) is None
 
 
 def _case(backend, dtype, device, shape, normalization="minmax", threshold=None, masked=False) -> Case:
@@ -72,6 +79,8 @@ def speeds(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple
     p, k = 196, 8
     for n in (64, 1024, 4096) if device.type == "cuda" else (8, 64):
         for d in widths:
+            if not _fits(backend, dtype, device, (n, p, k, d)):
+                continue
 
             def make(n=n, d=d):
                 patches = torch.randn(n, p, d, device=device).to(dtype).requires_grad_()

@@ -94,7 +94,7 @@ def _check_jobs(device: torch.device, widths: tuple[int, ...]) -> list[dict[str,
         for backend in dispatch.backends(subject.OP):
             interpreted = device.type == "cpu" and backend == "triton"
             for dtype in subject.DTYPES if backend != "torch" else ():
-                probe = torch.empty(0, device=device, dtype=getattr(torch, dtype.removesuffix(" exact")))
+                probe = torch.empty(0, device=device, dtype=getattr(torch, dtype.split()[0]))
                 # The interpreter has no bfloat16 products.
                 if _cannot_run(subject.OP, backend, probe, interpreted) or (interpreted and dtype == "bfloat16"):
                     continue

@@ -118,8 +118,8 @@ def _rates(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
 
 def _dtype(name: str) -> torch.dtype:
     """Of a dtype class; the process then computes with float32 features as the class says."""
-    configure(float32="torch" if name.endswith("exact") else "fp16")
-    return getattr(torch, name.removesuffix(" exact"))
+    configure(float32="fp16" if name.endswith("as float16") else "torch")
+    return getattr(torch, name.split()[0])
 
 
 def _last_lines(text: str, count: int = 12) -> str:

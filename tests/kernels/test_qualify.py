@@ -12,6 +12,7 @@ import torch
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import cache, dispatch, explain, identity, verdicts
+from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.qualification import measure
 
 CPU = torch.device("cpu")
@@ -149,7 +150,7 @@ def test_first_use_qualifies_once_and_never_while_compiling(fakes, monkeypatch):
         "run",
         lambda words, **_: calls.append(words) or subprocess.CompletedProcess(words, 1, "", "broken"),
     )
-    dispatch._plan("twice", CPU, torch.float32, True)
+    dispatch._plan("twice", CPU, torch.float32, "torch", True)
     assert not calls
     for _ in range(2):
         assert dispatch.select("twice", torch.ones(1), N=10, D=8) == "torch"
@@ -172,6 +173,25 @@ def test_compiled_code_reads_the_verdict_at_every_size(monkeypatch, tmp_path):
     for n in (3, 40):
         compiled(torch.ones(n, 9, 8), torch.ones(n, 3, 8))
     assert used == ["torch", "cpp"], "from 16 images on"
+
+
+def test_float32_features_multiplied_as_float16_have_a_verdict_of_their_own(monkeypatch):
+    """torch's precision, ``configure`` and autocast each decide which kernels float32 features meet."""
+    classes = lambda: verdicts.dtype_class("bidirectional_logsumexp", torch.float32, settings.float32)  # noqa: E731
+    assert classes() == "float32"
+    monkeypatch.setattr(settings, "float32", "fp16")
+    assert classes() == "float32 as float16"
+    assert verdicts.dtype_class("group_patches", torch.float32, "fp16") == "float32"
+    monkeypatch.setattr(settings, "float32", "torch")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert classes() == "float32 as float16"
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr(dispatch, "_plan", lambda op, device, dtype, float32, compiling: asked.append(float32) or ())
+    dispatch.select("bidirectional_logsumexp", torch.ones(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        dispatch.select("bidirectional_logsumexp", torch.ones(1))
+    assert asked == ["torch", "fp16"]
 
 
 def test_a_pinned_backend_is_what_auto_takes(fakes):
