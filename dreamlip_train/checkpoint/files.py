@@ -1,4 +1,4 @@
-"""Checkpoint folders as files: a manifest that lists every file with its size and hash makes one whole, and resuming goes by manifests alone.
+"""Checkpoint folders as files: a manifest that lists every file with its size and hash, and has its own hash beside it, makes one whole.
 
 ``RUN/checkpoints/step-00001000/`` is written as ``step-00001000.partial`` and renamed when everything is on disk. DeepSpeed's own ``latest`` file
 appears before the other ranks have written; ours is for people and is never read.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -17,6 +18,10 @@ from typing import Any
 from dreamlip_train.jobs.user_error import UserError
 
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
+ASIDE = ".damaged"
+QUARANTINE = "quarantine.jsonl"  # of the run folder, and in each checkpoint a copy of that moment
+logger = logging.getLogger("dreamlip_train")
 # What DeepSpeed pickles into its files beside tensors and plain Python. Anything else could run code when it is loaded.
 _PICKLED = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -32,7 +37,11 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in ``folder``, newest first: those whose manifest lists only files that are there in full."""
-    return sorted((path for path in folder.glob("step-" + "[0-9]" * 8) if is_complete(path)), reverse=True)
+    return [path for path in _candidates(folder) if problem_of(path) is None]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -42,36 +51,68 @@ def newest(folder: Path) -> Path | None:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """{"step", "world_size", "global_batch_size", "data", "files": {name: {"bytes", "sha256"}}, ..}."""
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return json.loads((checkpoint / MANIFEST).read_bytes())
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint's manifest is there with its size."""
+def problem_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not whole, the content of its files aside (``damaged_files``): None where it is.
+
+    Raises:
+        UserError: it was written by an earlier version of this trainer, whose settings have other names.
+    """
     try:
-        files = read_manifest(checkpoint)["files"]
-        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        content = (checkpoint / MANIFEST).read_bytes()
+    except OSError as error:
+        return f"{MANIFEST} can't be read ({error.strerror})"
+    try:
+        digest = (checkpoint / MANIFEST_DIGEST).read_text(encoding="ascii", errors="replace").strip()
+    except OSError as error:
+        if _is_of_an_earlier_version(content):
+            raise UserError(
+                f"{checkpoint} was written by an earlier version of this trainer; finish its run with that version, or "
+                "export its weights with that version and start another run from them (model.pretrained)"
+            ) from error
+        return f"{MANIFEST_DIGEST} can't be read ({error.strerror})"
+    if hashlib.sha256(content).hexdigest() != digest:
+        return f"{MANIFEST} is not what was written (its hash differs from {MANIFEST_DIGEST})"
+    manifest = json.loads(content)
+    if checkpoint.name != step_folder(checkpoint.parent, manifest["step"]).name:
+        return f"its name is not that of step {manifest['step']}, whose checkpoint it holds"
+    for name, entry in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
+    return None
+
+
+def _is_of_an_earlier_version(manifest: bytes) -> bool:
+    try:
+        return json.loads(manifest)["format"] < 3
+    except (ValueError, KeyError, TypeError):
         return False
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path``, a run folder or a checkpoint folder, stands for.
+    """The checkpoint that ``path``, a run folder or a checkpoint folder, stands for; newer ones that are not whole are warned of.
 
     Raises:
-        UserError: there is none, or it is incomplete.
+        UserError: there is none, or it is not whole.
     """
     if (path / MANIFEST).is_file() or path.name.startswith("step-"):
-        if not is_complete(path):
-            raise UserError(
-                f"{path} is not a complete checkpoint: files of its manifest.json are missing or cut short; give an earlier one"
-            )
+        why = problem_of(path)
+        if why:
+            raise UserError(f"{path} is not a complete checkpoint: {why}; give an earlier one")
         return path
-    found = newest(path / "checkpoints")
-    if found is None:
-        raise UserError(
-            f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip file"
-        )
-    return found
+    for candidate in _candidates(path / "checkpoints"):
+        why = problem_of(candidate)
+        if why is None:
+            return candidate
+        logger.warning("CHECKPOINT NOT WHOLE: %s: %s; an earlier one is used", candidate, why)
+    raise UserError(
+        f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip file"
+    )
 
 
 def files_of(folder: Path) -> list[str]:
@@ -95,8 +136,15 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 def damaged_files(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """Files whose content is not what was written; ranks can share the reading, each doing its ``part``."""
     listed = read_manifest(checkpoint)["files"]
-    mine = sorted(listed)[part::parts]
-    return [name for name, entry in describe(checkpoint, mine).items() if entry["sha256"] != listed[name]["sha256"]]
+    damaged = []
+    for name in sorted(listed)[part::parts]:
+        try:
+            entry = describe(checkpoint, [name])[name]
+        except OSError:  # a disk that can't read a block
+            entry = {"sha256": ""}
+        if entry["sha256"] != listed[name]["sha256"]:
+            damaged.append(name)
+    return damaged
 
 
 def refuse_foreign_pickles(checkpoint: Path) -> None:
@@ -120,9 +168,11 @@ def refuse_foreign_pickles(checkpoint: Path) -> None:
 
 
 def commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """The manifest, then the name that counts, then ``latest``."""
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (partial / MANIFEST, partial):
+    """The manifest and its own hash, then the name that counts, then ``latest``."""
+    content = json.dumps(manifest, indent=1).encode()
+    (partial / MANIFEST).write_bytes(content)
+    (partial / MANIFEST_DIGEST).write_text(hashlib.sha256(content).hexdigest() + "\n", encoding="ascii")
+    for path in (partial / MANIFEST, partial / MANIFEST_DIGEST, partial):
         _to_disk(path)
     replaced = final.with_name(final.name + ".replaced")
     if final.exists():
@@ -143,12 +193,43 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def clean_up(folder: Path) -> None:
-    """Remove what a crash left behind; a checkpoint that was being replaced comes back."""
-    for path in folder.glob("step-*.replaced"):
-        if is_complete(path) and not is_complete(path.with_suffix("")):
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-            os.rename(path, path.with_suffix(""))
-    for suffix in ("partial", "replaced", "universal"):
-        for path in folder.glob(f"step-*.{suffix}"):
+def clean_up(folder: Path) -> list[str]:
+    """Remove what a crash left behind, and put aside every step-* that is not whole; what was done, a line each.
+
+    A checkpoint that was being replaced comes back.
+    """
+    lines = []
+    for path in sorted(folder.glob("step-*.replaced")):
+        if path.with_suffix("").exists() and problem_of(path.with_suffix("")) is None:
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            if path.with_suffix("").exists():
+                lines.append(put_aside(path.with_suffix(""), "cut off while it was being replaced"))
+            os.rename(path, path.with_suffix(""))
+    for suffix, what in (("partial", "a save that was cut off"), ("universal", "a resume that was cut off")):
+        for path in sorted(folder.glob(f"step-*.{suffix}")):
+            shutil.rmtree(path, ignore_errors=True)
+            lines.append(f"{path} is what {what} left; it is removed")
+    for path in sorted(folder.glob("step-*")):
+        if ASIDE in path.name:
+            continue
+        why = problem_of(path)
+        if why:
+            lines.append(put_aside(path, why))
+    return lines
+
+
+def put_aside(checkpoint: Path, why: str) -> str:
+    """Rename a checkpoint that can't be used, so that nothing takes it for one; the line that says so."""
+    target = checkpoint.with_name(checkpoint.name + ASIDE)
+    number = 1
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"{checkpoint.name}{ASIDE}-{number}")
+    os.rename(checkpoint, target)
+    return f"CHECKPOINT DAMAGED: {checkpoint}: {why}; it is put aside as {target.name}"
+
+
+def existed(folder: Path) -> bool:
+    """Whether a checkpoint was ever written to ``folder``."""
+    return (folder / "latest").exists() or any(folder.glob(f"step-*{ASIDE}*"))

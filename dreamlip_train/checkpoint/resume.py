@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import torch.distributed as dist
 
 from dreamlip_train.checkpoint.files import (
+    QUARANTINE,
     clean_up,
     complete_checkpoints,
     damaged_files,
+    existed,
     find_checkpoint,
     newest,
+    put_aside,
     read_manifest,
 )  # fmt: skip
+from dreamlip_train.checkpoint.ranks import on_first_rank
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import differences, read_config
 from dreamlip_train.jobs.user_error import UserError
@@ -41,40 +46,73 @@ _FREE = (
 def starting_point(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint to start from, or None for a new run; makes the run folder and clears away what a crash left in it. Collective.
 
+    Args:
+        resume: "auto" takes the newest whole checkpoint; "never" starts over where there is none; else a checkpoint or a run.
     Raises:
-        UserError: ``resume`` is "never" and the folder holds a run, or names a checkpoint that is not usable, or ranks see different folders.
+        UserError: ``resume`` is "never" and a whole checkpoint is there, or "auto" and checkpoints were there but none is
+            whole, or names a checkpoint that is not usable, or ranks see different folders.
     """
     checkpoints = run_dir / "checkpoints"
-    if resume == "never" and ((run_dir / "metrics.jsonl").exists() or checkpoints.exists()):
-        raise UserError(
-            f"--run-dir: {run_dir} already holds a run; give another folder, go on with --resume auto, or delete it"
-        )
-    given = find_checkpoint(Path(resume)) if resume not in ("auto", "never") else None
-    if given is not None and given.parent.absolute() != checkpoints.absolute() and newest(checkpoints):
+    other = find_checkpoint(Path(resume)) if resume not in ("auto", "never") else None
+    if other is not None and other.parent.absolute() != checkpoints.absolute() and newest(checkpoints):
         raise UserError(
             f"--resume: {run_dir} has checkpoints of its own, such as {newest(checkpoints)}; give another --run-dir"
         )
     _require_shared(run_dir)
-    if dist.get_rank() == 0:
-        clean_up(checkpoints)
-    dist.barrier()
-    if given is not None:
-        _require_undamaged(given)
-        return given
+    on_first_rank(lambda: clean_up(checkpoints))
+    if other is not None:
+        _require_undamaged(other)
+        return other
+    whole = _newest_undamaged(checkpoints)
+    if whole is not None and resume == "never":
+        raise UserError(
+            f"--run-dir: {run_dir} already holds a run; give another folder, go on with --resume auto, or delete it"
+        )
+    if whole is None and resume == "auto" and existed(checkpoints):
+        raise UserError(
+            f"--resume: {run_dir} had checkpoints, and none is whole now (see {checkpoints}). To start over from step 0 "
+            "in this folder give --resume never; to go on from another checkpoint give its path"
+        )
+    if whole is None and resume == "never":
+        on_first_rank(lambda: _begin_again(run_dir))
+    return whole
+
+
+def _newest_undamaged(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written; newer ones are put aside."""
     for candidate in complete_checkpoints(checkpoints):
         damaged = _damaged(candidate)
         if not damaged:
             return candidate
-        logger.warning(
-            "CHECKPOINT DAMAGED: %s: %s is not what was written; it is put aside and an earlier one is used",
-            candidate,
-            damaged[0],
-        )
-        dist.barrier()
-        if dist.get_rank() == 0:
-            os.rename(candidate, candidate.with_name(candidate.name + ".damaged"))
-        dist.barrier()
+        why = f"{damaged[0]} is not what was written (its hash differs)"
+        on_first_rank(lambda path=candidate, why=why: [put_aside(path, why)])
     return None
+
+
+def _begin_again(run_dir: Path) -> list[str]:
+    """Keep the numbers of a run that starts over apart from those of the one before."""
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists():
+        return []
+    number = next(number for number in itertools.count(1) if not (run_dir / f"metrics-{number}.jsonl").exists())
+    os.rename(metrics, run_dir / f"metrics-{number}.jsonl")
+    return [f"starting over in {run_dir}: the rows so far are in metrics-{number}.jsonl"]
+
+
+def restore_quarantine(checkpoint: Path, run_dir: Path) -> None:
+    """Add what the checkpoint's run had left out to the run folder's quarantine.jsonl, so that its epoch goes on with the same samples. Collective."""
+
+    def add_missing() -> list[str]:
+        source, target = checkpoint / QUARANTINE, run_dir / QUARANTINE
+        known = set(target.read_text(encoding="utf-8", errors="replace").splitlines()) if target.exists() else set()
+        lines = source.read_text(encoding="utf-8", errors="replace").splitlines() if source.exists() else []
+        missing = [line for line in lines if line not in known]
+        if missing:
+            with target.open("a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in missing)
+        return []
+
+    on_first_rank(add_missing)
 
 
 def _require_shared(run_dir: Path) -> None:

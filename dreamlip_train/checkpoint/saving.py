@@ -17,13 +17,15 @@ from typing import Any
 import torch.distributed as dist
 
 from dreamlip_train.checkpoint.files import (
+    QUARANTINE,
     commit,
     complete_checkpoints,
     describe,
     files_of,
+    read_manifest,
     step_folder,
 )
-from dreamlip_train.checkpoint.ranks import SaveError, all_or_none
+from dreamlip_train.checkpoint.ranks import SaveError, all_or_none, deaths_told_afterwards, describe_error
 from dreamlip_train.checkpoint.state import TrainState, random_state
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import format_config
@@ -31,6 +33,9 @@ from dreamlip_train.config.toml import format_config
 
 def save(engine: Any, folder: Path, config: Config, progress: TrainState, data: str = "") -> Path:
     """Write ``folder``/step-NNNNNNNN on all ranks, then drop all but the newest checkpoint.keep_last. Collective.
+
+    While steps are being skipped for values that are not finite, the newest checkpoint of before them stays too. The run
+    folder's quarantine.jsonl, without which an epoch can't be repeated, is part of the checkpoint.
 
     Args:
         data: the loader's fingerprint, which a resume compares.
@@ -40,8 +45,10 @@ def save(engine: Any, folder: Path, config: Config, progress: TrainState, data: 
     final = step_folder(folder, progress.step)
     partial = final.with_name(final.name + ".partial")
     try:
-        _phase_one(engine, partial, progress)
-        _phase_two(partial, final, config, progress, data)
+        with deaths_told_afterwards():
+            _phase_one(engine, partial, progress)
+            _phase_two(partial, final, config, progress, data)
+            _drop_old(folder, config.checkpoint.keep_last)
     except SaveError as error:
         free = shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0
         if dist.get_rank() == 0:
@@ -50,11 +57,17 @@ def save(engine: Any, folder: Path, config: Config, progress: TrainState, data: 
         keep = f"{usable} is complete" if usable else "there is no earlier checkpoint"
         dist.barrier()
         raise SaveError(f"checkpoint {final} could not be written: {error} ({free:.1f} GB free). {keep}") from error
-    if dist.get_rank() == 0:
-        for old in complete_checkpoints(folder)[config.checkpoint.keep_last :]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
     return final
+
+
+def _drop_old(folder: Path, keep_last: int) -> None:
+    if dist.get_rank() == 0:
+        kept = complete_checkpoints(folder)
+        good = next((path for path in kept if not read_manifest(path)["skipped_in_a_row"]), None)
+        for old in kept[keep_last:]:
+            if old != good:
+                shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
 
 
 def _phase_one(engine: Any, partial: Path, progress: TrainState) -> None:
@@ -77,6 +90,9 @@ def _phase_two(partial: Path, final: Path, config: Config, progress: TrainState,
     with all_or_none():
         if rank == 0:
             (partial / "config.toml").write_text(text, encoding="utf-8")
+            quarantine = final.parent.parent / QUARANTINE
+            if quarantine.exists():
+                shutil.copyfile(quarantine, partial / QUARANTINE)
     entries: list[Any] = [None] * ranks
     with all_or_none():
         names = files_of(partial)
@@ -84,6 +100,7 @@ def _phase_two(partial: Path, final: Path, config: Config, progress: TrainState,
     dist.all_gather_object(entries, mine)
     manifest = {
         "format": 3, "step": progress.step, "world_size": ranks, "global_batch_size": config.train.global_batch_size, "data": data,
+        "skipped_in_a_row": progress.skipped_in_a_row,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "files": {k: v for part in entries for k, v in sorted(part.items())},
     }  # fmt: skip
     with all_or_none():
@@ -92,7 +109,7 @@ def _phase_two(partial: Path, final: Path, config: Config, progress: TrainState,
 
 
 @contextlib.contextmanager
-def _errors_kept(engine: Any, errors: list[Exception]) -> Iterator[None]:
+def _errors_kept(engine: Any, errors: list[str]) -> Iterator[None]:
     """DeepSpeed's file writers, their errors kept in ``errors``: a rank that left its save_checkpoint early would leave the others in a barrier."""
 
     def careful(write: Callable[..., Any]) -> Callable[..., None]:
@@ -100,7 +117,7 @@ def _errors_kept(engine: Any, errors: list[Exception]) -> Iterator[None]:
             try:
                 write(*arguments, **named)
             except (OSError, RuntimeError) as error:
-                errors.append(error)
+                errors.append(describe_error(error))
 
         return wrapper
 

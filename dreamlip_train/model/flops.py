@@ -6,7 +6,6 @@ As usual a multiply-add is 2 FLOPs, backward costs twice the forward, recomputat
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,15 +28,6 @@ _PEAK_TFLOPS = {
     "L40": 181.0,
     "L4": 121.0,
 }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs of an image and of a caption token, and the device's peak FLOP/s where it is known."""
-
-    image: float
-    token: float
-    peak: float | None
 
 
 def training_flops(model: DreamLIP) -> tuple[float, float]:

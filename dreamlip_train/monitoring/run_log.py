@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -12,32 +13,36 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.jobs.line_file import LineFile
+from dreamlip_train.monitoring.dashboards import TensorBoard, start_wandb
 
 
 class RunLog:
     """Opens (appends to) the files of ``run_dir``: ``log.txt`` for rank 0, ``logs/rank-NNNN.txt`` for another, which prints nothing and keeps no metrics.
 
+    A full disk ends no run: what could not be written is kept, and written when there is room.
+
     Raises:
         UserError: ``wandb_project`` is given and wandb is not installed.
     """
 
-    def __init__(self, run_dir: Path, rank: int, total_steps: int, wandb_project: str = "") -> None:
+    def __init__(self, run_dir: Path, rank: int, total_steps: int, wandb_project: str = "", config: Any = None) -> None:
         self.first, self.total_steps = rank == 0, total_steps
         path = run_dir / "log.txt" if self.first else run_dir / "logs" / f"rank-{rank:04d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.text = path.open("a", encoding="utf-8")
+        # Names of files and samples may hold anything: never markup, never ":emoji:".
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not self.first)
+        self.text = LineFile(path, self._print_loudly)
         self.handler = _ToRunLog(self)
         for name in ("dreamlip_kernels", "dreamlip_train"):
             logger = logging.getLogger(name)
             logger.addHandler(self.handler)
             logger.setLevel(logging.INFO)
-        self.bar = self.tensorboard = self.wandb = None
+        self.bar = self.metrics = self.tensorboard = self.wandb = None
         if self.first:
-            self.console = Console(highlight=False, soft_wrap=True)
-            self.metrics = _open_lines(run_dir / "metrics.jsonl")
-            self.tensorboard = _tensorboard(run_dir)
-            self.wandb = _wandb(run_dir, wandb_project) if wandb_project else None
+            self.metrics = LineFile(run_dir / "metrics.jsonl", lambda text: self.message(text, loud=True))
+            self.tensorboard = TensorBoard(run_dir / "tensorboard", lambda text: self.message(text, loud=True))
+            self.wandb = start_wandb(run_dir, wandb_project, config) if wandb_project else None
 
     def begin(self, step: int) -> None:
         """Show the bar, on a terminal, from ``step`` on."""
@@ -45,7 +50,7 @@ class RunLog:
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
@@ -55,10 +60,9 @@ class RunLog:
 
     def message(self, text: str, *, shown: bool = True, loud: bool = False) -> None:
         """Keep ``text`` with the time in this rank's log; rank 0 also prints it, ``loud`` in red."""
-        if self.first and shown:
-            self.console.print(text, markup=False, style="bold red" if loud else None)
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.text.flush()
+        if shown:
+            self._print(text, "bold red" if loud else None)
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def traceback(self) -> None:
         """Keep the exception that is being handled in this rank's log."""
@@ -69,12 +73,9 @@ class RunLog:
         if not self.first:
             self.message(summary)
             return
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
+        self.metrics.write(json.dumps(row))
         numbers = dict(_numbers(row))
-        if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, row["step"])
+        self.tensorboard.add(row["step"], numbers)
         if self.wandb is not None:
             self.wandb.log(numbers, step=row["step"])
         if self.bar is not None:
@@ -92,13 +93,19 @@ class RunLog:
             self.bar.stop()
         for name in ("dreamlip_kernels", "dreamlip_train"):
             logging.getLogger(name).removeHandler(self.handler)
-        self.text.close()
         if self.first:
             self.metrics.close()
-        if self.tensorboard is not None:
             self.tensorboard.close()
+        self.text.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        with contextlib.suppress(OSError):  # standard output may be a file on the full disk
+            self.console.print(text, style=style)
+
+    def _print_loudly(self, text: str) -> None:
+        self._print(text, "bold red")
 
 
 class _ToRunLog(logging.Handler):
@@ -108,33 +115,6 @@ class _ToRunLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.log.message(record.getMessage())
-
-
-def _open_lines(path: Path) -> Any:
-    """``path`` for appending whole lines: a line that a crash cut off gets its end first."""
-    cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
-    if cut_off:
-        file.write("\n")
-    return file
-
-
-def _tensorboard(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run_dir / "tensorboard"))
-
-
-def _wandb(run_dir: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "logging.wandb_project: wandb is not installed; pip install 'dreamlip[wandb]', or leave the project empty"
-        ) from error
-    return wandb.init(project=project, name=run_dir.name, id=run_dir.absolute().name, dir=str(run_dir), resume="allow")
 
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -2,13 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dreamlip_train.checkpoint.state import TrainState
+from dreamlip_train.data.loader import TrainLoader
+from dreamlip_train.monitoring.throughput import Stopwatch
+
+
+def training_batches(
+    loader: TrainLoader,
+    state: TrainState,
+    total_steps: int,
+    move: Callable[[dict[str, Any]], Any],
+    device: torch.device,
+    watch: Stopwatch,
+    *,
+    prefetch: bool,
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """``(batch, move(batch))`` from where ``state`` stands, epoch after epoch, until it has ``total_steps`` steps; the caller advances it.
+
+    The time spent waiting for each batch goes onto ``watch``.
+    """
+    while state.step < total_steps:
+        with (
+            contextlib.closing(loader.epoch(state.epoch, tuple(state.layouts))) as loaded,
+            contextlib.closing(_moved(loader, loaded, move, device, prefetch)) as batches,
+        ):
+            while state.step < total_steps:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                watch.waited += time.perf_counter() - asked
+                if batch is None:
+                    break
+                yield batch
+
+
+def _moved(
+    loader: TrainLoader,
+    loaded: Iterator[dict[str, Any]],
+    move: Callable[[dict[str, Any]], Any],
+    device: torch.device,
+    prefetch: bool,
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    if not prefetch:
+        yield from ((batch, move(batch)) for batch in loaded)
+        return
+    batches = prefetched(loaded, move, device)
+    try:
+        for batch in batches:  # noqa: UP028 - `yield from` would close it, and wait for its thread, before the loader hears of it
+            yield batch
+    finally:
+        loader.leave()
+        batches.close()
 
 
 def prefetched(batches: Iterator[Any], move: Callable[[Any], Any], device: torch.device) -> Iterator[tuple[Any, Any]]:

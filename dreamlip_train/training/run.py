@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dreamlip_train.checkpoint import files, loading, resume
+from dreamlip_train.checkpoint.ranks import on_first_rank
 from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.config.batch import chunks_per_rank, images_per_rank
 from dreamlip_train.config.schema import Config
@@ -17,17 +19,21 @@ from dreamlip_train.config.validation import validate
 from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loader, worker_error
 from dreamlip_train.data.validation import check_held_out
 from dreamlip_train.evaluation.held_out import StoppedError
+from dreamlip_train.jobs.folder_lock import FolderLock
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
-from dreamlip_train.model.flops import Cost, peak_flops, training_flops
+from dreamlip_train.model.dreamlip import DreamLIP
+from dreamlip_train.model.flops import peak_flops, training_flops
 from dreamlip_train.monitoring.environment import backends, versions
 from dreamlip_train.monitoring.run_log import RunLog
+from dreamlip_train.monitoring.step_metrics import StepMetrics
 from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
 from dreamlip_train.training.deepspeed_config import check_deepspeed_config
 from dreamlip_train.training.distributed import init_distributed
 from dreamlip_train.training.engine import build_engine, evaluation_model
 from dreamlip_train.training.loop import Loop
+from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.summary import final_report
 
 
@@ -39,8 +45,8 @@ def train(
     A SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any rank ends the run on all of them after the step, with a checkpoint.
 
     Args:
-        start: "auto" goes on from the newest whole checkpoint of the run folder, or starts; "never" insists on a new folder; a path starts from that
-            checkpoint or run.
+        start: "auto" resumes from the newest whole checkpoint of the run folder, or starts; "never" starts over where no checkpoint is whole;
+            a path starts from that checkpoint or run.
         accept_changes: go on from a checkpoint although settings of the recipe differ from its own.
     Raises:
         UserError: a setting, the data or a checkpoint does not fit (the field is named).
@@ -53,59 +59,55 @@ def train(
             "data.shards: is empty; give the training shards, such as --data.shards 'shards/*.tar' (`dreamlip-train prepare` makes them)"
         )
     with StopRequest() as stop:
-        return _train(config, Path(run_dir), start, accept_changes, stop)
+        device = init_distributed()
+        images_per_rank(config, dist.get_world_size())  # refuses a world that can't share the batch
+        with contextlib.ExitStack() as stack:
+            lock = FolderLock(Path(run_dir), "run.lock", "--run-dir")
+            on_first_rank(lambda: _enter(stack, lock))
+            return _train(config, Path(run_dir), start, accept_changes, device, stop)
 
 
-def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop: StopRequest) -> dict[str, Any] | None:
-    device = init_distributed()
+def _enter(stack: contextlib.ExitStack, lock: FolderLock) -> list[str]:
+    stack.enter_context(lock)
+    return [f"{lock.path.parent} was in use by {lock.taken_over}, which ended: taken over"] if lock.taken_over else []
+
+
+def _train(
+    config: Config, run_dir: Path, start: str, accept_changes: bool, device: torch.device, stop: StopRequest
+) -> dict[str, Any] | None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    chosen = backends(config.loss.backend, device)
+    backends(config.loss.backend, device)  # refuses one that can't run here
     start_from = resume.starting_point(run_dir, start)
+    if start_from:
+        resume.restore_quarantine(start_from, run_dir)
     model = build_model(config.model, config.train.seed)
-    loader = train_loader(
-        config.data,
-        image_size=model.image_size,
-        tokenize=model.tokenize.with_cut,
-        batch_size=images_per_rank(config, ranks),
-        rank=rank,
-        world_size=ranks,
-        seed=config.train.seed,
-        quarantine=run_dir / "quarantine.jsonl",
-    )
-    if config.data.val_shards:
-        check_held_out(config.data, image_size=model.image_size)
+    loader = _loader(config, run_dir, model)
     changed = resume.check_fits(start_from, config, loader.fingerprint, accept_changes) if start_from else {}
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
-    log = RunLog(run_dir, rank, total_steps, config.logging.wandb_project)
+    log = RunLog(run_dir, rank, total_steps, config.logging.wandb_project, config)
     try:
         log.message(_header(config, run_dir, device, total_steps, loader))
-        cost = (
-            Cost(*training_flops(model), peak=peak_flops(device, config.train.precision))
-            if rank == 0
-            else Cost(0.0, 0.0, None)
-        )
+        _warn_of_warmup(config, total_steps, log)
+        metrics = _metrics(config, model, log, device, total_steps)
         written_by = files.read_manifest(start_from)["world_size"] if start_from else ranks
         engine = build_engine(model, config, device, resized=written_by != ranks)
         torch.manual_seed(config.train.seed + rank)
-        progress = loading.load(engine, start_from, config.train.seed) if start_from else TrainState()
+        state = loading.load(engine, start_from, config.train.seed) if start_from else TrainState()
         if rank == 0:
             (run_dir / "config.toml").write_text(format_config(config), encoding="utf-8")
         if start_from:
-            log.message(_resumed(start_from, progress, loader, written_by, ranks))
+            log.message(_resumed(start_from, state, loader, written_by, ranks))
         for name, (old, new) in changed.items():
             log.message(f"{name} was {old!r} until this checkpoint and is {new!r} now")
-        log.begin(progress.step)
+        log.begin(state.step)
         with Watchdog(rank, log.message, loader.heartbeats.silent) as watchdog:
-            done = Loop(engine, config, run_dir, loader, log, progress, total_steps, stop, watchdog, cost).run()
-        summary = None
-        if done:
-            facts = {"steps": progress.step, "seconds": progress.seconds, "skipped_steps": progress.skipped_steps}
-            facts |= {"ranks": ranks, "device": device.type, "backends": chosen, "versions": versions()}
-            summary = _report(engine, config, run_dir, log, facts, device, stop)
-        else:
-            where = files.step_folder(run_dir / "checkpoints", progress.step)
+            done = Loop(engine, config, run_dir, loader, log, state, total_steps, stop, watchdog, metrics).run()
+        summary = _report(engine, config, run_dir, log, state, device, stop) if done else None
+        if not done:
+            where = files.step_folder(run_dir / "checkpoints", state.step)
             log.message(
-                f"stopped by {stop.name or 'a signal to another rank'} after step {progress.step}, saved as {where}; the same command goes on"
+                f"stopped by {stop.name or 'a signal to another rank'} after step {state.step}, saved as {where}; "
+                "the same command resumes"
             )
     except BaseException as error:
         log.traceback()
@@ -118,16 +120,63 @@ def _train(config: Config, run_dir: Path, start: str, accept_changes: bool, stop
     return summary
 
 
+def _loader(config: Config, run_dir: Path, model: DreamLIP) -> TrainLoader:
+    """This rank's batches, after a look at the held-out shards."""
+    loader = train_loader(
+        config.data,
+        image_size=model.image_size,
+        tokenize=model.tokenize.with_cut,
+        batch_size=images_per_rank(config, dist.get_world_size()),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        seed=config.train.seed,
+        quarantine=run_dir / files.QUARANTINE,
+    )
+    if config.data.val_shards:
+        check_held_out(config.data, image_size=model.image_size)
+    return loader
+
+
+def _metrics(config: Config, model: DreamLIP, log: RunLog, device: torch.device, total_steps: int) -> StepMetrics:
+    image_flops, token_flops = training_flops(model) if dist.get_rank() == 0 else (0.0, 0.0)
+    return StepMetrics(
+        log,
+        device,
+        total_steps,
+        global_batch_size=config.train.global_batch_size,
+        captions_per_image=config.data.num_sub_captions,
+        context_length=config.model.context_length,
+        num_workers=config.data.num_workers,
+        image_flops=image_flops,
+        token_flops=token_flops,
+        peak_flops=peak_flops(device, config.train.precision),
+    )
+
+
+def _warn_of_warmup(config: Config, total_steps: int, log: RunLog) -> None:
+    warmup = config.optim.warmup_steps
+    if warmup >= total_steps:
+        highest = learning_rate(total_steps - 1, total_steps, config.optim)
+        log.message(
+            f"optim.warmup_steps={warmup} is not shorter than the run of {total_steps} steps: the rate ends at "
+            f"{highest:.3g} and never reaches optim.lr={config.optim.lr:g}; give a shorter warm-up",
+            loud=True,
+        )
+
+
 def _report(
     engine: Any,
     config: Config,
     run_dir: Path,
     log: RunLog,
-    facts: dict[str, Any],
+    state: TrainState,
     device: torch.device,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
     """Evaluation, pictures and summary.json of the trained model, by rank 0."""
+    facts = {"steps": state.step, "seconds": state.seconds, "skipped_steps": state.skipped_steps}
+    facts |= {"ranks": dist.get_world_size(), "device": device.type}
+    facts |= {"backends": backends(config.loss.backend, device), "versions": versions()}
     with evaluation_model(engine, config.model) as model:
         if dist.get_rank() != 0:
             return None
@@ -156,13 +205,13 @@ def _header(config: Config, run_dir: Path, device: torch.device, total_steps: in
     )
 
 
-def _resumed(start_from: Path, progress: TrainState, loader: TrainLoader, written_by: int, ranks: int) -> str:
-    text = f"resumed from {start_from} at step {progress.step}"
+def _resumed(start_from: Path, state: TrainState, loader: TrainLoader, written_by: int, ranks: int) -> str:
+    text = f"resumed from {start_from} at step {state.step}"
     if written_by != ranks:
         text += f", which {written_by} ranks wrote (now {ranks}; random states start anew)"
-    if progress.layouts and not progress.layouts[-1].same_readers(loader.layout):
+    if state.layouts and not state.layouts[-1].same_readers(loader.layout):
         text += (
-            f"; epoch {progress.epoch} goes on with its {loader.steps_per_epoch - progress.position} x {loader.layout.global_batch} samples that nobody has "
+            f"; epoch {state.epoch} goes on with its {loader.steps_per_epoch - state.position} x {loader.layout.global_batch} samples that nobody has "
             "read, dealt out anew (bad samples on the way may let as many others come twice)"
         )
     return text

@@ -1,4 +1,4 @@
-"""One optimizer step of a DeepSpeed engine, and what becomes of values that are not finite."""
+"""The objective of a run's settings, one optimizer step on it, and what becomes of values that are not finite."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dreamlip_kernels import DreamLIPLoss
+from dreamlip_train.config.schema import LossConfig
 from dreamlip_train.model.dreamlip import LOGIT_SCALARS, crop_to_longest
 from dreamlip_train.model.packing import PackedCaptions, pack_captions
 
@@ -72,3 +74,19 @@ def _unsharded_grad_norm(engine: Any) -> float | None:
         return None
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+
+
+def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
+    """The objective that ``loss`` describes."""
+    return DreamLIPLoss(
+        mpcl_weight=loss.mpcl_weight,
+        grouping_weight=loss.grouping_weight,
+        pairs=loss.pairs,
+        negatives=loss.negatives,
+        positives=loss.positives,
+        threshold=loss.threshold,
+        normalization=loss.normalization,
+        contrast=loss.contrast,
+        direction=loss.direction,
+        backend=loss.backend,
+    )

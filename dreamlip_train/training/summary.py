@@ -12,6 +12,7 @@ from dreamlip_train.config.schema import Config
 from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluation.held_out import evaluate, format_report
 from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.user_error import RunError
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.monitoring.run_log import RunLog
 
@@ -25,11 +26,11 @@ def final_report(
     device: torch.device,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Evaluate on data.val_shards where given, draw the pictures, write summary.json (``facts`` and the numbers), print the table."""
-    from dreamlip_train.reporting.curves import plot_curves, plot_grouping
+    """Evaluate on data.val_shards where given, write summary.json (``facts`` and the numbers), print the table, draw the pictures.
 
-    summary = dict(facts)
-    selection = config.selection()
+    A picture that can't be drawn is a line in the log: no number is lost to it.
+    """
+    summary, selection = dict(facts), config.selection()
     if config.data.val_shards:
         report = evaluate(model, config.data, config.eval, device, **selection, should_stop=should_stop)
         summary |= report
@@ -38,12 +39,34 @@ def final_report(
             {"step": facts["steps"], **report},
             f"held-out R@1 {recall['t2i']['r_at_1']:.1f} / {recall['i2t']['r_at_1']:.1f}",
         )
-        if config.loss.grouping_weight > 0:
-            samples = val_samples(config.data, image_size=model.image_size)
-            plot_grouping(model, samples, run_dir / "grouping.png", **selection)
-    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-    write_json(run_dir / "summary.json", summary)
-    if config.data.val_shards:
         log.message(format_report(report))
+    path = run_dir / "summary.json"
+    try:
+        write_json(path, summary)
+    except OSError as error:
+        raise RunError(
+            f"{path} can't be written: {error.strerror}. Make room and give the same command again"
+        ) from error
+    _draw(model, config, run_dir, log)
     log.message(f"{facts['steps']} steps in {facts['seconds']:.0f} s; everything is in {run_dir}")
     return summary
+
+
+def _draw(model: DreamLIP, config: Config, run_dir: Path, log: RunLog) -> None:
+    from dreamlip_train.reporting.curves import plot_curves, plot_grouping
+
+    def grouping(path: Path) -> None:
+        samples = val_samples(config.data, image_size=model.image_size)
+        plot_grouping(model, samples, path, **config.selection())
+
+    pictures: dict[str, Callable[[Path], None]] = {
+        "curves.png": lambda path: plot_curves(run_dir / "metrics.jsonl", path)
+    }
+    if config.data.val_shards and config.loss.grouping_weight > 0:
+        pictures["grouping.png"] = grouping
+    for name, draw in pictures.items():
+        try:
+            draw(run_dir / name)
+        except Exception as error:  # whatever a drawing library makes of names, captions and a full disk
+            log.message(f"{name} could not be drawn: {type(error).__name__}: {error}")
+            log.traceback()

@@ -1,0 +1,61 @@
+"""A file of lines that a full disk does not end a program for: what could not be written is kept and written when there is room."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+_KEPT_LINES = 100_000
+
+
+class LineFile:
+    """Appends whole lines to ``path``, each on disk (the operating system's cache) when ``write`` returns, or kept in memory.
+
+    ``say`` is called with a text when writing begins to fail and when everything is written again.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self.waiting: deque[bytes] = deque(maxlen=_KEPT_LINES)
+        self.failing = False
+        cut_off = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
+        self.file = path.open("ab", buffering=0)
+        if cut_off:  # by a crash
+            self.write("")
+
+    def write(self, line: str) -> None:
+        """Append ``line`` (without its newline), after those that wait."""
+        self.waiting.append(line.encode("utf-8", errors="backslashreplace") + b"\n")
+        self._write_waiting()
+
+    def close(self) -> None:
+        """Try once more to write what waits, and close the file."""
+        self._write_waiting()
+        self.file.close()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self.waiting:
+                written = self.file.write(self.waiting[0])
+                if written < len(self.waiting[0]):  # the disk filled up in the middle of the line
+                    self.waiting[0] = self.waiting[0][written:]
+                else:
+                    self.waiting.popleft()
+        except OSError as error:
+            if not self.failing:
+                self.failing = True
+                self.say(
+                    f"{self.path} CAN'T BE WRITTEN: {error.strerror}. The program goes on and writes it when there is room"
+                )
+            return
+        if self.failing:
+            self.failing = False
+            self.say(f"{self.path} is written again, with nothing missing")
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
