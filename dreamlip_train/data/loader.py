@@ -25,7 +25,8 @@ from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.epoch_plan import ReaderLayout, batches_of_worker, plan_epoch
 from dreamlip_train.data.quarantine import BadCounts, read_quarantine
 from dreamlip_train.data.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
-from dreamlip_train.data.shards import list_shards, sample_counts
+from dreamlip_train.data.shard_names import list_shards
+from dreamlip_train.data.shards import sample_counts
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 logger = logging.getLogger("dreamlip_train")

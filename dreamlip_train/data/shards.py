@@ -1,28 +1,25 @@
-"""Shards as files: which ones a pattern names, how many samples each holds, and the raw samples inside. Nothing here decodes anything.
+"""What is in shards: how many samples each holds, and the raw samples. Nothing here decodes anything.
 
-    pattern -> list_shards -> sample_counts (manifest.json, sizes.json or an indexing pass)
-            -> read_shard -> {"key", "jpg": bytes, "json": bytes, ..}
+    list_shards -> sample_counts (manifest.json, sizes.json or an indexing pass)
+                -> read_shard -> {"key", "jpg": bytes, "json": bytes, ..}
 
 Tar members are read as bytes and never unpickled: a ``.pyd`` member is bytes like any other.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 os.environ.setdefault("WDS_SECURE", "1")
 
-import braceexpand
-from webdataset.gopen import Pipe, gopen
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
+from dreamlip_train.data.shard_names import local_folder, open_shard
 from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
@@ -35,41 +32,6 @@ class ShardError(Exception):
     """A shard that could not be read to its end; ``args[0]`` says why."""
 
 
-def list_shards(pattern: str, *, allow_pipe: bool = False, field: str = "data.shards") -> list[str]:
-    """The shard paths and URLs that a pattern names, sorted within each part: globs, braces, folders, several parts joined with "::".
-
-    Raises:
-        UserError: the pattern is empty, matches nothing, or is a "pipe:" (a shell command) that was not permitted.
-    """
-    if not pattern.strip():
-        raise UserError(
-            f"{field}: is empty; give a folder, a glob such as 'shards/*.tar', or braces such as 'cc3m-{{0000..0575}}.tar'"
-        )
-    found: list[str] = []
-    for part in pattern.split("::"):
-        if part.startswith("pipe:"):
-            if not allow_pipe:
-                raise UserError(f"{field}: {part!r} runs a shell command; set data.allow_pipe if you trust it")
-            found.append(part)
-            continue
-        for name in braceexpand.braceexpand(part.removeprefix("file://")):
-            found += _expand(name, field)
-    repeated = sorted({name for name in found if found.count(name) > 1}) if len(set(found)) < len(found) else []
-    if repeated:
-        raise UserError(f"{field}: {repeated[0]!r} is named more than once by {pattern!r}; name each shard once")
-    return found
-
-
-def _expand(name: str, field: str) -> list[str]:
-    if "://" in name:
-        return [name]
-    matches = sorted(glob.glob(os.path.join(name, "*.tar"))) if os.path.isdir(name) else sorted(glob.glob(name))
-    if not matches:
-        what = "a folder without .tar files" if os.path.isdir(name) else f"no such file (in {os.getcwd()})"
-        raise UserError(f"{field}: {name!r} matches no shard: {what}; `dreamlip-train prepare` makes shards")
-    return matches
-
-
 def sample_counts(shards: list[str]) -> list[int]:
     """Samples in each shard: from manifest.json or sizes.json beside it, else by reading it once (which is said)."""
     tables: dict[str, dict[str, int]] = {}
@@ -77,7 +39,7 @@ def sample_counts(shards: list[str]) -> list[int]:
     for shard in shards:
         folder, name = os.path.split(shard)
         if folder not in tables:
-            tables[folder] = _count_table(Path(folder)) if "://" not in shard else {}
+            tables[folder] = _count_table(Path(folder)) if local_folder(shard) else {}
         counts.append(tables[folder].get(name))
     missing = [shard for shard, count in zip(shards, counts, strict=True) if count is None]
     if missing:
@@ -122,7 +84,7 @@ def read_shard(shard: str) -> Iterator[dict[str, Any]]:
     """
     current: dict[str, Any] = {}
     try:
-        with _open(shard) as stream:
+        with open_shard(shard) as stream:
             for member in tar_file_iterator(stream, handler=_reraise):
                 if "fname" not in member:  # webdataset marks the end of a shard with an empty record
                     continue
@@ -142,12 +104,6 @@ def read_shard(shard: str) -> Iterator[dict[str, Any]]:
         raise ShardError(f"{type(error).__name__}: {error}") from error
     if current:
         yield current
-
-
-def _open(shard: str) -> Any:
-    if shard.startswith("pipe:"):  # list_shards has asked for the user's permission
-        return Pipe(shard.removeprefix("pipe:"), mode="rb", shell=True)
-    return gopen(shard, "rb") if "://" in shard else open(shard, "rb")
 
 
 def _reraise(error: Exception) -> bool:
@@ -173,8 +129,3 @@ def record_of(sample: dict[str, Any]) -> dict[str, Any]:
     if "txt" in sample and not isinstance(record.get("raw_caption"), (str, list)):
         record["raw_caption"] = sample["txt"].decode("utf-8", errors="replace")
     return record
-
-
-def local_folder(shard: str) -> Path | None:
-    """The folder of a shard on this machine; None for a URL."""
-    return None if urlsplit(shard).scheme or shard.startswith("pipe:") else Path(shard).parent

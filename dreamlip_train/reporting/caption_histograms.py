@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dreamlip_train.captions.sentences import CAPTION_COLUMNS, Splitter, caption_pool
 from dreamlip_train.captions.statistics import CountTokens, percentile
-from dreamlip_train.data.shards import ShardError, list_shards, read_shard, record_of
+from dreamlip_train.data.shard_names import list_shards
+from dreamlip_train.data.shards import ShardError, read_shard, record_of
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
-from dreamlip_train.data.shards import list_shards
+from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluation import paper
 from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
