@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from dreamlip_train.ablation.grid import CLAIMS, LONG, RAW, SHORT, VARIANTS, Variant, config_of
+from dreamlip_train.ablation.options import AblationOptions
 from dreamlip_train.config.toml import format_config
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import RunError, UserError
 
 # What a run is judged by. Retrieval: R@1, mean of both directions, in percent; the rest: percent, steps a second.
 SCORES = {
@@ -41,37 +43,24 @@ _SELECTION = 0.5  # the threshold by which every model's patches are selected, w
 _TIMEOUT = 24 * 3600
 
 
-def ablate(
-    output: str | Path,
-    *,
-    only: Sequence[str] = (),
-    seeds: int = 3,
-    steps: int = 600,
-    batch_size: int = 128,
-    num_train: int = 6000,
-    num_val: int = 400,
-    jobs: int = 1,
-) -> dict[str, Any]:
-    """Train every variant with every seed, evaluate each alike, and write ablation.{json,md,png} in ``output``.
+def ablate(options: AblationOptions) -> dict[str, Any]:
+    """Train every variant with every seed, evaluate each alike, and write ablation.{json,md,png} in ``options.output``.
 
-    Args:
-        only: names of variants; empty means all of ablation_grid.VARIANTS.
-        jobs: runs at a time; the CPU's threads are shared out among them.
     Returns:
         ablation.json's content: {"settings", "runs": {variant: {seed: scores}}, "chance", "claims"}.
     Raises:
-        ValueError: an unknown variant, a count below 1, or ``output`` holds an ablation with other settings.
-        RuntimeError: runs failed (their logs are named); those that finished are in the table.
+        UserError: an unknown variant, a count below 1, or the folder holds an ablation with other settings.
+        RunError: runs failed (their logs are named); those that finished are in the table.
     """
-    variants = _chosen(only)
-    settings = {"steps": steps, "batch_size": batch_size, "num_train": num_train, "num_val": num_val}
-    for name, value in settings.items() | {("seeds", seeds), ("jobs", jobs)}:
+    variants, jobs = _chosen(options.only), options.jobs
+    settings = {name: getattr(options, name) for name in ("steps", "batch_size", "num_train", "num_val")}
+    for name, value in settings.items() | {("seeds", options.seeds), ("jobs", jobs)}:
         if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}; give at least 1")
-    folder = Path(output).absolute()
+            raise UserError(f"--{name.replace('_', '-')}: got {value}; give at least 1")
+    folder = Path(options.output).absolute()
     _claim(folder, settings)
-    train, val = _prepare_data(folder / "data", num_train, num_val)
-    cells = [(variant, seed) for seed in range(seeds) for variant in variants]
+    train, val = _prepare_data(folder / "data", options.num_train, options.num_val)
+    cells = [(variant, seed) for seed in range(options.seeds) for variant in variants]
     done: dict[tuple[str, int], dict[str, Any]] = {}
     failed: dict[tuple[str, int], str] = {}
     lock = threading.Lock()
@@ -79,7 +68,7 @@ def ablate(
     def one(cell: tuple[Variant, int]) -> None:
         variant, seed = cell
         run = folder / "runs" / f"{variant.name}-seed{seed}"
-        config = config_of(variant, train=train, val=val, seed=seed, steps=steps, batch_size=batch_size)
+        config = config_of(variant, train=train, val=val, seed=seed, steps=options.steps, batch_size=options.batch_size)
         try:
             _train(run, format_config(config), max(1, len(os.sched_getaffinity(0)) // jobs))
             with lock:
@@ -96,9 +85,9 @@ def ablate(
             pool.shutdown(wait=False, cancel_futures=True)  # the runs got the signal too, and save
             raise
     if failed:
-        shown = "\n".join(f"  {name}, seed {seed}: {why}" for (name, seed), why in failed.items())
-        raise RuntimeError(
-            f"{len(failed)} of {len(cells)} runs failed; the others are in {folder / 'ablation.md'}:\n{shown}"
+        causes = "\n".join(f"  {name}, seed {seed}: {why}" for (name, seed), why in failed.items())
+        raise RunError(
+            f"{len(failed)} of {len(cells)} runs failed; the others are in {folder / 'ablation.md'}:\n{causes}"
         )
     return write_results(folder, settings, _by_variant(variants, done))
 
@@ -107,7 +96,7 @@ def _chosen(only: Sequence[str]) -> list[Variant]:
     known = {variant.name: variant for variant in VARIANTS}
     unknown = [name for name in only if name not in known]
     if unknown:
-        raise ValueError(f"--only: no variant {unknown[0]!r}; there are {', '.join(known)}")
+        raise UserError(f"--only: no variant {unknown[0]!r}; there are {', '.join(known)}")
     return [known[name] for name in only] if only else list(VARIANTS)
 
 
@@ -117,7 +106,7 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
     path = folder / "settings.json"
     if path.is_file() and (old := json.loads(path.read_text())) != settings:
         changed = ", ".join(f"{name}={old.get(name)}" for name in settings if old.get(name) != settings[name])
-        raise ValueError(
+        raise UserError(
             f"--output: {str(folder)!r} holds an ablation with {changed}; give those settings or another folder"
         )
     write_json(path, settings)
@@ -170,7 +159,7 @@ def _train(run: Path, config: str, threads: int) -> None:
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=_TIMEOUT
         ).returncode
     if code or not (run / "summary.json").is_file():
-        raise RuntimeError(f"exit code {code}; see {run / 'output.txt'}")
+        raise RunError(f"exit code {code}; see {run / 'output.txt'}")
 
 
 def _scores(run: Path) -> dict[str, Any]:

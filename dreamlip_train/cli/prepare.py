@@ -1,4 +1,4 @@
-"""The ``prepare`` commands: their options, and the call each makes."""
+"""The ``prepare`` commands and ``recaption``: their options, and the call each makes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass, field
 
 import tyro
+
+from dreamlip_train.prepare.options import RecaptionOptions
 
 
 @dataclass
@@ -133,7 +135,7 @@ def prepare_validate(arguments: list[str], program: str) -> None:
 
 @dataclass
 class StatsOptions:
-    """Sub-captions and tokens a caption, by source, as a table and a picture (the paper's Figure 3 from your data), and text crop buckets."""
+    """Sub-captions and tokens a caption, by source, as a table and a picture: the paper's Figure 3 from your data."""
 
     pattern: tyro.conf.Positional[str]
     """Shards: a folder, a glob or a brace pattern."""
@@ -151,10 +153,27 @@ def prepare_stats(arguments: list[str], program: str) -> None:
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms, plot_histograms
 
-    found = caption_histograms(options.pattern, count_tokens, max_shards=options.max_shards, splitter=options.splitter)
-    print(format_histograms(found))
-    plot_histograms(found, options.output)
+    histograms = caption_histograms(
+        options.pattern, count_tokens, max_shards=options.max_shards, splitter=options.splitter
+    )
+    print(format_histograms(histograms))
+    plot_histograms(histograms, options.output)
     print(f"wrote {options.output}")
+
+
+@dataclass(kw_only=True)
+class _RecaptionCommand(RecaptionOptions):
+    __doc__ = RecaptionOptions.__doc__
+    shards: tyro.conf.Positional[str]
+    """Image shards: a folder, glob or brace pattern. They are only read."""
+
+
+def recaption(arguments: list[str], program: str) -> None:
+    """New captions from a multimodal model: PATTERN --output DIR --model MODEL [--endpoint URL]"""
+    options = tyro.cli(_RecaptionCommand, args=arguments, prog=program)
+    from dreamlip_train.prepare.recaption import format_counts, recaption_shards
+
+    print(format_counts(recaption_shards(options)))
 
 
 COMMANDS = {

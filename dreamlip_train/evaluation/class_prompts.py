@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 PHOTO = ("a photo of a {c}.",)
@@ -19,17 +20,17 @@ def read_classes(path: str | Path) -> list[str]:
     """Class names, one a line; "a; b" are two names of one class.
 
     Raises:
-        ValueError: the file can't be read, is empty, or a class comes twice (it is named).
+        UserError: the file can't be read, is empty, or a class comes twice (it is named).
     """
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--classes: cannot read {str(path)!r}: {error}") from error
+        raise UserError(f"--classes: cannot read {str(path)!r}: {error}") from error
     names = [name for name in names if name]
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
     if not names or repeated:
         problem = f"has {repeated[0]!r} twice" if repeated else "has no class"
-        raise ValueError(f"--classes: {str(path)!r} {problem}; give one class a line")
+        raise UserError(f"--classes: {str(path)!r} {problem}; give one class a line")
     return names
 
 
@@ -37,7 +38,7 @@ def read_templates(given: str) -> tuple[str, ...]:
     """Prompt templates with {c} for the class: "photo" is one, "imagenet" are CLIP's 80, anything else a file with one a line.
 
     Raises:
-        ValueError: no such file, or a line without {c}.
+        UserError: no such file, or a line without {c}.
     """
     if given in ("", "photo"):
         return PHOTO
@@ -46,12 +47,12 @@ def read_templates(given: str) -> tuple[str, ...]:
     try:
         templates = tuple(line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f'--templates: got {given!r}; give "photo", "imagenet" or a file with a template a line ({error})'
         ) from error
     without = [template for template in templates if "{c}" not in template]
     if without or not templates:
-        raise ValueError(
+        raise UserError(
             f"--templates: {given!r}: {without[0] if without else 'no line'!r} has no {{c}}, the place of the class"
         )
     return templates

@@ -18,6 +18,7 @@ from dreamlip_train.data.images import ImageError, decode_image, resize_center_c
 from dreamlip_train.evaluation.class_prompts import class_features
 from dreamlip_train.evaluation.held_out import eval_mode
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
@@ -35,17 +36,17 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
     """The images and labels of an annotation file.
 
     Raises:
-        ValueError: the file can't be read or is empty, a tag is not in ``classes`` (it is named), an image comes twice, or images are missing.
+        UserError: the file can't be read or is empty, a tag is not in ``classes`` (it is named), an image comes twice, or images are missing.
     """
     path, folder = Path(annotations), Path(images)
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--annotations: cannot read {str(path)!r}: {error}") from error
+        raise UserError(f"--annotations: cannot read {str(path)!r}: {error}") from error
     if not lines:
-        raise ValueError(f"--annotations: {str(path)!r} has no image")
+        raise UserError(f"--annotations: {str(path)!r} has no image")
     if not folder.is_dir():
-        raise ValueError(f"--images: no folder {str(folder)!r}")
+        raise UserError(f"--images: no folder {str(folder)!r}")
     position = {name: index for index, name in enumerate(classes)}
     found: list[tuple[str, list[int]]] = []
     for number, line in enumerate(lines, 1):
@@ -54,20 +55,20 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
         for tag in filter(None, tags):
             index = position.get(tag, int(tag) if tag.isdecimal() and int(tag) < len(classes) else None)
             if index is None:
-                raise ValueError(
+                raise UserError(
                     f"--annotations: {path.name} line {number}: the label {tag!r} is not among the {len(classes)} classes; "
                     "give the tag list that belongs to these annotations"
                 )
             labels.append(index)
         found.append((name, labels))
     if len({name for name, _ in found}) < len(found):
-        raise ValueError(f"--annotations: {str(path)!r} lists an image twice")
+        raise UserError(f"--annotations: {str(path)!r} lists an image twice")
     files = [
         next((file for ending in _ENDINGS if (file := folder / (name + ending)).is_file()), None) for name, _ in found
     ]
     missing = [name for (name, _), file in zip(found, files, strict=True) if file is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; fetch them"
         )
     return Labelled([file for file in files if file is not None], [labels for _, labels in found])
@@ -102,7 +103,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     return (steps_NC * hits_NC / ranks_N1).sum(dim=0) / hits_NC[-1]
 
 
-def evaluate_labels(
+def evaluate_multi_label(
     model: DreamLIP,
     labelled: Labelled,
     classes: Sequence[str],
@@ -116,7 +117,7 @@ def evaluate_labels(
         {"map": percent, the mean over the classes that have an image, "chance": percent, the mean share of images a class is in,
         "per_class": {class: percent or None}, "images", "classes", "without_images": classes that no image has}.
     Raises:
-        ValueError: an image is damaged, or no class has an image.
+        UserError: an image is damaged, or no class has an image.
     """
     rows = []
     with eval_mode(model), torch.no_grad(), Progress("multilabel") as progress:
@@ -134,7 +135,7 @@ def evaluate_labels(
     precision = 100 * average_precision(torch.cat(rows), targets)
     known = targets.any(dim=0)
     if not bool(known.any()):
-        raise ValueError("--annotations: no image has a label")
+        raise UserError("--annotations: no image has a label")
     return {
         "map": float(precision[known].mean()),
         "chance": 100 * float(targets.double().mean(dim=0)[known].mean()),
@@ -152,10 +153,10 @@ def _picture(file: Path, size: int) -> Tensor:
     try:
         return resize_center_crop(decode_image(file.read_bytes()), size)
     except (ImageError, OSError) as error:
-        raise ValueError(f"--images: {file}: {error}; fetch it again") from error
+        raise UserError(f"--images: {file}: {error}; fetch it again") from error
 
 
-def format_labels(found: dict[str, Any], shown: int = 5) -> str:
+def format_multi_label(found: dict[str, Any], shown: int = 5) -> str:
     """The mean, chance, and the best and worst classes, as text to read."""
     scored = sorted(((value, name) for name, value in found["per_class"].items() if value is not None), reverse=True)
     lines = [

@@ -22,11 +22,12 @@ from dreamlip_train.data.images import ImageError, decode_image, resize_center_c
 from dreamlip_train.data.shards import ShardError, image_of, read_shard
 from dreamlip_train.evaluation.held_out import eval_mode, retrieval, retrieval_chance
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 
 @dataclass(frozen=True)
-class Pictured:
+class RetrievalItem:
     """An image, as a file or as bytes, and its captions."""
 
     name: str
@@ -38,7 +39,7 @@ class Pictured:
         return self.data if self.data is not None else Path(self.name).read_bytes()
 
 
-def read_set(annotations: str | Path, images: str | Path = "", split: str = "test") -> Iterator[Pictured]:
+def read_set(annotations: str | Path, images: str | Path = "", split: str = "test") -> Iterator[RetrievalItem]:
     """The images of a retrieval set, with all their captions; the layout is recognised.
 
     Args:
@@ -46,7 +47,7 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = "tes
         images: the folder of the json's images.
         split: of a Karpathy json or a clip_benchmark folder.
     Raises:
-        ValueError: no such file, another layout, an unknown split, captions of images that are not listed, or images that are missing (they are named).
+        UserError: no such file, another layout, an unknown split, captions of images that are not listed, or images that are missing (they are named).
     """
     path = Path(annotations)
     if path.is_dir():
@@ -54,83 +55,83 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = "tes
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--annotations: {str(path)!r} can't be read as json: {error}") from error
+        raise UserError(f"--annotations: {str(path)!r} can't be read as json: {error}") from error
     folder = Path(images)
     if not images or not folder.is_dir():
-        raise ValueError(f"--images: no folder {str(images)!r}; give the folder of the images that {path.name} names")
+        raise UserError(f"--images: no folder {str(images)!r}; give the folder of the images that {path.name} names")
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         found = _coco(content, folder, path)
     elif isinstance(content, dict) and content.get("images") and "sentences" in content["images"][0]:
         found = _karpathy(content, folder, split)
     else:
-        raise ValueError(
+        raise UserError(
             f'--annotations: {str(path)!r} is neither Karpathy\'s json ("images" with "sentences") nor COCO\'s ("images" and "annotations")'
         )
     missing = [pictured.name for pictured in found if not Path(pictured.name).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--images: {len(missing)} of {len(found)} images are not there, such as {missing[0]}; fetch them, since recall over a part is another number"
         )
     return iter(found)
 
 
-def _karpathy(content: dict[str, Any], folder: Path, split: str) -> list[Pictured]:
+def _karpathy(content: dict[str, Any], folder: Path, split: str) -> list[RetrievalItem]:
     splits = sorted({entry["split"] for entry in content["images"]})
     if split not in splits:
-        raise ValueError(f"--split: got {split!r}; the json has {', '.join(splits)}")
+        raise UserError(f"--split: got {split!r}; the json has {', '.join(splits)}")
     found = []
     for entry in content["images"]:
         if entry["split"] == split:
             places = (folder / entry.get("filepath", "") / entry["filename"], folder / entry["filename"])
             place = next((place for place in places if place.is_file()), places[0])
-            found.append(Pictured(str(place), [sentence["raw"] for sentence in entry["sentences"]]))
+            found.append(RetrievalItem(str(place), [sentence["raw"] for sentence in entry["sentences"]]))
     return found
 
 
-def _coco(content: dict[str, Any], folder: Path, path: Path) -> list[Pictured]:
+def _coco(content: dict[str, Any], folder: Path, path: Path) -> list[RetrievalItem]:
     captions = defaultdict(list)
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation["caption"])
     orphans = captions.keys() - {entry["id"] for entry in content["images"]}
     if orphans:
-        raise ValueError(
+        raise UserError(
             f"--annotations: {str(path)!r} has captions of {len(orphans)} images that it does not list, such as image_id {min(orphans)}"
         )
     return [
-        Pictured(str(folder / entry["file_name"]), captions[entry["id"]])
+        RetrievalItem(str(folder / entry["file_name"]), captions[entry["id"]])
         for entry in content["images"]
         if captions[entry["id"]]
     ]
 
 
-def _webdataset(folder: Path, split: str) -> Iterator[Pictured]:
+def _webdataset(folder: Path, split: str) -> Iterator[RetrievalItem]:
     shards = sorted((folder / split).glob("*.tar"), key=lambda shard: (len(shard.name), shard.name))
     if not shards:
-        raise ValueError(
+        raise UserError(
             f"--annotations: {str(folder / split)!r} has no .tar files; give clip_benchmark's folder and its --split"
         )
 
-    def read() -> Iterator[Pictured]:
+    def read() -> Iterator[RetrievalItem]:
         for shard in shards:
             try:
                 for sample in read_shard(str(shard)):
                     if image_of(sample) is None or "txt" not in sample:
-                        raise ValueError(
+                        raise UserError(
                             f"--annotations: {shard}: {sample['key']} has members {sorted(set(sample) - {'key'})}; it needs an image and a .txt"
                         )
                     lines = sample["txt"].decode("utf-8", errors="replace").splitlines()
-                    yield Pictured(
+                    yield RetrievalItem(
                         f"{shard}: {sample['key']}", [line for line in lines if line.strip()], image_of(sample)
                     )
             except ShardError as error:
-                raise ValueError(f"--annotations: {shard}: {error}; fetch it again") from error
+                raise UserError(f"--annotations: {shard}: {error}; fetch it again") from error
 
     return read()
 
 
-def evaluate_set(
+def evaluate_retrieval(
     model: DreamLIP,
-    pictured: Iterator[Pictured],
+    pictured: Iterator[RetrievalItem],
     device: torch.device | str,
     *,
     captions_per_image: int = 5,
@@ -143,7 +144,7 @@ def evaluate_set(
     Returns:
         {"t2i", "i2t", "chance", "images", "captions"}, as ``evaluate.retrieval``.
     Raises:
-        ValueError: an image is damaged, or there is none.
+        UserError: an image is damaged, or there is none.
     """
     images: list[Tensor] = []
     texts: list[Tensor] = []
@@ -162,7 +163,7 @@ def evaluate_set(
             texts += [model.encode_texts(part.to(device)).float().cpu() for part in tokens.split(4 * batch_size)]
             progress.update(f"{first + len(batch)} images, {len(owner)} captions")
     if not owner:
-        raise ValueError("--annotations: no image with a caption")
+        raise UserError("--annotations: no image with a caption")
     image_ND, text_MD, owner_M = (
         part.to(device) for part in (torch.cat(images), torch.cat(texts), torch.tensor(owner))
     )
@@ -174,14 +175,14 @@ def evaluate_set(
     }
 
 
-def _picture(one: Pictured, size: int) -> Tensor:
+def _picture(one: RetrievalItem, size: int) -> Tensor:
     try:
         return resize_center_crop(decode_image(one.read()), size)
     except ImageError as error:
-        raise ValueError(f"--images: {one.name}: {error}; fetch it again") from error
+        raise UserError(f"--images: {one.name}: {error}; fetch it again") from error
 
 
-def format_set(found: dict[str, Any]) -> str:
+def format_retrieval(found: dict[str, Any]) -> str:
     """The six numbers and chance, as text to read."""
     lines = [
         f"{found['images']} images, {found['captions']} captions",

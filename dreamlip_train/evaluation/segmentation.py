@@ -19,6 +19,7 @@ from dreamlip_train.evaluation.class_prompts import class_features
 from dreamlip_train.evaluation.held_out import eval_mode
 from dreamlip_train.evaluation.segmentation_sets import IGNORED, Layout, Segmented, read_label_map
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 _LOGIT_SCALE = 100.0  # of the softmax that the background threshold applies to; CLIP's
@@ -78,13 +79,14 @@ def intersection_over_union(counts: Tensor) -> Tensor:
     return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)
 
 
-def segment(
+def evaluate_segmentation(
     model: DreamLIP,
     pairs: Sequence[Segmented],
     layout: Layout,
     templates: Sequence[str],
     device: torch.device | str,
     *,
+    batch_size: int = 16,
     resize: int = 0,
     stride: int = 0,
     background_threshold: float = 0.5,
@@ -92,18 +94,19 @@ def segment(
     """mIoU of ``predict`` over the pairs.
 
     Args:
+        batch_size: windows per forward pass.
         resize: the shorter side of each image in pixels before windows are cut; 0 takes one and a half windows.
         stride: pixels between windows; 0 takes half a window.
         background_threshold: for layouts that score the background.
     Returns:
         {"miou", "pixel_accuracy" in percent, "per_class": {class: percent or None}, "images", "settings"}.
     Raises:
-        ValueError: an image or label map can't be read, or their sizes differ (they are named).
+        UserError: an image or label map can't be read, or their sizes differ (they are named).
     """
     side = model.image_size
     resize, stride = resize or side * 3 // 2, stride or side // 2
     if resize < side or not 0 < stride <= side:
-        raise ValueError(
+        raise UserError(
             f"--resize, --stride: got {resize} and {stride}; windows have {side} pixels: give resize >= {side} and 0 < stride <= {side}"
         )
     names = [*layout.classes, *(["background"] if layout.background else [])]
@@ -116,7 +119,9 @@ def segment(
             shorter = min(height, width)
             scaled = [max(resize, round(height * resize / shorter)), max(resize, round(width * resize / shorter))]
             large = functional.resize(image, scaled, InterpolationMode.BICUBIC, antialias=True)
-            predicted = predict(similarity_map(model, large, text_CD, stride=stride), (height, width), threshold).cpu()
+            predicted = predict(
+                similarity_map(model, large, text_CD, stride=stride, batch_size=batch_size), (height, width), threshold
+            ).cpu()
             counts += confusion(predicted, labels, len(names))
             progress.update(
                 f"{done} of {len(pairs)} images, mIoU so far {100 * _mean(intersection_over_union(counts)):.1f} %"
@@ -143,10 +148,10 @@ def _pictures(pairs: Sequence[Segmented], layout: Layout) -> Iterator[tuple[Tens
         try:
             image = decode_image(pair.image.read_bytes())
         except (ImageError, OSError) as error:
-            raise ValueError(f"--root: {pair.image}: {error}; fetch it again") from error
+            raise UserError(f"--root: {pair.image}: {error}; fetch it again") from error
         labels = torch.from_numpy(read_label_map(pair.labels, layout))
         if image.shape[-2:] != labels.shape:
-            raise ValueError(
+            raise UserError(
                 f"--root: {pair.image} is {tuple(image.shape[-2:])} pixels, its label map {tuple(labels.shape)}; they belong to different images"
             )
         yield image, labels

@@ -5,11 +5,14 @@ Every set is reduced to one convention: 255 is not scored, 0..C-1 are the classe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dreamlip_train.evaluation.class_prompts import read_classes
+from dreamlip_train.jobs.user_error import UserError
 
 IGNORED = 255
 
@@ -63,6 +66,21 @@ LAYOUTS = {
 """In all of them label 0 is the background or "other", 1..C are the classes and 255 is void."""
 
 
+def layout_named(name: str, classes: str = "") -> Layout:
+    """The layout of that name, with the names in the file ``classes`` in place of its own where one is given.
+
+    Raises:
+        UserError: the file can't be read, or has another number of classes.
+    """
+    layout = LAYOUTS[name]
+    if not classes:
+        return layout
+    names = tuple(read_classes(classes))
+    if len(names) != len(layout.classes):
+        raise UserError(f"--classes: {classes!r} has {len(names)} classes, the layout {name} has {len(layout.classes)}")
+    return replace(layout, classes=names)
+
+
 @dataclass(frozen=True)
 class Segmented:
     """One image file and its label map's."""
@@ -75,27 +93,27 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
     """The pairs of a set's validation split.
 
     Raises:
-        ValueError: a folder or the split file is not there, the split is empty, or files of it are missing (they are named).
+        UserError: a folder or the split file is not there, the split is empty, or files of it are missing (they are named).
     """
     root = Path(root)
     for folder in (root / layout.images, root / layout.labels):
         if not folder.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"--root: no folder {str(folder)!r}; prepare the set as docs/evaluation.md says, or choose its --layout"
             )
     if layout.split:
         try:
             stems = (root / layout.split).read_text(encoding="utf-8").split()
         except OSError as error:
-            raise ValueError(f"--root: cannot read {str(root / layout.split)!r}: {error.strerror}") from error
+            raise UserError(f"--root: cannot read {str(root / layout.split)!r}: {error.strerror}") from error
     else:
         stems = sorted(path.stem for path in (root / layout.labels).glob("*.png"))
     if not stems:
-        raise ValueError(f"--root: no label map in {str(root / (layout.split or layout.labels))!r}")
+        raise UserError(f"--root: no label map in {str(root / (layout.split or layout.labels))!r}")
     pairs = [Segmented(root / layout.images / f"{stem}.jpg", root / layout.labels / f"{stem}.png") for stem in stems]
     missing = [path for pair in pairs for path in (pair.image, pair.labels) if not path.is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--root: {len(missing)} files of {len(pairs)} images are not there, such as {missing[0]}; mIoU over a part is another number"
         )
     return pairs
@@ -105,7 +123,7 @@ def read_label_map(path: Path, layout: Layout) -> np.ndarray:
     """[H, W] int64: classes 0..C-1, background C where the layout scores it, 255 for what is not scored.
 
     Raises:
-        ValueError: the file is damaged or no label map, or holds a label beyond the classes.
+        UserError: the file is damaged or no label map, or holds a label beyond the classes.
     """
     try:
         with Image.open(path) as image:
@@ -113,11 +131,11 @@ def read_label_map(path: Path, layout: Layout) -> np.ndarray:
                 raise ValueError(f"its mode is {image.mode}, a label map is one channel")
             raw = np.asarray(image).astype(np.int64)
     except Exception as error:  # PIL raises many kinds
-        raise ValueError(f"--root: {path} is no label map: {error}") from error
+        raise UserError(f"--root: {path} is no label map: {error}") from error
     count = len(layout.classes)
     beyond = raw[(raw > count) & (raw != IGNORED)]
     if beyond.size:
-        raise ValueError(
+        raise UserError(
             f"--root: {path} has label {int(beyond[0])}, the layout has {count} classes; choose the --layout these labels were made for"
         )
     labels = raw - 1

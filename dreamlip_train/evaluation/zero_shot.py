@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dreamlip_train.data.images import resize_center_crop
 from dreamlip_train.evaluation.held_out import eval_mode
 from dreamlip_train.evaluation.paper import ZERO_SHOT
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 DATASETS = (
@@ -35,7 +36,7 @@ DATASETS = (
 """The paper's eleven, under clip_benchmark's names."""
 
 
-class AsClip(nn.Module):
+class ClipAdapter(nn.Module):
     """A DreamLIP model under the two names clip_benchmark calls: encode_image of uint8 [n,3,S,S], encode_text of tokens."""
 
     def __init__(self, model: DreamLIP) -> None:
@@ -51,7 +52,7 @@ class AsClip(nn.Module):
         return self.model.encode_texts(tokens)
 
 
-def zero_shot(
+def evaluate_zero_shot(
     model: DreamLIP,
     datasets: Sequence[str],
     root: str,
@@ -71,10 +72,10 @@ def zero_shot(
     Returns:
         {data set: {"acc1", "acc5", "mean_per_class_recall" in percent, "images", "classes"}, or {"error"}}.
     Raises:
-        ValueError: clip_benchmark is not installed.
+        UserError: clip_benchmark is not installed.
     """
     if importlib.util.find_spec("clip_benchmark") is None:
-        raise ValueError("eval zeroshot: needs clip_benchmark; pip install 'dreamlip[benchmark]'")
+        raise UserError("eval zeroshot: needs clip_benchmark; pip install 'dreamlip[benchmark]'")
     found: dict[str, dict[str, Any]] = {}
     with eval_mode(model):
         for name in datasets:
@@ -133,7 +134,7 @@ def _one(
             nonlocal counted
             for images, labels in loader:
                 if labels.ndim == 1 and int(labels.max()) >= len(dataset.classes):
-                    raise ValueError(
+                    raise UserError(
                         f"label {int(labels.max())} but {len(dataset.classes)} classes in {folder}; the class list is another's"
                     )
                 counted += len(images)
@@ -141,7 +142,7 @@ def _one(
 
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         metrics = zeroshot_classification.evaluate(
-            AsClip(model), Counted(), model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
+            ClipAdapter(model), Counted(), model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
         )
     return {metric: 100 * float(value) for metric, value in metrics.items()} | {
         "images": counted,

@@ -14,6 +14,7 @@ from typing import Any
 
 from dreamlip_train.captions.sentences import split_sub_captions
 from dreamlip_train.data.images import decode_image
+from dreamlip_train.jobs.user_error import UserError
 
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0
@@ -50,7 +51,7 @@ class LocalModel:
     """A Hugging Face image-text-to-text model (LLaVA, ShareGPT4V's LLaVA checkpoints, InstructBLIP, ..), in bf16 on a GPU, in fp32 on the CPU.
 
     Raises:
-        ValueError: transformers is not installed, or it can't load ``model``.
+        UserError: transformers is not installed, or it can't load ``model``.
     """
 
     def __init__(self, model: str, prompts: Sequence[Prompt]) -> None:
@@ -58,7 +59,7 @@ class LocalModel:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "--model: transformers is not installed; pip install 'dreamlip[recaption]', or use --endpoint"
             ) from error
         self.prompts = prompts
@@ -70,7 +71,7 @@ class LocalModel:
             )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"--model: {model!r} is no image-text-to-text model that transformers can load: {reason}"
             ) from error
         self.model.to(self.device).eval()
@@ -135,7 +136,7 @@ class Endpoint:
     An answer that fails, stalls beyond ``timeout`` seconds or is garbage is asked for again, ``retries`` times, with doubling pauses.
 
     Raises:
-        ValueError: openai is not installed.
+        UserError: openai is not installed.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Endpoint:
         try:
             import openai
         except ImportError as error:
-            raise ValueError("--endpoint: openai is not installed; pip install 'dreamlip[recaption]'") from error
+            raise UserError("--endpoint: openai is not installed; pip install 'dreamlip[recaption]'") from error
         self.openai, self.url, self.model, self.prompts, self.retries = openai, url, model, prompts, retries
         # The client's own retries know nothing of garbage.
         self.client = openai.OpenAI(
@@ -156,7 +157,7 @@ class Endpoint:
         """Captions for each picture.
 
         Raises:
-            ValueError: the server refuses the key, or knows no such model.
+            UserError: the server refuses the key, or knows no such model.
         """
         return list(self.threads.map(self._answer, images))
 
@@ -167,7 +168,7 @@ class Endpoint:
                 prompt.column: self._patiently(lambda prompt=prompt: self._ask(data, prompt)) for prompt in self.prompts
             }
         except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
             ) from error
         except (self.openai.OpenAIError, ValueError) as error:

@@ -28,6 +28,7 @@ from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import UserError
 
 STATE = ".prepare"
 Row = tuple[int, dict[str, Any] | None, str]
@@ -53,14 +54,14 @@ def prepare_folder(
         count_tokens: for the manifest's token counts.
 
     Raises:
-        ValueError: a file or folder is missing, the table lacks columns, no row is usable, or ``output`` holds shards of other input.
+        UserError: a file or folder is missing, the table lacks columns, no row is usable, or ``output`` holds shards of other input.
     """
     captions, images, output = Path(captions), Path(images), Path(output)
     if shard_size < 1:
-        raise ValueError(f"--shard-size: got {shard_size}; give at least 1")
+        raise UserError(f"--shard-size: got {shard_size}; give at least 1")
     for name, folder in (("--images", images), ("--masks", Path(masks) if masks else images)):
         if not folder.is_dir():
-            raise ValueError(f"{name}: no folder {str(folder)!r}")
+            raise UserError(f"{name}: no folder {str(folder)!r}")
     rows = read_rows(captions)
     state = _claim(output, captions, images, masks, shard_size)
     writer = _ShardWriter(output, state, ImageIndex(images), Path(masks) if masks else None, count_tokens)
@@ -75,7 +76,7 @@ def prepare_folder(
                 shards[name] = {"samples": counts.samples, "bytes": (output / name).stat().st_size}
             progress.update(f"{len(shards)} shards, {total.samples} samples, {total.bad_count} left out")
     if not shards:
-        raise ValueError(
+        raise UserError(
             f"--captions: no row of {str(captions)!r} gave a sample: {total.bad_summary() or 'it has no rows'}"
         )
     manifest = {"format": 1, **total.summary(), "shards": dict(sorted(shards.items()))}

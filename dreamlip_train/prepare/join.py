@@ -28,6 +28,7 @@ from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import RunError, UserError
 from dreamlip_train.prepare.join_shards import index_shard, rewrite_shard
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
 
@@ -61,18 +62,18 @@ def join_captions(
         memory_limit: of the join; it spills to ``output``/.join beyond.
         ray_address: run on this Ray cluster.
     Raises:
-        ValueError: nothing matches, a table lacks the columns, or ``output`` belongs to another join.  RuntimeError: the disk is full.
+        UserError: nothing matches, a table lacks the columns, or ``output`` belongs to another join.  RunError: the disk is full.
     """
     output, columns = Path(output), columns or {}
     column = table_column or (IMAGE_COLUMN if on in _NORMAL else on)
     tables, shard_paths = _tables(captions), list_shards(shards, field="--shards")
     names = [os.path.basename(shard) for shard in shard_paths]
     if len(set(names)) < len(names):
-        raise ValueError(
+        raise UserError(
             f"--shards: two shards are both called {Counter(names).most_common(1)[0][0]!r}; join the folders one at a time"
         )
     if any(Path(shard).resolve().parent == output.resolve() for shard in shard_paths):
-        raise ValueError(
+        raise UserError(
             f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another"
         )
     state = _claim(
@@ -96,7 +97,7 @@ def join_captions(
                 progress.update(f"{len(listed)} of {len(shard_paths)} shards, {counts.samples} samples")
     except OSError as error:
         free = shutil.disk_usage(output).free / 1e9
-        raise RuntimeError(
+        raise RunError(
             f"--output: {error} ({free:.2f} GB free). Finished shards are kept; make room and give the same command again"
         ) from error
     for reason, entry in report.pop("bad").items():
@@ -116,7 +117,7 @@ def _tables(captions: str) -> list[Path]:
         else:
             matches = [Path(name) for name in sorted(glob.glob(part))]
         if not matches:
-            raise ValueError(f"--captions: {part!r} matches no table ({', '.join(SUFFIXES)})")
+            raise UserError(f"--captions: {part!r} matches no table ({', '.join(SUFFIXES)})")
         found += matches
     return found
 
@@ -163,7 +164,7 @@ def _join(
     report = match(state, memory_limit)
     if report["samples_matched"] == 0:
         shutil.rmtree(state)  # nothing is worth keeping, and the next attempt, with other settings, may use the folder
-        raise ValueError(
+        raise UserError(
             f"--on {on}: none of {report['samples']} samples matches any of {report['rows']} rows. Samples have {report['examples']['samples']}, the "
             f"tables' column {column!r} has {report['examples']['rows']}; choose --on or --table-column so that the two agree"
         )
@@ -189,7 +190,7 @@ def stage_table(
 
     def check(table: Path, names: list[str]) -> None:
         if column not in names or not taken & set(names):
-            raise ValueError(
+            raise UserError(
                 f"--captions: {str(table)!r} needs the column {column!r} and at least one of {', '.join(sorted(taken))}; it has "
                 f"{', '.join(map(repr, names))}. --table-column names the compared one, --columns NAME=THEIRS maps captions"
             )
@@ -262,7 +263,7 @@ def match(state: Path, memory_limit: str = "3GB") -> dict[str, Any]:
     except duckdb.IOException as error:
         raise OSError(str(error)) from error
     except (duckdb.OutOfMemoryException, duckdb.ParserException, duckdb.InvalidInputException) as error:
-        raise ValueError(
+        raise UserError(
             f"--memory-limit: got {memory_limit!r}: {str(error).splitlines()[0]}; give more, such as 3GB"
         ) from error
     finally:

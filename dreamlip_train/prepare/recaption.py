@@ -24,8 +24,10 @@ from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import RunError, UserError
 from dreamlip_train.jobs.work_claims import Claims
 from dreamlip_train.prepare.captioners import Answer, Endpoint, LocalModel, Prompt
+from dreamlip_train.prepare.options import RecaptionOptions
 
 STATE = ".recaption"
 _JUDGED_AFTER = 50  # pictures asked about before max_bad_fraction can stop a run
@@ -47,75 +49,73 @@ class Settings:
     owner: str = ""
 
 
-def recaption_shards(
-    shards: str,
-    output: str | Path,
-    *,
-    model: str,
-    name: str = "LLA",
-    endpoint: str = "",
-    long_prompt: str = "Describe the image in detail.",
-    short_prompt: str = "Describe the image in one sentence.",
-    max_tokens: int = 256,
-    batch_size: int = 16,
-    timeout: float = 120.0,
-    retries: int = 5,
-    max_bad_fraction: float = 0.05,
-    stale_minutes: float = 30.0,
-    ray_address: str = "",
-) -> Counter[str]:
+def recaption_shards(options: RecaptionOptions) -> Counter[str]:
     """Caption every picture of the shards that are neither done nor being done elsewhere; return what this call did.
 
-    The columns long{name}_captions and short{name}_captions are added to each sample's json, everything else stays. A picture that could not be captioned
-    keeps its place without them, and the reason is in ``output``/.recaption/NAME.jsonl.
+    The columns long{name}_captions and short{name}_captions are added to each sample's json, everything else stays.
+    A picture that could not be captioned keeps its place without them; the reason is in OUTPUT/.recaption/NAME.jsonl.
 
     Returns:
         counts "shards done", "done before", "busy elsewhere", "captioned", "kept from before", "failed".
     Raises:
-        ValueError: a setting does not work.  RuntimeError: more than ``max_bad_fraction`` of the pictures could not be captioned, or the disk is full.
+        UserError: a setting does not work.
+        RunError: more than ``max_bad_fraction`` of the pictures could not be captioned, or the disk is full.
     """
-    output = Path(output)
-    asked = (
-        (f"long{name}_captions", long_prompt, max_tokens),
-        (f"short{name}_captions", short_prompt, max(1, max_tokens // 4)),
-    )
-    prompts = tuple(Prompt(*given) for given in asked if given[1])
-    if not prompts:
-        raise ValueError("--long-prompt, --short-prompt: both are empty; there is nothing to ask")
-    if not name.isidentifier():
-        raise ValueError(f"--name: got {name!r}; it becomes part of a column's name: give letters and digits")
-    if batch_size < 1 or max_tokens < 1 or retries < 0 or timeout <= 0:
-        raise ValueError(
-            f"--batch-size, --max-tokens, --retries, --timeout: got {batch_size}, {max_tokens}, {retries}, {timeout}; too small"
-        )
-    paths = list_shards(shards, field="SHARDS")
+    output, settings = Path(options.output), _settings(options)
+    paths = list_shards(options.shards, field="SHARDS")
     if any(Path(path).resolve().parent == output.resolve() for path in paths):
-        raise ValueError(
+        raise UserError(
             f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another"
         )
     job = {
         "shards": sorted(os.path.basename(path) for path in paths),
-        "prompts": [vars(prompt) for prompt in prompts],
-        "model": model,
+        "prompts": [vars(prompt) for prompt in settings.prompts],
+        "model": options.model,
     }
     claim_output(output, STATE, job, "captions of other shards, prompts or another model")
-    owner = f"ray:{ray_address}" if ray_address else ""
-    settings = Settings(
-        output, model, endpoint, prompts, batch_size, timeout, retries, max_bad_fraction, stale_minutes, owner
-    )
     total: Counter[str] = Counter()
     try:
         with Progress(f"recaption {output}") as progress:
-            for done in _each(settings, paths, ray_address):
+            for done in _each(settings, paths, options.ray):
                 total.update(done)
                 progress.update(", ".join(f"{count} {what}" for what, count in total.items()))
     except OSError as error:
         free = shutil.disk_usage(output).free / 1e9
-        raise RuntimeError(
+        raise RunError(
             f"--output: {error} ({free:.2f} GB free). Finished captions are kept; make room and give the same command again"
         ) from error
     _write_manifest(output, paths)
     return total
+
+
+def _settings(options: RecaptionOptions) -> Settings:
+    """What a worker needs of the options, checked."""
+    asked = (
+        (f"long{options.name}_captions", options.long_prompt, options.max_tokens),
+        (f"short{options.name}_captions", options.short_prompt, max(1, options.max_tokens // 4)),
+    )
+    prompts = tuple(Prompt(column, text, tokens) for column, text, tokens in asked if text)
+    if not prompts:
+        raise UserError("--long-prompt, --short-prompt: both are empty; there is nothing to ask")
+    if not options.name.isidentifier():
+        raise UserError(f"--name: got {options.name!r}; it becomes part of a column's name: give letters and digits")
+    if options.batch_size < 1 or options.max_tokens < 1 or options.retries < 0 or options.timeout <= 0:
+        raise UserError(
+            f"--batch-size, --max-tokens, --retries, --timeout: got {options.batch_size}, {options.max_tokens}, "
+            f"{options.retries}, {options.timeout}; too small"
+        )
+    return Settings(
+        output=Path(options.output),
+        model=options.model,
+        endpoint=options.endpoint,
+        prompts=prompts,
+        batch_size=options.batch_size,
+        timeout=options.timeout,
+        retries=options.retries,
+        max_bad_fraction=options.max_bad_fraction,
+        stale_minutes=options.stale_minutes,
+        owner=f"ray:{options.ray}" if options.ray else "",
+    )
 
 
 def _each(settings: Settings, paths: list[str], ray_address: str) -> Iterator[Counter[str]]:
@@ -134,14 +134,17 @@ def _captioner(settings: Settings) -> Any:
     """The model, made once a process."""
     if settings not in _captioners:
         _captioners.clear()
-        _captioners[settings] = (
-            Endpoint(
-                settings.endpoint, settings.model, settings.prompts,
-                parallel=settings.batch_size, timeout=settings.timeout, retries=settings.retries,
+        if settings.endpoint:
+            _captioners[settings] = Endpoint(
+                settings.endpoint,
+                settings.model,
+                settings.prompts,
+                parallel=settings.batch_size,
+                timeout=settings.timeout,
+                retries=settings.retries,
             )
-            if settings.endpoint
-            else LocalModel(settings.model, settings.prompts)
-        )  # fmt: skip
+        else:
+            _captioners[settings] = LocalModel(settings.model, settings.prompts)
     return _captioners[settings]
 
 
@@ -202,7 +205,7 @@ class _Task:
                 for line in reversed(path.read_text(encoding="utf-8").splitlines())
                 if '"error"' in line
             )
-            raise RuntimeError(
+            raise RunError(
                 f"--max-bad-fraction: {counts['failed']} of {asked} pictures could not be captioned, the last because of {last}. The reasons are in {path}; "
                 "finished captions are kept, and the same command goes on"
             )

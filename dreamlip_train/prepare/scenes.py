@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare import scene_painting as painting
 
 Split = Literal["train", "val"]
@@ -237,10 +238,10 @@ def prepare_scenes(output: str | Path, num_train: int = 6000, num_val: int = 200
     Returns:
         {"train": {"samples", "captions", "images", "masks"}, "val": {...}} with the paths as strings.
     Raises:
-        ValueError: a negative count.
+        UserError: a negative count.
     """
     if num_train < 0 or num_val < 0:
-        raise ValueError(f"prepare scenes: num_train and num_val must be >= 0, got {num_train} and {num_val}")
+        raise UserError(f"prepare scenes: num_train and num_val must be >= 0, got {num_train} and {num_val}")
     started = time.monotonic()
     summary = {}
     for split, count in (("train", num_train), ("val", num_val)):

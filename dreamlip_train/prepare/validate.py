@@ -17,6 +17,7 @@ from dreamlip_train.data.shards import MANIFEST, ShardError, image_of, read_shar
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import UserError
 
 
 def validate_shards(
@@ -38,11 +39,11 @@ def validate_shards(
         fix: folder for repaired copies: samples that can't be used and repeated keys left out, empty captions dropped, captions stored as characters put
             together again.
     Raises:
-        ValueError: the pattern matches nothing, no sample of the shards is usable, or ``fix`` is their own folder.
+        UserError: the pattern matches nothing, no sample of the shards is usable, or ``fix`` is their own folder.
     """
     shards = list_shards(pattern, allow_pipe=allow_pipe, field="PATTERN")
     if fix and any(local_folder(shard) and local_folder(shard).resolve() == Path(fix).resolve() for shard in shards):
-        raise ValueError(f"--fix: {fix!r} is the folder of the shards, which are not to be changed; give another")
+        raise UserError(f"--fix: {fix!r} is the folder of the shards, which are not to be changed; give another")
     total, kinds = Statistics(), Counter()
     folders: dict[Path | None, tuple[Statistics, dict[str, Any]]] = defaultdict(lambda: (Statistics(), {}))
     owner: dict[str, str] = {}
@@ -78,9 +79,7 @@ def validate_shards(
         "shards": {name: entry for _, listed in folders.values() for name, entry in listed.items()},
     }
     if total.samples == 0:
-        raise ValueError(
-            f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}"
-        )
+        raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}")
     if fix:
         Path(fix).mkdir(parents=True, exist_ok=True)
         for _ in map_bounded(lambda shard: _fix(shard, Path(fix), repeated), shards):

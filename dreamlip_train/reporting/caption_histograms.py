@@ -1,4 +1,4 @@
-"""``prepare stats``: how many sub-captions and tokens a caption has, by source, as a table and a picture, and the text lengths worth a bucket."""
+"""``prepare stats``: how many sub-captions and tokens a caption has, by source, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.shards import ShardError, read_shard, record_of
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import UserError
 
 _PERCENTILES = (50, 90, 95, 99)
 _KINDS = ("sub_captions", "tokens", "sub_caption_tokens")
@@ -23,7 +24,7 @@ def caption_histograms(
     """{source: {"sub_captions": how many a caption has, "tokens": of the whole caption, "sub_caption_tokens"}}, each a Counter.
 
     Raises:
-        ValueError: no shard matches, or none has a caption.
+        UserError: no shard matches, or none has a caption.
     """
     shards = list_shards(pattern, field="PATTERN")
     if max_shards and max_shards < len(shards):
@@ -37,7 +38,7 @@ def caption_histograms(
                     own[kind].update(histogram)
             progress.update(f"{done} of {len(shards)} shards")
     if not total:
-        raise ValueError(f"PATTERN: no sample of {pattern!r} has a caption in {', '.join(CAPTION_COLUMNS)}")
+        raise UserError(f"PATTERN: no sample of {pattern!r} has a caption in {', '.join(CAPTION_COLUMNS)}")
     order = [*CAPTION_COLUMNS, *sorted(total)]
     return dict(sorted(total.items(), key=lambda item: order.index(item[0])))
 
@@ -69,15 +70,8 @@ def mean(histogram: Counter[int]) -> float:
     return sum(value * count for value, count in histogram.items()) / histogram.total()
 
 
-def crop_buckets(histograms: Histograms, context: int = 77) -> list[int]:
-    """Text lengths, multiples of 8 up to the context, that hold about a quarter, half, three quarters, 95 % and all of the sub-captions."""
-    everything: Counter[int] = sum((kinds["sub_caption_tokens"] for kinds in histograms.values()), Counter())
-    edges = {min(context, -(-percentile(everything, percent) // 8) * 8) for percent in (25, 50, 75, 95)}
-    return sorted(edges | {context})
-
-
 def format_histograms(histograms: Histograms) -> str:
-    """The table, sub-captions and tokens side by side, and the buckets."""
+    """The table, sub-captions and tokens side by side, and how many are cut."""
     head = f"{'source':<20}{'captions':>10}{'sub-captions':>14}{'tokens':>9}{'tokens of a sub-caption: mean':>31}"
     head += "".join(f"{f'p{p}':>6}" for p in _PERCENTILES)
     lines = [head]
@@ -91,9 +85,7 @@ def format_histograms(histograms: Histograms) -> str:
         count for kinds in histograms.values() for length, count in kinds["sub_caption_tokens"].items() if length > 77
     )
     every = sum(kinds["sub_caption_tokens"].total() for kinds in histograms.values())
-    lines.append(
-        f"text crop buckets: {', '.join(map(str, crop_buckets(histograms)))} tokens; {over / every:.2%} of the sub-captions are over 77 and are cut"
-    )
+    lines.append(f"{over / every:.2%} of the sub-captions are longer than 77 tokens, the context of CLIP, and are cut")
     return "\n".join(lines)
 
 

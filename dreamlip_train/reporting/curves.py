@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dreamlip_train.config.schema import Normalization
-from dreamlip_train.evaluation.held_out import encode_batch, eval_mode, sub_caption_weights
+from dreamlip_train.evaluation.features import encode_batch, eval_mode, sub_caption_weights
+from dreamlip_train.jobs.user_error import UserError
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = ("#2563eb", "#e8590c", "#0f9d76", "#c2255c", "#7048e8")
@@ -53,7 +54,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     Steps that a resumed run logged again are drawn once, as logged last; a line cut off by a crash is passed over.
 
     Raises:
-        ValueError: the file has no logged step.
+        UserError: the file has no logged step.
     """
     rows = _read_metrics(Path(metrics_jsonl))
     panels = [
@@ -102,7 +103,7 @@ def plot_runs(metrics: dict[str, Path], png: str | Path) -> None:
     Args:
         metrics: each run's label and its metrics.jsonl.
     Raises:
-        ValueError: a file has no logged step.
+        UserError: a file has no logged step.
     """
     runs = {label: _read_metrics(path) for label, path in metrics.items()}
     panels = [
@@ -169,7 +170,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and "step" in row:
             by_step.setdefault(row["step"], {}).update(row)
     if not by_step:
-        raise ValueError(f"{path}: has no line with a step; train at least logging.every_steps steps")
+        raise UserError(f"{path}: has no line with a step; train at least logging.every_steps steps")
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -206,16 +207,16 @@ def plot_grouping(
         samples: what held_out.val_samples yields; only as many as are drawn are read.
         threshold, normalization: of the patch selection; pass the run's loss.threshold and loss.normalization.
     Raises:
-        ValueError: no sample has a sentence, or the model gives no patch features.
+        UserError: no sample has a sentence, or the model gives no patch features.
     """
     shown = list(islice((sample for sample in samples if sample["sentences"]), rows))
     if not shown:
-        raise ValueError("plot_grouping: samples: none has a sentence to draw; check data.eval_source")
+        raise UserError("plot_grouping: samples: none has a sentence to draw; check data.eval_source")
     shown = [sample | {"sentences": sample["sentences"][:columns]} for sample in shown]
     with eval_mode(model), torch.no_grad():
         _, patch_nPD, text_KD = encode_batch(model, shown, next(model.parameters()).device)
         if patch_nPD is None:
-            raise ValueError(
+            raise UserError(
                 "plot_grouping: the model gives no patch features, so nothing is selected; train with loss.grouping_weight > 0"
             )
         weights_KP = [weights.cpu() for weights in sub_caption_weights(patch_nPD, text_KD, threshold, normalization)]

@@ -21,6 +21,7 @@ from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluation import paper
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
 
 _STYLE = """
@@ -46,11 +47,11 @@ def write_report(run: str | Path, output: str | Path = "", *, examples: int = 6)
     """Write the page and return its path. What the run has no data for is said in its place, the rest is there.
 
     Raises:
-        ValueError: ``run`` is not a run folder with logged steps.
+        UserError: ``run`` is not a run folder with logged steps.
     """
     run = Path(run)
     if not (run / "metrics.jsonl").is_file():
-        raise ValueError(f"RUN: no file {run / 'metrics.jsonl'}; give a run folder of `dreamlip-train train`")
+        raise UserError(f"RUN: no file {run / 'metrics.jsonl'}; give a run folder of `dreamlip-train train`")
     output = Path(output) if output else run / "report.html"
     summary = (
         json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else _last_evaluation(run)
@@ -138,7 +139,7 @@ def _curves(run: Path) -> str:
 
 def _retrieval(summary: dict[str, Any]) -> str:
     if "retrieval" not in summary:
-        raise ValueError("the run was not evaluated; train with data.val_shards")
+        raise UserError("the run was not evaluated; train with data.val_shards")
     rows = []
     for kind, label in (("long_caption", "long caption"), ("sentence", "single sentence")):
         scores = summary["retrieval"][kind]
@@ -161,7 +162,7 @@ def _retrieval(summary: dict[str, Any]) -> str:
 def _localization(summary: dict[str, Any]) -> str:
     located = summary.get("localization")
     if not located:
-        raise ValueError("the held-out samples have no masks")
+        raise UserError("the held-out samples have no masks")
     names = {
         "mass_inside": "weight inside the region",
         "pointing": "top patch inside the region",
@@ -187,7 +188,7 @@ def _grouping(model: Any, config: Config) -> str:
 def _examples(model: Any, config: Config, device: torch.device, count: int) -> str:
     right, wrong = retrieval_examples(model, config.data, device, count=count)
     if not right and not wrong:
-        raise ValueError("no held-out sample has a sentence")
+        raise UserError("no held-out sample has a sentence")
     parts = []
     for title, found in (("Found first, most surely", right), ("Missed furthest", wrong)):
         parts.append(f"<h3>{title}</h3>" + ("".join(_example(one) for one in found) or "<p class='muted'>None.</p>"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.validation import val_samples
-from dreamlip_train.evaluation.held_out import encode_batch, eval_mode
+from dreamlip_train.evaluation.features import encode_batch, eval_mode
 
 
 @dataclass(frozen=True)

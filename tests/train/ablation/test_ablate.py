@@ -6,6 +6,7 @@ import pytest
 
 from dreamlip_train import cli
 from dreamlip_train.ablation.grid import CLAIMS, VARIANTS, config_of
+from dreamlip_train.ablation.options import AblationOptions
 from dreamlip_train.ablation.plot import plot_ablation
 from dreamlip_train.ablation.run import SCORES, ablate, format_ablation, judge
 from dreamlip_train.config.recipes import demo
@@ -76,12 +77,12 @@ def test_a_real_run_is_trained_judged_and_kept(tmp_path, capsys):
     assert set(content["runs"]["full"]["0"]) == set(SCORES) and content["chance"]["long"] == pytest.approx(100 / 12)
     assert (tmp_path / "ab" / "ablation.png").is_file() and (run / "summary.json").is_file()
     before = (run / "summary.json").stat().st_mtime_ns
-    assert ablate(tmp_path / "ab", **SMALL)["runs"]["full"][0] == content["runs"]["full"]["0"], (
+    assert ablate(AblationOptions(str(tmp_path / "ab"), **SMALL))["runs"]["full"][0] == content["runs"]["full"]["0"], (
         "a finished run is not trained again"
     )
     assert (run / "summary.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds an ablation with steps=2; give those settings"):
-        ablate(tmp_path / "ab", **(SMALL | {"steps": 3}))
+        ablate(AblationOptions(str(tmp_path / "ab"), **(SMALL | {"steps": 3})))
 
 
 @pytest.mark.slow
@@ -90,12 +91,12 @@ def test_a_failed_run_is_named_and_the_others_are_kept(tmp_path):
     run.mkdir(parents=True)
     (run / "checkpoints").write_text("in the way")
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed; .*\n  full, seed 0: exit code \d+; see .*output.txt"):
-        ablate(tmp_path / "ab", **SMALL)
+        ablate(AblationOptions(str(tmp_path / "ab"), **SMALL))
     assert (run / "output.txt").stat().st_size > 0
 
 
 def test_an_unknown_variant_and_count_are_named(tmp_path):
     with pytest.raises(ValueError, match="--only: no variant 'fulll'; there are raw, "):
-        ablate(tmp_path, only=["fulll"])
+        ablate(AblationOptions(str(tmp_path), only=("fulll",)))
     with pytest.raises(ValueError, match="--num-train: got 0"):
-        ablate(tmp_path, num_train=0)
+        ablate(AblationOptions(str(tmp_path), num_train=0))

@@ -155,3 +155,10 @@ def test_doctor_prints_versions_devices_and_backends(capsys):
     printed = capsys.readouterr().out
     for part in ("deepspeed", "cores for this process", "bidirectional_logsumexp", "group_patches"):
         assert part in printed
+
+
+def test_errors_of_our_own_keep_their_traceback(monkeypatch):
+    """int("12a") inside of the command line was once printed as if the user had mistyped something."""
+    monkeypatch.setitem(COMMANDS, "doctor", lambda arguments, program: int("12a"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["doctor"])

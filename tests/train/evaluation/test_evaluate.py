@@ -8,15 +8,10 @@ import torch
 from planted import GRID, PlantedModel, planted_sample
 
 from dreamlip_train.config.schema import DataConfig, EvalConfig
-from dreamlip_train.evaluation import held_out as module
-from dreamlip_train.evaluation.held_out import (
-    evaluate,
-    format_report,
-    localization,
-    mask_to_regions,
-    retrieval,
-    retrieval_chance,
-)
+from dreamlip_train.evaluation import held_out, recall
+from dreamlip_train.evaluation.held_out import evaluate, format_report
+from dreamlip_train.evaluation.localization import localization, mask_to_regions
+from dreamlip_train.evaluation.recall import retrieval, retrieval_chance
 
 
 def unit(*shape, seed=0):
@@ -39,7 +34,7 @@ def brute_force(images, texts, owner, k):
 
 @pytest.mark.parametrize("tile", [2**24, 40])
 def test_retrieval_equals_brute_force_with_several_captions_an_image(monkeypatch, tile):
-    monkeypatch.setattr(module, "_TILE_ELEMENTS", tile)
+    monkeypatch.setattr(recall, "_TILE_ELEMENTS", tile)
     owner = torch.tensor([0, 0, 1, 2, 2, 2, 4, 5, 5, 6, 6, 6, 6, 7, 8])  # image 3 has none
     images = unit(9, 6)
     texts = torch.nn.functional.normalize(images[owner] + 0.9 * unit(15, 6, seed=1), dim=-1)
@@ -123,7 +118,7 @@ def test_chance_of_miou_is_the_mean_over_random_selections():
 def planted(monkeypatch):
     samples = [planted_sample(seed) for seed in range(40)]
     monkeypatch.setattr(
-        module, "val_samples", lambda data, *, image_size, max_samples=0: iter(samples[: max_samples or None])
+        held_out, "val_samples", lambda data, *, image_size, max_samples=0: iter(samples[: max_samples or None])
     )
     return samples
 

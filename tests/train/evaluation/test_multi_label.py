@@ -12,7 +12,12 @@ from tiny import tiny_model
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.evaluation.class_prompts import class_features, read_classes, read_templates
-from dreamlip_train.evaluation.multi_label import average_precision, evaluate_labels, format_labels, read_labels
+from dreamlip_train.evaluation.multi_label import (
+    average_precision,
+    evaluate_multi_label,
+    format_multi_label,
+    read_labels,
+)
 from dreamlip_train.model.build import build_model
 
 CLASSES = ["red star", "blue moon", "dog; hound", "nothing like it"]
@@ -65,7 +70,7 @@ def test_the_map_of_a_model(lists, model):
     labelled = read_labels(lists / "annots.txt", classes, lists / "imgs")
     assert labelled == read_labels(lists / "numbered.txt", classes, lists / "imgs")
     templates = ("a photo of a {c}.", "one {c}")
-    found = evaluate_labels(model, labelled, classes, templates, "cpu", batch_size=5)
+    found = evaluate_multi_label(model, labelled, classes, templates, "cpu", batch_size=5)
     from dreamlip_train.data.images import decode_image, resize_center_crop
 
     with torch.no_grad():
@@ -91,7 +96,7 @@ def test_the_map_of_a_model(lists, model):
     ]
     assert found["map"] == pytest.approx(np.mean(expected), abs=1e-6) and found["without_images"] == 1
     assert found["chance"] == pytest.approx(100 * targets.mean(), abs=1e-6)
-    assert "1 classes that no image has" in format_labels(found)
+    assert "1 classes that no image has" in format_multi_label(found)
 
 
 def test_the_command(lists, tmp_path, capsys):

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from dreamlip_train import cli
 from dreamlip_train.data.images import decode_image, resize_center_crop
-from dreamlip_train.evaluation.retrieval_sets import evaluate_set, format_set, read_set
+from dreamlip_train.evaluation.retrieval_sets import evaluate_retrieval, format_retrieval, read_set
 from dreamlip_train.model.build import build_model
 
 COUNT = 24
@@ -83,7 +83,7 @@ def dense(image_ND, text_MD, owner):
 def test_every_layout_gives_the_dense_numbers(layouts, model, layout, each):
     pictured = list(read_set(*layouts[layout]))
     assert len(pictured) == COUNT and sorted(pictured[2].captions) == sorted(captions(2))
-    found = evaluate_set(model, iter(pictured), "cpu", captions_per_image=each, batch_size=7)
+    found = evaluate_retrieval(model, iter(pictured), "cpu", captions_per_image=each, batch_size=7)
     assert (found["images"], found["captions"]) == (COUNT, COUNT * 5 + (0 if each else 2))
     with torch.no_grad():
         images, texts, owner = [], [], []
@@ -116,7 +116,7 @@ def test_the_command_prints_and_writes_the_numbers(layouts, tmp_path, capsys):
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "out.json").read_text())
     assert f"{COUNT} images, {5 * COUNT} captions" in printed and f"{written['t2i']['r_at_10']:.1f}" in printed
-    assert format_set(written) in printed
+    assert format_retrieval(written) in printed
 
 
 def broken_layouts(layouts, tmp_path):
@@ -154,4 +154,4 @@ def test_a_damaged_image_is_named(layouts, model):
     annotations, images = layouts["karpathy"]
     (images / "val2014" / "0001.jpg").write_bytes(b"\xff\xd8 cut")
     with pytest.raises(ValueError, match=r"--images: .*0001.jpg: .*; fetch it again"):
-        evaluate_set(model, read_set(annotations, images), "cpu")
+        evaluate_retrieval(model, read_set(annotations, images), "cpu")

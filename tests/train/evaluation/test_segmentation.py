@@ -13,10 +13,10 @@ from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.evaluation.segmentation import (
     confusion,
+    evaluate_segmentation,
     format_segmentation,
     intersection_over_union,
     predict,
-    segment,
     similarity_map,
     window_starts,
 )
@@ -66,7 +66,9 @@ def quarters(height=48, width=80):
 def test_a_picture_of_pure_colours_is_segmented_right(tmp_path):
     write_pair(tmp_path, "a", quarters())
     write_pair(tmp_path, "b", quarters(96, 64))
-    found = segment(ByColor(), read_segmentation(tmp_path, THREE), THREE, ("{c}",), "cpu", resize=48, stride=16)
+    found = evaluate_segmentation(
+        ByColor(), read_segmentation(tmp_path, THREE), THREE, ("{c}",), "cpu", resize=48, stride=16
+    )
     assert found["miou"] > 90 and found["pixel_accuracy"] > 95 and set(found["per_class"]) == set(THREE.classes)
     assert f"mIoU {found['miou']:.1f} %" in format_segmentation(found)
 
@@ -76,7 +78,9 @@ def test_swapped_classes_score_zero(tmp_path):
     labels[:, 24:] = 2
     write_pair(tmp_path, "a", labels)
     write_pair(tmp_path, "a", np.where(labels == 1, 2, 1), np.array(Image.open(tmp_path / "images" / "a.jpg")))
-    found = segment(ByColor(), read_segmentation(tmp_path, THREE), THREE, ("{c}",), "cpu", resize=48, stride=16)
+    found = evaluate_segmentation(
+        ByColor(), read_segmentation(tmp_path, THREE), THREE, ("{c}",), "cpu", resize=48, stride=16
+    )
     assert found["miou"] < 5 and found["per_class"]["blue"] is None, "a class nowhere to be seen is not in the mean"
 
 
@@ -88,9 +92,13 @@ def test_background_is_where_no_class_is_likely(tmp_path):
         image[labels == c + 1, c] = 255
     write_pair(tmp_path, "a", labels, image)
     pairs = read_segmentation(tmp_path, layout)
-    found = segment(ByColor(), pairs, layout, ("{c}",), "cpu", resize=96, stride=16, background_threshold=0.6)
+    found = evaluate_segmentation(
+        ByColor(), pairs, layout, ("{c}",), "cpu", resize=96, stride=16, background_threshold=0.6
+    )
     assert found["per_class"]["background"] > 80 and found["miou"] > 80
-    without = segment(ByColor(), pairs, layout, ("{c}",), "cpu", resize=96, stride=16, background_threshold=0.0)
+    without = evaluate_segmentation(
+        ByColor(), pairs, layout, ("{c}",), "cpu", resize=96, stride=16, background_threshold=0.0
+    )
     assert without["per_class"]["background"] == 0
 
 
@@ -174,10 +182,10 @@ def test_what_is_wrong_with_a_set_is_named(tmp_path):
     write_pair(tmp_path, "b", np.full((48, 80), 4))
     pairs = read_segmentation(tmp_path, THREE)
     with pytest.raises(ValueError, match=r"b.png has label 4, the layout has 3 classes"):
-        segment(ByColor(), pairs, THREE, ("{c}",), "cpu", resize=48, stride=16)
+        evaluate_segmentation(ByColor(), pairs, THREE, ("{c}",), "cpu", resize=48, stride=16)
     write_pair(tmp_path, "b", quarters(), np.zeros((48, 70, 3), np.uint8))
     with pytest.raises(ValueError, match="b.jpg is .48, 70. pixels, its label map .48, 80."):
-        segment(ByColor(), pairs, THREE, ("{c}",), "cpu", resize=48, stride=16)
+        evaluate_segmentation(ByColor(), pairs, THREE, ("{c}",), "cpu", resize=48, stride=16)
     (tmp_path / "labels" / "b.png").write_bytes(b"cut")
     with pytest.raises(ValueError, match="b.png is no label map"):
         read_label_map(tmp_path / "labels" / "b.png", THREE)
@@ -188,4 +196,4 @@ def test_what_is_wrong_with_a_set_is_named(tmp_path):
     with pytest.raises(ValueError, match="1 files of 2 images are not there, such as .*a.jpg"):
         read_segmentation(tmp_path, THREE)
     with pytest.raises(ValueError, match="--resize, --stride: got 16 and 16; windows have 32 pixels"):
-        segment(ByColor(), pairs, THREE, ("{c}",), "cpu", resize=16, stride=16)
+        evaluate_segmentation(ByColor(), pairs, THREE, ("{c}",), "cpu", resize=16, stride=16)

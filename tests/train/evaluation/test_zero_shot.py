@@ -11,7 +11,7 @@ from tiny import clean_environment
 
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.evaluation.zero_shot import format_zero_shot, zero_shot
+from dreamlip_train.evaluation.zero_shot import evaluate_zero_shot, format_zero_shot
 from dreamlip_train.model.build import build_model
 
 pytest.importorskip("clip_benchmark", reason="the benchmark extra is not installed")
@@ -109,4 +109,4 @@ def test_the_papers_numbers_stand_beside_ours():
 def test_without_clip_benchmark_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'dreamlip\[benchmark\]'"):
-        zero_shot(None, ["cars"], "", "cpu")
+        evaluate_zero_shot(None, ["cars"], "", "cpu")

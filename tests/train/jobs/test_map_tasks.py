@@ -20,6 +20,7 @@ from tiny import clean_environment
 
 from dreamlip_train.data.shards import read_shard
 from dreamlip_train.prepare.join import join_captions
+from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.recaption import recaption_shards
 
 
@@ -156,14 +157,16 @@ def test_recaption_survives_a_killed_worker(cluster, tmp_path):
         killer = threading.Thread(target=kill_a_worker, daemon=True)
         killer.start()
         counts = recaption_shards(
-            str(shards),
-            tmp_path / "out",
-            model="served",
-            endpoint=server.url,
-            name="X",
-            batch_size=1,
-            timeout=20.0,
-            ray_address=cluster,
+            RecaptionOptions(
+                str(shards),
+                str(tmp_path / "out"),
+                model="served",
+                endpoint=server.url,
+                name="X",
+                batch_size=1,
+                timeout=20.0,
+                ray=cluster,
+            )
         )
         killer.join(timeout=5)
     assert killed and counts["shards done"] == 4

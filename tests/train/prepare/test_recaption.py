@@ -21,6 +21,7 @@ from dreamlip_train.data.shards import read_shard
 from dreamlip_train.jobs.work_claims import Claims
 from dreamlip_train.prepare import captioners
 from dreamlip_train.prepare.captioners import caption_text
+from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.recaption import recaption_shards
 
 PER_SHARD = 8
@@ -63,7 +64,7 @@ def number(i):
 
 def through(server, shards, output, **changes):
     settings = {"model": "served", "endpoint": server.url, "batch_size": 4, "timeout": 1.0, "name": "X"} | changes
-    return recaption_shards(str(shards), output, **settings)
+    return recaption_shards(RecaptionOptions(str(shards), str(output), **settings))
 
 
 def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path, shards):
@@ -292,7 +293,7 @@ ERRORS = {
 def test_bad_settings_are_named(tmp_path, shards, error):
     changes, message = ERRORS[error]
     with pytest.raises(ValueError, match=message):
-        recaption_shards(str(shards), tmp_path / "out", **({"model": "x"} | changes))
+        recaption_shards(RecaptionOptions(str(shards), str(tmp_path / "out"), **({"model": "x"} | changes)))
 
 
 def test_other_settings_and_the_input_folder_are_refused(tmp_path, shards):

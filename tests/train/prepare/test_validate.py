@@ -12,7 +12,7 @@ from dreamlip_train import cli
 from dreamlip_train.captions.statistics import percentile
 from dreamlip_train.data.shards import read_shard
 from dreamlip_train.prepare.validate import validate_shards
-from dreamlip_train.reporting.caption_histograms import caption_histograms, crop_buckets, format_histograms
+from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms
 
 
 def write(path, samples):
@@ -136,17 +136,24 @@ def test_stats_count_sub_captions_and_tokens_by_source(tmp_path, capsys):
     assert one["raw_caption"]["sub_captions"].total() == 4
     cli.main(["prepare", "stats", str(tmp_path), "--output", str(tmp_path / "c.png")])
     printed = capsys.readouterr().out
-    assert "longSV_captions" in printed and "2.50" in printed and "text crop buckets: 8, 77 tokens" in printed
+    assert (
+        "longSV_captions" in printed
+        and "2.50" in printed
+        and "longer than 77 tokens" in printed
+        and "bucket" not in printed
+    )
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_buckets_follow_the_lengths():
+def test_the_share_that_is_cut_follows_the_lengths():
     lengths = Counter({length: 1 for length in range(3, 103)})
     histograms = {"raw_caption": {"sub_captions": Counter({1: 100}), "tokens": lengths, "sub_caption_tokens": lengths}}
-    assert crop_buckets(histograms) == [32, 56, 77]
     assert percentile(lengths, 50) == 52 and percentile(lengths, 99) == 101
-    assert "25.00% of the sub-captions are over 77 and are cut" in format_histograms(histograms)
+    assert (
+        "25.00% of the sub-captions are longer than 77 tokens, the context of CLIP, and are cut"
+        in format_histograms(histograms)
+    )
 
 
 def test_stats_without_captions_say_so(tmp_path):

@@ -1,0 +1,15 @@
+"""The ``ablate`` command."""
+
+from __future__ import annotations
+
+import tyro
+
+from dreamlip_train.ablation.options import AblationOptions
+
+
+def ablate(arguments: list[str], program: str) -> None:
+    """The paper's ablations in miniature, on the built-in scenes: --output DIR"""
+    options = tyro.cli(AblationOptions, args=arguments, prog=program)
+    from dreamlip_train.ablation import run
+
+    print(run.format_ablation(run.ablate(options)))

@@ -1,0 +1,30 @@
+"""What ``dreamlip-train`` says of its commands and of words that are none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from typing import Any
+
+PROGRAM = "dreamlip-train"
+
+
+def usage(words: list[str], commands: dict[str, Any]) -> str:
+    """The commands below ``words``, one line each."""
+    lines = [f"usage: {' '.join([PROGRAM, *words])} COMMAND ...", ""]
+    for name, command in commands.items():
+        if isinstance(command, dict):
+            lines += [f"  {name + ' ' + sub:<20} {first_line(inner)}" for sub, inner in command.items()]
+        else:
+            lines.append(f"  {name:<20} {first_line(command)}")
+    return "\n".join([*lines, "", "Each takes --help."])
+
+
+def first_line(function: Callable[..., Any]) -> str:
+    """The first line of a function's docstring."""
+    return (function.__doc__ or "").strip().split("\n")[0]
+
+
+def closest(word: str, known: Collection[str]) -> str:
+    """The names most like ``word``, or all of them."""
+    return ", ".join(difflib.get_close_matches(word, known, n=3) or list(known))
