@@ -56,7 +56,7 @@ def extension() -> dict:
         tell("building the CPU kernels only" + ("" if torch.version.cuda else " (torch has no CUDA)"))
     else:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-        sources.append("csrc/patch_pool.cu")
+        sources += ["csrc/patch_pool.cu", "csrc/logsumexp.cu"]
         macros = [("DREAMLIP_CUDA", f'"{torch.version.cuda}"'), ("DREAMLIP_CUDA_ARCHITECTURES", f'"{architectures}"')]
         flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
         kind = cpp_extension.CUDAExtension

@@ -88,6 +88,13 @@ DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint3
   multiply_tf32(c, a_high, b_high);
 }
 
+// 2^x, denormal results as 0.
+DREAMLIP_DEVICE float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 DREAMLIP_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DREAMLIP_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 DREAMLIP_DEVICE void sync_warp() { __syncwarp(); }

@@ -1,6 +1,7 @@
 // The schemas of the compiled ops, their CPU registration, and a module that tells what was built.
-// Fake and autograd live in Python (grouping.py).
+// Fake and autograd live in Python (dreamlip_kernels).
 
+#include "logsumexp.h"
 #include "patch_pool.h"
 #include "patch_pool_plan.h"
 
@@ -16,6 +17,16 @@ TORCH_LIBRARY(dreamlip_csrc, m) {
       "patch_pool_backward(Tensor patches, Tensor texts, Tensor similarity, Tensor inv_norm, float threshold, int "
       "normalization, "
       "Tensor? patch_mask, Tensor d_pooled) -> (Tensor, Tensor)");
+  m.def(
+      "logsumexp_sums(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor exponent, int first_tile, "
+      "int band_rows, Tensor(a!) row, Tensor(b!) col) -> ()");
+  m.def(
+      "logsumexp_exact(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor exponent, Tensor flag, bool columns, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "logsumexp_gradient(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor exponent, Tensor flag, "
+      "Tensor row_vectors, Tensor col_vectors, int first_row, int first_col, int first_slot, int? diagonal, "
+      "Tensor(a!) g) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dreamlip_csrc, CPU, m) {
@@ -27,6 +38,9 @@ TORCH_LIBRARY_IMPL(dreamlip_csrc, CPU, m) {
 TORCH_LIBRARY_IMPL(dreamlip_csrc, CUDA, m) {
   m.impl("patch_pool_forward", &dreamlip::patch_pool_forward_cuda);
   m.impl("patch_pool_backward", &dreamlip::patch_pool_backward_cuda);
+  m.impl("logsumexp_sums", &dreamlip::logsumexp_sums_cuda);
+  m.impl("logsumexp_exact", &dreamlip::logsumexp_exact_cuda);
+  m.impl("logsumexp_gradient", &dreamlip::logsumexp_gradient_cuda);
 }
 #endif
 

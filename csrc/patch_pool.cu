@@ -1,10 +1,10 @@
 // The CUDA kernels of patch_pool.cuh as ops: checks, how much of the ring fits, launches.
 
 #include "aligned.h"
+#include "launch.h"
 #include "patch_pool.cuh"
 #include "patch_pool.h"
 
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -26,13 +26,6 @@ PoolShape describe(const at::Tensor& patches, const at::Tensor& texts, double th
   s.element = int(patches.element_size());
   s.options = {float(threshold), int(normalization)};
   return s;
-}
-
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-  return value;
 }
 
 // The bytes of shared memory to launch with; `s` is completed with the tiles that fit into what this GPU has.

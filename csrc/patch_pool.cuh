@@ -26,7 +26,7 @@
 namespace dreamlip {
 
 template <class T, int KT>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ PoolShape shape, const T* patches, const T* texts, const bool* mask,
                    T* pooled, float* similarity, float* inv_norm) {
   extern __shared__ __align__(128) char shared[];
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int KT>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ PoolShape shape, const T* patches, const T* texts, const T* upstream,
                     const bool* mask, const float* similarity, const float* inv_norm, T* d_patches, T* d_texts) {
   extern __shared__ __align__(128) char shared[];

@@ -9,11 +9,13 @@
 #include <ucontext.h>
 #include <vector_types.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <vector>
@@ -228,6 +230,11 @@ DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint3
       c[i] = sum;
     }
   });
+}
+
+DREAMLIP_DEVICE float power_of_two(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0.f : y;  // a NaN stays one
 }
 
 DREAMLIP_DEVICE float shuffle_xor(float x, int mask) {

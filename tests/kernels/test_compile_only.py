@@ -171,9 +171,12 @@ NVCC = shutil.which("nvcc")
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    "arch", [80, 90, pytest.param(86, marks=SLOW), pytest.param(89, marks=SLOW), pytest.param(120, marks=SLOW)]
+)
 def test_cuda_kernels(arch, tmp_path):
-    """Registers, spills and tensor-core instructions of csrc/patch_pool.cuh as nvcc builds it; float16 differs from bfloat16 in one instruction."""
+    """Registers, spills and tensor-core instructions of csrc/*.cuh as nvcc builds it; float16 differs from bfloat16 in one instruction."""
+    cubin = tmp_path / "kernels.cubin"
     flags = [
         "-O3",
         "-std=c++17",
@@ -183,19 +186,18 @@ def test_cuda_kernels(arch, tmp_path):
         "-Xptxas",
         "-v",
         "-I",
-        str(ROOT / "csrc"),
+        ROOT / "csrc",
     ]
-    command = [NVCC, *flags, str(ROOT / "tests/csrc/compile_only.cu"), "-o", str(tmp_path / "kernels.cubin")]
+    command = [NVCC, *flags, ROOT / "tests/csrc/compile_only.cu", "-o", cubin]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", run.stderr)]
-    assert len(spills) == len(registers) == 8 and all(pair == ("0", "0") for pair in spills), run.stderr
+    assert len(spills) == len(registers) == 14 and all(pair == ("0", "0") for pair in spills), run.stderr
+    # 256 threads a block of the grouping; of the contrast 128, two blocks a processor.
     assert max(registers) <= 255
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    code = subprocess.run(
-        [disassembler, str(tmp_path / "kernels.cubin")], capture_output=True, text=True, check=True
-    ).stdout
+    code = subprocess.run([disassembler, cubin], capture_output=True, text=True, check=True).stdout
     for instruction in ("HMMA", "LDSM", "LDGSTS"):
-        assert len(re.findall(rf"\b{instruction}\b", code)) >= 8, f"no {instruction}"
+        assert len(re.findall(rf"\b{instruction}\b", code)) >= 14, f"no {instruction}"
     assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code), "local memory or atomics"

@@ -1,0 +1,179 @@
+// The kernels of bidirectional_logsumexp on a CUDA device (docs/math.md section 1). Beside them stands
+// dreamlip_kernels/ops/logsumexp_kernels.py, the same in Triton; what surrounds both is torch code.
+//
+//   exp_sums    a band of rows x one tile of columns a block: both sums of exp2(slope x . y - offset) in one pass
+//   exact_rows  log-sum-exps with running maxima, where the device's flag says that those sums left float32's range
+//   gradient    G = a exp(z - row) + b exp(z - col), a tile a block, rounded once
+//
+// No atomics: each sum is one block's own, in an order that nothing changes. Logits never leave the registers.
+//
+// M rows, C columns, K slots, D width.
+#pragma once
+
+#include "logsumexp_tiles.cuh"
+
+namespace dreamlip {
+
+// x [M, D], y [K, C, D], masks [M] and [K, C] or null.
+template <class T> struct Rectangle {
+  const T *x, *y;
+  const bool *x_mask, *y_mask;
+  int M, C, K, D;
+  long x_row, y_slot, y_row;  // strides in elements
+
+  DREAMLIP_HD Sides<T> slot(int k) const { return {x, y + k * y_slot, M, C, D, x_row, y_row}; }
+  DREAMLIP_HD Sides<T> slot_transposed(int k) const { return {y + k * y_slot, x, C, M, D, y_row, x_row}; }
+  DREAMLIP_HD const bool* mask_of(int k) const { return y_mask == nullptr ? nullptr : y_mask + long(k) * C; }
+  DREAMLIP_DEVICE bool keeps_row(int m) const { return m < M && is_valid(x_mask, m); }
+};
+
+// exp2(slope x . y - offset), both in device memory.
+struct Exponent {
+  const float* slope_and_offset;
+
+  DREAMLIP_DEVICE float slope() const { return slope_and_offset[0]; }
+  DREAMLIP_DEVICE float offset() const { return slope_and_offset[1]; }
+};
+
+// Which part of the sums a launch makes: `tiles` tiles of columns from first_tile, bands of band_rows rows.
+struct Bands {
+  int first_tile, tiles, band_rows;
+};
+
+// row [K, tiles, M]: sums over each tile of columns; col [bands, K, C]: sums over each band of rows.
+template <class T>
+DREAMLIP_DEVICE void exp_sums(const Rectangle<T>& r, Exponent exponent, Bands bands, float* row, float* col,
+                              char* shared, int thread, int band, int tile, int k) {
+  using Tiles = LogitTiles<T>;
+  const Sides<T> sides = r.slot(k);
+  const Tiles logits(sides, shared, thread);
+  const int first_col = (bands.first_tile + tile) * Tiles::kTile, first = band * bands.band_rows;
+  const int rows = r.M - first < bands.band_rows ? r.M - first : bands.band_rows;
+  const float slope = exponent.slope(), offset = exponent.offset();
+  const uint32_t kept = kept_columns(logits, first_col, r.mask_of(k));
+  row += (long(k) * bands.tiles + tile) * r.M;
+  col += (long(band) * r.K + k) * r.C;
+  float columns[Tiles::kColTiles][2] = {};
+
+  const auto both_sums = [&](Corner at, const typename Tiles::Logits& acc) {
+    float sums[Tiles::kRowTiles][2] = {};
+    Tiles::each_logit([&](int i, int half, int j, int e) {
+      const float term = power_of_two(acc[i][j][2 * half + e] * slope - offset);
+      const bool keep = r.keeps_row(at.row + logits.row(i, half)) && (kept >> (2 * j + e) & 1);
+      sums[i][half] += keep ? term : 0.f;
+      columns[j][e] += keep ? term : 0.f;
+    });
+#pragma unroll
+    for (int i = 0; i < Tiles::kRowTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& sum = sums[i][half];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        if (logits.lane % 4 == 0) logits.exchange(logits.warp_col)[logits.row(i, half)] = sum;
+      }
+    sync_block();  // the next tile's sums come after the barriers of its products
+    if (at.row + thread < r.M) row[at.row + thread] = logits.exchange(0)[thread] + logits.exchange(1)[thread];
+  };
+  const auto corner = [&](int i) { return Corner{first + i * Tiles::kTile, first_col}; };
+  logits.stream((rows + Tiles::kTile - 1) / Tiles::kTile, corner, both_sums);
+
+#pragma unroll
+  for (int j = 0; j < Tiles::kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& sum = columns[j][e];
+      for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      if (logits.lane < 4) logits.exchange(logits.warp_row)[logits.col(j, e)] = sum;
+    }
+  sync_block();
+  if (first_col + thread < r.C) col[first_col + thread] = logits.exchange(0)[thread] + logits.exchange(1)[thread];
+}
+
+// A sum of powers of two, total * 2^top with top its largest exponent.
+struct ScaledSum {
+  float top, total;
+
+  DREAMLIP_DEVICE static float shift(float top) { return top == -INFINITY ? 0.f : top; }
+  DREAMLIP_DEVICE void add(float other_top, float other_total) {
+    const float largest = fmaxf(top, other_top), by = shift(largest);
+    total = total * power_of_two(top - by) + other_total * power_of_two(other_top - by);
+    top = largest;
+  }
+};
+
+// out[r] = log(sum over s of exp2(slope rows[r] . cols[s])) for the 128 rows from first_row; -inf where masked.
+template <class T>
+DREAMLIP_DEVICE void exact_rows(const Sides<T>& sides, const bool* row_mask, const bool* col_mask, float slope,
+                                float* out, char* shared, int thread, int first_row) {
+  using Tiles = LogitTiles<T>;
+  const Tiles logits(sides, shared, thread);
+  ScaledSum sums[Tiles::kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < Tiles::kRowTiles; ++i) sums[i][0] = sums[i][1] = {-INFINITY, 0.f};
+
+  const auto corner = [&](int i) { return Corner{first_row, i * Tiles::kTile}; };
+  logits.stream((sides.S + Tiles::kTile - 1) / Tiles::kTile, corner, [&](Corner at, typename Tiles::Logits& acc) {
+    const uint32_t kept = kept_columns(logits, at.col, col_mask);
+    float top[Tiles::kRowTiles][2], total[Tiles::kRowTiles][2] = {};
+#pragma unroll
+    for (int i = 0; i < Tiles::kRowTiles; ++i) top[i][0] = top[i][1] = -INFINITY;
+    Tiles::each_logit([&](int i, int half, int j, int e) {
+      float& z = acc[i][j][2 * half + e];
+      z = kept >> (2 * j + e) & 1 ? z * slope : -INFINITY;
+      top[i][half] = fmaxf(top[i][half], z);
+    });
+    Tiles::each_logit([&](int i, int half, int j, int e) {
+      total[i][half] += power_of_two(acc[i][j][2 * half + e] - ScaledSum::shift(top[i][half]));
+    });
+#pragma unroll
+    for (int i = 0; i < Tiles::kRowTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sums[i][half].add(top[i][half], total[i][half]);
+  });
+
+  ScaledSum* parts = reinterpret_cast<ScaledSum*>(shared);  // [2, 128]: of the two warps that share a row
+#pragma unroll
+  for (int i = 0; i < Tiles::kRowTiles; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      ScaledSum& sum = sums[i][half];
+      for (int mask = 1; mask <= 2; mask *= 2) {
+        const float top = shuffle_xor(sum.top, mask), total = shuffle_xor(sum.total, mask);
+        sum.add(top, total);
+      }
+      if (logits.lane % 4 == 0) parts[logits.warp_col * Tiles::kTile + logits.row(i, half)] = sum;
+    }
+  sync_block();
+  ScaledSum sum = parts[thread];
+  sum.add(parts[Tiles::kTile + thread].top, parts[Tiles::kTile + thread].total);
+  const float value = (ScaledSum::shift(sum.top) + log2f(sum.total)) * 0.6931471805599453f;
+  if (first_row + thread < sides.R)
+    out[first_row + thread] = is_valid(row_mask, first_row + thread) ? value : -INFINITY;
+  sync_block();  // the next call refills the ring
+}
+
+#ifdef __CUDACC__
+template <class T>
+__global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
+    exp_sums_kernel(const __grid_constant__ Rectangle<T> r, Exponent exponent, Bands bands, float* row, float* col) {
+  extern __shared__ __align__(128) char shared[];
+  exp_sums(r, exponent, bands, row, col, shared, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+// row [K, M], or with `transposed` col [K, C]; few blocks, each with many tiles of rows: as a rule they have no work.
+template <class T>
+__global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
+    exact_rows_kernel(const __grid_constant__ Rectangle<T> r, const int* flag, Exponent exponent, bool transposed,
+                      float* out) {
+  extern __shared__ __align__(128) char shared[];
+  if (*flag == 0) return;
+  const int k = blockIdx.y, rows = transposed ? r.C : r.M;
+  const Sides<T> sides = transposed ? r.slot_transposed(k) : r.slot(k);
+  const bool *row_mask = transposed ? r.mask_of(k) : r.x_mask, *col_mask = transposed ? r.x_mask : r.mask_of(k);
+  for (int first = blockIdx.x * LogitTiles<T>::kTile; first < rows; first += gridDim.x * LogitTiles<T>::kTile)
+    exact_rows(sides, row_mask, col_mask, exponent.slope(), out + long(k) * rows, shared, threadIdx.x, first);
+}
+#endif
+
+}  // namespace dreamlip

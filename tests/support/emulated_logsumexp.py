@@ -1,0 +1,100 @@
+"""csrc/logsumexp.cuh on the CPU: the ops of csrc/logsumexp.cu with every thread of a block a fiber (tests/csrc/emulate.h).
+
+What tests/kernels/test_logsumexp_emulated.py runs the kernels by; it needs g++ and CUDA's headers, no nvcc and no GPU.
+"""
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+_TOOLKITS = [
+    os.environ.get("CUDA_HOME", ""),
+    "/usr/local/cuda",
+    *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True)),
+]
+CUDA = next((path for path in _TOOLKITS if path and Path(path, "include/cuda_bf16.h").is_file()), None)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def compile_emulated(source: Path, target: Path) -> ctypes.CDLL:
+    """One of tests/csrc/emulate*.cpp as a library."""
+    includes = ["-I", ROOT / "csrc", "-I", ROOT / "tests/csrc", "-isystem", Path(CUDA, "include")]
+    command = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *includes, source, "-o", target]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(target))
+
+
+def _structure(name, **fields):
+    return type(name, (ctypes.Structure,), {"_fields_": [(field, kind) for field, kind in fields.items()]})
+
+
+_POINTERS = dict.fromkeys(("x", "y", "x_mask", "y_mask", "exponent"), ctypes.c_void_p)
+_Call = _structure(
+    "Call",
+    **_POINTERS,
+    **dict.fromkeys(("dtype", "M", "C", "K", "D", "seed"), ctypes.c_int),
+    **dict.fromkeys(("x_row", "y_slot", "y_row"), ctypes.c_long),
+)
+_Coefficients = _structure(
+    "Coefficients",
+    **dict.fromkeys(("rows", "cols"), ctypes.c_void_p),
+    **dict.fromkeys(("row_part", "row_slot", "col_part", "col_slot"), ctypes.c_long),
+)
+_Chunk = _structure(
+    "Chunk",
+    **dict.fromkeys(("first_row", "rows", "first_col", "cols", "first_slot", "slots"), ctypes.c_int),
+    **dict.fromkeys(("pitch", "slot_pitch"), ctypes.c_long),
+    diagonal=ctypes.c_int,
+    has_diagonal=ctypes.c_bool,
+)
+
+
+def _pointer(v):
+    return 0 if v is None else v.data_ptr()
+
+
+class EmulatedOps:
+    """``torch.ops.dreamlip_csrc`` as far as csrc/logsumexp.cu goes; ``calls`` lists what was launched."""
+
+    def __init__(self, folder: Path, seed: int = 1):
+        self.library = compile_emulated(ROOT / "tests/csrc/emulate_logsumexp.cpp", folder / "logsumexp.so")
+        self.seed, self.calls = seed, []
+
+    def _call(self, name, x, y, x_mask, y_mask, exponent):
+        for v, dims in ((x, 1), (y, 2)):  # as csrc/logsumexp.cu checks
+            bytes_of = [stride * v.element_size() for stride in v.stride()[:dims]] + [v.shape[-1] * v.element_size()]
+            assert v.data_ptr() % 16 == 0 and v.stride(-1) == 1 and all(n % 16 == 0 for n in bytes_of), v.stride()
+        assert all(v is None or v.is_contiguous() for v in (x_mask, y_mask))
+        self.calls.append(name)
+        sizes = (x.shape[0], y.shape[1], y.shape[0], x.shape[1])
+        pointers = map(_pointer, (x, y, x_mask, y_mask, exponent))
+        call = _Call(*pointers, DTYPES.index(x.dtype), *sizes, self.seed, x.stride(0), y.stride(0), y.stride(1))
+        return ctypes.byref(call)
+
+    def logsumexp_sums(self, x, y, x_mask, y_mask, exponent, first_tile, band_rows, row, col):
+        assert row.is_contiguous() and col.is_contiguous() and band_rows % 128 == 0
+        call = self._call("sums", x, y, x_mask, y_mask, exponent)
+        pointers = (ctypes.c_void_p(v.data_ptr()) for v in (row, col))
+        self.library.emulate_exp_sums(call, first_tile, row.shape[1], band_rows, *pointers)
+
+    def logsumexp_exact(self, x, y, x_mask, y_mask, exponent, flag, columns, out):
+        call = self._call("exact", x, y, x_mask, y_mask, exponent)
+        if flag:
+            self.library.emulate_exact_rows(call, int(columns), ctypes.c_void_p(out.data_ptr()))
+
+    def logsumexp_gradient(
+        self, x, y, x_mask, y_mask, exponent, flag, rows, cols, first_row, first_col, first_slot, diagonal, g
+    ):
+        assert g.stride(2) == rows.stride(2) == cols.stride(2) == 1
+        call = self._call("gradient", x, y, x_mask, y_mask, exponent)
+        coefficients = _Coefficients(rows.data_ptr(), cols.data_ptr(), *rows.stride()[:2], *cols.stride()[:2])
+        chunk = _Chunk(
+            first_row, g.shape[1], first_col, g.shape[2], first_slot, g.shape[0], g.stride(1), g.stride(0),
+            0 if diagonal is None else diagonal, diagonal is not None,
+        )  # fmt: skip
+        references = (ctypes.byref(coefficients), ctypes.byref(chunk))
+        self.library.emulate_gradient(call, int(flag), *references, ctypes.c_void_p(g.data_ptr()))
