@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= benchmarks/out
 DEMO := data/demo$(addprefix -,$(DEMO_TRAIN))
 
-.PHONY: demo test test-slow ptx sanitize lint bench wheels gpu gpu-ablate ablate install matrix wheels-release clean
+.PHONY: demo test test-slow security ptx sanitize lint bench wheels gpu gpu-ablate ablate install matrix wheels-release clean
 
 install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -31,6 +31,10 @@ test-slow: install
 # Every kernel's compiled code, executed on the CPU (tests/support/ptx); make test runs a part of it.
 ptx: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels/ptx -m "not gpu"
+
+# Hostile names, pictures, weights and models: nothing of it runs (SECURITY.md). Part of `make test` too.
+security: install
+	$(BIN)/python -m pytest tests/security
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each instruction set.
 TORCH = $(shell $(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from dreamlip_train.captions.sentences import LONG, caption_pool, sample_sub_captions, split_sub_captions
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.data.images import ImageError, decode_image, random_resized_crop, resize_center_crop
+from dreamlip_train.data.images import ImageError, decode_image, decode_labels, random_resized_crop, resize_center_crop
 from dreamlip_train.data.shards import image_of, record_of
 
 
@@ -53,7 +55,7 @@ def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dic
     raw = split_sub_captions(record.get("raw_caption"), data.splitter)
     mask = None
     if "mask.png" in sample:
-        mask = resize_center_crop(_decoded(sample["mask.png"], "damaged mask")[:1], image_size, nearest=True)[0]
+        mask = resize_center_crop(_mask(sample["mask.png"]), image_size, nearest=True)[0]
     return {
         "key": sample["key"],
         "image": resize_center_crop(_image(sample), image_size),
@@ -74,11 +76,15 @@ def _image(sample: dict[str, Any]) -> Tensor:
     data = image_of(sample)
     if data is None:
         raise BadSample("no image", f"members {sorted(set(sample) - {'key'})}")
-    return _decoded(data, "damaged image")
-
-
-def _decoded(data: bytes, reason: str) -> Tensor:
     try:
         return decode_image(data)
     except ImageError as error:
-        raise BadSample(reason, str(error)) from error
+        raise BadSample("damaged image", str(error)) from error
+
+
+def _mask(data: bytes) -> Tensor:
+    """[1, H, W] uint8 region labels."""
+    try:
+        return torch.from_numpy(decode_labels(data).astype(np.uint8))[None]
+    except ImageError as error:
+        raise BadSample("damaged mask", str(error)) from error

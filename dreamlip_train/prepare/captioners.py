@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import random
 import time
@@ -13,8 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamlip_train.captions.sentences import split_sub_captions
+<<<<<<< HEAD
 from dreamlip_train.data.images import decode_image
 from dreamlip_train.jobs.user_error import UserError
+=======
+from dreamlip_train.data.images import decode_image, media_type
+>>>>>>> 3e8c94e (Pictures are opened in one place, by an allow-list of formats, as people see them; SECURITY.md and make security)
 
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0
@@ -163,7 +166,7 @@ class Endpoint:
 
     def _answer(self, image: bytes) -> Answer:
         try:
-            data = f"data:{_media_type(image)};base64,{base64.b64encode(image).decode()}"
+            data = f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}"
             return {
                 prompt.column: self._patiently(lambda prompt=prompt: self._ask(data, prompt)) for prompt in self.prompts
             }
@@ -202,12 +205,3 @@ class Endpoint:
             return caption_text(choice.message.content, choice.finish_reason == "length")
         except (AttributeError, IndexError, TypeError) as error:
             raise ValueError(f"the server's answer is no chat completion: {str(reply)[:100]!r}") from error
-
-
-def _media_type(image: bytes) -> str:
-    """The picture's media type, after it has been decoded once: a server should not get what no model can see."""
-    from PIL import Image
-
-    decode_image(image)
-    with Image.open(io.BytesIO(image)) as picture:
-        return Image.MIME[picture.format]

@@ -8,10 +8,18 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from dreamlip_train.data.images import ImageError, _crop_box, decode_image, random_resized_crop, resize_center_crop
+from dreamlip_train.data.images import (
+    ImageError,
+    _crop_box,
+    decode_image,
+    decode_labels,
+    media_type,
+    random_resized_crop,
+    resize_center_crop,
+)
 
 
 def picture(width=80, height=60, mode="RGB"):
@@ -117,3 +125,71 @@ def test_evaluation_geometry_is_open_clip_s_and_masks_follow(height, width):
     label[:, : height // 2] = 7
     mask = resize_center_crop(label, 32, nearest=True)
     assert set(mask.unique().tolist()) <= {0, 7} and (mask[0, :15] == 7).all() and (mask[0, 17:] == 0).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(format, orientation):
+    """Trained on was the sensor's picture, seen by people and captioners the turned one."""
+    image = Image.fromarray(np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((16, 16))).astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, format, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+    got = decode_image(data).permute(1, 2, 0).numpy()
+    assert got.shape == upright.shape and np.abs(got - upright).max() <= 2
+
+
+def test_damaged_exif_costs_nothing():
+    data = encoded(picture(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
+    assert decode_image(data).shape == (3, 60, 80)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode):
+    alpha = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    alpha.paste((0, 0, 0, 0), (0, 0, 8, 4))
+    image = alpha.quantize(4) if mode == "P" else alpha.convert(mode)
+    got = decode_image(encoded(image, "PNG"))
+    assert (got[:, :4] == 255).all() and (got[0, 4:] < 255).all()
+    half = decode_image(encoded(Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG"))
+    assert (half.int() - 127).abs().max() <= 1
+
+
+def test_transparent_color_of_rgb_and_grey_pngs_is_white():
+    for mode, color in (("RGB", (0, 0, 0)), ("L", 0)):
+        got = decode_image(encoded(Image.new(mode, (4, 4), color), "PNG", transparency=color))
+        assert (got == 255).all(), mode
+
+
+def test_sixteen_bits_are_scaled():
+    """Everything above 255 of 65,535 was white."""
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    got = decode_image(encoded(Image.fromarray(values), "PNG"))
+    assert np.array_equal(got[0].numpy(), np.rint(values / 257).astype(np.uint8)) and torch.equal(got[0], got[2])
+
+
+def test_labels_are_the_values_that_are_written():
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    palette = Image.fromarray(values, "P")
+    palette.putpalette([255 - i // 3 for i in range(768)])
+    for image in (Image.fromarray(values), palette, Image.fromarray(values.astype(np.uint16) * 9)):
+        factor = 9 if image.mode.startswith("I") else 1
+        assert np.array_equal(decode_labels(encoded(image, "PNG")), values.astype(int) * factor)
+    with pytest.raises(ImageError, match="one channel"):
+        decode_labels(encoded(picture(), "PNG"))
+
+
+def test_media_type():
+    assert [media_type(encoded(picture(), format)) for format in ("JPEG", "PNG", "WEBP", "BMP")] == [
+        "image/jpeg", "image/png", "image/webp", "image/bmp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 65000), (65000, 1), (3, 20000)])
+def test_a_thread_of_a_picture_is_evaluated_in_little_memory(shape):
+    """1 x 65000 pixels, resized to 224 on the shorter side, were 9.8 GB."""
+    row = torch.arange(max(shape), dtype=torch.float32).div(max(shape)).mul(255).byte()
+    image = (row[None].expand(min(shape), -1) if shape[0] < shape[1] else row[:, None].expand(-1, min(shape)))[None]
+    cropped = resize_center_crop(image.expand(3, -1, -1), 224)
+    assert cropped.shape == (3, 224, 224) and (cropped.float() - 127.5).abs().max() < 3
