@@ -12,12 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamlip_train.captions.sentences import split_sub_captions
-<<<<<<< HEAD
-from dreamlip_train.data.images import decode_image
-from dreamlip_train.jobs.user_error import UserError
-=======
 from dreamlip_train.data.images import decode_image, media_type
->>>>>>> 3e8c94e (Pictures are opened in one place, by an allow-list of formats, as people see them; SECURITY.md and make security)
+from dreamlip_train.jobs.user_error import UserError
 
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0
