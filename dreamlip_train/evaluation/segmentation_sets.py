@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from dreamlip_train.data.images import ImageError, decode_labels
-
 from dreamlip_train.evaluation.class_prompts import read_classes
 from dreamlip_train.jobs.user_error import UserError
 
