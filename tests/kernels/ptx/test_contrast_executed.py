@@ -7,12 +7,11 @@ roundings; gradients carry one rounding of G to the operands' type.
 float32 features are rounded to float16 first, or multiplied as three TF32 products.
 """
 
-import itertools
-
 import pytest
 import torch
 from numerics import clip_like, value_and_grads
 from ptx import FIRST_AHEAD, LAST_AHEAD, TOGETHER, UnknownInstruction, device
+from ptx.cases import cases
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
@@ -73,11 +72,6 @@ def masks_of(m, c, k, which):
 
 
 ALL = pytest.mark.ptx
-
-
-def cases(fixed, *lists):
-    """The product of the lists; those in ``fixed`` run by default, the others in `make ptx`."""
-    return [pytest.param(*case, marks=[] if case in fixed else ALL) for case in itertools.product(*lists)]
 
 
 @pytest.mark.parametrize(
