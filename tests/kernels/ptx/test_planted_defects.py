@@ -1,4 +1,6 @@
-"""Defects planted into the compiled code, each of which the executor must catch: by name, or by a result outside the bounds of the untouched code."""
+"""Defects planted into the compiled code, each of which the executor must catch:
+by name, or by a result outside the bounds of the untouched code.
+"""
 
 import re
 
@@ -55,7 +57,7 @@ def error(problem, capability, mutate=None, schedule=TOGETHER):
     change = mutate and (lambda kernel, text: mutate(text) if kernel == "exp_sums" else text)
     with device(capability, mutate=change, schedule=schedule) as launches:
         got = dk.bidirectional_logsumexp(x, y, SCALE, y_mask=y_mask, x_mask=x_mask, backend="triton")
-    if any(launch.kernel == "online_rows" and launch.executed > 100 for launch in launches):
+    if any(launch.kernel == "online_rows" and launch.execution.instructions > 100 for launch in launches):
         return torch.inf
     worst = 0.0
     for value, wanted in zip(got, gold, strict=True):
@@ -76,7 +78,8 @@ def test_the_untouched_code_is_right(problem):
 WAIT_LOOP = r"(try_wait\.parity\.shared\.b64 complete, \[%r\d+\]), (%r\d+)"
 SWIZZLED = r"4611686293305294848"  # of a matrix descriptor: 128-byte swizzle, and the stride of its blocks
 
-# What is planted: capability, mutation, schedule, and the error by which it is caught, or None for a result out of bounds.
+# What is planted: capability, mutation, schedule, and the error by which it is caught, or None for a result out of
+# bounds.
 DEFECTS = {
     "a wait for copies lets two groups more be under way": (
         80, replaced(r"(cp\.async\.wait_group\s+)\d", r"\g<1>4", count=9), TOGETHER, None),
@@ -129,7 +132,8 @@ def test_a_planted_defect_is_caught(problem, defect):
 @pytest.mark.ptx
 @pytest.mark.parametrize("capability", [80, 90])
 def test_missing_barriers_are_caught(problem, capability):
-    """Without one barrier after the other. Triton places more of them than this shape needs, so not each must show; several
+    """Without one barrier after the other. Triton places more of them than this shape needs, so not each must show;
+    several
     do, in one order of warps or the other, and none in the untouched code."""
     pattern, texts, caught = r"bar\.sync\s+0;", [], set()
     assert error(problem, capability, lambda text: texts.append(text) or text, FIRST_AHEAD) <= BOUND

@@ -12,6 +12,7 @@ import numpy as np
 
 from .arithmetic import count
 from .errors import BadOperand, Misaligned
+from .memory import COPY
 from .program import Immediate
 from .table import executes
 
@@ -68,7 +69,7 @@ class ThreadCopies:
                 self.wave.memory.load(copies.source[lane : lane + 1] + i, 1, 1)[0, 0] for i in range(copies.bytes[lane])
             ]
             data[lane] = part.view(np.uint32)
-        self.wave.shared.put(copies.place[:, None] // 4 + np.arange(size // 4), data)
+        self.wave.shared.put(copies.place[:, None] // 4 + np.arange(size // 4), data, COPY)
 
 
 @executes("cp", r"\.async\.(ca|cg)\.shared(::cta)?\.global(\.L2::\w+)?")

@@ -42,7 +42,9 @@ def _planner() -> ctypes.CDLL:
 
 
 class Device:
-    """csrc's kernels on a device of that capability with ``limit`` bytes of shared memory a block, in ``blocks`` blocks."""
+    """csrc's kernels on a device of that capability with ``limit`` bytes of shared memory a block, in ``blocks``
+    blocks.
+    """
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,16 @@ from .wave import WARP, Wave
 LANES = 2048  # threads of a wave, about: enough to make numpy's overhead small
 
 
+@dataclass
+class Execution:
+    """What a launch executed: instructions, each counted once for the threads that executed it together;
+    and operands of
+    products that cp.async wrote without a fence between (warp_group.py)."""
+
+    instructions: int = 0
+    unfenced_products: int = 0
+
+
 @cache
 def program(text: str, kernel: str | None = None) -> Program:
     return parse(text, kernel)
@@ -36,7 +47,7 @@ def execute(
     threads: int | None = None,
     names: list[str] | None = None,
     schedule: Schedule = TOGETHER,
-) -> int:
+) -> Execution:
     """Runs a kernel's PTX on the memory of tensors, in place.
 
     Args:
@@ -50,7 +61,7 @@ def execute(
         schedule: the order of warps.
 
     Returns:
-        How many instructions were executed, each counted once for the threads that executed it together.
+        What was executed.
 
     Raises:
         PtxError: what the kernel did wrong, by its class.
@@ -66,7 +77,7 @@ def execute(
     if threads is None or threads % WARP:
         raise WrongParameters(f"{threads} threads a block, expected a multiple of {WARP}")
     number = grid[0] * grid[1] * grid[2]
-    step, executed = max(1, LANES // threads), 0
+    step, execution = max(1, LANES // threads), Execution()
     with np.errstate(all="ignore"):
         for first in range(0, number, step):
             wave = Wave(
@@ -83,8 +94,9 @@ def execute(
             )
             scheduler = Scheduler(wave, schedule)
             scheduler.run()
-            executed += scheduler.executed
-    return executed
+            execution.instructions += scheduler.executed
+            execution.unfenced_products += wave.unfenced_products
+    return execution
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 from .compile import compile_triton
-from .execution import execute
+from .execution import Execution, execute
 from .schedule import TOGETHER, Schedule
 from .stand_ins import Compiled, describe
 from .tensor_copies import TensorMap
@@ -42,7 +42,7 @@ class Launch:
     compiled: Compiled
     arguments: dict[str, Any]
     grid: tuple[int, int, int]
-    executed: int = 0
+    execution: Execution | None = None
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def device(
         launches.append(launch)
         text = mutate(launch.kernel, compiled.ptx) if mutate else compiled.ptx
         names, flat = _flattened(compiled, values)
-        launch.executed = execute(
+        launch.execution = execute(
             text, flat, launch.grid, shared_bytes=compiled.shared_bytes, names=names, schedule=schedule
         )
 

@@ -19,6 +19,7 @@ REGION = 40  # bits of an offset
 HALF = 1 << (REGION - 1)  # offsets begin in the middle, so that those before a tensor's beginning are recognized too
 SHARED_WINDOW, LOCAL_WINDOW, PARAMETER_WINDOW = (number << REGION for number in (1, 2, 3))
 FIRST_TENSOR = 16
+FENCED, STORE, COPY = 0, 1, 2  # what wrote a word of shared memory since the last fence
 
 
 @dataclass
@@ -108,9 +109,8 @@ class BlockMemory:
         self.stride = max(16, -(-size // 16) * 16)
         memory = np.full(owners * self.stride, 0xFF, np.uint8)
         self.views = {bytes_: memory.view(kind) for bytes_, kind in UNSIGNED.items()}
-        # Words that threads wrote and no fence has made visible to the asynchronous proxy (tensor cores' and tensor
-        # copies' reads).
-        self.unfenced = np.zeros(len(memory) // 4, bool)
+        # Who wrote a word that no fence has made visible to the asynchronous proxy since, which tensor cores read by.
+        self.unfenced = np.zeros(len(memory) // 4, np.uint8)
 
     def places(self, owners: np.ndarray, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
         """Checked positions in all owners' memory."""
@@ -136,10 +136,10 @@ class BlockMemory:
         places = self.places(owners, addresses, item * count, "store")
         self.put(places[:, None] // item + np.arange(count), values)
 
-    def put(self, indices: np.ndarray, values: np.ndarray) -> None:
-        """``values`` at indices of items of their size, written by threads."""
+    def put(self, indices: np.ndarray, values: np.ndarray, writer: int = STORE) -> None:
+        """``values`` at indices of items of their size, written by threads' stores or copies."""
         item = values.itemsize
         self.views[item][indices] = values
-        self.unfenced[indices * item // 4] = True
+        self.unfenced[indices * item // 4] = writer
         if item == 8:
-            self.unfenced[indices * 2 + 1] = True
+            self.unfenced[indices * 2 + 1] = writer

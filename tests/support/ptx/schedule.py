@@ -19,6 +19,7 @@ import numpy as np
 from .arithmetic import count
 from .errors import BadOperand, Deadlock, PtxError
 from .exchange import _members
+from .memory import FENCED
 from .table import executes, lookup
 from .tensor_copies import Barriers
 from .wave import WARP, Threads, Wave
@@ -259,7 +260,7 @@ def fence_proxy(threads, operands, form, name):
     """9.7.13.4: what these threads' blocks wrote to shared memory is visible to tensor cores and tensor copies."""
     shared = threads.wave.shared
     words = shared.unfenced.reshape(threads.wave.blocks, -1)
-    words[np.unique(threads.wave.block[threads.lanes])] = False
+    words[np.unique(threads.wave.block[threads.lanes])] = FENCED
 
 
 @executes("fence", r"(\.(sc|acq_rel|acquire|release|mbarrier_init|cta|cluster|gpu|sys))+")

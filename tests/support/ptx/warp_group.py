@@ -3,7 +3,11 @@ Multiply-Accumulate Instructions").
 
 A warp of the group makes 16 of the 64 rows. A product is made at the wait that covers it, never before, and until then
 its accumulators are NaN; what it
-reads of shared memory must be the same at its issue and at its wait, and be visible to the asynchronous proxy.
+reads of shared memory must be the same at its issue and at its wait, and be visible to the asynchronous proxy:
+a thread's
+store without a fence between is an error. cp.async without one is counted instead:
+the manual wants the fence there too,
+Triton 3.6 places none (triton-lang/triton#10537), and an H100's results were right.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import numpy as np
 
 from .arithmetic import count
 from .errors import AsyncHazard, BadOperand, Misaligned, OutOfBounds
+from .memory import COPY, STORE
 from .numbers import toward_zero
 from .program import Register, Vector
 from .table import executes
@@ -104,8 +109,10 @@ class Products:
                 f"a matrix that reaches byte {places.max()} of shared memory, which has {shared.size} bytes"
             )
         indices = (block * shared.stride + places) // item
-        if shared.unfenced[indices * item // 4].any():
+        writers = shared.unfenced[indices * item // 4]
+        if (writers == STORE).any():
             raise AsyncHazard("a product reads shared memory that threads wrote, without fence.proxy.async between")
+        self.wave.unfenced_products += bool((writers == COPY).any())
         return _Matrix(block, indices, shared.views[item][indices])
 
     def values(self, matrix: _Matrix, kind: str) -> np.ndarray:

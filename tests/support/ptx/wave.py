@@ -56,6 +56,9 @@ class Wave:
         special |= {"%tid.y": 0, "%tid.z": 0, "%ntid.y": 1, "%ntid.z": 1}
         self.special = {name: np.broadcast_to(value, lane.shape).astype(np.uint32) for name, value in special.items()}
         self.state: dict[type, Any] = {}
+        self.unfenced_products = (
+            0  # operands of products that cp.async wrote, without the fence that makes them visible
+        )
 
     def keep(self, kind: type) -> Any:
         """What a family of instructions remembers of this wave, made at its first use."""
