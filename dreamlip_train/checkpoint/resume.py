@@ -36,7 +36,7 @@ _FIXED = (
 # These say where, how fast and how often, not what is trained. data.shards is compared by what it amounts to.
 _FREE = (
     "data.shards", "data.val_shards", "data.num_workers", "data.allow_pipe", "data.max_bad_fraction", "data.stall_seconds", "data.eval_source",
-    "model.pretrained", "loss.backend", "train.epochs", "train.steps", "train.grad_checkpointing",
+    "model.pretrained", "loss.backend", "train.qualify", "train.epochs", "train.steps", "train.grad_checkpointing",
     "data.pin_memory", "optim.fused", "train.compile", "train.channels_last", "train.prefetch", "train.pack_captions", "train.chunk_size",
     "logging.every_steps", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "train.max_nonfinite_steps",
     "logging.wandb_project", "deepspeed.config", "eval.every_steps", "eval.batch_size", "eval.max_samples", "eval.threshold",

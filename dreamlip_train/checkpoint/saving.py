@@ -101,6 +101,7 @@ def _phase_two(partial: Path, final: Path, config: Config, progress: TrainState,
     manifest = {
         "format": 3, "step": progress.step, "world_size": ranks, "global_batch_size": config.train.global_batch_size, "data": data,
         "skipped_in_a_row": progress.skipped_in_a_row,
+        "backends": progress.backends,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "files": {k: v for part in entries for k, v in sorted(part.items())},
     }  # fmt: skip
     with all_or_none():

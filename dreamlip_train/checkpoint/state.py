@@ -15,7 +15,7 @@ from dreamlip_train.data.epoch_plan import ReaderLayout
 @dataclass
 class TrainState:
     """Where a run stands: ``step`` steps done, ``position`` of them in epoch ``epoch`` by the readers in ``layouts``; what was skipped for non-finite
-    values; seconds trained."""
+    values; seconds trained; the backend that each op of the losses runs by."""
 
     step: int = 0
     epoch: int = 0
@@ -25,6 +25,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     skipped_samples: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
+    backends: dict[str, str] = field(default_factory=dict)
 
     def advance(self, layout: ReaderLayout, steps_per_epoch: int) -> None:
         """Count one step that the readers of ``layout`` have read."""

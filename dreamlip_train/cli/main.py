@@ -62,10 +62,16 @@ def _dispatch(arguments: list[str]) -> None:
 def _doctor(arguments: list[str], program: str) -> None:
     """What this machine can run, and with a PATTERN whether those shards are sound"""
 
-    def doctor(pattern: tyro.conf.Positional[str] = "") -> None:
-        """Versions, devices and kernel backends of this machine; with a PATTERN also a check of those shards."""
-        from dreamlip_train.monitoring.environment import examine
+    def doctor(pattern: tyro.conf.Positional[str] = "", qualify: bool = False) -> None:
+        """Versions, devices and kernel backends of this machine; with a PATTERN also a check of those shards.
 
+        Args:
+            qualify: first test and time the kernels on the GPU (or the CPU), for a minute or two; training uses what it finds (docs/backends.md).
+        """
+        from dreamlip_train.monitoring.environment import examine, qualify_kernels
+
+        if qualify:
+            qualify_kernels()
         with contextlib.suppress(BrokenPipeError):
             print(examine(pattern))
 

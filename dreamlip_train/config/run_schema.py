@@ -57,6 +57,8 @@ class TrainConfig:
     """Make the next batch ready, and copy it to the device, while the current step computes."""
     seed: int = 0
     """Seeds weights, shard order, caption draws and crops."""
+    qualify: Literal["auto", "always", "never"] = "auto"
+    """Test and time the kernels on this machine's GPU before training, a minute or two: "auto" where that has not been done yet (docs/backends.md)."""
     max_nonfinite_steps: int = 10
     """Stop after this many skipped steps in a row whose loss or gradients were not finite."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -11,22 +12,11 @@ from pathlib import Path
 import torch
 
 import dreamlip_kernels
-from dreamlip_kernels.backends.dispatch import select, why
 from dreamlip_train.captions.statistics import format_summary
+from dreamlip_train.jobs.user_error import RunError
 from dreamlip_train.prepare.validate import validate_shards
 
 _PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", "numpy", "triton")
-
-
-def backends(requested: str, device: torch.device, *, reasons: bool = False) -> dict[str, str]:
-    """The backend each op of the losses will take on ``device``, with ``reasons`` followed by why.
-
-    Raises:
-        UserError: no op knows ``requested``.  RuntimeError: it cannot run here.
-    """
-    probe = torch.empty(1, device=device)
-    chosen = {op: select(op, probe, requested) for op in ("bidirectional_logsumexp", "group_patches")}
-    return {op: f"{backend} ({why(op, probe, requested)})" for op, backend in chosen.items()} if reasons else chosen
 
 
 def versions() -> dict[str, str]:
@@ -38,6 +28,20 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def qualify_kernels() -> None:
+    """Test and time the kernels on this machine's device, with what is being tried on standard error; ``examine`` then shows the verdict.
+
+    Raises:
+        RunError: the device cannot be used.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dreamlip_kernels").setLevel(logging.INFO)
+    try:
+        dreamlip_kernels.qualify()
+    except RuntimeError as error:
+        raise RunError(str(error)) from error
 
 
 def examine(pattern: str = "") -> str:

@@ -24,7 +24,7 @@ from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.flops import peak_flops, training_flops
-from dreamlip_train.monitoring.environment import backends, versions
+from dreamlip_train.monitoring.environment import versions
 from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.step_metrics import StepMetrics
 from dreamlip_train.monitoring.stop_signals import StopRequest
@@ -33,6 +33,7 @@ from dreamlip_train.training.deepspeed_config import check_deepspeed_config
 from dreamlip_train.training.distributed import init_distributed
 from dreamlip_train.training.engine import build_engine, evaluation_model
 from dreamlip_train.training.loop import Loop
+from dreamlip_train.training.loss_backends import check_backend, choose_backends, qualify_device
 from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.summary import final_report
 
@@ -61,10 +62,12 @@ def train(
     with StopRequest() as stop:
         device = init_distributed()
         images_per_rank(config, dist.get_world_size())  # refuses a world that can't share the batch
+        check_backend(config.loss.backend, device)
+        qualified = qualify_device(config.train.qualify, device)
         with contextlib.ExitStack() as stack:
             lock = FolderLock(Path(run_dir), "run.lock", "--run-dir")
             on_first_rank(lambda: _enter(stack, lock))
-            return _train(config, Path(run_dir), start, accept_changes, device, stop)
+            return _train(config, Path(run_dir), start, accept_changes, device, stop, qualified)
 
 
 def _enter(stack: contextlib.ExitStack, lock: FolderLock) -> list[str]:
@@ -73,26 +76,36 @@ def _enter(stack: contextlib.ExitStack, lock: FolderLock) -> list[str]:
 
 
 def _train(
-    config: Config, run_dir: Path, start: str, accept_changes: bool, device: torch.device, stop: StopRequest
+    config: Config,
+    run_dir: Path,
+    start: str,
+    accept_changes: bool,
+    device: torch.device,
+    stop: StopRequest,
+    qualified: str,
 ) -> dict[str, Any] | None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    backends(config.loss.backend, device)  # refuses one that can't run here
     start_from = resume.starting_point(run_dir, start)
     if start_from:
         resume.restore_quarantine(start_from, run_dir)
     model = build_model(config.model, config.train.seed)
     loader = _loader(config, run_dir, model)
     changed = resume.check_fits(start_from, config, loader.fingerprint, accept_changes) if start_from else {}
+    kept = files.read_manifest(start_from).get("backends", {}) if start_from else {}
+    choice = choose_backends(config, model, device, images_per_rank(config, ranks), kept)
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
     log = RunLog(run_dir, rank, total_steps, config.logging.wandb_project, config)
     try:
-        log.message(_header(config, run_dir, device, total_steps, loader))
+        log.message(_header(config, run_dir, device, total_steps, loader, choice.reasons))
+        for line in filter(None, [qualified, *choice.changes]):
+            log.message(line)
         _warn_of_warmup(config, total_steps, log)
         metrics = _metrics(config, model, log, device, total_steps)
         written_by = files.read_manifest(start_from)["world_size"] if start_from else ranks
         engine = build_engine(model, config, device, resized=written_by != ranks)
         torch.manual_seed(config.train.seed + rank)
         state = loading.load(engine, start_from, config.train.seed) if start_from else TrainState()
+        state.backends = choice.backends
         if rank == 0:
             (run_dir / "config.toml").write_text(format_config(config), encoding="utf-8")
         if start_from:
@@ -176,7 +189,7 @@ def _report(
     """Evaluation, pictures and summary.json of the trained model, by rank 0."""
     facts = {"steps": state.step, "seconds": state.seconds, "skipped_steps": state.skipped_steps}
     facts |= {"ranks": dist.get_world_size(), "device": device.type}
-    facts |= {"backends": backends(config.loss.backend, device), "versions": versions()}
+    facts |= {"backends": state.backends, "versions": versions()}
     with evaluation_model(engine, config.model) as model:
         if dist.get_rank() != 0:
             return None
@@ -189,13 +202,14 @@ def _report(
             return None
 
 
-def _header(config: Config, run_dir: Path, device: torch.device, total_steps: int, loader: TrainLoader) -> str:
+def _header(
+    config: Config, run_dir: Path, device: torch.device, total_steps: int, loader: TrainLoader, used: str
+) -> str:
     """The first line of a run: what runs where, why, how large, and where it will be."""
     ranks, batch, data = dist.get_world_size(), config.train.global_batch_size, config.data
     chunks = chunks_per_rank(config, ranks)
     share = f"{batch // ranks} per rank" + (f" in {chunks} chunks" if chunks > 1 else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    used = ", ".join(f"{op}={backend}" for op, backend in backends(config.loss.backend, device, reasons=True).items())
     captions = batch * data.num_sub_captions
     return (
         f"{ranks} x {name}, ZeRO-{config.deepspeed.zero_stage}, {config.train.precision}; backends {used}; "

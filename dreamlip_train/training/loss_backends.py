@@ -1,0 +1,114 @@
+"""Which kernels the losses of a run use: qualified before the first collective, the same on every rank, kept when the run resumes."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+import dreamlip_kernels
+from dreamlip_kernels.backends import dispatch
+from dreamlip_train.config.schema import Config
+from dreamlip_train.model.dreamlip import DreamLIP
+
+_LONGEST_WAIT = datetime.timedelta(hours=1)
+
+
+def check_backend(requested: str, device: torch.device) -> None:
+    """Refuse a loss.backend that does not exist or cannot run on ``device``.
+
+    Raises:
+        ValueError: no op knows it.  RuntimeError: it cannot run here.
+    """
+    for op in dispatch.ops():
+        dispatch.select(op, torch.empty(0, device=device), dispatch.requested("loss.backend", op, None, requested))
+
+
+def qualify_device(when: str, device: torch.device) -> str:
+    """Test and time the kernels on this machine's devices where ``when`` asks for it; what a log should say of it, or "".
+
+    The first rank of each machine works, and the others wait for its word in the process group's store: no collective waits, which could time out.
+
+    Args:
+        when: "auto" where a CUDA device has no verdict yet, "always", or "never".
+    """
+    if when == "never" or (when == "auto" and device.type != "cuda"):
+        return ""
+    store, word = _get_default_store(), f"dreamlip-qualified-{socket.gethostname()}"
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        store.wait([word], _LONGEST_WAIT)
+        return ""
+    said = "a failure"
+    try:
+        record = dreamlip_kernels.qualify(device, reuse=when == "auto")
+        said = f"kernels qualified on {record.identity['device']} on {record.date}: {record.path}"
+    except RuntimeError as error:  # the run goes on, with torch code
+        said = f"the kernels could not be qualified, torch code runs: {error}"
+    finally:
+        store.set(word, said)
+    return said
+
+
+class Choice(NamedTuple):
+    """The backend of each op for a whole run; why, as a log's header says it; and how it differs from what was asked or kept, a line each."""
+
+    backends: dict[str, str]
+    reasons: str
+    changes: list[str]
+
+
+def choose_backends(config: Config, model: DreamLIP, device: torch.device, images: int, kept: dict[str, str]) -> Choice:
+    """The backend of each op, the same on all ranks and pinned in this process. Collective.
+
+    Args:
+        images: this rank's share of a step.
+        kept: what the checkpoint that the run resumes from was trained with; {} for a new run.
+    Raises:
+        RuntimeError: loss.backend names a backend that cannot run here.
+    """
+    chosen, reasons, changes = {}, [], []
+    for op, (probe, sizes) in _calls(config, model, device, images).items():
+        requested = dispatch.requested("loss.backend", op, None, config.loss.backend)
+        chosen[op] = dispatch.select(op, probe, requested, **sizes)
+        reasons.append(f"{op}={chosen[op]} ({dispatch.why(op, probe, requested, **sizes)})")
+        old = kept.get(op, chosen[op])
+        if requested == "auto" and old != chosen[op]:
+            why = (
+                dispatch.why_not(op, old, probe, **sizes)
+                if old in dispatch.backends(op)
+                else "there is none of that name"
+            )
+            if why is None:
+                chosen[op], reasons[-1] = old, f"{op}={old} (as until this checkpoint)"
+            else:
+                changes.append(f"{op} ran by {old} until this checkpoint and runs by {chosen[op]} now: {why}")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, chosen)
+    for op in chosen:
+        theirs = [choice[op] for choice in everyone]
+        if len(set(theirs)) > 1:
+            # The rank that has no verdict, or no such kernels, decides for all.
+            changes.append(f"{op} runs by torch code on every rank, for they chose {theirs}")
+            chosen[op] = "torch"
+        dispatch.pin(op, chosen[op])
+    return Choice(chosen, ", ".join(reasons), changes)
+
+
+def _calls(config: Config, model: DreamLIP, device: torch.device, images: int) -> dict[str, Any]:
+    """For each op an empty tensor of the dtype, and the sizes, that a step calls it with."""
+    k, d = config.data.num_sub_captions, model.clip.visual.output_dim
+    rows, columns = model.grid
+    patches = torch.empty(0, device=device, dtype=torch.float32 if config.train.precision == "fp32" else torch.bfloat16)
+    chunk = min(images, config.train.chunk_size or images)
+    return {
+        "bidirectional_logsumexp": (
+            torch.empty(0, device=device),
+            {"M": images * dist.get_world_size(), "C": images, "K": k, "D": d},
+        ),
+        "group_patches": (patches, {"N": chunk, "P": rows * columns, "K": k, "D": d}),
+    }
