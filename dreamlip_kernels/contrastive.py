@@ -70,13 +70,15 @@ def multi_positive_contrastive_loss(
         raise ValueError(
             f"{fn}: reduction='none' needs positives='mean': the sum inside the log has no loss of a single pair"
         )
-    check_agreement(fn, agreement_sizes(text_features, text_mask), image_features.device, group)
+    rows = n * rank_and_size(group)[1]
+    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
+    sizes = agreement_sizes(text_features, text_mask)
+    agreed = check_agreement(fn, sizes, image_features.device, group, backend=chosen)
+    chosen = agreed if backend == "auto" else chosen
 
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     text_KND = text_features.transpose(0, 1)
     mask_KN = None if text_mask is None else text_mask.T
-    rows = n * rank_and_size(group)[1]
-    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
     row, col, pos = gathered_logsumexp(image_features, text_KND, scale, mask_KN, chosen, group)  # [K, n] each
     if negatives == "all":
         row = _logsumexp_slots(row).expand_as(pos)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 import dreamlip_kernels
-from dreamlip_kernels.backends import dispatch
+import dreamlip_kernels.backends.dispatch as dispatch
 from dreamlip_train.config.schema import Config
 from dreamlip_train.model.dreamlip import DreamLIP
 

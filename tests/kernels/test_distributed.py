@@ -222,7 +222,7 @@ def counting_worker(rank, world, port):
         )
         torch.autograd.grad(loss, (images, texts, scale))
         assert calls == [
-            ("all_gather_into_tensor", 4 * world, "int64"),  # do all ranks hold the same shapes?
+            ("all_gather_into_tensor", 5 * world, "int64"),  # do all ranks hold the same shapes, and which backend do they choose?
             ("all_gather_into_tensor", N * D, dtype),  # images
             ("all_to_all_single", K * N, "float32"),  # each rank's part of the rows' log-sum-exp, to the rows' owner
             *([("all_reduce", 1, "int64")] if masked else []),  # how many captions there are

@@ -1,0 +1,49 @@
+"""Ranks that chose different backends, each by the verdict on its own machine, use the same one."""
+
+import json
+import multiprocessing
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import contrastive
+from dreamlip_kernels.backends import dispatch
+
+
+def worker(rank, world, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    used = []
+    original = contrastive.gathered_logsumexp
+
+    def noting(x, y, scale, y_mask, backend, group):
+        used.append(backend)
+        return original(x, y, scale, y_mask, "torch", group)
+
+    contrastive.gathered_logsumexp = noting
+    op, x = "bidirectional_logsumexp", torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    both = {"fused": lambda case: None, "torch": lambda case: None}
+    for mine, requested in (
+        (both, "auto"),
+        (both if rank == 0 else {"torch": both["torch"]}, "auto"),
+        (both, "auto" if rank == 0 else "torch"),
+        (both, "fused" if rank == 0 else "torch"),
+    ):
+        dispatch._BACKENDS[op] = mine
+        dk.multi_positive_contrastive_loss(x, x[:, None], 10.0, backend=requested)
+    (folder / f"{rank}.json").write_text(json.dumps(used))
+    dist.destroy_process_group()
+
+
+def test_the_rank_that_lacks_a_backend_decides_for_all(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+    mp.start_processes(worker, args=(2, port, tmp_path), nprocs=2, start_method="forkserver")
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == ["fused", "torch", "torch", "fused"], "what is asked for by name stays"
+    assert second == ["fused", "torch", "torch", "torch"]
