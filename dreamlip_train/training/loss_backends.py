@@ -99,6 +99,12 @@ def choose_backends(config: Config, model: DreamLIP, device: torch.device, image
     return Choice(chosen, ", ".join(reasons), changes)
 
 
+def release_backends() -> None:
+    """Give this process back what "auto" takes by itself: the end of a run that ``choose_backends`` pinned backends for."""
+    for op in dispatch.ops():
+        dispatch.pin(op, None)
+
+
 def _calls(config: Config, model: DreamLIP, device: torch.device, images: int) -> dict[str, Any]:
     """For each op an empty tensor of the dtype, and the sizes, that a step calls it with."""
     k, d = config.data.num_sub_captions, model.clip.visual.output_dim

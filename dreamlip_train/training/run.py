@@ -33,7 +33,7 @@ from dreamlip_train.training.deepspeed_config import check_deepspeed_config
 from dreamlip_train.training.distributed import init_distributed
 from dreamlip_train.training.engine import build_engine, evaluation_model
 from dreamlip_train.training.loop import Loop
-from dreamlip_train.training.loss_backends import check_backend, choose_backends, qualify_device
+from dreamlip_train.training.loss_backends import check_backend, choose_backends, qualify_device, release_backends
 from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.summary import final_report
 
@@ -67,6 +67,7 @@ def train(
         with contextlib.ExitStack() as stack:
             lock = FolderLock(Path(run_dir), "run.lock", "--run-dir")
             on_first_rank(lambda: _enter(stack, lock))
+            stack.callback(release_backends)
             return _train(config, Path(run_dir), start, accept_changes, device, stop, qualified)
 
 

@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_engine
 import dreamlip_kernels
 from dreamlip_kernels.backends import dispatch
 from dreamlip_train.model.build import build_model
-from dreamlip_train.training.loss_backends import check_backend, choose_backends, qualify_device
+from dreamlip_train.training.loss_backends import check_backend, choose_backends, qualify_device, release_backends
 
 CPU = torch.device("cpu")
 
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def unpinned():
     yield
-    for op in dispatch.ops():
-        dispatch.pin(op, None)
+    release_backends()
+    assert not dispatch._pinned
 
 
 @pytest.fixture(scope="module")

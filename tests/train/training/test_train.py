@@ -127,6 +127,8 @@ def test_the_summary_has_every_number(run):
     assert summary["localization"]["pointing"].keys() == {"value", "chance"}
     assert (summary["steps"], summary["samples"], summary["ranks"], summary["device"]) == (6, 12, 1, "cpu")
     assert summary["backends"] == {"bidirectional_logsumexp": "torch", "group_patches": "cpp"}
+    manifest = json.loads((run / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+    assert manifest["backends"] == summary["backends"]
     assert {"python", "torch", "deepspeed", "open_clip_torch"} <= summary["versions"].keys() and summary["seconds"] > 0
 
 
