@@ -6,7 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS, is_character_split, is_whole, split_sub_captions
+from dreamlip_train.captions.columns import (
+    CAPTION_COLUMNS,
+    LONGEST_CAPTION,
+    is_character_split,
+    is_too_long,
+    is_whole,
+    split_sub_captions,
+)
 
 CountTokens = Callable[[str], int]
 """Tokens of a text, start and end included."""
@@ -33,6 +40,8 @@ class Statistics:
         self.masks += has_mask
         for source in CAPTION_COLUMNS:
             value = record.get(source)
+            if is_too_long(value):
+                self.add_bad(f"caption longer than {LONGEST_CAPTION:,} characters, of which the first are read", source)
             sentences = split_sub_captions([value] if isinstance(value, str) and is_whole(source) else value)
             if not sentences:
                 continue

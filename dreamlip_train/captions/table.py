@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.jobs.user_error import UserError
 
 IMAGE_COLUMN = "Image Path"

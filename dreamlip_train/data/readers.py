@@ -30,6 +30,8 @@ from dreamlip_train.data.shards import ShardError, image_of, read_shard
 
 Tokenize = Callable[[list[str]], tuple[Tensor, int]]
 """B texts -> their tokens int64 [B, L], and how many were too long and lost their ends."""
+Prepared = tuple[str, Tensor, list[str], int]
+"""What ``samples.prepare_sample`` gives."""
 _NAME_BYTES = 400
 
 
@@ -110,30 +112,30 @@ class Reader:
         """The next batch."""
         chosen = [next(self.samples) for _ in range(self.batch_size)]
         k = self.data.num_sub_captions
-        captions = [caption for _, (_, _, drawn) in chosen for caption in drawn + [""] * (k - len(drawn))]
+        captions = [caption for _, (_, _, drawn, _) in chosen for caption in drawn + [""] * (k - len(drawn))]
         tokens, cut = self.tokenize(captions)
         batch = {
             # Channels last, as decoded: a transposition for each picture would cost a third of what cropping it does. default_collate writes them to
             # shared memory at once.
-            "images": default_collate([image.permute(1, 2, 0) for _, (_, image, _) in chosen]).permute(0, 3, 1, 2),
+            "images": default_collate([image.permute(1, 2, 0) for _, (_, image, _, _) in chosen]).permute(0, 3, 1, 2),
             "text": tokens.view(len(chosen), k, -1),
-            "text_mask": torch.tensor([[slot < len(drawn) for slot in range(k)] for _, (_, _, drawn) in chosen]),
-            "keys": [key for _, (key, _, _) in chosen],
+            "text_mask": torch.tensor([[slot < len(drawn) for slot in range(k)] for _, (_, _, drawn, _) in chosen]),
+            "keys": [key for _, (key, _, _, _) in chosen],
             "shards": [shard for shard, _ in chosen],
-            "cut": cut,
+            "cut": cut + sum(too_long for _, (_, _, _, too_long) in chosen),
             "seen": self.seen,
             "bad": self.bad,
         }
         self.seen, self.bad = 0, []
         return batch
 
-    def _samples(self, pieces: list[SampleRange], skip: int) -> Iterator[tuple[str, tuple[str, Tensor, list[str]]]]:
+    def _samples(self, pieces: list[SampleRange], skip: int) -> Iterator[tuple[str, Prepared]]:
         for piece in pieces:
             passed = min(skip, piece.take)
             skip -= passed
             yield from self._piece(piece, piece.skip + passed, piece.take - passed)
 
-    def _piece(self, piece: SampleRange, skip: int, take: int) -> Iterator[tuple[str, tuple[str, Tensor, list[str]]]]:
+    def _piece(self, piece: SampleRange, skip: int, take: int) -> Iterator[tuple[str, Prepared]]:
         """``take`` usable samples of a stretch after the first ``skip``, which are not decoded. A stretch cut short by bad samples begins again."""
         rng = random.Random(f"samples-{self.salt}-{piece.start}-{piece.stop}")
         while take > 0:

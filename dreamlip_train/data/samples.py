@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamlip_train.captions.sentences import LONG, caption_pool, sample_sub_captions, split_sub_captions
+from dreamlip_train.captions.columns import CAPTION_COLUMNS, LONG, caption_pool, is_too_long, split_sub_captions
+from dreamlip_train.captions.sampling import sample_sub_captions
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.images import ImageError, decode_image, decode_labels, random_resized_crop, resize_center_crop
 from dreamlip_train.data.shards import image_of, record_of
@@ -21,15 +22,18 @@ class BadSample(Exception):
 
 def prepare_sample(
     sample: dict[str, Any], data: DataConfig, image_size: int, salt: str
-) -> tuple[str, Tensor, list[str]]:
-    """A raw sample's key, crop [3, S, S] uint8 and drawn sub-captions (at most K); ``salt`` and the key seed every draw.
+) -> tuple[str, Tensor, list[str], int]:
+    """A raw sample's key, crop [3, S, S] uint8, drawn sub-captions (at most K), and how many captions were too long to be read whole.
+
+    ``salt`` and the key seed every draw.
 
     Raises:
         BadSample: no image, a damaged image, unreadable captions, or none.
     """
     key = sample["key"]
     rng = random.Random(f"{salt}-{key}")
-    pool = caption_pool(_record(sample), data.caption_sources, data.splitter)
+    record = _record(sample)
+    pool = caption_pool(record, data.caption_sources, data.splitter)
     drawn = sample_sub_captions(
         pool,
         data.num_sub_captions,
@@ -41,7 +45,7 @@ def prepare_sample(
     if not drawn:
         raise BadSample("no captions", f"none in {', '.join(data.caption_sources) or 'any caption column'}")
     image = random_resized_crop(_image(sample), image_size, data.crop_scale, rng)
-    return key, image, drawn
+    return key, image, drawn, sum(is_too_long(record.get(source)) for source in data.caption_sources or CAPTION_COLUMNS)
 
 
 def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 
 import open_clip
 import torch
@@ -10,6 +11,8 @@ from open_clip.tokenizer import bytes_to_unicode
 from torch import Tensor
 
 _WORDS_KEPT = 200_000
+_LONG_WORD = 64  # bytes; longer ones are merged in n log n instead of n squared, and not kept
+_MOST_CHARACTERS = 64  # read of a text for each token of the context; the rest could not be seen
 
 
 class CaptionTokenizer(open_clip.SimpleTokenizer):
@@ -36,11 +39,49 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
         """The ids of what stands between two spaces, kept; no token reaches across a space."""
         if len(self.words) >= _WORDS_KEPT:
             self.words.clear()
-        pieces = [
-            self.bpe("".join(self.bytes[byte] for byte in part.encode("utf-8"))) for part in self.pat.findall(word)
+        parts = [
+            "".join(self.bytes[byte] for byte in part.encode("utf-8", "replace")) for part in self.pat.findall(word)
         ]
-        self.words[word] = [self.encoder[piece] for part in pieces for piece in part.split(" ")]
-        return self.words[word]
+        pieces = [piece for part in parts for piece in self._pieces(part)]
+        ids = [self.encoder[piece] for piece in pieces]
+        if len(word) <= _LONG_WORD:
+            self.words[word] = ids
+        return ids
+
+    def _pieces(self, part: str) -> list[str]:
+        """``bpe(part).split(" ")``, which takes the square of a part's length, in n log n for long ones."""
+        if len(part) <= _LONG_WORD:
+            return self.bpe(part).split(" ")
+        symbols: list[str] = [*part[:-1], part[-1] + "</w>"]
+        follower = [*range(1, len(symbols)), -1]
+        previous = [-1, *range(len(symbols) - 1)]
+        heap: list[tuple[int, int, str, str]] = []
+
+        def push(left: int) -> None:
+            right = follower[left]
+            if right >= 0 and (rank := self.bpe_ranks.get((symbols[left], symbols[right]))) is not None:
+                heapq.heappush(heap, (rank, left, symbols[left], symbols[right]))
+
+        for place in range(len(symbols) - 1):
+            push(place)
+        while heap:
+            # All pairs of the lowest rank first, from left to right; what they form waits.
+            rank, merged = heap[0][0], []
+            while heap and heap[0][0] == rank:
+                _, left, first, second = heapq.heappop(heap)
+                right = follower[left]
+                if right < 0 or (symbols[left], symbols[right]) != (first, second):
+                    continue
+                symbols[left], symbols[right] = first + second, ""
+                follower[left] = follower[right]
+                if follower[left] >= 0:
+                    previous[follower[left]] = left
+                merged.append(left)
+            for left in merged:
+                push(left)
+                if previous[left] >= 0:
+                    push(previous[left])
+        return [symbol for symbol in symbols if symbol]
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         return self.with_cut([texts] if isinstance(texts, str) else texts, context_length)[0]
@@ -50,6 +91,8 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
         length = context_length or self.context_length
         rows, cut = [], 0
         for text in texts:
+            if len(text) > _MOST_CHARACTERS * length:
+                text = " ".join(text.split())[: _MOST_CHARACTERS * length]
             ids = [self.sot_token_id, *self.encode(text), self.eot_token_id]
             if len(ids) > length:
                 ids[length - 1 :] = [self.eot_token_id]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from dreamlip_train.captions.sentences import split_sub_captions
+from dreamlip_train.captions.columns import split_sub_captions
 from dreamlip_train.data.images import decode_image, media_type
 from dreamlip_train.jobs.user_error import UserError
 

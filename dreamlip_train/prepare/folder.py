@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from dreamlip_train.captions.sentences import caption_pool
+from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns, format_summary
 from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.data.images import ImageError, decode_image

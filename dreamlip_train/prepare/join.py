@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.captions.table import ALIASES, IMAGE_COLUMN, SUFFIXES, read_rows
 from dreamlip_train.data.shard_names import list_shards

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.sentences import caption_pool
+from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.data.shard_writer import ShardWriter
 from dreamlip_train.data.shards import ShardError, image_of, read_shard, record_of

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.sentences import caption_pool
+from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.shard_writer import ShardWriter

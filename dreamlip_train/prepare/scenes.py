@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare import scene_painting as painting
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS, caption_pool, split_sub_captions
+from dreamlip_train.captions.columns import CAPTION_COLUMNS, caption_pool, split_sub_captions
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.data.shard_names import list_shards, local_folder

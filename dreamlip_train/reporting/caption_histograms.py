@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS, Splitter, caption_pool
+from dreamlip_train.captions.columns import CAPTION_COLUMNS, Splitter, caption_pool
 from dreamlip_train.captions.statistics import CountTokens, percentile
 from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.shards import ShardError, read_shard, record_of

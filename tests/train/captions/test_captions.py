@@ -7,14 +7,8 @@ from collections import Counter
 
 import pytest
 
-from dreamlip_train.captions.sentences import (
-    LONG,
-    RAW,
-    caption_pool,
-    is_character_split,
-    sample_sub_captions,
-    split_sub_captions,
-)
+from dreamlip_train.captions.columns import LONG, RAW, caption_pool, is_character_split, split_sub_captions
+from dreamlip_train.captions.sampling import sample_sub_captions
 
 SPLITS = {
     "The U.S. sign says 3.5 km. A dog runs.": ["The U.S. sign says 3.5 km.", "A dog runs."],

@@ -55,3 +55,21 @@ def test_the_word_table_is_bounded(monkeypatch):
     ours, theirs = CaptionTokenizer(77), open_clip.SimpleTokenizer(context_length=77)
     text = "a b c d e f g a b"
     assert ours.encode(text) == theirs.encode(text) and len(ours.words) <= 3
+
+
+def test_long_words_have_open_clip_s_tokens():
+    """They are merged in n log n; open_clip takes the square of their length."""
+    rng = random.Random(0)
+    ours, theirs = CaptionTokenizer(77), open_clip.SimpleTokenizer(context_length=77)
+    words = ["a" * n for n in (65, 66, 127, 300)] + [
+        "ab" * 100,
+        "haha" * 40,
+        "ing" * 50,
+        "é" * 80,
+        "狗" * 70,
+        "!?" * 60,
+    ]
+    words += ["".join(rng.choices("etaoinshrdlu", k=rng.randint(65, 400))) for _ in range(60)]
+    words += ["".join(rng.choices("photograph the running", k=200)).replace(" ", "") for _ in range(20)]
+    for word in words:
+        assert ours.encode(word) == theirs.encode(word), word

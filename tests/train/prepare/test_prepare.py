@@ -14,7 +14,7 @@ import pytest
 from photos import PHOTOS, write_photos
 from shard_files import jpeg, record, sample, tokenize, write_shards, write_tar
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS
+from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
 from dreamlip_train.prepare.folder import prepare_folder

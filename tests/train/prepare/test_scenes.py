@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamlip_train.captions.sentences import CAPTION_COLUMNS, LONG, split_sub_captions
+from dreamlip_train.captions.columns import CAPTION_COLUMNS, LONG, split_sub_captions
 from dreamlip_train.prepare import scene_painting
 from dreamlip_train.prepare.folder import prepare_folder
 from dreamlip_train.prepare.scenes import PLACES, prepare_scenes
