@@ -17,13 +17,13 @@ import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 from dreamlip_kernels.backends.settings import settings
 
-# (dtype, settings.float32): bounds of row and col, of dx and dy, of dscale, which is left over where large terms
-# cancel.
+# dtype, settings.float32; bounds of row and col, of dx and dy, and of dscale, relative to the sum of |x * dx|: it is one
+# number, left over where large terms cancel.
 KINDS = {
-    "bf16": (torch.bfloat16, "fp16", 3e-6, 2**-6, 2**-6),
-    "fp16": (torch.float16, "fp16", 3e-6, 2**-9, 2**-9),
-    "fp32": (torch.float32, "fp16", 2**-10, 2**-9, 2**-8),
-    "tf32x3": (torch.float32, "torch", 3e-6, 3e-5, 3e-5),
+    "bf16": (torch.bfloat16, "fp16", 3e-6, 2**-6, 2**-8),
+    "fp16": (torch.float16, "fp16", 3e-6, 2**-9, 2**-11),
+    "fp32": (torch.float32, "fp16", 2**-10, 2**-9, 2**-11),
+    "tf32x3": (torch.float32, "torch", 3e-6, 3e-5, 3e-6),
 }
 
 
@@ -34,13 +34,15 @@ def kind(request, monkeypatch):
     return request.param
 
 
-def within(kind, got, gold):
-    """row, col, dx, dy, dscale (or the first of them) are finite where gold is, and as near as KINDS says."""
+def within(kind, got, gold, x, scale):
+    """row, col, dx, dy, dscale are finite where gold is, and as near as KINDS says."""
     bounds = (*KINDS[kind][2:3] * 2, *KINDS[kind][3:4] * 2, KINDS[kind][4])
-    for name, bound, value, wanted in zip(("row", "col", "dx", "dy", "dscale"), bounds, got, gold, strict=False):
+    for name, bound, value, wanted in zip(("row", "col", "dx", "dy", "dscale"), bounds, got, gold, strict=True):
         value, finite = value.detach().double(), torch.isfinite(wanted)
         assert torch.equal(value[~finite], wanted[~finite].double()), f"{name}: infinities differ"
         largest = wanted[finite].abs().max().item()
+        if name == "dscale":
+            largest = (x * gold[2]).abs().sum().item() / abs(scale or 1)
         error = (value - wanted)[finite].abs().max().item()
         assert error <= bound * largest, f"{name}: error {error:.2e} exceeds {bound * largest:.2e} ({largest:.2e})"
 
@@ -54,7 +56,7 @@ def check(kind, capability, x, y, scale, schedule=TOGETHER, **masks):
 
     with device(capability, schedule=schedule) as launches:
         got = value_and_grads(op, (x, y, torch.tensor(scale)))
-    within(kind, got, value_and_grads(oracle, [v.double() for v in (x, y, torch.tensor(scale))]))
+    within(kind, got, value_and_grads(oracle, [v.double() for v in (x, y, torch.tensor(scale))]), x, scale)
     return launches
 
 
@@ -178,7 +180,7 @@ def test_chunks_and_the_diagonal(kind, capability, diagonal, monkeypatch):
             True,
         )
     assert sum(launch.kernel.startswith("gradient") for launch in launches) > 2 * k
-    within(kind, (row, col, *got), (row, col, dx, dy, dscale))
+    within(kind, (row, col, *got), (row, col, dx, dy, dscale), x, 14.3)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_products_read_what_is_visible_to_them(scale):
     """On sm_90 a copy by threads is of another proxy than the product that reads it:
     a fence belongs between, or a box copy.
     """
-    launches = check("bf16", 90, *features("bf16", 40, 70, 2, 72), scale)
+    launches = check("bf16", 90, *features("bf16", 40, 70, 2, 80), scale)
     unfenced = {launch.kernel: launch.execution.unfenced_products for launch in launches}
     assert not any(unfenced.values()), unfenced
 
