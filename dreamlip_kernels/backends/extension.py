@@ -10,17 +10,21 @@ import importlib.util
 import logging
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import first_build
+
 logger = logging.getLogger("dreamlip_kernels")
 
 _BUILT = "dreamlip_kernels._C"
 LEAST_CAPABILITY = (8, 0)  # of the CUDA kernels: cp.async, and tensor cores that take bfloat16
 _state: dict[str, Any] = {}
+_building = threading.Lock()
 
 
 def sources() -> Path | None:
@@ -135,26 +139,26 @@ def _find() -> None:
 
 
 def _compile() -> None:
-    """torch's just-in-time build of the CPU sources, into its cache; several processes wait for one another there."""
-    from torch.utils import cpp_extension
-
+    """Build the CPU sources; several threads and processes wait for one another."""
     folder = sources()
-    logger.warning(
-        "compiling the C++ kernels once, into torch's extension cache (half a minute); installing the package with torch present avoids it"
-    )
-    began = time.monotonic()
-    try:
+    with _building:
+        if _state:  # another thread was first
+            return
+        logger.warning(
+            "compiling the C++ kernels once, into torch's extension cache (half a minute); "
+            "installing the package with torch present avoids it"
+        )
+        began = time.monotonic()
         name = f"dreamlip_kernels_{torch.__version__.replace('.', '_').replace('+', '_')}"
         files = [str(folder / "ops.cpp"), str(folder / "patch_pool_cpu.cpp")]
-        _state["cuda"] = None
-        _state["module"] = cpp_extension.load(name, files, extra_cflags=["-O3", "-g0", "-Wno-psabi"], verbose=False)
-    except Exception as error:  # compilers and torch's builder raise whatever they like
-        _state["why"] = (
-            f"compiling it failed: {str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__}"
-        )
-        logger.warning("the C++ kernels could not be compiled: %s", _state["why"])
-        return
-    logger.warning("compiled the C++ kernels in %.0f s", time.monotonic() - began)
+        try:
+            module = first_build.build(name, files, ["-O3", "-g0", "-Wno-psabi"])
+        except Exception as error:  # compilers and torch's builder raise whatever they like
+            _state["why"] = f"compiling it failed: {str(error).strip() or type(error).__name__}"
+            logger.warning("the C++ kernels could not be compiled: %s", _state["why"])
+            return
+        _state.update(cuda=None, module=module)
+        logger.warning("compiled the C++ kernels in %.0f s", time.monotonic() - began)
 
 
 _find()
