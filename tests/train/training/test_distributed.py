@@ -1,0 +1,72 @@
+"""Which rank of which world a process is: from a launcher, from srun, or alone; contradictions are messages."""
+
+import pytest
+
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.training.distributed import first_host, world_of
+
+SRUN = {
+    "SLURM_NTASKS": "6",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
+}
+
+
+def test_srun_works_out_of_the_box():
+    world = world_of(SRUN)
+    assert world == {
+        "RANK": "4", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711",
+    }  # fmt: skip
+    assert world_of(SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "5"})["MASTER_ADDR"] == "head"
+
+
+def test_a_launcher_under_srun_wins():
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
+    assert world_of(SRUN | launched) == {}
+
+
+def test_a_single_process_needs_nothing():
+    world = world_of({})
+    assert (world["RANK"], world["WORLD_SIZE"], world["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    assert world_of({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})["WORLD_SIZE"] == "1"
+
+
+def test_tasks_that_srun_did_not_start_are_not_worlds_of_one():
+    """Each once trained by itself into the same run folder, and a checkpoint was lost."""
+    with pytest.raises(UserError, match="SLURM_NTASKS=4, but this process was not started by srun"):
+        world_of({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert world_of({"SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "1"})["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "a", "WORLD_SIZE": "b"},
+    ],
+)
+def test_half_a_world_is_a_message(environment):
+    with pytest.raises(UserError, match="RANK=.*WORLD_SIZE=.*a launcher sets both"):
+        world_of(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("gpu[007-010,12],login1", "gpu007"),
+        ("node-a,node-b", "node-a"),
+        ("alone", "alone"),
+        ("rack1-[3,5].cluster", "rack1-3.cluster"),
+    ],
+)
+def test_the_first_host_of_slurms_list(nodes, host):
+    assert first_host(nodes) == host
