@@ -8,7 +8,6 @@ hf-dir          transformers' CLIPModel, with tokenizer   CLIPModel / CLIPVision
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from torch import Tensor
 
+from dreamlip_train.checkpoint.export_check import PROBE_TEXTS, consumer_features, probe_picture
 from dreamlip_train.checkpoint.hf_clip import clip_config, clip_state_dict, processor_config, write_tokenizer
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
@@ -51,11 +50,8 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
             f"--output: {str(output)!r} exists; give a new {'file' if to == 'open_clip-file' else 'folder'}"
         )
     settings = model_settings(config.model)
-    # A weights file alone does not say what its model is: its consumer must find the name in open_clip's table.
-    if to == "open_clip-file" and open_clip.get_model_config(config.model.name) is None:
-        raise UserError(
-            f"--to: open_clip has no model called {config.model.name!r}, which a weights file would be loaded as; use open_clip-dir, which brings its config"
-        )
+    if to == "open_clip-file":
+        _require_the_tables_model(config.model)
     writers: dict[str, Callable[[DreamLIP, dict[str, Any], Path], None]] = {
         "open_clip-file": _write_file,
         "open_clip-dir": _write_open_clip_dir,
@@ -79,6 +75,23 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
         output.rmdir()
     os.replace(partial, output)
     return difference
+
+
+def _require_the_tables_model(model: ModelConfig) -> None:
+    """A weights file does not say what its model is: its consumer builds the model of that name in open_clip's table."""
+    table = open_clip.get_model_config(model.name)
+    if table is None:
+        raise UserError(
+            f"--to: open_clip has no model called {model.name!r}, which a weights file would be loaded as; "
+            "use open_clip-dir, which brings its config"
+        )
+    length = table["text_cfg"].get("context_length", 77)
+    if model.context_length != length:
+        raise UserError(
+            f"--to: this model reads {model.context_length} tokens (model.context_length), and open_clip would load a "
+            f"weights file as {model.name} with {length}: other position embeddings, other text features; use "
+            "open_clip-dir, which brings its config"
+        )
 
 
 def model_settings(model: ModelConfig) -> dict[str, Any]:
@@ -121,40 +134,14 @@ def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None
 
 
 def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str, float | None]:
-    """How far the features of the written model, as its consumer computes them, are from this one's."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(2, 3, model.image_size, model.image_size, generator=generator)
-    pixels = (pixels - model.image_mean) / model.image_std
-    tokens = model.tokenize(["a photo of a dog", "two red cars in front of a house"])
-    with torch.inference_mode():
-        ours = torch.nn.functional.normalize(_pooled(model.clip, pixels), dim=-1), model.encode_texts(tokens)
-        theirs = (
-            _transformers_features(path, pixels, tokens)
-            if to == "hf-dir"
-            else _open_clip_features(path, name, to, pixels, tokens)
-        )
+    """How far the features of the written model, as its consumer computes them of a raw picture and raw texts, are from this one's."""
+    theirs = consumer_features(path, to, name, model.image_size)
     if theirs is None:
         return {"image": None, "text": None}
-    return {kind: float((a - b).abs().max()) for kind, a, b in zip(("image", "text"), ours, theirs, strict=True)}
-
-
-def _pooled(clip: open_clip.CLIP, pixels: Tensor) -> Tensor:
-    found = clip.visual(pixels)
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _open_clip_features(path: Path, name: str, to: Format, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    given = {"pretrained": str(path)} if to == "open_clip-file" else {}
-    extra = {"force_context_length": tokens.shape[1]} if to == "open_clip-file" else {}
-    loaded = open_clip.create_model(name if to == "open_clip-file" else f"local-dir:{path}", **given, **extra).eval()
-    return loaded.encode_image(pixels, normalize=True), loaded.encode_text(tokens, normalize=True)
-
-
-def _transformers_features(path: Path, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from transformers import CLIPModel
-
-    loaded = CLIPModel.from_pretrained(path).eval()
-    features = loaded(input_ids=tokens, pixel_values=pixels)
-    return features.image_embeds, features.text_embeds
+    pixels = torch.from_numpy(probe_picture(model.image_size)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        ours = model.encode_images(pixels)[0], model.encode_texts(model.tokenize(list(PROBE_TEXTS)))
+    return {
+        kind: float((a - torch.from_numpy(b)).abs().max())
+        for kind, a, b in zip(("image", "text"), ours, theirs, strict=True)
+    }

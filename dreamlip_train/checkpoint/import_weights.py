@@ -1,7 +1,7 @@
 """``dreamlip-train import``: weights from elsewhere as an open_clip weights file, checked against the model they are said to be.
 
 open_clip's or DreamLIP's .pt or .safetensors     {"state_dict"} or bare tensors, with or without "module."
-OpenAI's .pt                                      TorchScript; its models have QuickGELU activations
+OpenAI's .pt                                      TorchScript, read as data; its models have QuickGELU activations
 an open_clip folder                               open_clip_config.json + open_clip_model.safetensors
 a transformers CLIP folder                        config.json + model.safetensors
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dreamlip_train.checkpoint.hf_clip import open_clip_config, open_clip_weights
+from dreamlip_train.checkpoint.torchscript import is_torchscript, read_torchscript
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model, known_models
@@ -69,13 +69,13 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
 def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _safetensors(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+    if is_torchscript(path):
         if not _settings(model_name).get("quick_gelu"):
             raise UserError(
                 f"--model: {str(path)!r} is a TorchScript archive, as OpenAI published its weights: those have QuickGELU activations and {model_name} "
                 f"has GELU; give {model_name}-quickgelu"
             )
-        state = torch.jit.load(path, map_location="cpu").state_dict()
+        state = read_torchscript(path)
         return {name: value.float() for name, value in state.items() if name not in _OPENAI_EXTRAS}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -103,16 +103,28 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(open_clip's state dict, its model config) of an open_clip or transformers folder."""
     ours, theirs = folder / "open_clip_config.json", folder / "config.json"
     if ours.is_file():
-        settings = json.loads(ours.read_text(encoding="utf-8"))["model_cfg"]
+        settings = _read_json(ours).get("model_cfg")
+        if not isinstance(settings, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= settings.keys():
+            raise UserError(f"WEIGHTS: {str(ours)!r} has no model_cfg of embed_dim, vision_cfg and text_cfg")
         return _safetensors(folder / "open_clip_model.safetensors"), settings
     if theirs.is_file():
-        settings = open_clip_config(json.loads(theirs.read_text(encoding="utf-8")))
+        settings = open_clip_config(_read_json(theirs))
         with torch.device("meta"):
             expected = build_model(
                 ModelConfig(name="imported", config=settings, context_length=settings["text_cfg"]["context_length"]), 0
             )
         return open_clip_weights(_safetensors(folder / "model.safetensors"), expected.clip.state_dict()), settings
     raise UserError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"WEIGHTS: {str(path)!r} can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"WEIGHTS: {str(path)!r} holds a {type(content).__name__}, not an object")
+    return content
 
 
 def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:

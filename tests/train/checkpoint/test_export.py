@@ -226,6 +226,20 @@ def test_a_wrong_translation_is_found_and_leaves_nothing(run, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_another_context_length_keeps_its_text_features_or_is_refused(tmp_path):
+    """Loaded as documented, a file of a model with 32 tokens had text features of cosine 0.90 to its own."""
+    config = tiny_config()
+    config.model = ModelConfig(name="ViT-S-32-alt", context_length=32)
+    engine = tiny_engine(config)
+    save(engine, tmp_path / "checkpoints", config, TrainState(step=1))
+    with pytest.raises(
+        ValueError, match="--to: this model reads 32 tokens .* as ViT-S-32-alt with 77.*use open_clip-dir"
+    ):
+        export_checkpoint(tmp_path, tmp_path / "x.pt", "open_clip-file")
+    for to in ("open_clip-dir", "hf-dir"):
+        assert max(export_checkpoint(tmp_path, tmp_path / to, to).values()) <= 1e-5
+
+
 def test_state_dict_is_the_contract(run):
     model, _ = load_for_eval(run)
     state = open_clip_state_dict(model)
