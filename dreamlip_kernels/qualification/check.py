@@ -1,4 +1,4 @@
-"""Whether a backend is right in a case: float64 as gold, at most twice eager's error, the same bits three times and from a CUDA graph, no stray write."""
+"""Whether a backend is right in a case: float64 as gold, at most twice eager's error, the same bits three times, as right from a CUDA graph, no stray write."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def check(case: Case, subject: ModuleType, dtype: str) -> float:
         got = _three_times(case, inputs, upstream)
         gold = case.values(case.oracle, [v.double() for v in inputs], upstream)
         ways.append((got, subject.eager(case, inputs, upstream, dtype), gold))
-    if case.capture and ways[0][0][0].is_cuda:
-        _captured(case, inputs, upstream, got)
+    if case.capture and got[0].is_cuda:
+        ways.append((_captured(case, inputs, upstream), *ways[-1][1:]))
     names = [f"output {i}" if i < len(upstream) else f"gradient {i - len(upstream)}" for i in range(len(got))]
     return max(
         _share(name, [[way[i] for way in draw] for draw in ways], subject.slack(dtype)) for i, name in enumerate(names)
@@ -55,8 +55,8 @@ def _three_times(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
     return got
 
 
-def _captured(case: Case, inputs: Outputs, upstream: Outputs, expected: Outputs) -> None:
-    """A CUDA graph of the case, captured on other inputs and replayed on these."""
+def _captured(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
+    """The values by a CUDA graph that was captured on other inputs and replayed on these."""
     static = tuple(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in inputs)
     for held, v in zip(static, case.draw(99), strict=True):
         held.copy_(v)
@@ -71,9 +71,7 @@ def _captured(case: Case, inputs: Outputs, upstream: Outputs, expected: Outputs)
     for held, v in zip(static, inputs, strict=True):
         held.copy_(v)
     graph.replay()
-    for i, (a, b) in enumerate(zip(outs, expected, strict=True)):
-        if not _same_bits(a, b):
-            raise Wrong(f"a CUDA graph gives other bits (value {i}, largest difference {_difference(a, b):.3g})")
+    return tuple(v.clone() for v in outs)
 
 
 def _share(name: str, draws: list[list[torch.Tensor]], slack: float) -> float:

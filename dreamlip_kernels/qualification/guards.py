@@ -35,7 +35,7 @@ class Guards(TorchDispatchMode):
         """Ops of this package run with the mode on, so that it sees what they allocate; allocations are replaced; all else passes."""
         kwargs = kwargs or {}
         if func.namespace.startswith("dreamlip"):
-            device = next(a.device for a in args if isinstance(a, Tensor))
+            device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
             key = torch._C.DispatchKey.CUDA if device.type == "cuda" else torch._C.DispatchKey.CPU
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
@@ -49,11 +49,10 @@ class Guards(TorchDispatchMode):
 
     def overwritten(self) -> str | None:
         """Which buffer was written beyond an end, or None."""
-        for name, buffer in self.buffers:
-            bands = torch.cat([buffer[:BAND], buffer[-BAND:]])
-            if not bool((bands == _BAND_BYTE).all()):
-                return f"a write beyond the end of a buffer ({name})"
-        return None
+        bands = [torch.stack([buffer[:BAND], buffer[-BAND:]]) for _, buffer in self.buffers]
+        whole = (torch.stack(bands) == _BAND_BYTE).flatten(1).all(1).tolist() if bands else []
+        names = [name for (name, _), kept in zip(self.buffers, whole, strict=True) if not kept]
+        return f"a write beyond the end of a buffer ({names[0]})" if names else None
 
 
 def surrounded(tensor: Tensor) -> Tensor:

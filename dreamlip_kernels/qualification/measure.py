@@ -22,7 +22,10 @@ logger = logging.getLogger("dreamlip_kernels")
 
 SUBJECTS = (contrast_cases, grouping_cases)
 WIDTHS = (512, 768)
-LIMIT_S = 120.0
+LIMIT_S = {"cuda": 60.0, "cpu": 120.0}  # between two signs of life: a case, with its kernels compiled
+# The kernels of a case are compiled one after another: cases of other kinds go to other processes. Every width has four kinds.
+PARTS = 4
+GIGABYTES_PER_WORKER = 2
 # The interpreter takes seconds for what a GPU does in microseconds: one small width, for correctness alone.
 INTERPRETED_WIDTHS = (64,)
 
@@ -65,18 +68,16 @@ def qualify(
 
 def _measure(device: torch.device, widths: tuple[int, ...], tune: bool) -> Record:
     begin = time.monotonic()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = max(1, cores - 2 if device.type == "cuda" else cores // 2)
     checks = _check_jobs(device, widths)
-    probe, *answers = run_jobs([_job("probe", device, widths), *checks], at_once, LIMIT_S, logger.info)
+    at_once, limit_s = _workers(device), LIMIT_S[device.type]
+    probe, *parts = run_jobs([_job("probe", device, widths), *checks], at_once, limit_s, logger.info)
     if "why" in probe:
         raise RuntimeError(f"qualify: {device} cannot be used: {probe['why']}\n{probe['report']}")
-    right = [job for job, answer in zip(checks, answers, strict=True) if "why" not in answer and not job["interpreted"]]
-    rates, timings, slow = _speeds(device, widths, right)
-    found = [
-        _verdict(job, answer, timings.get(_key(job), ()), slow.get(_key(job), {}))
-        for job, answer in zip(checks, answers, strict=True)
-    ]
+    answers = _joined(checks, parts)
+    tested = {_key(job): job for job in checks}
+    right = [job for key, job in tested.items() if "why" not in answers[key] and not job["interpreted"]]
+    rates, timings, untimed = _speeds(device, widths, right)
+    found = [_verdict(job, answers[key], timings.get(key, ()), untimed.get(key, {})) for key, job in tested.items()]
     return Record(
         identity=identity.identity(device),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -86,6 +87,26 @@ def _measure(device: torch.device, widths: tuple[int, ...], tune: bool) -> Recor
         verdicts=tuple(found),
         tiles={},
     )
+
+
+def _workers(device: torch.device) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cpu":
+        return max(1, cores // 2)
+    memory = torch.cuda.get_device_properties(device).total_memory >> 30
+    return max(1, min(cores - 2, memory // GIGABYTES_PER_WORKER))
+
+
+def _joined(checks: list[dict[str, Any]], parts: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """One answer for each op, backend and dtype class: the first failure of its parts, else their largest error."""
+    answers: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for job, part in zip(checks, parts, strict=True):
+        so_far = answers.setdefault(_key(job), part)
+        if so_far is part or "why" in so_far:
+            continue
+        both = {"error": max(so_far["error"], part.get("error", 0.0)), "cases": so_far["cases"] + part.get("cases", 0)}
+        answers[_key(job)] = part if "why" in part else both
+    return answers
 
 
 def _check_jobs(device: torch.device, widths: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -101,7 +122,11 @@ def _check_jobs(device: torch.device, widths: tuple[int, ...]) -> list[dict[str,
                 about = {"op": subject.OP, "backend": backend, "dtype": dtype, "interpreted": interpreted}
                 environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
                 tried = INTERPRETED_WIDTHS if interpreted else widths
-                jobs.append(_job("check", device, tried, environment=environment, warm=not interpreted, **about))
+                parts = PARTS if device.type == "cuda" else 1
+                for part in range(parts):
+                    # What is timed later, one call after another, is compiled now, beside the other workers.
+                    how = {"part": part, "parts": parts, "warm": part == parts - 1 and not interpreted}
+                    jobs.append(_job("check", device, tried, environment=environment, **how, **about))
     return jobs
 
 
@@ -119,22 +144,18 @@ def _speeds(device: torch.device, widths: tuple[int, ...], right: list[dict[str,
     """(rates, timings by job, the failures of those that were not timed): one process, one call after another."""
     if not right:
         return {}, {}, {}
-    bases = {
-        (job["op"], job["dtype"]): _job("time", device, widths, op=job["op"], dtype=job["dtype"], backend="torch")
-        for job in right
-    }
-    jobs = [
-        _job("rates", device, widths),
-        *bases.values(),
-        *(job | {"kind": "time", "name": job["name"] + ", speed"} for job in right),
-    ]
-    first, *answers = run_jobs(jobs, 1, LIMIT_S, logger.info)
+    # Torch code has no classes of float32.
+    bases = {(job["op"], "torch", job["dtype"].split()[0]) for job in right}
+    words = ("op", "backend", "dtype")
+    jobs = [_job("time", device, widths, **dict(zip(words, base, strict=True))) for base in sorted(bases)]
+    jobs += [job | {"kind": "time", "name": f"{job['name']}, speed"} for job in right]
+    first, *answers = run_jobs([_job("rates", device, widths), *jobs], 1, LIMIT_S[device.type], logger.info)
     if "why" in first:
         raise RuntimeError(f"qualify: {device} cannot be timed: {first['why']}\n{first['report']}")
-    rates, times = first["rates"], dict(zip(map(_key, jobs[1:]), answers, strict=True))
+    rates, times = first["rates"], dict(zip(map(_key, jobs), answers, strict=True))
     timings, failures = {}, {}
     for job in right:
-        mine, base = times[_key(job)], times[job["op"], "torch", job["dtype"]]
+        mine, base = times[_key(job)], times[job["op"], "torch", job["dtype"].split()[0]]
         failed = next((answer for answer in (mine, base) if "why" in answer), None)
         if failed is None:
             timings[_key(job)] = _against(mine["timings"], base["timings"], rates)

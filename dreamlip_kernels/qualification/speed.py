@@ -8,25 +8,25 @@ from collections.abc import Callable
 
 import torch
 
-BUDGET_S = 0.6  # of repeats of one step, beyond the least number of them
+BUDGET_S = 0.4  # of repeats of one step, beyond the least number of them
 LEAST, MOST = 3, 20
+SLOW_S = 0.2  # a step that takes so long is repeated twice
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Median of repeated steps after one or two to warm up: by device events on a GPU, by the clock on a CPU."""
-    on_gpu = device.type == "cuda"
+    """Median of repeated steps after two to warm up: by device events on a GPU, by the clock on a CPU."""
+    once = min(_seconds(step, device) for _ in range(2))  # the first one may compile
+    repeats = 2 if once > SLOW_S else max(LEAST, min(MOST, int(BUDGET_S / once)))
+    measured = _by_events(step, repeats, device) if device.type == "cuda" else _by_clock(step, repeats)
+    return statistics.median(measured)
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     step()
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-    if time.perf_counter() - begin > BUDGET_S / LEAST:  # compiled, or simply slow: once more tells which
-        begin = time.perf_counter()
-        step()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    once = max(time.perf_counter() - begin, 1e-6)
-    repeats = max(LEAST, min(MOST, int(BUDGET_S / once)))
-    return statistics.median(_by_events(step, repeats, device) if on_gpu else _by_clock(step, repeats))
+    return max(time.perf_counter() - begin, 1e-6)
 
 
 def rates(device: torch.device) -> dict[str, float]:

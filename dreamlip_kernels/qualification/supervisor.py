@@ -18,6 +18,7 @@ from typing import Any
 WORKER = [sys.executable, "-P", "-m", "dreamlip_kernels.qualification.worker"]
 START_LIMIT_S = 240.0  # torch's import, and a context on the device, beside as many others
 _REPORT_LINES = 15
+_STARTING = "its start"
 Progress = Callable[[str], None]
 
 
@@ -30,7 +31,13 @@ class Worker:
 
     def run(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """The worker's answer, or {"why", "report"} of its end."""
-        trying = "starting"
+        reused = self.process is not None
+        answer = self._attempt(job, progress)
+        # A worker may have died of the job before, after its answer: a poisoned context shows itself late.
+        return self._attempt(job, progress) if reused and answer.pop("unheard", False) else answer
+
+    def _attempt(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        trying = _STARTING
         try:
             if self.process is None:
                 self._start()
@@ -49,7 +56,8 @@ class Worker:
         except (EOFError, BrokenPipeError):
             code = self.process.wait()
             self.end()
-            return {"why": f"{_ending(code)}, in: {trying}", "report": self._last_words()}
+            ended = {"why": f"{_ending(code)}, in: {trying}", "report": self._last_words()}
+            return ended | {"unheard": True} if trying == _STARTING else ended
 
     def _start(self) -> None:
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - lives as long as the process

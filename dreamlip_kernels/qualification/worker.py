@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import sys
@@ -72,7 +73,8 @@ def run(job: dict[str, Any], trying) -> dict[str, Any]:
 def _check(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
     subject, dtype = SUBJECTS[job["op"]], _dtype(job["dtype"])
     worst, count = 0.0, 0
-    for case in subject.cases(job["backend"], dtype, device, tuple(job["widths"])):
+    cases = subject.cases(job["backend"], dtype, device, tuple(job["widths"]))
+    for case in itertools.islice(cases, job["part"], None, job["parts"]):
         trying(case.name)
         try:
             worst = max(worst, check(case, subject, job["dtype"]))

@@ -42,7 +42,7 @@ def test_every_kind_of_backend_has_its_verdict(fakes):
         "reader": "NaN in value 0",
         "random": "not the same bits at a repeat",
         "crash": "killed by SIGSEGV, in: D=8",
-        "hang": "hangs: no answer in 4 s, in: D=8",
+        "hang": "hangs: no answer in 12 s, in: D=8",
         "memory": "out of memory",
         "raises": "RuntimeError: no kernel image is available",
     }.items():

@@ -45,7 +45,7 @@ def twice(x: torch.Tensor, backend: str) -> torch.Tensor:
     elif backend == "reader":
         out[-1, -1] += x.as_strided((1,), (1,), x.storage_offset() + x.numel())[0]
     elif backend == "random":
-        out += 1e-9 * torch.rand(out.shape)
+        out += 1e-6 * torch.rand(out.shape)
     elif backend == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif backend == "hang":
@@ -99,12 +99,13 @@ SUBJECT = SimpleNamespace(
 )
 
 
-def install(monkeypatch=None, backends=BACKENDS, limit_s=4.0):
+def install(monkeypatch=None, backends=BACKENDS, limit_s=12.0):
     """Make ``qualify`` meet these backends, in this process and in its workers."""
     checks = {name: lambda case: None for name in backends}
     replacements = [
         (measure, "SUBJECTS", (SUBJECT,)),
-        (measure, "LIMIT_S", limit_s),
+        (measure, "LIMIT_S", {"cpu": limit_s}),
+        (measure, "_workers", lambda device: 3),
         (worker, "SUBJECTS", {"twice": SUBJECT}),
         (supervisor, "WORKER", [sys.executable, __file__]),
         (dispatch, "_BACKENDS", {"twice": checks}),
