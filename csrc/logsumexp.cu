@@ -7,8 +7,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
-
 namespace dreamlip {
 namespace {
 
@@ -33,6 +31,10 @@ const float* floats(const at::Tensor& v, int64_t least, const char* name) {
   TORCH_CHECK(v.scalar_type() == at::kFloat && v.is_cuda() && v.numel() >= least, "logsumexp: ", name,
               " must be float32 on the GPU with ", least, " values, got ", v.sizes(), " of ", v.scalar_type());
   return v.const_data_ptr<float>();
+}
+
+Exponent exponent_of(const at::Tensor& scale, const at::Tensor& multiplier) {
+  return {floats(scale, 1, "scale"), floats(multiplier, 1, "multiplier")};
 }
 
 void check_vectors(const at::Tensor& v, int64_t slots, int64_t count, const char* name) {
@@ -87,8 +89,8 @@ template <class T, class Kernel, class... Arguments> void launch(Kernel kernel, 
 }  // namespace
 
 void logsumexp_sums_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                         const std::optional<at::Tensor>& y_mask, const at::Tensor& exponent, int64_t first_tile,
-                         int64_t band_rows, at::Tensor row, at::Tensor col) {
+                         const std::optional<at::Tensor>& y_mask, const at::Tensor& scale, const at::Tensor& multiplier,
+                         int64_t first_tile, int64_t band_rows, at::Tensor row, at::Tensor col) {
   const c10::cuda::CUDAGuard guard(x.device());
   with_type(x, [&](auto type) {
     using T = decltype(type);
@@ -103,15 +105,15 @@ void logsumexp_sums_cuda(const at::Tensor& x, const at::Tensor& y, const std::op
     floats(row, 0, "row");
     floats(col, 0, "col");
     if (tiles && bands && r.K)
-      launch<T>(exp_sums_kernel<T>, dim3(bands, tiles, r.K), r, Exponent{floats(exponent, 2, "exponent")},
+      launch<T>(exp_sums_kernel<T>, dim3(bands, tiles, r.K), r, exponent_of(scale, multiplier),
                 Bands{int(first_tile), int(tiles), int(band_rows)}, row.mutable_data_ptr<float>(),
                 col.mutable_data_ptr<float>());
   });
 }
 
-void logsumexp_exact_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                          const std::optional<at::Tensor>& y_mask, const at::Tensor& exponent, const at::Tensor& flag,
-                          bool columns, at::Tensor out) {
+void logsumexp_finish_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
+                           const std::optional<at::Tensor>& y_mask, const at::Tensor& scale,
+                           const at::Tensor& multiplier, const at::Tensor& parts, bool columns, at::Tensor out) {
   const c10::cuda::CUDAGuard guard(x.device());
   with_type(x, [&](auto type) {
     using T = decltype(type);
@@ -119,20 +121,21 @@ void logsumexp_exact_cuda(const at::Tensor& x, const at::Tensor& y, const std::o
     const int64_t rows = columns ? r.C : r.M;
     TORCH_CHECK(out.is_contiguous() && out.numel() == r.K * rows, "logsumexp: out must be dense [K, ", rows, "], got ",
                 out.sizes());
+    TORCH_CHECK(parts.dim() == 3 && parts.size(0) == r.K && parts.size(2) == rows && parts.stride(2) == 1,
+                "logsumexp: parts must be [K, parts, ", rows, "], the last dimension dense, got ", parts.sizes());
     floats(out, 0, "out");
-    const int64_t all = 2 * attribute(cudaDevAttrMultiProcessorCount);
-    const int64_t blocks = std::min(tiles_of(rows), std::max<int64_t>(1, all / std::max(r.K, 1)));
-    if (blocks && r.K)
-      launch<T>(exact_rows_kernel<T>, dim3(blocks, r.K), r, flag.const_data_ptr<int>(),
-                Exponent{floats(exponent, 2, "exponent")}, columns, out.mutable_data_ptr<float>());
+    const Parts sums{floats(parts, 0, "parts"), int(parts.size(1)), parts.stride(1), parts.stride(0)};
+    if (rows && r.K)
+      launch<T>(finish_kernel<T>, dim3(tiles_of(rows), r.K), r, exponent_of(scale, multiplier), sums, columns,
+                out.mutable_data_ptr<float>());
   });
 }
 
 void logsumexp_gradient_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                             const std::optional<at::Tensor>& y_mask, const at::Tensor& exponent,
-                             const at::Tensor& flag, const at::Tensor& row_vectors, const at::Tensor& col_vectors,
-                             int64_t first_row, int64_t first_col, int64_t first_slot, std::optional<int64_t> diagonal,
-                             at::Tensor g) {
+                             const std::optional<at::Tensor>& y_mask, const at::Tensor& scale,
+                             const at::Tensor& multiplier, const at::Tensor& flag, const at::Tensor& row_vectors,
+                             const at::Tensor& col_vectors, int64_t first_row, int64_t first_col, int64_t first_slot,
+                             std::optional<int64_t> diagonal, at::Tensor g) {
   const c10::cuda::CUDAGuard guard(x.device());
   with_type(x, [&](auto type) {
     using T = decltype(type);
@@ -164,9 +167,8 @@ void logsumexp_gradient_cuda(const at::Tensor& x, const at::Tensor& y, const std
     const int64_t tiles = tiles_of(chunk.rows) * tiles_of(chunk.cols);
     TORCH_CHECK(tiles < (int64_t(1) << 31), "logsumexp: g has too many tiles, ", g.sizes());
     if (tiles && chunk.slots)
-      launch<T>(gradient_kernel<T>, dim3(tiles, chunk.slots), r, coefficients, chunk,
-                Exponent{floats(exponent, 2, "exponent")}, flag.const_data_ptr<int>(),
-                static_cast<T*>(g.mutable_data_ptr()));
+      launch<T>(gradient_kernel<T>, dim3(tiles, chunk.slots), r, coefficients, chunk, exponent_of(scale, multiplier),
+                flag.const_data_ptr<int>(), static_cast<T*>(g.mutable_data_ptr()));
   });
 }
 

@@ -2,7 +2,7 @@
 // dreamlip_kernels/ops/logsumexp_kernels.py, the same in Triton; what surrounds both is torch code.
 //
 //   exp_sums    a band of rows x one tile of columns a block: both sums of exp2(slope x . y - offset) in one pass
-//   exact_rows  log-sum-exps with running maxima, where the device's flag says that those sums left float32's range
+//   finish      their totals' logarithms; again with running maxima where a total left float32's range
 //   gradient    G = a exp(z - row) + b exp(z - col), a tile a block, rounded once
 //
 // No atomics: each sum is one block's own, in an order that nothing changes. Logits never leave the registers.
@@ -27,12 +27,20 @@ template <class T> struct Rectangle {
   DREAMLIP_DEVICE bool keeps_row(int m) const { return m < M && is_valid(x_mask, m); }
 };
 
-// exp2(slope x . y - offset), both in device memory.
-struct Exponent {
-  const float* slope_and_offset;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Binary exponents: of the largest term that unit vectors may have, and of the sums that are right to float32.
+constexpr float kLargestTerm = 106, kSmallestSum = -82, kLargestSum = 126;
 
-  DREAMLIP_DEVICE float slope() const { return slope_and_offset[0]; }
-  DREAMLIP_DEVICE float offset() const { return slope_and_offset[1]; }
+// exp2(slope x . y - offset). *scale bounds the logits of unit vectors; *multiplier, of the operands' products, has the
+// units that float32 features were divided by too. The offset nearest 0 rounds least.
+struct Exponent {
+  const float *scale, *multiplier;
+
+  DREAMLIP_DEVICE float slope() const { return *multiplier * kLog2E; }
+  DREAMLIP_DEVICE float offset() const {
+    const float bound = fabsf(*scale) * kLog2E;
+    return fmaxf(bound - kLargestTerm, fminf(0.f, -kSmallestSum - bound));
+  }
 };
 
 // Which part of the sums a launch makes: `tiles` tiles of columns from first_tile, bands of band_rows rows.
@@ -147,10 +155,35 @@ DREAMLIP_DEVICE void exact_rows(const Sides<T>& sides, const bool* row_mask, con
   sync_block();
   ScaledSum sum = parts[thread];
   sum.add(parts[Tiles::kTile + thread].top, parts[Tiles::kTile + thread].total);
-  const float value = (ScaledSum::shift(sum.top) + log2f(sum.total)) * 0.6931471805599453f;
+  const float value = (ScaledSum::shift(sum.top) + log2f(sum.total)) * kLn2;
   if (first_row + thread < sides.R)
     out[first_row + thread] = is_valid(row_mask, first_row + thread) ? value : -INFINITY;
-  sync_block();  // the next call refills the ring
+}
+
+// Partial sums [K, parts, rows] of one side: elements from part to part, and from slot to slot.
+struct Parts {
+  const float* sums;
+  int parts;
+  long part_stride, slot_stride;
+};
+
+// out[r] = log-sum-exps of the 128 rows from first_row, from the parts of one slot; -inf where masked.
+template <class T>
+DREAMLIP_DEVICE void finish(const Sides<T>& sides, const bool* row_mask, const bool* col_mask, Exponent exponent,
+                            Parts parts, float* out, char* shared, int thread, int first_row) {
+  const LogitTiles<T> logits(sides, shared, thread);
+  const int r = first_row + thread;
+  const bool keep = r < sides.R && is_valid(row_mask, r);
+  float total = 0;
+  for (int part = 0; keep && part < parts.parts; ++part) total += parts.sums[part * parts.part_stride + r];
+  const float exponent_of_sum = log2f(total);  // a NaN is out of range too
+  const bool left = any_lane(keep && !(exponent_of_sum >= kSmallestSum && exponent_of_sum <= kLargestSum));
+  if (logits.lane == 0) logits.exchange(0)[thread / 32] = left;
+  if (r < sides.R) out[r] = keep ? (exponent_of_sum + exponent.offset()) * kLn2 : -INFINITY;
+  sync_block();
+  const float* warps = logits.exchange(0);
+  if (warps[0] + warps[1] + warps[2] + warps[3] != 0)
+    exact_rows(sides, row_mask, col_mask, exponent.slope(), out, shared, thread, first_row);
 }
 
 #ifdef __CUDACC__
@@ -161,18 +194,19 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
   exp_sums(r, exponent, bands, row, col, shared, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-// row [K, M], or with `transposed` col [K, C]; few blocks, each with many tiles of rows: as a rule they have no work.
+// out [K, M], or with `transposed` [K, C].
 template <class T>
 __global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
-    exact_rows_kernel(const __grid_constant__ Rectangle<T> r, const int* flag, Exponent exponent, bool transposed,
-                      float* out) {
+    finish_kernel(const __grid_constant__ Rectangle<T> r, Exponent exponent, Parts parts, bool transposed, float* out) {
   extern __shared__ __align__(128) char shared[];
-  if (*flag == 0) return;
-  const int k = blockIdx.y, rows = transposed ? r.C : r.M;
-  const Sides<T> sides = transposed ? r.slot_transposed(k) : r.slot(k);
-  const bool *row_mask = transposed ? r.mask_of(k) : r.x_mask, *col_mask = transposed ? r.x_mask : r.mask_of(k);
-  for (int first = blockIdx.x * LogitTiles<T>::kTile; first < rows; first += gridDim.x * LogitTiles<T>::kTile)
-    exact_rows(sides, row_mask, col_mask, exponent.slope(), out + long(k) * rows, shared, threadIdx.x, first);
+  const int k = blockIdx.y;
+  parts.sums += k * parts.slot_stride;
+  if (transposed)
+    finish(r.slot_transposed(k), r.mask_of(k), r.x_mask, exponent, parts, out + long(k) * r.C, shared, threadIdx.x,
+           blockIdx.x * LogitTiles<T>::kTile);
+  else
+    finish(r.slot(k), r.x_mask, r.mask_of(k), exponent, parts, out + long(k) * r.M, shared, threadIdx.x,
+           blockIdx.x * LogitTiles<T>::kTile);
 }
 #endif
 

@@ -17,16 +17,13 @@ TORCH_LIBRARY(dreamlip_csrc, m) {
       "patch_pool_backward(Tensor patches, Tensor texts, Tensor similarity, Tensor inv_norm, float threshold, int "
       "normalization, "
       "Tensor? patch_mask, Tensor d_pooled) -> (Tensor, Tensor)");
-  m.def(
-      "logsumexp_sums(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor exponent, int first_tile, "
-      "int band_rows, Tensor(a!) row, Tensor(b!) col) -> ()");
-  m.def(
-      "logsumexp_exact(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor exponent, Tensor flag, bool columns, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "logsumexp_gradient(Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor exponent, Tensor flag, "
-      "Tensor row_vectors, Tensor col_vectors, int first_row, int first_col, int first_slot, int? diagonal, "
-      "Tensor(a!) g) -> ()");
+#define DREAMLIP_RECTANGLE "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor scale, Tensor multiplier, "
+  m.def("logsumexp_sums(" DREAMLIP_RECTANGLE "int first_tile, int band_rows, Tensor(a!) row, Tensor(b!) col) -> ()");
+  m.def("logsumexp_finish(" DREAMLIP_RECTANGLE "Tensor parts, bool columns, Tensor(a!) out) -> ()");
+  m.def("logsumexp_gradient(" DREAMLIP_RECTANGLE
+        "Tensor flag, Tensor row_vectors, Tensor col_vectors, int first_row, int first_col, int first_slot, "
+        "int? diagonal, Tensor(a!) g) -> ()");
+#undef DREAMLIP_RECTANGLE
 }
 
 TORCH_LIBRARY_IMPL(dreamlip_csrc, CPU, m) {
@@ -39,7 +36,7 @@ TORCH_LIBRARY_IMPL(dreamlip_csrc, CUDA, m) {
   m.impl("patch_pool_forward", &dreamlip::patch_pool_forward_cuda);
   m.impl("patch_pool_backward", &dreamlip::patch_pool_backward_cuda);
   m.impl("logsumexp_sums", &dreamlip::logsumexp_sums_cuda);
-  m.impl("logsumexp_exact", &dreamlip::logsumexp_exact_cuda);
+  m.impl("logsumexp_finish", &dreamlip::logsumexp_finish_cuda);
   m.impl("logsumexp_gradient", &dreamlip::logsumexp_gradient_cuda);
 }
 #endif

@@ -26,7 +26,7 @@
 namespace dreamlip {
 
 template <class T, int KT>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const __grid_constant__ PoolShape shape, const T* patches, const T* texts, const bool* mask,
                    T* pooled, float* similarity, float* inv_norm) {
   extern __shared__ __align__(128) char shared[];

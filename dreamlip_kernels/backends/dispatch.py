@@ -87,7 +87,7 @@ def _cpp(case: Case, build: bool = False) -> str | None:
 # For each op, its backends in the order in which "auto" takes them where there is no verdict on the device, with the test that says whether one can run.
 # cpp comes first since it has been timed on many CPUs; triton and cuda come after torch: what no one has qualified on a device does not run there.
 _BACKENDS: dict[str, dict[str, _Check]] = {
-    "bidirectional_logsumexp": {"torch": _always, "triton": _triton},
+    "bidirectional_logsumexp": {"torch": _always, "triton": _triton, "cuda": _cuda},
     "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton_pool, "cuda": _cuda_pool},
 }
 COMMAND = "python -m dreamlip_kernels qualify"

@@ -12,7 +12,7 @@ from ..backends import dispatch
 from ..backends.settings import float32_products, settings
 from ..checks import as_scale, check_features, check_mask
 from ..numerics import accumulate_dtype
-from . import logsumexp_torch
+from . import logsumexp_cuda, logsumexp_torch
 from .rectangle import Rectangle, Upstream
 
 
@@ -232,5 +232,5 @@ def _backward_triton(rectangle, *arguments):
         return logsumexp_triton.backward(rectangle, *arguments)
 
 
-_FORWARD = {"torch": logsumexp_torch.forward, "triton": _forward_triton}
-_BACKWARD = {"torch": logsumexp_torch.backward, "triton": _backward_triton}
+_FORWARD = {"torch": logsumexp_torch.forward, "triton": _forward_triton, "cuda": logsumexp_cuda.forward}
+_BACKWARD = {"torch": logsumexp_torch.backward, "triton": _backward_triton, "cuda": logsumexp_cuda.backward}

@@ -12,8 +12,7 @@ namespace dreamlip {
                                                   const bool*, const float*, const float*, T*, T*);
 #define DREAMLIP_LOGSUMEXP(T)                                                                                         \
   template __global__ void exp_sums_kernel<T>(const __grid_constant__ Rectangle<T>, Exponent, Bands, float*, float*); \
-  template __global__ void exact_rows_kernel<T>(const __grid_constant__ Rectangle<T>, const int*, Exponent, bool,     \
-                                                float*);                                                              \
+  template __global__ void finish_kernel<T>(const __grid_constant__ Rectangle<T>, Exponent, Parts, bool, float*);     \
   template __global__ void gradient_kernel<T>(const __grid_constant__ Rectangle<T>,                                   \
                                               const __grid_constant__ Coefficients, const __grid_constant__ Chunk,    \
                                               Exponent, const int*, T*);

@@ -11,7 +11,7 @@ using namespace dreamlip;
 struct Call {
   const void *x, *y;
   const bool *x_mask, *y_mask;
-  const float* exponent;
+  const float *scale, *multiplier;
   int dtype, M, C, K, D;
   unsigned seed;
   long x_row, y_slot, y_row;
@@ -55,21 +55,23 @@ extern "C" void emulate_exp_sums(const Call* call, int first_tile, int tiles, in
     for (int tile = 0; tile < tiles; ++tile)
       for (int band = 0; band * band_rows < call->M; ++band)
         block(*call, [&](auto type, char* shared, int thread) {
-          exp_sums(rectangle<decltype(type)>(*call), Exponent{call->exponent}, Bands{first_tile, tiles, band_rows}, row,
-                   col, shared, thread, band, tile, k);
+          exp_sums(rectangle<decltype(type)>(*call), Exponent{call->scale, call->multiplier},
+                   Bands{first_tile, tiles, band_rows}, row, col, shared, thread, band, tile, k);
         });
 }
 
-extern "C" void emulate_exact_rows(const Call* call, int transposed, float* out) {
+extern "C" void emulate_finish(const Call* call, const Parts* parts, int transposed, float* out) {
   const int rows = transposed ? call->C : call->M;
   for (int k = 0; k < call->K; ++k)
-    block(*call, [&](auto type, char* shared, int thread) {
-      const auto r = rectangle<decltype(type)>(*call);
-      const auto sides = transposed ? r.slot_transposed(k) : r.slot(k);
-      for (int tile = 0; tile < tiles_of(rows); ++tile)
-        exact_rows(sides, transposed ? r.mask_of(k) : r.x_mask, transposed ? r.x_mask : r.mask_of(k), call->exponent[0],
-                   out + long(k) * rows, shared, thread, tile * 128);
-    });
+    for (int tile = 0; tile < tiles_of(rows); ++tile)
+      block(*call, [&](auto type, char* shared, int thread) {
+        const auto r = rectangle<decltype(type)>(*call);
+        Parts own = *parts;
+        own.sums += k * own.slot_stride;
+        finish(transposed ? r.slot_transposed(k) : r.slot(k), transposed ? r.mask_of(k) : r.x_mask,
+               transposed ? r.x_mask : r.mask_of(k), Exponent{call->scale, call->multiplier}, own, out + long(k) * rows,
+               shared, thread, tile * 128);
+      });
 }
 
 extern "C" void emulate_gradient(const Call* call, int flag, const Coefficients* coefficients, const Chunk* chunk,
@@ -79,7 +81,7 @@ extern "C" void emulate_gradient(const Call* call, int flag, const Coefficients*
       for (int col = 0; col < tiles_of(chunk->cols); ++col)
         block(*call, [&](auto type, char* shared, int thread) {
           using T = decltype(type);
-          gradient(rectangle<T>(*call), *coefficients, *chunk, Exponent{call->exponent}, flag != 0, static_cast<T*>(g),
-                   shared, thread, row, col, slot);
+          gradient(rectangle<T>(*call), *coefficients, *chunk, Exponent{call->scale, call->multiplier}, flag != 0,
+                   static_cast<T*>(g), shared, thread, row, col, slot);
         });
 }

@@ -32,7 +32,7 @@ def _structure(name, **fields):
     return type(name, (ctypes.Structure,), {"_fields_": [(field, kind) for field, kind in fields.items()]})
 
 
-_POINTERS = dict.fromkeys(("x", "y", "x_mask", "y_mask", "exponent"), ctypes.c_void_p)
+_POINTERS = dict.fromkeys(("x", "y", "x_mask", "y_mask", "scale", "multiplier"), ctypes.c_void_p)
 _Call = _structure(
     "Call",
     **_POINTERS,
@@ -43,6 +43,9 @@ _Coefficients = _structure(
     "Coefficients",
     **dict.fromkeys(("rows", "cols"), ctypes.c_void_p),
     **dict.fromkeys(("row_part", "row_slot", "col_part", "col_slot"), ctypes.c_long),
+)
+_Parts = _structure(
+    "Parts", sums=ctypes.c_void_p, parts=ctypes.c_int, part_stride=ctypes.c_long, slot_stride=ctypes.c_long
 )
 _Chunk = _structure(
     "Chunk",
@@ -64,33 +67,34 @@ class EmulatedOps:
         self.library = compile_emulated(ROOT / "tests/csrc/emulate_logsumexp.cpp", folder / "logsumexp.so")
         self.seed, self.calls = seed, []
 
-    def _call(self, name, x, y, x_mask, y_mask, exponent):
+    def _call(self, name, x, y, x_mask, y_mask, scale, multiplier):
         for v, dims in ((x, 1), (y, 2)):  # as csrc/logsumexp.cu checks
             bytes_of = [stride * v.element_size() for stride in v.stride()[:dims]] + [v.shape[-1] * v.element_size()]
             assert v.data_ptr() % 16 == 0 and v.stride(-1) == 1 and all(n % 16 == 0 for n in bytes_of), v.stride()
         assert all(v is None or v.is_contiguous() for v in (x_mask, y_mask))
         self.calls.append(name)
         sizes = (x.shape[0], y.shape[1], y.shape[0], x.shape[1])
-        pointers = map(_pointer, (x, y, x_mask, y_mask, exponent))
+        pointers = map(_pointer, (x, y, x_mask, y_mask, scale, multiplier))
         call = _Call(*pointers, DTYPES.index(x.dtype), *sizes, self.seed, x.stride(0), y.stride(0), y.stride(1))
         return ctypes.byref(call)
 
-    def logsumexp_sums(self, x, y, x_mask, y_mask, exponent, first_tile, band_rows, row, col):
+    def logsumexp_sums(self, x, y, x_mask, y_mask, scale, multiplier, first_tile, band_rows, row, col):
         assert row.is_contiguous() and col.is_contiguous() and band_rows % 128 == 0
-        call = self._call("sums", x, y, x_mask, y_mask, exponent)
+        call = self._call("sums", x, y, x_mask, y_mask, scale, multiplier)
         pointers = (ctypes.c_void_p(v.data_ptr()) for v in (row, col))
         self.library.emulate_exp_sums(call, first_tile, row.shape[1], band_rows, *pointers)
 
-    def logsumexp_exact(self, x, y, x_mask, y_mask, exponent, flag, columns, out):
-        call = self._call("exact", x, y, x_mask, y_mask, exponent)
-        if flag:
-            self.library.emulate_exact_rows(call, int(columns), ctypes.c_void_p(out.data_ptr()))
+    def logsumexp_finish(self, x, y, x_mask, y_mask, scale, multiplier, parts, columns, out):
+        assert parts.stride(2) == 1 and out.is_contiguous()
+        call = self._call("finish", x, y, x_mask, y_mask, scale, multiplier)
+        sums = _Parts(parts.data_ptr(), parts.shape[1], parts.stride(1), parts.stride(0))
+        self.library.emulate_finish(call, ctypes.byref(sums), int(columns), ctypes.c_void_p(out.data_ptr()))
 
     def logsumexp_gradient(
-        self, x, y, x_mask, y_mask, exponent, flag, rows, cols, first_row, first_col, first_slot, diagonal, g
+        self, x, y, x_mask, y_mask, scale, multiplier, flag, rows, cols, first_row, first_col, first_slot, diagonal, g
     ):
         assert g.stride(2) == rows.stride(2) == cols.stride(2) == 1
-        call = self._call("gradient", x, y, x_mask, y_mask, exponent)
+        call = self._call("gradient", x, y, x_mask, y_mask, scale, multiplier)
         coefficients = _Coefficients(rows.data_ptr(), cols.data_ptr(), *rows.stride()[:2], *cols.stride()[:2])
         chunk = _Chunk(
             first_row, g.shape[1], first_col, g.shape[2], first_slot, g.shape[0], g.stride(1), g.stride(0),
