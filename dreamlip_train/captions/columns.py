@@ -39,6 +39,11 @@ _MISSING = frozenset({"", "nan", "none", "null"})
 _OFFICIAL = re.compile(r"\n|</s>|[.]")
 
 
+def is_caption_column(name: str) -> bool:
+    """Whether a column holds captions by its name: raw_caption, and short..._captions and long..._captions of any captioner."""
+    return name == RAW or (name.startswith(("short", "long")) and name.endswith("_captions"))
+
+
 class SubCaption(NamedTuple):
     """One sub-caption, the column it comes from, and its 0-based position within that column's caption."""
 

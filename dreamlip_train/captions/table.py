@@ -1,34 +1,30 @@
-"""Rows of a caption table (CSV, TSV, parquet, JSON, JSON lines), one at a time: however large the file, and naming every row that cannot be read."""
+"""Rows of a caption table (CSV, TSV, parquet, JSON, JSON lines), one at a time: however large the file, and naming every row that cannot be read.
+
+All cells pass cells.py, which says what is text.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
-import math
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dreamlip_train.captions.cells import ALIASES, IMAGE_COLUMN, as_row
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
+from dreamlip_train.captions.csv_rows import CsvRecords
+from dreamlip_train.captions.parquet_rows import parquet_rows
 from dreamlip_train.jobs.user_error import UserError
 
-IMAGE_COLUMN = "Image Path"
+logger = logging.getLogger("dreamlip_train")
+
 SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
-# A cell larger than this is an unclosed quote that swallows the rows after it.
-_LARGEST_CELL = 16 * 2**20
-# The names in DreamLIP's JSON files, and others in use, for the columns of its CSV files.
-ALIASES = {
-    "ImagePath": IMAGE_COLUMN,
-    "RawCaption": "raw_caption",
-    **{
-        f"{mllm}Caption{length.capitalize()}": f"{length}{mllm}_captions"
-        for mllm in ("IB", "SV", "LLA")
-        for length in ("short", "long")
-    },
-}
 
 Row = tuple[int, dict[str, Any] | None, str]
-"""(row number from 1, its cells or None, what is wrong with it); empty cells are left out."""
+"""(row number from 1, its cells or None, what is wrong with it or was repaired in its cells); empty cells are left out."""
 
 
 def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None) -> Iterator[Row]:
@@ -45,7 +41,7 @@ def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None
         raise UserError(f"--captions: no file {str(path)!r}")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _parquet_rows(path, check)
+        return parquet_rows(path, check)
     if suffix in (".csv", ".tsv"):
         return _csv_rows(path, "\t" if suffix == ".tsv" else ",", check)
     if suffix == ".jsonl":
@@ -56,53 +52,47 @@ def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None
 
 
 def _csv_rows(path: Path, delimiter: str, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
-    csv.field_size_limit(_LARGEST_CELL)
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.reader((line.replace("\0", "") for line in file), delimiter=delimiter)
-        header = next(rows, None)
+        header: list[str] = []
+        records = CsvRecords(
+            file, delimiter, lambda cells: len(cells) == len(header) and _names_a_picture(cells, header)
+        )
+        number = 0
+        for line, cells, wrong in records:
+            if not header:
+                header = _header(path, cells or [], delimiter)
+                check(path, header)
+                continue
+            number += 1
+            if cells is None:
+                yield number, None, wrong
+            elif len(cells) != len(header):
+                yield number, None, f"line {line}: {len(cells)} fields, the header has {len(header)}"
+            else:
+                yield number, *as_row({name: cell for name, cell in zip(header, cells, strict=True) if cell})
         if not header:
             raise UserError(f"--captions: {str(path)!r} is empty")
-        other = next((mark for mark in "\t;|," if mark != delimiter and mark in header[0]), None)
-        if len(header) == 1 and other:
-            raise UserError(
-                f"--captions: {str(path)!r} is read as separated by {delimiter!r}, but its header {header[0][:80]!r} has {other!r}; "
-                "name a tab-separated file .tsv, or convert it to CSV or parquet"
-            )
-        header = [ALIASES.get(name.strip(), name.strip()) for name in header]
-        check(path, header)
-        number = 0
-        while True:
-            try:
-                cells = next(rows, None)
-            except csv.Error as error:
-                number += 1
-                yield number, None, f"line {rows.line_num}: {error}"
-                continue
-            if cells is None:
-                return
-            if not cells:
-                continue
-            number += 1
-            if len(cells) != len(header):
-                yield number, None, f"line {rows.line_num}: {len(cells)} fields, the header has {len(header)}"
-            else:
-                yield number, {name: cell for name, cell in zip(header, cells, strict=True) if cell}, ""
+        logger.info("%s: %d rows on %d lines", path, number, records.lines)
 
 
-def _parquet_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
+    other = next((mark for mark in "\t;|," if mark != delimiter and cells and mark in cells[0]), None)
+    if len(cells) == 1 and other:
+        raise UserError(
+            f"--captions: {str(path)!r} is read as separated by {delimiter!r}, but its header {cells[0][:80]!r} has {other!r}; "
+            "name a tab-separated file .tsv, or convert it to CSV or parquet"
+        )
+    header = [ALIASES.get(name.strip(), name.strip()) for name in cells]
+    repeated = [name for name, times in Counter(filter(None, header)).items() if times > 1]
+    if repeated:
+        raise UserError(f"--captions: {str(path)!r} has the column {repeated[0]!r} twice; rename one")
+    return header
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"--captions: {str(path)!r} is not a readable parquet file: {error}") from error
-    check(path, [ALIASES.get(name, name) for name in file.schema_arrow.names])
-    number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, _named(row), ""
+
+def _names_a_picture(cells: list[str], header: list[str]) -> bool:
+    """Whether a line that has as many cells as the header is a row by itself, not a caption's line with as many commas."""
+    name = cells[header.index(IMAGE_COLUMN) if IMAGE_COLUMN in header else 0].strip()
+    return re.search(r"[./\\0-9]", name) is not None and (not re.search(r"\s", name) or "." in name[-5:])
 
 
 def _json_lines(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
@@ -119,11 +109,10 @@ def _json_lines(path: Path, check: Callable[[Path, list[str]], None]) -> Iterato
             if not isinstance(record, dict):
                 yield number, None, f"line {number}: a {type(record).__name__}, not an object"
                 continue
-            row = _named(record)
             if not checked:
                 check(path, [ALIASES.get(name, name) for name in record])
                 checked = True
-            yield number, row, ""
+            yield number, *as_row(record)
 
 
 def _json_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
@@ -142,17 +131,9 @@ def _json_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator
     check(path, [ALIASES.get(name, name) for name in first])
     for number, record in enumerate(content, 1):
         if isinstance(record, dict):
-            yield number, _named(record), ""
+            yield number, *as_row(record)
         else:
             yield number, None, f"record {number}: a {type(record).__name__}, not an object"
-
-
-def _named(record: dict[str, Any]) -> dict[str, Any]:
-    return {ALIASES.get(name, name): cell for name, cell in record.items() if not _is_empty(cell)}
-
-
-def _is_empty(cell: Any) -> bool:
-    return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
 
 
 def check_columns(path: Path, names: list[str]) -> None:

@@ -183,6 +183,8 @@ class _ShardWriter:
         name = f"row {number}"
         if row is None:
             return counts.add_bad("duplicate image" if wrong.startswith("duplicate") else "malformed row", name, wrong)
+        if wrong:
+            counts.add_bad("table cell repaired or left out", name, wrong)
         for column in character_split_columns(row):
             counts.add_bad("caption stored as characters", name, column)
         if not caption_pool(row):

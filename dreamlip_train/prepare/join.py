@@ -213,6 +213,8 @@ def stage_table(
             if row is None:
                 bad.add_bad("malformed row", name, wrong)
                 continue
+            if wrong:
+                bad.add_bad("table cell repaired or left out", name, wrong)
             value = normal(str(row.get(column, "")))
             found = {ours: row[theirs] for ours, theirs in wanted.items() if row.get(theirs)}
             if not value or not found:

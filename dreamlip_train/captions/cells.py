@@ -1,0 +1,120 @@
+"""What a table's cell holds, as text or plain JSON: values that are not text never become text by accident."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dreamlip_train.captions.columns import LONGEST_CAPTION, is_caption_column
+
+IMAGE_COLUMN = "Image Path"
+# The names in DreamLIP's JSON files, and others in use, for the columns of its CSV files.
+ALIASES = {
+    "ImagePath": IMAGE_COLUMN,
+    "RawCaption": "raw_caption",
+    **{
+        f"{mllm}Caption{length.capitalize()}": f"{length}{mllm}_captions"
+        for mllm in ("IB", "SV", "LLA")
+        for length in ("short", "long")
+    },
+}
+_DEEPEST = 16
+_UNSEPARATED = re.compile(r"""(?<=['"])\s+(?=['"])""")
+
+
+class CellError(ValueError):
+    """A cell that is no text and no plain value."""
+
+
+def as_row(record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """(cells under DreamLIP's names without the empty ones, what was repaired or left out), or (None, why the row can't be used).
+
+    Caption columns keep text, and lists of text; a list that was written as text is a list again. Bytes are UTF-8.
+    """
+    row: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, cell in record.items():
+        name = ALIASES.get(name, name)
+        try:
+            value = _plain(cell, notes, name)
+            if name == IMAGE_COLUMN and (isinstance(value, bool) or not isinstance(value, str | int | None)):
+                return None, f"{name} holds a {type(cell).__name__}, not text"
+            if is_caption_column(name):
+                value = _caption(value, notes, name)
+        except CellError as error:
+            if name == IMAGE_COLUMN:
+                return None, f"{name}: {error}"
+            notes.append(f"{name} left out: {error}")
+            continue
+        if value not in (None, "", []):
+            row[_text(name, [], "")] = str(value) if name == IMAGE_COLUMN else value
+    return row, "; ".join(dict.fromkeys(notes))
+
+
+def _plain(value: Any, notes: list[str], name: str, depth: int = 0) -> Any:
+    """``value`` as JSON has it: strings that have a UTF-8 form, finite numbers, lists and objects of them."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return _text(value, notes, name)
+    if isinstance(value, bytes | bytearray | memoryview):
+        try:
+            return _text(bytes(value).decode("utf-8"), notes, name)
+        except UnicodeDecodeError as error:
+            raise CellError(f"bytes that are not UTF-8 ({bytes(value)[:8]!r} ..)") from error
+    if depth == _DEEPEST:
+        raise CellError(f"nested more than {_DEEPEST} deep")
+    if isinstance(value, Mapping):
+        return {_text(str(k), notes, name): _plain(v, notes, name, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, notes, name, depth + 1) for item in value]
+    return str(value)  # dates, decimals
+
+
+def _text(value: str, notes: list[str], name: str) -> str:
+    """``value`` without null bytes, lone surrogates replaced."""
+    if value.isascii() and "\0" not in value:
+        return value
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        notes.append(f"{name}: half of an escaped character replaced")
+        value = value.encode("utf-8", "replace").decode("utf-8")
+    if "\0" in value:
+        notes.append(f"{name}: null bytes taken out")
+    return value.replace("\0", "")
+
+
+def _caption(value: Any, notes: list[str], name: str) -> Any:
+    """A caption cell's text or list of texts."""
+    if isinstance(value, str):
+        return _written_list(value, notes, name)
+    if isinstance(value, list):
+        texts = [item for item in value if isinstance(item, str)]
+        if any(isinstance(item, list | dict) for item in value):
+            raise CellError("a list of something else than texts")
+        return texts
+    if value is not None:
+        raise CellError(f"a {type(value).__name__}, not text")
+    return value
+
+
+def _written_list(text: str, notes: list[str], name: str) -> str | list[str]:
+    """The list of a caption such as "['A dog.', 'It runs.']", which to_csv makes of a list column; any other text as it is."""
+    bare = text.strip()
+    if not (bare[:2] in ("['", '["') and bare[-2:] in ("']", '"]')) or len(bare) > LONGEST_CAPTION:
+        return text
+    try:
+        # numpy writes no commas; Python would join such strings to one.
+        items = ast.literal_eval(_UNSEPARATED.sub(", ", bare))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        return text
+    notes.append(f"{name}: a list that was written as text, read as a list")
+    return items

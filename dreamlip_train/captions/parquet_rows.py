@@ -1,0 +1,101 @@
+"""Rows of a parquet file, types checked before any is read; a damaged page costs its row group."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dreamlip_train.captions.cells import ALIASES, IMAGE_COLUMN, as_row
+from dreamlip_train.captions.columns import is_caption_column
+from dreamlip_train.jobs.user_error import UserError
+
+logger = logging.getLogger("dreamlip_train")
+
+_BATCH = 1024
+
+
+def parquet_rows(
+    path: Path, check: Callable[[Path, list[str]], None]
+) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """``table.read_rows`` of a parquet file.
+
+    Raises:
+        UserError: it is not readable, lacks columns, or a caption or image column holds something else than text (it is named).
+    """
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = [field.name for field in file.schema_arrow]
+        groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    except Exception as error:  # damaged footers: ArrowException, OSError, UnicodeDecodeError, MemoryError ..
+        raise UserError(f"--captions: {str(path)!r} is not a readable parquet file: {_first_line(error)}") from error
+    check(path, [ALIASES.get(name, name) for name in names])
+    kept = _text_columns(path, file.schema_arrow)
+    done = 0
+    for group, rows in enumerate(groups):
+        begin = done
+        try:
+            for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=kept):
+                for record in _records(batch):
+                    done += 1
+                    yield done, *as_row(record)
+        except Exception as error:  # pyarrow's decoders raise all kinds for damaged pages
+            lost = max(begin + rows - done, 1)
+            yield done + 1, None, f"row group {group}: {lost} rows are damaged: {_first_line(error)}"
+        done = max(begin + rows, done)
+
+
+def _records(batch: Any) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # text that is not UTF-8, which parquet does not check
+        columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    import pyarrow.types
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        if not pyarrow.types.is_string(column.type):
+            raise
+        return [None if cell is None else cell.decode("utf-8", "replace") for cell in column.cast("binary").to_pylist()]
+
+
+def _text_columns(path: Path, schema: Any) -> list[str]:
+    """The columns that are read: text for captions and images, and all others but those with bytes inside."""
+    kept, left_out = [], []
+    for field in schema:
+        ours = ALIASES.get(field.name, field.name)
+        if (ours == IMAGE_COLUMN or is_caption_column(ours)) and not _is_text(field.type, lists=ours != IMAGE_COLUMN):
+            raise UserError(
+                f"--captions: the column {field.name!r} of {str(path)!r} holds {field.type}, not text; give a table without it, or convert it to text"
+            )
+        if _is_text(field.type, lists=True) or "binary" not in str(field.type):
+            kept.append(field.name)
+        else:
+            left_out.append(f"{field.name} ({field.type})")
+    if left_out:
+        logger.warning("%s: columns that hold bytes are left out: %s", path, ", ".join(left_out))
+    return kept
+
+
+def _is_text(kind: Any, lists: bool) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if lists and (types.is_list(kind) or types.is_large_list(kind)):
+        return _is_text(kind.value_type, lists=False)
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    # A column without any text has the type of nothing, or pandas' floats.
+    return any(is_kind(kind) for is_kind in (*texts, types.is_null, types.is_floating))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
