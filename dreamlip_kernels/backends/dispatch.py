@@ -89,6 +89,7 @@ def _cpp(case: Case, build: bool = False) -> str | None:
 _BACKENDS: dict[str, dict[str, _Check]] = {
     "bidirectional_logsumexp": {"torch": _always, "triton": _triton, "cuda": _cuda},
     "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton_pool, "cuda": _cuda_pool},
+    "sigmoid_pairs": {"torch": _always, "triton": _triton},
 }
 COMMAND = "python -m dreamlip_kernels qualify"
 _pinned: dict[str, str] = {}

@@ -87,9 +87,16 @@ def test_gradcheck(small_tiles):
 
 def test_opcheck():
     image, text, scale, bias = (x.requires_grad_() for x in case(6, 2, 8))
-    for mask in (None, torch.ones(12, dtype=torch.bool)):
-        args = (image, text.detach().flatten(0, 1).requires_grad_(), scale, bias, mask, 0, 2)
-        torch.library.opcheck(torch.ops.dreamlip_kernels.sigmoid_pairs.default, args)
+    captions = text.detach().flatten(0, 1).requires_grad_()
+    for mask, needs in ((None, (True, True, True)), (torch.ones(12, dtype=torch.bool), (True, False, True))):
+        args = (image, captions, scale, bias, None, mask, 0, 2, *needs, "torch")
+        if all(needs):
+            torch.library.opcheck(torch.ops.dreamlip_kernels.sigmoid_pairs.default, args)
+        else:
+            torch.library.opcheck(
+                torch.ops.dreamlip_kernels.sigmoid_pairs.default,
+                [v.detach() if isinstance(v, torch.Tensor) else v for v in args],
+            )
 
 
 def test_nan_features_show_in_the_loss():
