@@ -18,7 +18,7 @@ LAYERS = {
         "ops": "backends checks numerics",
         "distributed": "backends ops numerics",
         "contrastive": "backends checks distributed",
-        "sigmoid": "ops checks distributed",
+        "sigmoid": "backends ops checks distributed",
         "grouping": "backends ops checks distributed numerics",
         "losses": "backends checks distributed contrastive sigmoid grouping",
         "integrations": "contrastive losses",

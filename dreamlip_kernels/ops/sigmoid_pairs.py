@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.settings import float32_products
 from . import sigmoid_pairs_torch
 from .sigmoid_pairs_torch import Pairs
 
@@ -26,6 +27,7 @@ def sigmoid_pairs_op(
     needs_x: bool,
     needs_y: bool,
     needs_scale: bool,
+    float32: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``-logsigmoid(sign * (scale * x @ y.T + bias)).sum()``, sign +1 at (first + c // k, c) and -1 elsewhere, without what masks drop.
@@ -33,12 +35,12 @@ def sigmoid_pairs_op(
     -> the sum, and its gradients dx [M, D], dy [C, D] (each [0] where it is not needed), dscale and dbias (0 without ``needs_scale``), all in scale's dtype.
     """
     with torch.autocast(x.device.type, enabled=False):
-        pairs = Pairs(x, y, scale, bias, x_mask, y_mask, first, k)
+        pairs = Pairs(x, y, scale, bias, x_mask, y_mask, first, k, float32)
         return _FORWARD[backend](pairs, needs_x, needs_y, needs_scale)
 
 
 @sigmoid_pairs_op.register_fake
-def _(x, y, scale, bias, x_mask, y_mask, first, k, needs_x, needs_y, needs_scale, backend):
+def _(x, y, scale, bias, x_mask, y_mask, first, k, needs_x, needs_y, needs_scale, float32, backend):
     dx = x.new_empty(x.shape if needs_x else 0, dtype=scale.dtype)
     dy = y.new_empty(y.shape if needs_y else 0, dtype=scale.dtype)
     return torch.empty_like(scale), dx, dy, torch.empty_like(scale), torch.empty_like(scale)
@@ -54,12 +56,12 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_total, *_):
     if d_total is None:
-        return (None,) * 12
+        return (None,) * 13
     dx, dy, dscale, dbias = ctx.saved_tensors
     dx = (dx * d_total).to(ctx.dtype) if ctx.needs_x else None
     dy = (dy * d_total).to(ctx.dtype) if ctx.needs_y else None
     of_scale = (dscale * d_total, dbias * d_total) if ctx.needs_scale else (None, None)
-    return dx, dy, *of_scale, *(None,) * 8
+    return dx, dy, *of_scale, *(None,) * 9
 
 
 sigmoid_pairs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -79,7 +81,9 @@ def sigmoid_pairs(
 ) -> Tensor:
     """The sum of ``sigmoid_pairs_op``; no gradient is computed of what needs none."""
     needs = [torch.is_grad_enabled() and v.requires_grad for v in (x, y, scale, bias)]
-    return sigmoid_pairs_op(x, y, scale, bias, x_mask, y_mask, first, k, *needs[:2], needs[2] or needs[3], backend)[0]
+    return sigmoid_pairs_op(
+        x, y, scale, bias, x_mask, y_mask, first, k, *needs[:2], any(needs[2:]), float32_products(x), backend
+    )[0]
 
 
 def _triton(*arguments):

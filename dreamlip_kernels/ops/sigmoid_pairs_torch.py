@@ -27,6 +27,7 @@ class Pairs(NamedTuple):
     y_mask: Tensor | None  # [C] bool
     first: int
     k: int
+    float32: str = "torch"  # how 16-bit kernels multiply float32 features, see backends/settings.py
 
     def positives(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """Rows and columns of a tile's positives, counted from its corner: one stretch of columns, for images and captions are in the same order."""

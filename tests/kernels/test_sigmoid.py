@@ -1,13 +1,20 @@
 """The multi-positive sigmoid loss against the float64 oracle, the real SigLipLoss, and what a user may give it."""
 
+import importlib.util
+
 import pytest
 import torch
 from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_and_grads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
-from dreamlip_kernels.ops import tiles
+from dreamlip_kernels.backends.settings import settings
+from dreamlip_kernels.ops import sigmoid_pairs, sigmoid_pairs_torch, tiles
 
+TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+triton_only = pytest.mark.skipif(not TRITON, reason="Triton's interpreter; with a CUDA device the kernels are compiled")
+BACKENDS = ["torch", pytest.param("triton", marks=triton_only)]
 SHAPES = [(1, 1, 8), (3, 2, 8), (37, 5, 96), (65, 8, 123)]
 
 
@@ -20,6 +27,20 @@ def small_tiles(monkeypatch):
 def case(n, k, d, dtype=torch.float32):
     image, text = clip_like(n, k, d, dtype)
     return image, text, torch.tensor(14.3, dtype=dtype), torch.tensor(-4.0, dtype=dtype)
+
+
+class CountProducts(TorchDispatchMode):
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func._schema.name in ("aten::mm", "aten::matmul", "aten::addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+def rough(got, gold, bound):
+    """Every value and gradient within ``bound`` of its norm: what 16-bit operands allow."""
+    for g, e in zip(got, gold, strict=True):
+        assert (g.double() - e).norm() <= bound * e.norm(), ((g.double() - e).norm() / e.norm()).item()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -89,7 +110,7 @@ def test_opcheck():
     image, text, scale, bias = (x.requires_grad_() for x in case(6, 2, 8))
     captions = text.detach().flatten(0, 1).requires_grad_()
     for mask, needs in ((None, (True, True, True)), (torch.ones(12, dtype=torch.bool), (True, False, True))):
-        args = (image, captions, scale, bias, None, mask, 0, 2, *needs, "torch")
+        args = (image, captions, scale, bias, None, mask, 0, 2, *needs, "torch", "torch")
         if all(needs):
             torch.library.opcheck(torch.ops.dreamlip_kernels.sigmoid_pairs.default, args)
         else:
@@ -126,3 +147,91 @@ def test_bad_input_is_named(change, message):
     image, text, bias = (arguments.pop(name) for name in ("image", "text", "bias"))
     with pytest.raises(ValueError, match=message):
         dk.multi_positive_sigmoid_loss(image, text, 3.0, bias, **arguments)
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), ("image",), ("text",), ("image", "text"), ("scale",), ("image", "text", "scale", "bias")]
+)
+def test_what_is_frozen_costs_nothing(monkeypatch, frozen):
+    """Matrix products of a step: three, two with a frozen side, one at inference; and the other gradients are the same."""
+    names = ("image", "text", "scale", "bias")
+    inputs = dict(zip(names, case(40, 4, 16), strict=True))
+    all_needed = {name: v.clone().requires_grad_() for name, v in inputs.items()}
+    expected = torch.autograd.grad(dk.multi_positive_sigmoid_loss(*all_needed.values()), all_needed.values())
+    everything = dict(zip(names, expected, strict=True))
+    leaves = {name: v.clone().requires_grad_(name not in frozen) for name, v in inputs.items()}
+    counted = CountProducts()
+
+    def forward(*arguments):  # inside the op, where a mode of the caller does not reach
+        with counted:
+            return sigmoid_pairs_torch.forward(*arguments)
+
+    monkeypatch.setitem(sigmoid_pairs._FORWARD, "torch", forward)
+    loss = dk.multi_positive_sigmoid_loss(*leaves.values())
+    wanted = [v for v in leaves.values() if v.requires_grad]
+    grads = torch.autograd.grad(loss, wanted) if wanted else ()
+    products = 1 + ("image" not in frozen) + ("text" not in frozen)
+    if frozen == ("image", "text"):
+        products = 2  # the scale's gradient needs the logits once more
+    assert counted.products == products
+    for name, grad in zip([n for n in names if n not in frozen], grads, strict=True):
+        torch.testing.assert_close(grad, everything[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_behind_a_mask_has_no_effect(backend):
+    image, text, scale, bias = case(6, 3, 16)
+    mask = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)) > 0.4
+    loss = lambda i, t: dk.multi_positive_sigmoid_loss(i, t, scale, bias, text_mask=mask, backend=backend)  # noqa: E731
+    same = value_and_grads(loss, (image, text))
+    broken = value_and_grads(loss, (image, text.masked_fill(~mask[..., None], torch.nan)))
+    for got, want in zip(broken, same, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# The kernel's chunks and tiles: whole, many, with rests, a caption's image in another tile; a width that needs padding.
+@triton_only
+@pytest.mark.parametrize("n, k, d, workspace", [(1, 1, 8, 2**29), (37, 5, 24, 2**29), (70, 3, 123, 2**20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_triton(monkeypatch, n, k, d, workspace, dtype, masked):
+    monkeypatch.setattr(settings, "workspace_bytes", workspace)
+    monkeypatch.setattr(settings, "float32", "fp16")
+    mask = torch.rand(n, k, generator=torch.Generator().manual_seed(3)) > 0.3 if masked and n > 1 else None
+    if mask is not None:  # a column of a table
+        mask = torch.stack([mask, ~mask], -1)[..., 0]
+    inputs = case(n, k, d, dtype)
+    op = lambda *i: dk.multi_positive_sigmoid_loss(*i, text_mask=mask, backend="triton")  # noqa: E731
+    gold = value_and_grads(
+        lambda *i: reference.multi_positive_sigmoid_loss(*i, text_mask=mask), [v.double() for v in inputs]
+    )
+    rough(value_and_grads(op, inputs), gold, 4e-3)  # 2^-11 of a logit of 14 is 0.35 % of exp(-z)
+
+
+@triton_only
+@pytest.mark.parametrize("scale, bias", [(100.0, -10.0), (1000.0, 50.0), (-5.0, 3.0), (14.3, -60.0), (0.0, 0.0)])
+def test_triton_in_float32_at_any_scale(monkeypatch, scale, bias):
+    """As three TF32 products: confident pairs, whose loss is near exp(-60), keep their relative precision."""
+    monkeypatch.setattr(settings, "float32", "torch")
+    image, text = clip_like(40, 3, 64, noise=0.1)
+    inputs = (image, text, torch.tensor(scale), torch.tensor(bias))
+    got = value_and_grads(lambda *i: dk.multi_positive_sigmoid_loss(*i, backend="triton"), inputs)
+    gold = value_and_grads(reference.multi_positive_sigmoid_loss, [v.double() for v in inputs])
+    rough(got[:1] + got[3:], gold[:1] + gold[3:], 1e-4)
+    if scale:
+        rough(got[1:3], gold[1:3], 1e-4)
+
+
+@triton_only
+@pytest.mark.parametrize("frozen", [("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")])
+def test_triton_with_frozen_sides(frozen):
+    names = ("image", "text", "scale", "bias")
+    inputs = dict(zip(names, case(20, 3, 16), strict=True))
+    grads = []
+    for backend in ("torch", "triton"):
+        leaves = {name: v.clone().requires_grad_(name not in frozen) for name, v in inputs.items()}
+        loss = dk.multi_positive_sigmoid_loss(*leaves.values(), backend=backend)
+        wanted = [v for v in leaves.values() if v.requires_grad]
+        grads.append((loss.detach(), *(torch.autograd.grad(loss, wanted) if wanted else ())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=2e-3)

@@ -1,0 +1,79 @@
+"""The Triton kernel of sigmoid_pairs: a tile of logits becomes its losses' sum and, for matrix products to come, its gradient G.
+
+M rows (images), C columns (captions), K captions per image, D width.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(v, stride, first, count, d, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """Rows first.. and columns d.. of v [count, D], zeros beyond its edges: [BLOCK, BLOCK_D]."""
+    if DESCRIPTOR:
+        tile = v.load([first, d])
+    else:
+        rows = first + tl.arange(0, BLOCK)
+        cols = d + tl.arange(0, BLOCK_D)
+        inside = (rows < count)[:, None] & (cols < D)[None, :]
+        tile = tl.load(v + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _softplus_and_sigmoid(u):
+    """log(1 + exp(u)), to 2e-7 of itself where it is small too, and 1 / (1 + exp(-u))."""
+    e = tl.exp(-tl.abs(u))
+    # log(1 + e) / e on [0, 1], a Chebyshev fit: small values, of confident negatives, are most of what is added up, and log(1 + e) would lose them.
+    series = 0.044214192777872086 - e * 0.008574675768613815
+    series = -0.10785368084907532 + e * series
+    series = 0.17757023870944977 + e * series
+    series = -0.2449961155653 + e * series
+    series = 0.3327617645263672 + e * series
+    series = -0.49997448921203613 + e * series
+    series = 0.9999998211860657 + e * series
+    return tl.maximum(u, 0.0) + e * series, tl.where(u > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit(do_not_specialize=["first", "k", "first_row", "first_col", "rows", "cols", "first_sum"])
+def sigmoid_tile(
+    x, y, x_mask_ptr, y_mask_ptr, scale_ptr, g_ptr, sums_ptr,
+    M, C, D, stride_x, stride_y, first, k, first_row, first_col, rows, cols, stride_g, first_sum, sums,
+    HAS_X_MASK: tl.constexpr, HAS_Y_MASK: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """One tile of a chunk of rows x cols pairs: sums [2, sums] of the losses and of the gradients, G [rows, cols] in units of 2^-15.
+
+    Of the negatives alone: a positive, at (first + c // k, c), adds nothing and has a G of 0. scale_ptr holds the slope and the bias.
+    """
+    tiles_c = tl.cdiv(cols, BLOCK_C)
+    tile_m, tile_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
+    first_m, first_c = first_row + tile_m * BLOCK_M, first_col + tile_c * BLOCK_C
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x_tile = _tile(x, stride_x, first_m, M, d, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
+        y_tile = _tile(y, stride_y, first_c, C, d, D, BLOCK_C, BLOCK_D, DESCRIPTOR)
+        acc = tl.dot(x_tile, y_tile.T, acc, input_precision=PRECISION)
+    offs_m, offs_c = first_m + tl.arange(0, BLOCK_M), first_c + tl.arange(0, BLOCK_C)
+    u = acc * tl.load(scale_ptr) + tl.load(scale_ptr + 1)
+    # Each of these is a mask spread over the tile, whose registers only the tiles at an edge or on the diagonal should need.
+    stop_m, stop_c = first_row + rows, first_col + cols
+    if HAS_X_MASK or first_m + BLOCK_M > stop_m:
+        keep_m = offs_m < stop_m
+        if HAS_X_MASK:
+            keep_m = keep_m & (tl.load(x_mask_ptr + offs_m, mask=keep_m, other=0) != 0)
+        u = tl.where(keep_m[:, None], u, float("-inf"))
+    if HAS_Y_MASK or first_c + BLOCK_C > stop_c:
+        keep_c = offs_c < stop_c
+        if HAS_Y_MASK:
+            keep_c = keep_c & (tl.load(y_mask_ptr + offs_c, mask=keep_c, other=0) != 0)
+        u = tl.where(keep_c[None, :], u, float("-inf"))
+    if (first_m <= first + (first_c + BLOCK_C - 1) // k) & (first + first_c // k < first_m + BLOCK_M):
+        u = tl.where(offs_m[:, None] == (first + offs_c // k)[None, :], float("-inf"), u)
+    softplus, g = _softplus_and_sigmoid(u)
+    tl.store(sums_ptr + first_sum + tl.program_id(0), tl.sum(softplus))
+    if GRADIENT:
+        tl.store(sums_ptr + sums + first_sum + tl.program_id(0), tl.sum(g))
+        to = g_ptr + (offs_m - first_row).to(tl.int64)[:, None] * stride_g + (offs_c - first_col)[None, :]
+        inside = (offs_m < first_row + rows)[:, None] & (offs_c < first_col + cols)[None, :]
+        tl.store(to, (g * 32768.0).to(g_ptr.dtype.element_ty), mask=inside)
