@@ -6,6 +6,7 @@ from numerics import clip_like, value_and_grads
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
+from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.backends.settings import settings
 
 pytestmark = pytest.mark.gpu
@@ -23,8 +24,18 @@ def inputs_like(n, k, d, dtype, seed=0, scale=50.0):
     return (*(v.cuda() for v in clip_like(n, k, d, dtype, seed, noise=4.0)), torch.tensor(scale, device="cuda"))
 
 
-def ours(i, t, s, **options):
-    return dk.multi_positive_contrastive_loss(i, t, s, backend="triton", **options)
+# All of one, then all of the other: Triton compiles for minutes, and the time on a device may end.
+@pytest.fixture(scope="module", params=["cuda", "triton"])
+def backend(request):
+    like = torch.empty(1, device="cuda", dtype=torch.bfloat16)
+    if why := dispatch.why_not("bidirectional_logsumexp", request.param, like):
+        pytest.skip(f"backend={request.param!r} cannot run here: {why}")
+    return request.param
+
+
+@pytest.fixture
+def ours(backend):
+    return lambda i, t, s, **options: dk.multi_positive_contrastive_loss(i, t, s, backend=backend, **options)
 
 
 def exact(inputs, **options):
@@ -48,7 +59,7 @@ def relative(got, gold):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("negatives, positives", MODES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_are_at_least_as_close_as_eager_amps(n, k, d, dtype, negatives, positives, masked):
+def test_gradients_are_at_least_as_close_as_eager_amps(ours, n, k, d, dtype, negatives, positives, masked):
     inputs = inputs_like(n, k, d, dtype)
     mask = (torch.rand(n, k, device="cuda") > 0.3) if masked else None
     options = dict(text_mask=mask, negatives=negatives, positives=positives)
@@ -61,7 +72,7 @@ def test_gradients_are_at_least_as_close_as_eager_amps(n, k, d, dtype, negatives
         assert error <= bound + 1e-4, (error, bound)
 
 
-def test_float32_as_float32(monkeypatch):
+def test_float32_as_float32(ours, monkeypatch):
     """configure(float32="torch") at torch's own default precision."""
     inputs = inputs_like(1000, 4, 512, torch.float32)
     gold = exact(inputs)
@@ -74,7 +85,7 @@ def test_float32_as_float32(monkeypatch):
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_small_and_odd(dtype, masked):
+def test_small_and_odd(ours, dtype, masked):
     """What compute-sanitizer watches: ragged edges on every side."""
     inputs = inputs_like(131, 3, 40, dtype, scale=14.3)
     options = dict(text_mask=(torch.rand(131, 3, device="cuda") > 0.3) if masked else None)
@@ -82,14 +93,14 @@ def test_small_and_odd(dtype, masked):
 
 
 @pytest.mark.parametrize("scale, opposed", [(100.0, True), (1000.0, False), (0.0, False), (-20.0, False)])
-def test_any_scale(scale, opposed):
+def test_any_scale(ours, scale, opposed):
     image, text, s = inputs_like(500, 2, 256, torch.float32, scale=scale)
     text = -text if opposed else text
     got, gold = (fn((image, text, s)) for fn in (lambda i: value_and_grads(ours, i), exact))
     assert all(torch.isfinite(v).all() for v in got) and abs(got[0] - gold[0]) <= 1e-3 * max(1.0, abs(float(gold[0])))
 
 
-def test_nan_and_inf_show_and_nothing_hangs():
+def test_nan_and_inf_show_and_nothing_hangs(ours):
     image, text, s = inputs_like(300, 2, 64, torch.bfloat16)
     for value in (torch.nan, torch.inf):
         broken = image.clone()
@@ -97,12 +108,12 @@ def test_nan_and_inf_show_and_nothing_hangs():
         assert not torch.isfinite(ours(broken, text, s))
 
 
-def test_columns_beyond_two_to_the_31_elements():
+def test_columns_beyond_two_to_the_31_elements(backend):
     """K * C * D > 2^31: offsets are 64-bit. 16 slots of 270,000 captions of width 512 are 4.4 GB."""
     k, c, d = 16, 270_000, 512
     x = torch.nn.functional.normalize(torch.randn(256, d, device="cuda"), dim=-1).bfloat16()
     y = torch.randn(k, c, d, device="cuda", dtype=torch.bfloat16) / d**0.5
-    row, col = dk.bidirectional_logsumexp(x, y, 14.3, backend="triton")
+    row, col = dk.bidirectional_logsumexp(x, y, 14.3, backend=backend)
     picked = torch.randint(c, (512,), device="cuda")
     for slot in (0, k - 1):
         z = 14.3 * x.double() @ y[slot].double().T
@@ -110,13 +121,13 @@ def test_columns_beyond_two_to_the_31_elements():
         torch.testing.assert_close(col[slot, picked].double(), z[:, picked].logsumexp(0), atol=1e-4, rtol=0)
 
 
-def test_the_same_bits_each_time():
+def test_the_same_bits_each_time(ours):
     inputs = inputs_like(3000, 4, 512, torch.bfloat16)
     runs = [value_and_grads(ours, inputs) for _ in range(5)]
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
-def test_extra_memory_at_the_full_shape():
+def test_extra_memory_at_the_full_shape(ours):
     """N=32768, K=8, D=512: at most 1 GB beyond inputs and gradients; the logits would be 17 GB at 16 bits."""
     n, k, d = 32768, 8, 512
     image = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=-1).bfloat16().requires_grad_()
@@ -132,7 +143,7 @@ def test_extra_memory_at_the_full_shape():
     assert extra <= 2**30, f"{extra / 2**30:.2f} GB"
 
 
-def test_graph_capture_of_forward_and_backward():
+def test_graph_capture_of_forward_and_backward(ours):
     inputs = [v.requires_grad_() for v in inputs_like(500, 3, 256, torch.bfloat16)]
 
     def step():
@@ -156,7 +167,7 @@ def test_graph_capture_of_forward_and_backward():
     torch.testing.assert_close(outs[1], expected[1].roll(1, 0), atol=1e-6, rtol=1e-2)
 
 
-def test_tensors_need_not_be_on_the_current_device():
+def test_tensors_need_not_be_on_the_current_device(ours):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
     inputs = inputs_like(64, 2, 32, torch.bfloat16)
@@ -165,7 +176,7 @@ def test_tensors_need_not_be_on_the_current_device():
         assert got.device.index == 1 and torch.equal(got.to(0), expected)
 
 
-def test_opcheck():
+def test_opcheck(backend):
     image, text, scale = (v.requires_grad_() for v in inputs_like(64, 2, 32, torch.float32))
     args = (
         image,
@@ -176,12 +187,12 @@ def test_opcheck():
         True,
         False,
         "fp16",
-        "triton",
+        backend,
     )
     torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp.default, args)
 
 
-def test_compiles_whole():
+def test_compiles_whole(ours):
     inputs = inputs_like(200, 3, 64, torch.bfloat16)
     compiled = torch.compile(ours, fullgraph=True)
     torch.testing.assert_close(value_and_grads(compiled, inputs), value_and_grads(ours, inputs))

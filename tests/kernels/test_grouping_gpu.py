@@ -22,7 +22,8 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["triton", "cuda"])
+# All of one, then all of the other: Triton compiles for minutes, and the time on a device may end.
+@pytest.fixture(scope="module", params=["cuda", "triton"])
 def backend(request):
     why = dispatch.why_not("group_patches", request.param, torch.empty(1, device="cuda", dtype=torch.bfloat16))
     if why:
