@@ -6,6 +6,7 @@ and with ``--profile`` the device's time by kernel. Well under a minute; bench_c
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 
@@ -75,9 +76,9 @@ def row(backend: str, n: int, k: int, d: int, dtype: torch.dtype, rate: float) -
     return f"| {str(dtype)[6:]} | N{n} K{k} D{d} | {backend} | {shares} |"
 
 
-def print_profile(n: int, k: int, d: int) -> None:
+def print_profile(backend: str, n: int, k: int, d: int) -> None:
     """Device time by kernel of one forward and backward pass."""
-    run = step("triton", *features(n, k, d, torch.bfloat16))
+    run = step(backend, *features(n, k, d, torch.bfloat16))
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
@@ -86,17 +87,22 @@ def print_profile(n: int, k: int, d: int) -> None:
     events = [event for event in recorded.key_averages() if event.device_type.name == "CUDA"]
     total, count = sum(e.self_device_time_total for e in events), sum(e.count for e in events)
     print(
-        f"\nN{n} K{k} D{d}: {total / 1e3:.2f} ms of device time in {count} launches\n\n| kernel | calls | ms |\n|---|---|---|"
+        f"\n{backend} N{n} K{k} D{d}: {total / 1e3:.2f} ms of device time in {count} launches\n\n| kernel | calls | ms |\n|---|---|---|"
     )
     for event in sorted(events, key=lambda e: -e.self_device_time_total)[:14]:
         print(f"| {event.key[:70]} | {event.count} | {event.self_device_time_total / 1e3:.3f} |")
+
+
+def why_not(backend: str, dtype: torch.dtype) -> str | None:
+    """Why a backend can't run here, or None."""
+    return dispatch.why_not("bidirectional_logsumexp", backend, torch.empty(1, dtype=dtype, device="cuda"))
 
 
 def main() -> None:
     """Parse the arguments, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="device time by kernel at N=4096 and 32768")
-    parser.add_argument("--backends", nargs="+", default=["triton", "torch"])
+    parser.add_argument("--backends", nargs="+", default=["triton", "cuda", "torch"])
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "contrastive_on_device: needs a CUDA device\n")
@@ -108,13 +114,14 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for n, k, d in SHAPES:
             for backend in options.backends:
-                if dispatch.why_not("bidirectional_logsumexp", backend, torch.empty(1, dtype=dtype, device="cuda")):
+                if why_not(backend, dtype):
                     continue
                 if backend != "torch" or n <= LARGEST_FOR_TORCH:
                     print(row(backend, n, k, d, dtype, product), flush=True)
     if options.profile:
-        for n in (4096, 32768):
-            print_profile(n, 8, 512)
+        for backend, n in itertools.product(("triton", "cuda"), (4096, 32768)):
+            if backend in options.backends and not why_not(backend, torch.bfloat16):
+                print_profile(backend, n, 8, 512)
 
 
 if __name__ == "__main__":
