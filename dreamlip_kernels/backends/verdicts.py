@@ -183,13 +183,6 @@ def order(found: Plan, width: int, similarities: int) -> tuple[str, ...]:
     return names
 
 
-def tile(kernel: str, element_bytes: int, width: int, device: torch.device) -> tuple[int, ...] | None:
-    """The tile that ``qualify(tune=True)`` found fastest for a kernel: at the nearest width that was tuned, or None."""
-    found = record(device)
-    by_width = found.tiles.get(f"{kernel} {element_bytes}", {}) if found is not None else {}
-    return tuple(by_width[min(by_width, key=lambda w: abs(int(w) - width))]) if by_width else None
-
-
 def _stored(device: torch.device) -> Record | None:
     name = identity.file_name(device)
     stored = cache.read(name)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..backends.tuned_tiles import tuned_tile
+
 
 class Blocks(NamedTuple):
     """Rows, columns and depth of a tile, warps a program, and stages of its load pipeline."""
@@ -42,7 +44,12 @@ TABLE: dict[tuple[str, int, int], dict[int, Blocks]] = {
 
 
 def blocks_for(kernel: str, element_bytes: int, arch: int, width: int) -> Blocks:
-    """The entry of the widest D not above ``width``, else of the narrowest. An architecture without entries takes sm_80's, whose tiles fit everywhere."""
+    """What `qualify --tune` found on this device, else the entry of the widest D not above ``width``, else of the narrowest.
+
+    An architecture without entries takes sm_80's, whose tiles fit everywhere.
+    """
+    if tuned := tuned_tile(kernel, element_bytes, arch, width):
+        return Blocks(*tuned)
     major = arch // 10 if arch // 10 in (8, 9, 10) else 8
     by_width = TABLE[kernel, element_bytes, major]
     return by_width[max((d for d in by_width if d <= width), default=min(by_width))]

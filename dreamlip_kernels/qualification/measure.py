@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from ..backends import cache, dispatch, identity, verdicts
+from ..backends.tuned_tiles import Tiles
 from ..backends.verdicts import Record, Timing, Verdict
 from . import contrast_cases, grouping_cases
 from .supervisor import run_jobs
+from .tune import tune as tune_tiles
 
 logger = logging.getLogger("dreamlip_kernels")
 
@@ -46,7 +48,7 @@ def qualify(
     Args:
         device: the device to qualify; None is the current CUDA device, or the CPU where there is none.
         widths: feature widths D to test and time.
-        tune: also time a short list of tiles for the Triton kernels, and keep the fastest.
+        tune: on a GPU, first time a short list of tiles for the contrast's Triton kernels, and keep the fastest.
         reuse: return the verdict in force, if there is one, without testing anything.
 
     Raises:
@@ -68,8 +70,9 @@ def qualify(
 
 def _measure(device: torch.device, widths: tuple[int, ...], tune: bool) -> Record:
     begin = time.monotonic()
-    checks = _check_jobs(device, widths)
     at_once, limit_s = _workers(device), LIMIT_S[device.type]
+    tiles = _tiles(device, widths, tune, at_once, limit_s)
+    checks = [job | {"tiles": tiles} for job in _check_jobs(device, widths)]
     probe, *parts = run_jobs([_job("probe", device, widths), *checks], at_once, limit_s, logger.info)
     if "why" in probe:
         raise RuntimeError(f"qualify: {device} cannot be used: {probe['why']}\n{probe['report']}")
@@ -85,8 +88,16 @@ def _measure(device: torch.device, widths: tuple[int, ...], tune: bool) -> Recor
         widths=widths,
         rates=rates,
         verdicts=tuple(found),
-        tiles={},
+        tiles=tiles,
     )
+
+
+def _tiles(device: torch.device, widths: tuple[int, ...], tune: bool, at_once: int, limit_s: float) -> Tiles:
+    """Tuned now, or what an earlier verdict on the same device and kernels holds: what is tested is what will run."""
+    if tune and device.type == "cuda":
+        return tune_tiles(device, widths, at_once, limit_s)
+    old = verdicts.record(device)
+    return old.tiles if old is not None else {}
 
 
 def _workers(device: torch.device) -> int:
@@ -194,7 +205,14 @@ def _verdict(job, answer, timings: tuple[Timing, ...], slow: dict[str, Any]) -> 
 
 def _job(kind: str, device: torch.device, widths: tuple[int, ...], **about: Any) -> dict[str, Any]:
     name = " ".join(about.get(word, "") for word in ("op", "backend", "dtype")).strip() or kind
-    return {"kind": kind, "name": name, "device": str(device), "widths": list(widths), "interpreted": False} | about
+    return {
+        "kind": kind,
+        "name": name,
+        "device": str(device),
+        "widths": list(widths),
+        "interpreted": False,
+        "tiles": {},
+    } | about
 
 
 def _key(job: dict[str, Any]) -> tuple[str, str, str]:

@@ -18,9 +18,11 @@ from typing import Any, TextIO
 import torch
 
 from ..backends.settings import configure
+from ..backends.tuned_tiles import take_tiles
 from . import contrast_cases, grouping_cases
 from .check import Wrong, check
 from .speed import milliseconds, rates
+from .tune import try_tile
 
 SUBJECTS = {subject.OP: subject for subject in (contrast_cases, grouping_cases)}
 
@@ -58,6 +60,8 @@ def run(job: dict[str, Any], trying) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     kinds = {"check": _check, "time": _time, "rates": _rates, "probe": _probe}
+    kinds |= {"compile_tile": _tile, "time_tile": _tile}
+    take_tiles(job["tiles"])  # not those of an older verdict
     try:
         return kinds[job["kind"]](job, device, trying)
     except Wrong as error:
@@ -116,6 +120,12 @@ def _probe(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
 def _rates(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
     trying("copy and matrix rates")
     return {"rates": rates(device)}
+
+
+def _tile(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
+    trying(f"D={job['width']}")
+    configure(float32="torch")
+    return try_tile(job, device)
 
 
 def _dtype(name: str) -> torch.dtype:
