@@ -15,7 +15,7 @@ import numpy as np
 
 PROBE_TEXTS = (
     "a photo of a dog",
-    "Two RED cars &amp; a house, isn't it?",
+    "Two RED cars, isn't it? 12,000 trees",
     "one two three four five six seven eight nine ten " * 40,
 )
 

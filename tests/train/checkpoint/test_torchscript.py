@@ -17,8 +17,6 @@ class Tower(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.5))
         self.half_precision = nn.Parameter(torch.randn(5, 2).half().T)  # not contiguous
         self.register_buffer("empty", torch.empty(0, 3))
-        self.names = ["a", "b"]
-        self.sizes = [1, 2]
 
     def forward(self, x):
         return self.inner(x) * self.scale
