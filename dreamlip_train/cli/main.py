@@ -18,10 +18,17 @@ from dreamlip_train.jobs.user_error import RunError, UserError
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. A UserError or RunError prints as one message and exits with 2; anything else keeps its traceback."""
     arguments = _without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name need not be text that the terminal can show
+            stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who read the output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except (UserError, RunError, ValueError, RuntimeError) as error:
         if not isinstance(error, UserError | RunError) and not _raised_by_the_kernels(error):
             raise

@@ -13,7 +13,9 @@ def write_json(path: Path, content: Any) -> None:
     """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is there whole."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        # A lone surrogate, of a file name or a caption, becomes the escape that JSON has for it.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

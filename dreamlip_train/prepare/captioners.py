@@ -1,22 +1,14 @@
-"""Multimodal models that describe pictures: one run here through transformers, or one behind an OpenAI-compatible server."""
+"""Multimodal models that describe pictures: what they are asked and how an answer becomes a caption; one run here through transformers."""
 
 from __future__ import annotations
 
-import base64
-import os
-import random
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dreamlip_train.captions.columns import split_sub_captions
-from dreamlip_train.data.images import decode_image, media_type
+from dreamlip_train.data.images import decode_image
 from dreamlip_train.jobs.user_error import UserError
-
-_FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
-_LONGEST_PAUSE = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,8 @@ def caption_text(text: Any, cut: bool) -> str:
     Raises:
         ValueError: it says nothing.
     """
-    sentences = split_sub_captions(text) if isinstance(text, str) else []
+    whole = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""  # without lone surrogates
+    sentences = split_sub_captions(whole)
     if cut and len(sentences) > 1:
         sentences = sentences[:-1]
     if not sentences:
@@ -53,7 +46,7 @@ class LocalModel:
         UserError: transformers is not installed, or it can't load ``model``.
     """
 
-    def __init__(self, model: str, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, model: str, prompts: Sequence[Prompt], *, trust_remote_code: bool = False) -> None:
         try:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -63,10 +56,15 @@ class LocalModel:
             ) from error
         self.prompts = prompts
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not trust_remote_code:
+            _refuse_foreign_code(model)
         try:
-            self.processor = AutoProcessor.from_pretrained(model)
+            # Said in so many words: left out, transformers would ask on standard input whether to run the folder's code.
+            self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
             self.model = AutoModelForImageTextToText.from_pretrained(
-                model, dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32
+                model,
+                trust_remote_code=trust_remote_code,
+                dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
             )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -129,75 +127,22 @@ class LocalModel:
         return prompt
 
 
-class Endpoint:
-    """A model behind an OpenAI-compatible server; each picture is a request of its own, ``parallel`` of them under way.
-
-    An answer that fails, stalls beyond ``timeout`` seconds or is garbage is asked for again, ``retries`` times, with doubling pauses.
+def _refuse_foreign_code(model: str) -> None:
+    """A folder may name Python files of its own to be run ("auto_map").
 
     Raises:
-        UserError: openai is not installed.
+        UserError: it does.
     """
+    from transformers import PretrainedConfig
+    from transformers.processing_utils import ProcessorMixin
 
-    def __init__(
-        self, url: str, model: str, prompts: Sequence[Prompt], *, parallel: int, timeout: float, retries: int
-    ) -> None:
+    for read in (PretrainedConfig.get_config_dict, ProcessorMixin.get_processor_dict):
         try:
-            import openai
-        except ImportError as error:
-            raise UserError("--endpoint: openai is not installed; pip install 'dreamlip[recaption]'") from error
-        self.openai, self.url, self.model, self.prompts, self.retries = openai, url, model, prompts, retries
-        # The client's own retries know nothing of garbage.
-        self.client = openai.OpenAI(
-            base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=timeout, max_retries=0
-        )
-        self.threads = ThreadPoolExecutor(parallel)
-
-    def answer(self, images: Sequence[bytes]) -> list[Answer]:
-        """Captions for each picture.
-
-        Raises:
-            UserError: the server refuses the key, or knows no such model.
-        """
-        return list(self.threads.map(self._answer, images))
-
-    def _answer(self, image: bytes) -> Answer:
-        try:
-            data = f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}"
-            return {
-                prompt.column: self._patiently(lambda prompt=prompt: self._ask(data, prompt)) for prompt in self.prompts
-            }
-        except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
+            config = read(model)[0]
+        except (OSError, ValueError, KeyError):
+            continue  # said when the model is loaded
+        if "auto_map" in config:
             raise UserError(
-                f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
-            ) from error
-        except (self.openai.OpenAIError, ValueError) as error:
-            return error
-
-    def _patiently(self, ask: Callable[[], str]) -> str:
-        pause = _FIRST_PAUSE
-        for attempt in range(self.retries + 1):
-            try:
-                return ask()
-            except self.openai.APIStatusError as error:
-                if attempt == self.retries or (error.status_code < 500 and error.status_code not in (408, 409, 429)):
-                    raise
-            except (self.openai.OpenAIError, ValueError):
-                if attempt == self.retries:
-                    raise
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        raise AssertionError("unreachable")
-
-    def _ask(self, image: str, prompt: Prompt) -> str:
-        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": prompt.text}]
-        reply = self.client.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": content}],
-            max_tokens=prompt.max_tokens,
-            temperature=0.0,
-        )
-        try:
-            choice = reply.choices[0]
-            return caption_text(choice.message.content, choice.finish_reason == "length")
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"the server's answer is no chat completion: {str(reply)[:100]!r}") from error
+                f"--model: {model!r} brings Python code of its own, which can do anything you can; "
+                "look at it, and give --trust-remote-code to run it"
+            )

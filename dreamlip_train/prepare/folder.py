@@ -11,24 +11,24 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns, format_summary
 from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.data.shard_writer import add_member
-from dreamlip_train.data.shards import IMAGE_EXTENSIONS, MANIFEST
+from dreamlip_train.data.shards import MANIFEST
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.prepare.image_index import ImageIndex
+from dreamlip_train.prepare.output_names import sole_writer
 
 STATE = ".prepare"
 Row = tuple[int, dict[str, Any] | None, str]
@@ -48,7 +48,7 @@ def prepare_folder(
     Args:
         captions: CSV, TSV or parquet with the column "Image Path" (a URL, or a path below ``images``) and DreamLIP's caption columns;
             further columns are carried into each sample's json.
-        images: folder, searched in depth; a row finds its image by relative path, then by file name, then by name without extension.
+        images: folder, searched in depth (image_index.py says how a row finds its image).
         masks: folder of label maps STEM.png: value j is the region that sentence j of each long caption describes.
         shard_size: rows a shard.
         count_tokens: for the manifest's token counts.
@@ -62,19 +62,12 @@ def prepare_folder(
     for name, folder in (("--images", images), ("--masks", Path(masks) if masks else images)):
         if not folder.is_dir():
             raise UserError(f"{name}: no folder {str(folder)!r}")
-    rows = read_rows(captions)
-    state = _claim(output, captions, images, masks, shard_size)
-    writer = _ShardWriter(output, state, ImageIndex(images), Path(masks) if masks else None, count_tokens)
-    tasks = _by_shard(rows, shard_size)
-    shards: dict[str, dict[str, int]] = {}
-    total = Statistics()
-    with Progress(f"prepare {output}") as progress:
-        for name, state in map_bounded(writer.write, tasks):
-            counts = Statistics(state)
-            total.merge(counts)
-            if counts.samples:
-                shards[name] = {"samples": counts.samples, "bytes": (output / name).stat().st_size}
-            progress.update(f"{len(shards)} shards, {total.samples} samples, {total.bad_count} left out")
+    index = ImageIndex(images)
+    index.pair(str(row[IMAGE_COLUMN]) for _, row, _ in read_rows(captions) if row and row.get(IMAGE_COLUMN))
+    with sole_writer(output, STATE):
+        state = _claim(output, captions, images, masks, shard_size)
+        writer = _ShardWriter(output, state, index, Path(masks) if masks else None, count_tokens)
+        total, shards = _write_all(writer, read_rows(captions), shard_size)
     if not shards:
         raise UserError(
             f"--captions: no row of {str(captions)!r} gave a sample: {total.bad_summary() or 'it has no rows'}"
@@ -85,49 +78,31 @@ def prepare_folder(
     return manifest
 
 
+def _write_all(
+    writer: _ShardWriter, rows: Iterator[Row], shard_size: int
+) -> tuple[Statistics, dict[str, dict[str, int]]]:
+    """Every shard; (what they hold, their manifest entries)."""
+    total, shards = Statistics(), {}
+    with Progress(f"prepare {writer.output}") as progress:
+        for name, state in map_bounded(writer.write, _by_shard(rows, shard_size)):
+            counts = Statistics(state)
+            total.merge(counts)
+            if counts.samples:
+                shards[name] = {"samples": counts.samples, "bytes": (writer.output / name).stat().st_size}
+            progress.update(f"{len(shards)} shards, {total.samples} samples, {total.bad_count} left out")
+    return total, shards
+
+
 def _claim(output: Path, captions: Path, images: Path, masks: str | Path | None, shard_size: int) -> Path:
     """Make the output's state folder, or check that it is of the same job."""
     stat = captions.stat()
     job = {
-        "captions": [str(captions.resolve()), stat.st_size, stat.st_mtime_ns], "images": str(images.resolve()),
-        "masks": str(Path(masks).resolve()) if masks else None, "shard_size": shard_size,
-    }  # fmt: skip
-    return claim_output(output, STATE, job, "shards of another table, folder or shard size")
-
-
-class ImageIndex:
-    """Finds a row's image file in a folder by relative path, then file name, then name without extension."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.paths: set[str] = set()
-        self.by_name: dict[str, list[str]] = defaultdict(list)
-        for parent, _, names in os.walk(folder):
-            below = os.path.relpath(parent, folder)
-            for name in names:
-                if name.rsplit(".", 1)[-1].lower() in IMAGE_EXTENSIONS:
-                    path = name if below == "." else f"{below}/{name}"
-                    self.paths.add(path)
-                    for alias in (name, name.rsplit(".", 1)[0]):
-                        self.by_name[alias].append(path)
-
-    def find(self, value: str) -> str:
-        """The image's path below the folder.
-
-        Raises:
-            LookupError: there is none, or several.
-        """
-        path = unquote(urlsplit(value).path) if "://" in value else value
-        name = PurePosixPath(path.replace("\\", "/"))
-        if str(name) in self.paths:
-            return str(name)
-        for alias in (name.name, name.stem):
-            matches = self.by_name.get(alias, [])
-            if len(matches) == 1:
-                return matches[0]
-            if matches:
-                raise LookupError(f"{value!r} matches {len(matches)} images, such as {matches[0]} and {matches[1]}")
-        raise LookupError(f"no image for {value!r}")
+        "captions": [str(captions.resolve()), stat.st_size, stat.st_mtime_ns],
+        "images": str(images.resolve()),
+        "masks": str(Path(masks).resolve()) if masks else None,
+        "shard_size": shard_size,
+    }
+    return claim_output(output, STATE, job, "shards of another table, folder or shard size", sole=True)
 
 
 def _by_shard(rows: Iterator[Row], shard_size: int) -> Iterator[tuple[str, list[Row]]]:
@@ -200,7 +175,7 @@ class _ShardWriter:
         key = f"{number - 1:09d}"
         stem, extension = path.rsplit(".", 1)
         add_member(tar, f"{key}.{extension.lower()}", data)
-        add_member(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode())
+        add_member(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace"))
         mask = self._mask(PurePosixPath(stem).name)
         if mask is not None:
             add_member(tar, f"{key}.mask.png", mask)

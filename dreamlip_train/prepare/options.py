@@ -18,6 +18,8 @@ class RecaptionOptions:
     """Folder for the new shards, which keep their names."""
     model: str
     """A Hugging Face image-text-to-text model (a folder or a name), or with --endpoint the name under which the server serves one."""
+    trust_remote_code: bool = False
+    """Run the Python files that a --model folder brings along ("auto_map" in its config). They can do anything you can."""
     name: str = "LLA"
     """Captions go to the columns short{name}_captions and long{name}_captions: IB, SV, LLA, or your own."""
     endpoint: str = ""

@@ -26,8 +26,10 @@ from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import RunError, UserError
 from dreamlip_train.jobs.work_claims import Claims
-from dreamlip_train.prepare.captioners import Answer, Endpoint, LocalModel, Prompt
+from dreamlip_train.prepare.captioners import Answer, LocalModel, Prompt
+from dreamlip_train.prepare.endpoint import Endpoint
 from dreamlip_train.prepare.options import RecaptionOptions
+from dreamlip_train.prepare.output_names import require_distinct_names
 
 STATE = ".recaption"
 _JUDGED_AFTER = 50  # pictures asked about before max_bad_fraction can stop a run
@@ -46,6 +48,7 @@ class Settings:
     retries: int
     max_bad_fraction: float
     stale_minutes: float
+    trust_remote_code: bool
     owner: str = ""
 
 
@@ -67,6 +70,7 @@ def recaption_shards(options: RecaptionOptions) -> Counter[str]:
         raise UserError(
             f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another"
         )
+    require_distinct_names(paths, "SHARDS", "recaption the folders one at a time")
     job = {
         "shards": sorted(os.path.basename(path) for path in paths),
         "prompts": [vars(prompt) for prompt in settings.prompts],
@@ -114,6 +118,7 @@ def _settings(options: RecaptionOptions) -> Settings:
         retries=options.retries,
         max_bad_fraction=options.max_bad_fraction,
         stale_minutes=options.stale_minutes,
+        trust_remote_code=options.trust_remote_code,
         owner=f"ray:{options.ray}" if options.ray else "",
     )
 
@@ -144,7 +149,9 @@ def _captioner(settings: Settings) -> Any:
                 retries=settings.retries,
             )
         else:
-            _captioners[settings] = LocalModel(settings.model, settings.prompts)
+            _captioners[settings] = LocalModel(
+                settings.model, settings.prompts, trust_remote_code=settings.trust_remote_code
+            )
     return _captioners[settings]
 
 
@@ -176,7 +183,7 @@ class _Task:
         """Captions by key: those kept from before, and new ones, which are written down as they come."""
         found = _read_answers(path, self.settings.prompts)
         counts = Counter({"kept from before": len(found)})
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
                 file.write("\n")  # a crash cut the last line off
             for batch in _batches(shard, set(found), self.settings.batch_size):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +46,27 @@ def validate_shards(
     shards = list_shards(pattern, allow_pipe=allow_pipe, field="PATTERN")
     if fix and any(local_folder(shard) and local_folder(shard).resolve() == Path(fix).resolve() for shard in shards):
         raise UserError(f"--fix: {fix!r} is the folder of the shards, which are not to be changed; give another")
+    if fix and len({os.path.dirname(shard) for shard in shards}) > 1:
+        raise UserError(
+            f"--fix: {pattern!r} are shards of several folders, whose names and keys may coincide; one at a time"
+        )
     total, kinds = Statistics(), Counter()
-    folders: dict[Path | None, tuple[Statistics, dict[str, Any]]] = defaultdict(lambda: (Statistics(), {}))
-    owner: dict[str, str] = {}
+    folders: dict[str, tuple[Statistics, dict[str, Any]]] = defaultdict(lambda: (Statistics(), {}))
+    owner: dict[tuple[str, str], str] = {}
     repeated: set[tuple[str, int]] = set()
     with Progress(f"validate {pattern}") as progress:
         checked = map_bounded(lambda shard: _check(shard, count_tokens, crop), shards)
         for done, (shard, entry, state, keys, shard_kinds) in enumerate(checked, 1):
             counts = Statistics(state)
             kinds.update(shard_kinds)
-            for position, key in enumerate(keys):
-                if key in owner:
-                    counts.add_bad("duplicate key", f"{shard}: {key}", f"also in {owner[key]}")
+            folder = os.path.dirname(shard)
+            for position, key in enumerate(keys):  # two sets may count from the same number: a key is one set's own
+                if (folder, key) in owner:
+                    counts.add_bad("duplicate key", f"{shard}: {key}", f"also in {owner[folder, key]}")
                     repeated.add((shard, position))
-                owner.setdefault(key, shard)
+                owner.setdefault((folder, key), shard)
             total.merge(counts)
-            folder_counts, listed = folders[local_folder(shard)]
+            folder_counts, listed = folders[folder]
             folder_counts.merge(counts)
             listed[Path(shard).name] = entry
             progress.update(f"{done} of {len(shards)} shards, {total.samples} samples, {total.bad_count} findings")
@@ -70,14 +77,14 @@ def validate_shards(
                 column,
                 f"{kinds[column, 'list']} lists, {kinds[column, 'string']} strings",
             )
-    for folder, (counts, listed) in folders.items():
-        if folder is not None and index:
-            write_json(folder / MANIFEST, {"format": 1, **counts.summary(), "shards": listed})
-    manifest = {
-        "format": 1,
-        **total.summary(),
-        "shards": {name: entry for _, listed in folders.values() for name, entry in listed.items()},
+    if index:
+        _write_manifests(shards, folders)
+    entries = {
+        (name if len(folders) == 1 else f"{folder}/{name}"): entry
+        for folder, (_, listed) in folders.items()
+        for name, entry in listed.items()
     }
+    manifest = {"format": 1, **total.summary(), "shards": entries}
     if total.samples == 0:
         raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}")
     if fix:
@@ -86,6 +93,16 @@ def validate_shards(
             pass
         validate_shards(fix, count_tokens=count_tokens)
     return manifest
+
+
+def _write_manifests(shards: Sequence[str], folders: dict[str, tuple[Statistics, dict[str, Any]]]) -> None:
+    """A manifest.json in each folder on this machine. One that can't be written does not cost the findings."""
+    for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards if local_folder(shard)):
+        counts, listed = folders[folder]
+        try:
+            write_json(Path(folder) / MANIFEST, {"format": 1, **counts.summary(), "shards": listed})
+        except OSError as error:
+            print(f"no {MANIFEST} in {folder or '.'}: {error.strerror or error}", file=sys.stderr)
 
 
 def _check(

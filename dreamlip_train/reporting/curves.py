@@ -44,6 +44,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
+    "text.parse_math": False,  # captions and names are text: a "$" in them is a dollar
 }
 
 

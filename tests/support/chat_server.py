@@ -18,7 +18,10 @@ GARBAGE = (
 
 
 class ChatServer:
-    """Context manager. ``behave(n, image bytes)`` names what the n-th request for a picture gets: "ok", a status, "stall", "garbage" or "cut"."""
+    """Context manager. ``behave(n, image bytes)`` names what the n-th request for a picture gets.
+
+    That is "ok", a status, "stall", "garbage", "cut", "drip" (a byte every 0.2 s), "giant", "deep" or "surrogate".
+    """
 
     def __init__(self, behave=lambda attempt, image: "ok"):
         self.behave, self.asked, self.lock = behave, Counter(), threading.Lock()
@@ -57,15 +60,23 @@ class ChatServer:
         what = self.behave(attempt, image)
         if what == "stall":
             time.sleep(3)
+        if what == "drip":
+            return drip(handler)
         status, content = int(what) if what.isdigit() else 200, self.completion(image, prompt, body, what)
         if what == "garbage":
             content = GARBAGE[(attempt + sum(image)) % len(GARBAGE)]
+        elif what == "giant":
+            content = b" " * 2**23 + content
+        elif what == "deep":
+            content = b"[" * 100_000
         elif status != 200:
             content = json.dumps({"error": {"message": f"told to answer {what}"}}).encode()
         try:
             handler.send_response(status)
             handler.send_header("Content-Type", "application/json")
             handler.send_header("Content-Length", str(len(content)))
+            if what == "429":
+                handler.send_header("Retry-After", "0.2")
             handler.end_headers()
             handler.wfile.write(content)
         except OSError:
@@ -73,6 +84,8 @@ class ChatServer:
 
     def completion(self, image, prompt, body, what):
         text = f"Picture {sum(image) % 10007}. {'It has details. And a half sent' if 'detail' in prompt else 'Short.'}"
+        if what == "surrogate":
+            text += " Half \ud83d"
         choice = {
             "index": 0,
             "finish_reason": "length" if what == "cut" else "stop",
@@ -81,3 +94,17 @@ class ChatServer:
         return json.dumps(
             {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
         ).encode()
+
+
+def drip(handler) -> None:
+    """An answer that never ends: each byte comes before any timeout of a single read."""
+    try:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(1000):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.2)
+    except OSError:
+        pass  # the client has given up

@@ -21,6 +21,7 @@ from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
 from dreamlip_train.data.shards import read_shard
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.join import join_captions
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
 
@@ -377,3 +378,26 @@ def test_rows_are_numbered_and_named(tmp_path):
         tmp_path / "c.csv", [(url(1), "a"), (url(2),), (url(3), "c")], header=(IMAGE_COLUMN, "raw_caption")
     )
     assert [(number, bool(row)) for number, row, _ in read_rows(table)] == [(1, True), (2, False), (3, True)]
+
+
+def test_a_wrong_column_claims_nothing(tmp_path, shards):
+    """The failed attempt once kept the output folder, and came with a traceback of a worker."""
+    table = write_csv(tmp_path / "c.csv", rows(range(10)), header=("picture", *COLUMNS))
+    with pytest.raises(UserError, match="needs the column 'Image Path'"):
+        join_captions(str(table), str(shards), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert join_captions(str(table), str(shards), tmp_path / "out", table_column="picture")["samples"] == 10
+
+
+def test_two_joins_do_not_write_one_folder(tmp_path, shards):
+    table = write_csv(tmp_path / "c.csv", rows(range(10)))
+    code = "import sys, time; from pathlib import Path; from dreamlip_train.prepare.output_names import sole_writer\n"
+    code += f"with sole_writer(Path({str(tmp_path / 'out')!r}), '.join'): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], env=clean_environment(), stdout=subprocess.PIPE) as other:
+        try:
+            other.stdout.readline()
+            with pytest.raises(UserError, match="--output: another process is writing into"):
+                join_captions(str(table), str(shards), tmp_path / "out")
+        finally:
+            other.kill()
+    assert join_captions(str(table), str(shards), tmp_path / "out")["samples"] == 30

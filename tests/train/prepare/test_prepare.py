@@ -17,6 +17,7 @@ from shard_files import jpeg, record, sample, tokenize, write_shards, write_tar
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.folder import prepare_folder
 from dreamlip_train.prepare.validate import validate_shards
 
@@ -279,3 +280,40 @@ def test_the_loader_takes_its_counts_from_the_manifest(tmp_path, caplog):
     validate_shards(str(tmp_path))
     made = train_loader(DataConfig(shards=str(tmp_path), num_workers=0), image_size=16, tokenize=tokenize, batch_size=4)
     assert made.counts == [8, 8] and made.steps_per_epoch == 4 and not caplog.text
+
+
+def test_no_two_rows_share_a_file_by_its_name(tmp_path, images):
+    """Two URLs that end alike once both got the one file, and val/1.jpg the picture of train/1.jpg."""
+    (images / "train").mkdir()
+    (images / "train" / "t.jpg").write_bytes(jpeg(20))
+    rows = [
+        row("http://a/1.jpg"),
+        row("http://b/1.jpg"),
+        row("2.jpg"),
+        row("http://b/2.jpg"),
+        row("val/t.jpg"),
+        row("set/train/t.jpg"),
+        row("http://[abc]/3.jpg"),
+    ]
+    manifest = prepare_folder(table(tmp_path, rows), images, tmp_path / "out")
+    assert manifest["samples"] == 3, manifest["bad"]  # 2.jpg, set/train/t.jpg and 3.jpg, whose URL is none
+    examples = manifest["bad"]["image not found"]["examples"]
+    assert [example.split(":")[0] for example in examples] == ["row 1", "row 2", "row 4", "row 5"]
+    assert "meant by 'http://a/1.jpg' and 'http://b/1.jpg' too" in examples[0]
+
+
+def test_a_failed_attempt_does_not_keep_the_folder_from_the_corrected_one(tmp_path, images):
+    wrong = table(tmp_path, [{"url": "x"}], "wrong.csv", header=["url", "text"])
+    with pytest.raises(UserError, match="needs the column"):
+        prepare_folder(wrong, images, tmp_path / "out")
+    unusable = table(tmp_path, [row("missing.jpg")], "unusable.csv")
+    with pytest.raises(UserError, match="no row of"):
+        prepare_folder(unusable, images, tmp_path / "out")
+    assert prepare_folder(table(tmp_path, [row("0.jpg")]), images, tmp_path / "out")["samples"] == 1
+
+
+def test_half_a_character_costs_only_itself(tmp_path, images):
+    records = [{"Image Path": "0.jpg", "raw_caption": "a \ud83d dog"}, {"Image Path": "1.jpg", "raw_caption": "a cat"}]
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(records))
+    assert prepare_folder(path, images, tmp_path / "out")["samples"] == 2

@@ -18,8 +18,9 @@ from tiny_llava import save_tiny_llava
 
 from dreamlip_train import cli
 from dreamlip_train.data.shards import read_shard
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.jobs.work_claims import Claims
-from dreamlip_train.prepare import captioners
+from dreamlip_train.prepare import captioners, endpoint
 from dreamlip_train.prepare.captioners import caption_text
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.recaption import recaption_shards
@@ -42,7 +43,7 @@ def shards(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(captioners, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +96,10 @@ def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path,
     )
 
 
-@pytest.mark.parametrize("trouble", ["500", "429", "stall", "garbage"])
+@pytest.mark.parametrize("trouble", ["500", "429", "stall", "garbage", "drip", "giant", "deep"])
 def test_trouble_that_passes_costs_nothing(tmp_path, shards, trouble):
     with ChatServer(lambda attempt, image: trouble if attempt < 2 and sum(image) % 3 == 0 else "ok") as server:
-        counts = through(server, shards, tmp_path / "out", timeout=0.3 if trouble == "stall" else 10.0)
+        counts = through(server, shards, tmp_path / "out", timeout=0.5 if trouble in ("stall", "drip") else 10.0)
     assert (counts["captioned"], counts["failed"]) == (24, 0)
     assert max(server.asked.values()) == 3
 
@@ -304,3 +305,44 @@ def test_other_settings_and_the_input_folder_are_refused(tmp_path, shards):
         with pytest.raises(ValueError, match="--output: .* is the folder of the shards"):
             through(server, shards, shards)
         assert through(server, shards, tmp_path / "out") == {"done before": 3}
+
+
+def test_a_server_that_wants_a_pause_gets_it(tmp_path, shards):
+    with ChatServer(lambda attempt, image: "429" if attempt == 0 else "ok") as server:
+        began = time.monotonic()
+        through(server, shards, tmp_path / "out", batch_size=24)
+    assert time.monotonic() - began > 2 * 3 * 0.2  # two prompts, three shards one after another
+
+
+def test_half_a_character_of_an_answer_costs_only_itself(tmp_path, shards):
+    with ChatServer(lambda attempt, image: "surrogate") as server:
+        counts = through(server, shards, tmp_path / "out")
+    assert counts["captioned"] == 24 and records(tmp_path / "out")["0000"]["longX_captions"].endswith("Half ?")
+
+
+def test_two_sets_whose_shards_have_one_name_are_refused(tmp_path, shards):
+    """The second set's shards of the same names were once left out in silence."""
+    write_tar(tmp_path / "more" / "00000.tar", [("a.jpg", jpeg(1)), ("a.json", b"{}")])
+    with pytest.raises(UserError, match="SHARDS: two shards are both called '00000.tar'"):
+        recaption_shards(RecaptionOptions(f"{shards}::{tmp_path / 'more'}", str(tmp_path / "out"), model="x"))
+
+
+def test_code_of_a_model_folder_is_not_run_and_nothing_is_asked(tmp_path, shards):
+    """transformers asks on standard input whether to run it, which blocks a job and reads from its user."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoProcessor": "code.P"}})
+    )
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass P: pass\n")
+    words = ["recaption", str(shards), "--output", str(tmp_path / "out"), "--model", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "dreamlip_train", *words],
+        input="y\ny\ny\n",
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "--trust-remote-code" in done.stderr and "[y/N]" not in done.stdout + done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -11,6 +11,7 @@ from shard_files import jpeg, sample, write_tar
 from dreamlip_train import cli
 from dreamlip_train.captions.statistics import percentile
 from dreamlip_train.data.shards import read_shard
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.validate import validate_shards
 from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms
 
@@ -160,3 +161,22 @@ def test_stats_without_captions_say_so(tmp_path):
     write(tmp_path / "00000.tar", [("a", jpeg(0), {"url": "x"})])
     with pytest.raises(ValueError, match="PATTERN: no sample of .* has a caption"):
         caption_histograms(str(tmp_path), count_tokens)
+
+
+def test_two_sets_may_count_their_keys_from_the_same_number(tmp_path):
+    """Keys were once taken as unique over everything named: the second set's samples all were "duplicates"."""
+    for name in ("cc3m", "cc12m"):
+        write(tmp_path / name / "00000.tar", [("000000000", jpeg(1), {"raw_caption": f"a dog in {name}"})])
+    both = f"{tmp_path / 'cc3m'}::{tmp_path / 'cc12m'}"
+    checked = validate_shards(both)
+    assert checked["samples"] == 2 and not checked["bad"] and len(checked["shards"]) == 2
+    with pytest.raises(UserError, match="--fix: .* shards of several folders"):
+        validate_shards(both, fix=str(tmp_path / "fixed"))
+
+
+def test_a_folder_that_cannot_be_written_does_not_cost_the_findings(tmp_path, capsys):
+    write(tmp_path / "00000.tar", [("a", jpeg(1), {"raw_caption": "a dog"}), ("b", b"no image", {"raw_caption": "x"})])
+    (tmp_path / "manifest.json").mkdir()
+    checked = validate_shards(str(tmp_path / "*.tar"))
+    assert checked["samples"] == 1 and "damaged image" in checked["bad"]
+    assert "no manifest.json in" in capsys.readouterr().err

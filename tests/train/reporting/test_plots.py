@@ -1,14 +1,19 @@
 """Pictures are drawn, are not blank, and show the numbers and patches they are given."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 from planted import PlantedModel, planted_sample
 
 from dreamlip_train import cli
-from dreamlip_train.reporting.curves import plot_curves, plot_grouping
+from dreamlip_train.reporting import curves
+from dreamlip_train.reporting.caption_histograms import plot_histograms
+from dreamlip_train.reporting.curves import STYLE, plot_curves, plot_grouping, plot_runs
 
 
 def pixels(path):
@@ -74,3 +79,18 @@ def test_runs_are_compared_in_one_picture(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plot", str(tmp_path / "a")])
     assert "has no line with a step" in capsys.readouterr().err
+
+
+def test_user_text_is_never_mathematics(tmp_path):
+    r"""A caption with "$\frac{$" once ended a run at its last picture; "_name" is left out of a legend by matplotlib."""
+    hostile = r"costs $\frac{$ and $x_{$"
+    plot_runs({hostile: metrics(tmp_path / "a.jsonl", [1, 2])}, tmp_path / "runs.png")
+    kinds = {kind: Counter({3: 2}) for kind in ("sub_captions", "tokens", "sub_caption_tokens")}
+    plot_histograms({f"{hostile}_captions": kinds}, tmp_path / "captions.png")
+    sample = planted_sample(0, objects=2) | {"raw": hostile}
+    sample["sentences"] = [hostile for _ in sample["sentences"]]
+    with plt.rc_context(STYLE):
+        figure = curves._draw_rows([sample], [torch.full((2, 64), 1 / 64)], (8, 8))
+        figure.savefig(tmp_path / "grouping.png")
+    for name in ("runs", "captions", "grouping"):
+        assert pixels(tmp_path / f"{name}.png").std() > 1

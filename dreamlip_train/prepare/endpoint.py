@@ -1,0 +1,151 @@
+"""A multimodal model behind an OpenAI-compatible server: patient with trouble that passes, bounded in time and bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from dreamlip_train.data.images import decode_image, media_type
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.prepare.captioners import Answer, Prompt, caption_text
+
+_FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
+_LONGEST_PAUSE = 60.0
+_LARGEST_ANSWER = 4 * 2**20  # bytes; a caption is a few hundred
+
+
+class Endpoint:
+    """Each picture and prompt is a request of its own, those of ``parallel`` pictures under way.
+
+    An answer that fails, is not whole after ``timeout`` seconds or is garbage is asked for again, ``retries`` times, with
+    doubling pauses, or after as long as the server says in Retry-After (a minute at most).
+
+    Raises:
+        UserError: openai is not installed, or ``url`` is no URL.
+    """
+
+    def __init__(
+        self, url: str, model: str, prompts: Sequence[Prompt], *, parallel: int, timeout: float, retries: int
+    ) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError("--endpoint: openai is not installed; pip install 'dreamlip[recaption]'") from error
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"--endpoint: got {url!r}; give a base URL such as http://localhost:8000/v1")
+        self.openai, self.url, self.model, self.prompts = openai, url, model, prompts
+        self.parallel, self.timeout, self.retries = parallel, timeout, retries
+        self.loop = asyncio.new_event_loop()
+        # The client's own retries know nothing of garbage.
+        self.client = openai.AsyncOpenAI(
+            base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=0
+        )
+
+    def answer(self, images: Sequence[bytes]) -> list[Answer]:
+        """Captions for each picture.
+
+        Raises:
+            UserError: the server refuses the key, or knows no such model.
+        """
+        return self.loop.run_until_complete(self._answer_all(images))
+
+    async def _answer_all(self, images: Sequence[bytes]) -> list[Answer]:
+        room = asyncio.Semaphore(self.parallel)
+
+        async def one(image: bytes) -> Answer:
+            async with room:
+                return await self._answer(image)
+
+        tasks = [asyncio.create_task(one(image)) for image in images]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _answer(self, image: bytes) -> Answer:
+        try:
+            picture = _data_url(image)
+            return {prompt.column: await self._patiently(picture, prompt) for prompt in self.prompts}
+        except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
+            raise UserError(
+                f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
+            ) from error
+        except (self.openai.OpenAIError, ValueError, RecursionError, TimeoutError) as error:
+            return error
+
+    async def _patiently(self, picture: str, prompt: Prompt) -> str:
+        pause = _FIRST_PAUSE
+        for attempt in range(self.retries + 1):
+            wanted = 0.0
+            try:
+                return await asyncio.wait_for(self._ask(picture, prompt), self.timeout)
+            except self.openai.APIStatusError as error:
+                if attempt == self.retries or (error.status_code < 500 and error.status_code not in (408, 409, 429)):
+                    raise
+                wanted = _retry_after(error.response.headers)
+            except (self.openai.OpenAIError, ValueError, RecursionError):
+                if attempt == self.retries:
+                    raise
+            except TimeoutError as error:
+                if attempt == self.retries:
+                    raise TimeoutError(f"no whole answer within {self.timeout:g} seconds") from error
+            await asyncio.sleep(max(pause * random.uniform(0.5, 1.0), wanted))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        raise AssertionError("unreachable")
+
+    async def _ask(self, picture: str, prompt: Prompt) -> str:
+        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt.text}]
+        asked = self.client.chat.completions.with_streaming_response.create(
+            model=self.model,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=prompt.max_tokens,
+            temperature=0.0,
+        )
+        body = bytearray()
+        async with asked as reply:
+            async for part in reply.iter_bytes():
+                body += part
+                if len(body) > _LARGEST_ANSWER:
+                    raise ValueError(f"the server's answer is larger than {_LARGEST_ANSWER:,} bytes")
+        return _caption(bytes(body))
+
+
+def _caption(body: bytes) -> str:
+    """The caption in a chat completion.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        choice = json.loads(body)["choices"][0]
+        text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the server's answer is no chat completion: {body[:100]!r}") from error
+    return caption_text(text, cut)
+
+
+def _retry_after(headers: Any) -> float:
+    """Seconds that the server wants to be left alone, as far as it says so in seconds; at most a minute."""
+    try:
+        return min(max(0.0, float(headers.get("retry-after", 0))), _LONGEST_PAUSE)
+    except ValueError:  # a date: the doubling pauses must do
+        return 0.0
+
+
+def _data_url(image: bytes) -> str:
+    """The picture for a server, once it decodes: JPEG, PNG, WebP and GIF as they are, what servers can't read as PNG."""
+    from PIL import Image
+
+    kind = media_type(image)
+    if kind not in ("image/jpeg", "image/png", "image/webp", "image/gif"):
+        file = io.BytesIO()
+        Image.fromarray(decode_image(image).permute(1, 2, 0).numpy()).save(file, "PNG")
+        kind, image = "image/png", file.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(image).decode()}"
