@@ -400,4 +400,4 @@ def test_two_joins_do_not_write_one_folder(tmp_path, shards):
                 join_captions(str(table), str(shards), tmp_path / "out")
         finally:
             other.kill()
-    assert join_captions(str(table), str(shards), tmp_path / "out")["samples"] == 30
+    assert join_captions(str(table), str(shards), tmp_path / "out")["samples"] == 10
