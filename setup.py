@@ -87,6 +87,10 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["dreamlip_kernels*", "dreamlip_train*"]), "dreamlip_kernels.csrc"],
     package_dir={"dreamlip_kernels.csrc": "csrc"},
-    package_data={"dreamlip_kernels": ["py.typed"], "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"]},
+    package_data={
+        "dreamlip_kernels": ["py.typed"],
+        "dreamlip_kernels.backends": ["measured/*.json"],
+        "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
+    },
     **extension(),
 )

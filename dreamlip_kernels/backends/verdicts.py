@@ -115,6 +115,7 @@ class Record:
 
 
 _records: dict[torch.device, Record | None] = {}
+_plans: dict[tuple[torch.device, str, str], Plan] = {}  # made once: every call of an op asks
 
 
 def record(device: torch.device) -> Record | None:
@@ -129,6 +130,7 @@ def store(device: torch.device, found: Record) -> Record:
     """Write the record where the next process finds it; this one takes it from now on."""
     device = indexed(device)
     path = cache.write(identity.file_name(device), found.to_json())
+    _plans.clear()
     _records[device] = dataclasses.replace(found, path=path)
     return _records[device]
 
@@ -136,6 +138,7 @@ def store(device: torch.device, found: Record) -> Record:
 def forget() -> None:
     """Read the files anew at the next use."""
     _records.clear()
+    _plans.clear()
 
 
 def dtype_class(op: str, dtype: torch.dtype, float32: str) -> str:
@@ -147,8 +150,11 @@ def dtype_class(op: str, dtype: torch.dtype, float32: str) -> str:
 
 def plan(op: str, device: torch.device, dtype: torch.dtype, float32: str) -> Plan:
     """What the verdict says of ``op``: by width and similarities, the backends in the order of their times, torch code among them. Empty without one."""
-    found = record(device)
-    return () if found is None else make_plan(found, op, dtype_class(op, dtype, float32))
+    about = (indexed(device), op, dtype_class(op, dtype, float32))
+    if about not in _plans:
+        found = record(device)
+        _plans[about] = () if found is None else make_plan(found, *about[1:])
+    return _plans[about]
 
 
 def make_plan(found: Record, op: str, dtype: str) -> Plan:

@@ -56,8 +56,10 @@ def _op_case(backend, dtype, device, name, shape, scale, masked=False, opposed=F
 
     def draw(seed: int) -> tuple[Tensor, ...]:
         image, text = clip_like(max(m, c), k, d, seed)
-        x, y = image[:m], (-text if opposed else text)[:c]
-        x, y = x.to(device, dtype), y.to(device, dtype)
+        if opposed:  # every pair at a cosine of about -0.85: at a scale of 100 all sums are below what float32 holds
+            away = 3 * torch.ones(d) / d**0.5
+            image, text = (torch.nn.functional.normalize(v, dim=-1) for v in (image + away, text - away))
+        x, y = image[:m].to(device, dtype), text[:c].to(device, dtype)
         # As the losses pass them: captions as a transposed [C, K, D]; and images as a part of wider rows.
         x = torch.cat([x, x], 1)[:, :d] if masked else x
         return x, y.transpose(0, 1), torch.tensor(scale, device=device)
@@ -65,7 +67,7 @@ def _op_case(backend, dtype, device, name, shape, scale, masked=False, opposed=F
     return Case(
         name,
         op=lambda x, y, s: bidirectional_logsumexp(x, y, s, x_mask=x_mask, y_mask=y_mask, backend=backend),
-        oracle=lambda x, y, s: reference.bidirectional_logsumexp(x, y, s.to(x.dtype), y_mask, x_mask),
+        oracle=lambda x, y, s: reference.bidirectional_logsumexp(x, y, s.to(x.dtype), y_mask=y_mask, x_mask=x_mask),
         draw=draw,
         capture=masked and not opposed,
     )

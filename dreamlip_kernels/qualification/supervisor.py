@@ -126,7 +126,11 @@ def run_jobs(jobs: list[dict[str, Any]], workers: int, limit_s: float, progress:
             if key not in by_environment:
                 by_environment[key] = Worker(_environment(extra), limit_s)
                 running.append(by_environment[key])
-            answers[index] = by_environment[key].run(jobs[index], progress)
+            try:
+                answers[index] = by_environment[key].run(jobs[index], progress)
+            except (OSError, ValueError, KeyError) as error:  # no more processes, or not an answer of a worker
+                answers[index] = {"why": f"{type(error).__name__}: {error}", "report": ""}
+                by_environment.pop(key).end()
             progress(f"{jobs[index]['name']}: {answers[index].get('why') or 'done'}")
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(workers, len(jobs))))]

@@ -13,7 +13,7 @@ import torch
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import cache, dispatch, explain, identity, verdicts
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.qualification import measure
+from dreamlip_kernels.qualification import contrast_cases, measure
 
 CPU = torch.device("cpu")
 
@@ -23,6 +23,7 @@ def fakes(monkeypatch, tmp_path):
     fake_backends.install(monkeypatch)
     monkeypatch.setenv("DREAMLIP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(verdicts, "_records", {})
+    monkeypatch.setattr(verdicts, "_plans", {})
     monkeypatch.setattr(cache, "_memory", {})
     monkeypatch.setattr(dispatch, "_announced", set())
     return tmp_path
@@ -67,6 +68,16 @@ def test_every_kind_of_backend_has_its_verdict(fakes):
     verdicts.forget()
     assert verdicts.record(CPU) == record
     assert measure.qualify("cpu", reuse=True) == record
+
+
+def test_the_opposed_case_leaves_float32s_range():
+    """It is there for the exact kernels, which only run where a sum is below 2^-82 with the largest possible term at 2^106."""
+    cases = contrast_cases.cases("torch", torch.float32, CPU, (512,))
+    case = next(case for case in cases if "opposed" in case.name)
+    for seed in range(3):
+        x, y, scale = (v.double() for v in case.draw(seed))
+        largest = (scale * torch.einsum("md,kcd->kmc", x, y)).amax() * 1.4427
+        assert largest + 10 - (scale * 1.4427 - 106) < -82, "with a thousand terms of that size"
 
 
 def test_two_processes_at_once_measure_once(fakes):
@@ -160,6 +171,7 @@ def test_first_use_qualifies_once_and_never_while_compiling(fakes, monkeypatch):
 def test_compiled_code_reads_the_verdict_at_every_size(monkeypatch, tmp_path):
     monkeypatch.setenv("DREAMLIP_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(verdicts, "_records", {})
+    monkeypatch.setattr(verdicts, "_plans", {})
     times = [verdicts.Timing(f"N={n}", 8, n * 9 * 3, ms, 1.0, 0.1) for n, ms in ((2, 2.0), (16, 0.5))]
     verdicts.store(CPU, a_record(verdicts=(verdicts.Verdict("group_patches", "cpp", "float32", timings=tuple(times)),)))
     used = []
