@@ -8,7 +8,7 @@
     execution  a launch: parameters, grid      launches   what the shipped launchers launch;
     compile, compile_worker, stand_ins serve it
 
-Section numbers are those of the PTX ISA manual 8.7. What it shows:
+Section numbers are those of the PTX ISA manual, version 9.1. What it shows:
 that the code computes the right thing, in any order of warps, reads nothing before it is
 there, and touches nothing that isn't its own. What it can't show:
 races within a warp, the memory model beyond barriers and proxies, the driver's tensor maps,

@@ -70,6 +70,22 @@ def fma(threads, operands, form, name):
     _put(threads, operands[0], value, form)
 
 
+@executes("add", r"(?P<rn>\.rn)?(?P<ftz>\.ftz)?\.f32x2")
+@executes("sub", r"(?P<rn>\.rn)?(?P<ftz>\.ftz)?\.f32x2")
+@executes("mul", r"(?P<rn>\.rn)?(?P<ftz>\.ftz)?\.f32x2")
+@executes("fma", r"\.rn(?P<ftz>\.ftz)?\.f32x2")
+def float_pairs(threads, operands, form, name):
+    """9.7.3.3 to .6: the same for two float32 in each 64-bit register."""
+    count(operands, 4 if name == "fma" else 3)
+    values = [np.ascontiguousarray(threads.each(operand, "b64")).view(np.float32) for operand in operands[1:]]
+    values = [flushed(v) if form["ftz"] else v for v in values]
+    if name == "fma":
+        value = (values[0].astype(np.float64) * values[1] + values[2]).astype(np.float32)
+    else:
+        value = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name](*values)
+    threads.write(operands[0], (flushed(value) if form["ftz"] else value).view(np.uint64))
+
+
 @executes("neg", r"(?P<ftz>\.ftz)?\.f32")
 @executes("abs", r"(?P<ftz>\.ftz)?\.f32")
 @executes("sqrt", r"(\.approx|\.rn)(?P<ftz>\.ftz)?\.f32")
@@ -144,7 +160,7 @@ def divide(threads, operands, form, name):
 @executes("neg", r"\.s(16|32|64)")
 @executes("abs", r"\.s(16|32|64)")
 def integer_unary(threads, operands, form, name):
-    """9.7.1.11 and .12."""
+    """9.7.1.10 and .11."""
     count(operands, 2)
     a = threads.read(operands[1], form[0][1:])
     threads.write(operands[0], -a if name == "neg" else np.abs(a))
@@ -162,7 +178,7 @@ def logic(threads, operands, form, name):
 
 @executes("not", r"\.(pred|b16|b32|b64)")
 def invert(threads, operands, form, name):
-    """9.7.8.5."""
+    """9.7.8.4."""
     count(operands, 2)
     threads.write(operands[0], ~threads.read(operands[1], form[1]))
 
@@ -170,7 +186,7 @@ def invert(threads, operands, form, name):
 @executes("shl", r"\.(?P<type>b(16|32|64))")
 @executes("shr", r"\.(?P<type>[bsu](16|32|64))")
 def shift(threads, operands, form, name):
-    """9.7.8.7 and .8: amounts beyond the width shift everything out; ``shr.s`` fills with the sign."""
+    """9.7.8.8 and .9: amounts beyond the width shift everything out; ``shr.s`` fills with the sign."""
     count(operands, 3)
     kind, bits = form["type"], int(form["type"][1:])
     a, amount = threads.read(operands[1], kind), threads.read(operands[2], "u32")
@@ -182,7 +198,7 @@ def shift(threads, operands, form, name):
 
 @executes("bfe", r"\.(?P<type>[su](32|64))")
 def extract_field(threads, operands, form, name):
-    """9.7.1.21: ``length`` bits from ``position``, extended with zeros or with the field's last bit."""
+    """9.7.1.19: ``length`` bits from ``position``, extended with zeros or with the field's last bit."""
     count(operands, 4)
     bits = int(form["type"][1:])
     a = threads.read(operands[1], f"u{bits}").astype(np.uint64)
@@ -198,7 +214,7 @@ def extract_field(threads, operands, form, name):
 
 @executes("bfi", r"\.b32")
 def insert_field(threads, operands, form, name):
-    """9.7.1.22: the low ``length`` bits of a into b at ``position``."""
+    """9.7.1.20: the low ``length`` bits of a into b at ``position``."""
     count(operands, 5)
     a, b = (threads.read(operand, "u32").astype(np.uint64) for operand in operands[1:3])
     position, length = (threads.read(operand, "u32").astype(np.uint64) & np.uint64(0xFF) for operand in operands[3:])
@@ -218,7 +234,7 @@ _ORDERED |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.grea
 
 
 def _compare(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Section 9.3: of floating-point numbers "eq" to "ge" are false where one is NaN, "equ" to "geu" true."""
+    """Section 9.3.1: of floating-point numbers "eq" to "ge" are false where one is NaN, "equ" to "geu" true."""
     if a.dtype.kind != "f":
         return _ORDERED[name](a, b)
     unordered = np.isnan(a) | np.isnan(b)

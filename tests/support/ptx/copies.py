@@ -74,7 +74,7 @@ class ThreadCopies:
 
 @executes("cp", r"\.async\.(ca|cg)\.shared(::cta)?\.global(\.L2::\w+)?")
 def copy(threads, operands, form, name):
-    """4, 8 or 16 bytes from global to shared memory; of a source size below that, the rest is zero."""
+    """9.7.9.25.3.1: 4, 8 or 16 bytes from global to shared memory; of a source size below that, the rest is zero."""
     if len(operands) not in (3, 4) or type(operands[2]) is not Immediate:
         raise BadOperand(f"{len(operands)} operands")
     size, wave = operands[2].value, threads.wave
@@ -99,13 +99,13 @@ def copy(threads, operands, form, name):
 
 @executes("cp", r"\.async\.commit_group")
 def commit(threads, operands, form, name):
-    """All copies since the last commit become a group."""
+    """9.7.9.25.3.2: all copies since the last commit become a group."""
     threads.wave.keep(ThreadCopies).committed[threads.lanes] += 1
 
 
 @executes("cp", r"\.async\.wait_group", r"\.async\.wait_all")
 def wait(threads, operands, form, name):
-    """Until at most n groups of the thread are under way; wait_all, until nothing is."""
+    """9.7.9.25.3.3: until at most n groups of the thread are under way; wait_all, until nothing is."""
     state = threads.wave.keep(ThreadCopies)
     if form[0].endswith("wait_all"):
         state.committed[threads.lanes] += 1

@@ -21,7 +21,7 @@ SWIZZLES = (0, 32, 64, 128)  # bytes, by the driver's number
 
 def swizzled(places: np.ndarray, span: int) -> np.ndarray:
     """Where byte ``places`` of shared memory go: 16-byte chunks permuted by the 128-byte row that they are in (section
-    5.5.6, "Swizzling Modes").
+    5.5.7, "Swizzling Modes").
     """
     mask = {0: 0, 32: 1, 64: 3, 128: 7}[span]
     return places ^ ((places >> 7 & mask) << 4)
@@ -144,7 +144,7 @@ def invalidate(threads, operands, form, name):
 @executes("mbarrier", r"\.arrive(?P<expect>\.expect_tx)?(\.release)?(\.cta)?(\.shared(::cta)?)?\.b64")
 @executes("mbarrier", r"(?P<expect>\.expect_tx)(\.relaxed)?(\.cta)?(\.shared(::cta)?)?\.b64")
 def arrive(threads, operands, form, name):
-    """9.7.13.15.11 to .13: bytes are added to what the phase expects, then the thread arrives."""
+    """9.7.13.15.11 and .13: bytes are added to what the phase expects, then the thread arrives."""
     arrives = ".arrive" in form[0]
     operands = operands[1:] if arrives else operands
     number = threads.each(operands[1], "u32") if len(operands) > 1 else np.ones(len(threads.lanes), np.uint32)

@@ -70,7 +70,7 @@ def accumulator_places(registers: int) -> tuple[np.ndarray, np.ndarray]:
 
 @executes("mma", r"\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<type>bf16|f16|tf32)\.(?P=type)\.f32")
 def mma(threads, operands, form, name):
-    """9.7.14.5: d [16, 8] = a [16, k] b [k, 8] + c, float32 sums."""
+    """9.7.14.5.14: d [16, 8] = a [16, k] b [k, 8] + c, float32 sums."""
     count(operands, 4)
     kind, k = form["type"], int(form["k"])
     a = rows_of_a(threads.fragments(operands[1]), kind)

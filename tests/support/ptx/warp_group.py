@@ -29,7 +29,7 @@ from .wave import WARP
 
 @dataclass
 class Descriptor:
-    """A matrix in shared memory, section 9.7.15.5.1.2.2: start, the two byte offsets between blocks of it, and the
+    """A matrix in shared memory, section 9.7.15.5.1.2: start, the two byte offsets between blocks of it, and the
     swizzle's span in bytes.
     """
 
@@ -241,19 +241,19 @@ def product(threads, operands, form, name):
 
 @executes("wgmma", r"\.fence\.sync\.aligned")
 def fence(threads, operands, form, name):
-    """9.7.15.6.1: registers that were accessed before may be a product's from here on."""
+    """9.7.15.7.1: registers that were accessed before may be a product's from here on."""
     threads.wave.keep(Products).fenced[threads.warps()[:, 0] // WARP] = True
 
 
 @executes("wgmma", r"\.commit_group\.sync\.aligned")
 def commit(threads, operands, form, name):
-    """9.7.15.6.2: all products since the last commit become a group."""
+    """9.7.15.7.2: all products since the last commit become a group."""
     threads.wave.keep(Products).committed[threads.warps()[:, 0] // WARP] += 1
 
 
 @executes("wgmma", r"\.wait_group\.sync\.aligned")
 def wait(threads, operands, form, name):
-    """9.7.15.6.3: until at most n groups are under way."""
+    """9.7.15.7.3: until at most n groups are under way."""
     count(operands, 1)
     threads.warps()
     threads.wave.keep(Products).land(threads.lanes, operands[0].value)
