@@ -17,7 +17,8 @@ import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 from dreamlip_kernels.backends.settings import settings
 
-# dtype, settings.float32; bounds of row and col, of dx and dy, and of dscale, relative to the sum of |x * dx|: it is one
+# dtype, settings.float32; bounds of row and col, of dx and dy, and of dscale, relative to the sum of |x * dx|:
+# it is one
 # number, left over where large terms cancel.
 KINDS = {
     "bf16": (torch.bfloat16, "fp16", 3e-6, 2**-6, 2**-8),

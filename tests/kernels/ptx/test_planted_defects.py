@@ -27,13 +27,15 @@ M, C, K, D = 112, 144, 2, 80
 SCALE = 14.3
 
 
-def replaced(pattern, by, which=0, count=1):
-    """A mutation of PTX: ``count`` matches of the pattern from number ``which`` on, of which there must be as many."""
+EVERY, FIRST, LAST = slice(None), slice(0, 1), slice(-1, None)  # of the places where a pattern matches
+
+
+def replaced(pattern, by, places=FIRST):
+    """A mutation of PTX, at these of the places where the pattern matches; there must be one."""
 
     def mutate(text):
-        matches = list(re.finditer(pattern, text))
-        chosen = matches[which : which + count] if which >= 0 else matches[which:]
-        assert chosen, f"no match number {which} of {pattern!r} among {len(matches)}"
+        chosen = list(re.finditer(pattern, text))[places]
+        assert chosen, f"no such match of {pattern!r}"
         for m in reversed(chosen):
             text = text[: m.start()] + m.expand(by) + text[m.end() :]
         return text
@@ -78,55 +80,60 @@ def test_the_untouched_code_is_right(problem):
 WAIT_LOOP = r"(try_wait\.parity\.shared\.b64 complete, \[%r\d+\]), (%r\d+)"
 SWIZZLED = r"4611686293305294848"  # of a matrix descriptor: 128-byte swizzle, and the stride of its blocks
 
-# What is planted: capability, mutation, schedule, and the error by which it is caught, or None for a result out of
-# bounds.
+GLOBAL_STORE = r"(st\.global\.b32 \[ %rd\d+ \+) 0"
+BOX_BYTES = r"(expect_tx.*?), 32768"
+
+# What is planted, by capability: pattern, replacement, places, and the error that it is caught by;
+# or None for a result out
+# of bounds.
 DEFECTS = {
-    "a wait for copies lets two groups more be under way": (
-        80, replaced(r"(cp\.async\.wait_group\s+)\d", r"\g<1>4", count=9), TOGETHER, None),
-    "the last products are not waited for": (
-        90, replaced(r"(wgmma\.wait_group\.sync\.aligned) 0", r"\1 9", -1), TOGETHER, None),
-    "no fence before the first product": (90, replaced(r"wgmma\.fence\.sync\.aligned;", "", count=9), TOGETHER, AsyncHazard),
-    "no fence between stores and products that read them": (
-        90, replaced(r"fence\.proxy\.async\.shared::cta;", "", count=9), TOGETHER, AsyncHazard),
-    "a descriptor of another swizzle": (90, replaced(SWIZZLED, "9223372105574252544"), TOGETHER, None),
-    "a descriptor that begins in the middle of a block": (
-        90, replaced(SWIZZLED, "4611686293305294864"), TOGETHER, Misaligned),
-    "a descriptor with reserved bits": (90, replaced(SWIZZLED, "4611756662049472512"), TOGETHER, BadOperand),
-    "the barrier is told of half the bytes": (90, replaced(r"(expect_tx.*?), 32768", r"\1, 16384", count=9), TOGETHER, PtxError),
-    "the barrier is told of two bytes more": (
-        90, replaced(r"(expect_tx.*?), 32768", r"\1, 32770", count=9), TOGETHER, Deadlock),
-    "the other parity is waited for": (90, replaced(WAIT_LOOP, r"\1, 1"), TOGETHER, PtxError),
-    "one thread arrives that should not": (90, replaced(r"@%p\d+ (mbarrier\.arrive\.expect_tx)", r"\1", count=9), TOGETHER, PtxError),
-    "a box copied to where another belongs": (
-        90, replaced(r"(add\.s32\s+%r\d+, %r\d+), 49152", r"\1, 0"), TOGETHER, None),
-    "a store without its predicate": (80, replaced(r"@%p\d+ (st\.global)", r"\1", count=99), TOGETHER, OutOfBounds),
-    "a load without its predicate": (80, replaced(r"@%p\d+ (ld\.global\.b8)", r"\1", count=99), TOGETHER, OutOfBounds),
-    "a store one row further": (80, replaced(r"(st\.global\.b32 \[ %rd\d+ \+) 0", r"\1 4", count=99), TOGETHER, PtxError),
-    "a store far outside": (90, replaced(r"(st\.global\.b32 \[ %rd\d+ \+) 0", r"\1 1048576"), TOGETHER, OutOfBounds),
-    "a store that is not aligned": (90, replaced(r"(st\.global\.b32 \[ %rd\d+ \+) 0", r"\1 2"), TOGETHER, Misaligned),
-    "the mask of columns is not read": (
-        80, replaced(r"@%p\d+ ld\.global\.b8 \{ (%rs\d+) \}, \[[^]]*\]", r"mov.u16 \1, 1", count=99), TOGETHER, None),
-    "the other columns are dropped": (80, replaced(r"0f7F800000, 0fFF800000", "0f00000000, 0f00000000"), TOGETHER, None),
-    "another function for exp2": (80, replaced(r"ex2\.approx(\.ftz)?\.f32", "neg.f32", count=1), TOGETHER, None),
-    "lanes exchanged with others": (80, replaced(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 1,", r"\1, 4,"), TOGETHER, None),
-    "a matrix loaded one row further": (80, replaced(r"(ldmatrix.*?\[%r\d+\+)16384", r"\g<1>16448"), TOGETHER, None),
-    "a matrix loaded transposed": (80, replaced(r"(ldmatrix\.sync\.aligned\.m8n8\.x4)\.shared", r"\1.trans.shared"), TOGETHER, None),
-    "another offset of a row of the tile": (
-        80, replaced(r"(cp\.async\.cg\.shared\.global \[ %r\d+ \+) 0", r"\1 64"), TOGETHER, None),
-    "a barrier that some threads do not reach": (
-        90, replaced(r"(bar\.sync\s+0;)", r"@%p1 \1", 5), TOGETHER, Deadlock),
-    "a barrier for more threads than there are": (80, replaced(r"bar\.sync\s+0;", "bar.sync 0, 512;"), TOGETHER, Deadlock),
-}  # fmt: skip
+    80: {
+        "a wait for copies lets more groups be under way": (r"(cp\.async\.wait_group\s+)\d", r"\g<1>4", EVERY, None),
+        "another offset of a row of the tile": (
+            r"(cp\.async\.cg\.shared\.global \[ %r\d+ \+) 0",
+            r"\1 64",
+            FIRST,
+            None,
+        ),
+        "a matrix loaded one row further": (r"(ldmatrix.*?\[%r\d+\+)16384", r"\g<1>16448", FIRST, None),
+        "a matrix loaded transposed": (r"(ldmatrix\.sync\.aligned\.m8n8\.x4)\.shared", r"\1.trans.shared", FIRST, None),
+        "a store without its predicate": (r"@%p\d+ (st\.global)", r"\1", EVERY, OutOfBounds),
+        "a load without its predicate": (r"@%p\d+ (ld\.global\.b8)", r"\1", EVERY, OutOfBounds),
+        "stores one row further": (GLOBAL_STORE, r"\1 4", EVERY, OutOfBounds),
+        "the mask is not read": (r"@%p\d+ ld\.global\.b8 \{ (%rs\d+) \}, \[[^]]*\]", r"mov.u16 \1, 1", EVERY, None),
+        "no column is dropped": (r"0f7F800000, 0fFF800000", "0f00000000, 0f00000000", EVERY, None),
+        "another function for exp2": (r"ex2\.approx(\.ftz)?\.f32", "neg.f32", FIRST, None),
+        "lanes exchanged with others": (r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 1,", r"\1, 4,", FIRST, None),
+        "a barrier for more threads than there are": (r"bar\.sync\s+0;", "bar.sync 0, 512;", FIRST, Deadlock),
+    },
+    90: {
+        "the last products are not waited for": (r"(wgmma\.wait_group\.sync\.aligned) 0", r"\1 9", LAST, None),
+        "no fence before products": (r"wgmma\.fence\.sync\.aligned;", "", EVERY, AsyncHazard),
+        "no fence between stores and the products that read them": (r"fence\.proxy\.async\S*;", "", EVERY, AsyncHazard),
+        "a descriptor of another swizzle": (SWIZZLED, "9223372105574252544", FIRST, None),
+        "a descriptor that begins inside a block": (SWIZZLED, "4611686293305294864", FIRST, Misaligned),
+        "a descriptor with reserved bits": (SWIZZLED, "4611756662049472512", FIRST, BadOperand),
+        "a barrier is told of half the bytes": (BOX_BYTES, r"\1, 16384", EVERY, PtxError),
+        "a barrier is told of two bytes more": (BOX_BYTES, r"\1, 32770", EVERY, Deadlock),
+        "the other parity is waited for": (WAIT_LOOP, r"\1, 1", FIRST, PtxError),
+        "all threads arrive where one should": (r"@%p\d+ (mbarrier\.arrive\.expect_tx)", r"\1", EVERY, BadOperand),
+        "a box copied to where another belongs": (r"(add\.s32\s+%r\d+, %r\d+), 49152", r"\1, 0", FIRST, None),
+        "a store far outside": (GLOBAL_STORE, r"\1 1048576", FIRST, OutOfBounds),
+        "a store that is not aligned": (GLOBAL_STORE, r"\1 2", FIRST, Misaligned),
+        "a barrier that some threads do not reach": (r"(bar\.sync\s+0;)", r"@%p1 \1", slice(5, 6), Deadlock),
+    },
+}
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_a_planted_defect_is_caught(problem, defect):
-    capability, mutate, schedule, kind = DEFECTS[defect]
+@pytest.mark.parametrize("capability, defect", [(cc, defect) for cc, defects in DEFECTS.items() for defect in defects])
+def test_a_planted_defect_is_caught(problem, capability, defect):
+    pattern, by, places, kind = DEFECTS[capability][defect]
+    mutate = replaced(pattern, by, places)
     if kind is None:
-        assert error(problem, capability, mutate, schedule) > 100 * BOUND
+        assert error(problem, capability, mutate) > 100 * BOUND
     else:
         with pytest.raises(kind):
-            error(problem, capability, mutate, schedule)
+            error(problem, capability, mutate)
 
 
 @pytest.mark.ptx
@@ -140,7 +147,7 @@ def test_missing_barriers_are_caught(problem, capability):
     for number in range(len(re.findall(pattern, texts[0]))):
         for schedule in (FIRST_AHEAD, LAST_AHEAD):
             try:
-                if error(problem, capability, replaced(pattern, "", number), schedule) > BOUND:
+                if error(problem, capability, replaced(pattern, "", slice(number, number + 1)), schedule) > BOUND:
                     caught.add(number)
             except PtxError:
                 caught.add(number)

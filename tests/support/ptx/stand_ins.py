@@ -21,12 +21,13 @@ class TensorLike:
 
 @dataclass(frozen=True)
 class DescriptorLike:
-    """A host-side tensor descriptor: shape, strides and the block that one copy moves."""
+    """A host-side tensor descriptor: shape, strides and the block that one copy moves; of Gluon's its layout too."""
 
     base: TensorLike
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block_shape: tuple[int, ...]
+    layout: Any = None
 
 
 @dataclass
@@ -46,15 +47,21 @@ def describe(argument: Any) -> Any:
         return TensorLike(argument.dtype, argument.data_ptr() % 16)
     if hasattr(argument, "block_shape"):
         shape, strides = (tuple(int(v) for v in values) for values in (argument.shape, argument.strides))
-        return DescriptorLike(describe(argument.base), shape, strides, tuple(argument.block_shape))
+        layout = getattr(argument, "layout", None)
+        return DescriptorLike(describe(argument.base), shape, strides, tuple(argument.block_shape), layout)
     return argument
 
 
 def restore(argument: Any) -> Any:
     """What Triton's launch code takes in place of the described argument."""
     if isinstance(argument, DescriptorLike):
+        base = torch.empty(0, dtype=argument.base.dtype)  # descriptors ask for an aligned address
+        fields = base, list(argument.shape), list(argument.strides), list(argument.block_shape)
+        if argument.layout is not None:
+            from triton.experimental.gluon.nvidia import hopper
+
+            return hopper.TensorDescriptor(*fields, argument.layout)
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        base = torch.empty(0, dtype=argument.base.dtype)  # TensorDescriptor asks for an aligned address
-        return TensorDescriptor(base, list(argument.shape), list(argument.strides), list(argument.block_shape))
+        return TensorDescriptor(*fields)
     return argument
