@@ -20,7 +20,7 @@ CODE = ("device", "capability", "triton", "sources")
 
 @functools.cache
 def identity(device: torch.device) -> dict[str, str | int]:
-    """Device name, capability and processors, driver, torch, CUDA, Triton, this package, and a hash of the kernel sources."""
+    """Device name, capability and processors, driver, torch, CUDA, Triton, this package, what csrc/ was built for, and a hash of the kernel sources."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         what = {
@@ -37,7 +37,7 @@ def identity(device: torch.device) -> dict[str, str | int]:
             "driver": "",
         }
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda or "", "triton": _triton()}
-    return what | versions | {"package": __version__, "sources": source_hash()}
+    return what | versions | {"package": __version__, "extension": _extension(), "sources": source_hash()}
 
 
 def file_name(device: torch.device) -> str:
@@ -58,6 +58,12 @@ def source_hash() -> str:
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _extension() -> str:
+    """The CUDA part of csrc/: with one, there is a backend more. The CPU part is built at need, and always the same."""
+    info = extension.build_info()
+    return f"CUDA {info['cuda']} for {info['cuda_architectures']}" if info and info["cuda"] else ""
 
 
 def _driver() -> str:
