@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared
-from .distributed.collectives import Group, agreement_sizes, check_agreement, global_mean, rank_and_size
+from .distributed.agreement import agreement_sizes, check_agreement
+from .distributed.collectives import Group, global_mean, rank_and_size
 from .distributed.gathered_logsumexp import gathered_logsumexp
 
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared
+from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import (
     Group,
-    agreement_sizes,
     all_gather_rows,
-    check_agreement,
     global_mean,
     reduce_scatter_logsumexp,
 )

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from .backends import dispatch
 from .checks import as_scale, check_features, check_mask, check_shared
+from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import (
     Group,
-    agreement_sizes,
     all_gather_rows,
     all_reduce_sum,
-    check_agreement,
     rank_and_size,
 )
 from .ops.sigmoid_pairs import sigmoid_pairs
@@ -68,10 +67,12 @@ def multi_positive_sigmoid_loss(
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     bias = as_scale(fn, "logit_bias", logit_bias, image_features)
-    check_agreement(fn, agreement_sizes(text_features, text_mask), image_features.device, group)
     rank, world = rank_and_size(group)
     mask = None if text_mask is None else text_mask.reshape(-1)
     chosen = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
+    sizes = agreement_sizes(text_features, text_mask)
+    agreed = check_agreement(fn, sizes, image_features.device, group, backend=chosen)
+    chosen = agreed if backend == "auto" else chosen
     everyone = all_gather_rows(image_features, group)
     captions = text_features.flatten(0, 1)
     total = sigmoid_pairs(

@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = Optional["dist.ProcessGroup"]
-# The backend that ranks agreed on last, for the calls that a CUDA graph captures.
-_agreed: dict[tuple[str, str, Group], str] = {}
 
 
 def rank_and_size(group: Group = None) -> tuple[int, int]:
@@ -22,49 +20,6 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
-
-
-def agreement_sizes(text_features: Tensor, mask: Tensor | None) -> dict[str, int]:
-    """What all ranks must agree on before their first collective."""
-    n, k, d = text_features.shape
-    return {
-        "N (images a rank)": n,
-        "K (sub-captions)": k,
-        "D (width)": d,
-        "text_mask (1 = given)": int(mask is not None),
-    }
-
-
-def check_agreement(
-    fn: str, sizes: dict[str, int], device: torch.device, group: Group = None, *, backend: str = "torch"
-) -> str:
-    """Raise ValueError on every rank unless all ranks hold the same sizes; return ``backend`` where all ranks chose that one, else "torch".
-
-    Ranks choose by the verdicts on their own machines: one that has none decides for all.
-
-    One all-gather of a few integers, read on the host: collectives on unequal sizes hang or return garbage, and no rank can know
-    from its own tensors. Skipped while a CUDA graph is captured (a graph's shapes are fixed). Where the group connects CPUs too
-    (``init_process_group("cpu:gloo,cuda:nccl")``), the integers go that way and no device is waited for.
-    """
-    rank, world = rank_and_size(group)
-    if world == 1:
-        return backend
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _agreed.get((fn, backend, group), backend)
-    connects_cpus = "cpu:" in dist.get_backend_config(group)
-    numbers = [*sizes.values(), int.from_bytes(backend.encode()[:7], "big")]
-    mine = torch.tensor(numbers, dtype=torch.int64, device="cpu" if connects_cpus else device)
-    everyone = mine.new_empty(world * len(numbers))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    *columns, names = everyone.view(world, -1).T.tolist()
-    for name, column in zip(sizes, columns, strict=True):
-        if len(set(column)) > 1:
-            raise ValueError(
-                f"{fn}: {name} must be the same on every rank, got {column} by rank (this is rank {rank}); "
-                "drop or pad the last partial batch"
-            )
-    agreed = _agreed[fn, backend, group] = backend if len(set(names)) == 1 else "torch"
-    return agreed
 
 
 def all_gather_rows(x: Tensor, group: Group = None) -> Tensor:

@@ -1,7 +1,9 @@
 """Losses over 2, 3 and 4 gloo ranks equal the single-process float64 oracle: values, all gradients, the scale's included."""
 
+import datetime
 import math
 import multiprocessing
+import os
 import socket
 
 import pytest
@@ -12,8 +14,8 @@ from numerics import clip_like
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
+from dreamlip_kernels.distributed import agreement, gathered_logsumexp
 from dreamlip_kernels.distributed import collectives as distributed
-from dreamlip_kernels.distributed import gathered_logsumexp
 
 N, K, P, D = 12, 3, 9, 8  # N divides by 2, 3 and 4
 
@@ -132,7 +134,8 @@ def test_the_triton_backend_over_ranks():
     spawn(triton_worker, 2)
 
 
-def unequal_worker(rank, world, port):
+def unequal_worker(rank, world, port, mode):
+    os.environ["DREAMLIP_CHECK"] = mode
     join(rank, world, port)
     image, text, patches, mask = (t[: 4 - (rank == 1)] for t in global_case())
     with pytest.raises(ValueError, match=r"N \(images a rank\) must be the same on every rank, got \[4, 3, 4\]"):
@@ -166,9 +169,50 @@ def test_what_is_empty_on_every_rank_has_no_gradient():
     spawn(empty_worker, 2)
 
 
-def test_unequal_batches_raise_on_every_rank():
-    """A rank with a smaller last batch: an error everywhere, not a hang."""
-    spawn(unequal_worker, 3)
+@pytest.mark.parametrize("mode", ["shapes", "always"])
+def test_unequal_batches_raise_on_every_rank(mode):
+    """A rank with a smaller batch: an error everywhere, not a hang."""
+    spawn(unequal_worker, 3, mode)
+
+
+def remembering_worker(rank, world, port):
+    """Shapes are compared when they are new, each step of known ones issues its own collectives alone; a rank with new ones alone says so."""
+    join(rank, world, port)
+    compared = []
+    for name in ("_by_store", "_by_collective"):
+        real = getattr(agreement, name)
+        setattr(agreement, name, lambda *args, n=name, real=real: compared.append(n) or real(*args))
+    image, text, patches, _ = global_case()
+
+    def step(n):
+        dk.multi_positive_contrastive_loss(image[:n], text[:n], 3.0)
+        dk.subcaption_grouping_loss(patches[:n], text[:n], 3.0)
+
+    for n, expected in ((6, 2), (6, 2), (4, 4), (6, 4), (4, 4)):
+        step(n)
+        assert compared == ["_by_store"] * expected
+    os.environ["DREAMLIP_CHECK"] = "always"
+    step(6)
+    assert compared[4:] == ["_by_collective"] * 2
+    os.environ["DREAMLIP_CHECK"] = "never"
+    step(5)
+    assert len(compared) == 6
+    os.environ["DREAMLIP_CHECK"] = "sometimes"
+    with pytest.raises(ValueError, match="DREAMLIP_CHECK must be one of"):
+        step(6)
+    os.environ["DREAMLIP_CHECK"] = "shapes"
+    agreement.LONGEST_WAIT = datetime.timedelta(seconds=1)
+    if rank == 1:
+        with pytest.raises(
+            RuntimeError, match=r"rank 1 met new shapes, .*'N \(images a rank\)': 3.* and ranks \[0\] did not"
+        ):
+            step(3)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_known_shapes_are_not_compared_again():
+    spawn(remembering_worker, 2)
 
 
 def subgroup_worker(rank, world, port):
@@ -222,7 +266,6 @@ def counting_worker(rank, world, port):
         )
         torch.autograd.grad(loss, (images, texts, scale))
         assert calls == [
-            ("all_gather_into_tensor", 5 * world, "int64"),  # do all ranks hold the same shapes, and which backend do they choose?
             ("all_gather_into_tensor", N * D, dtype),  # images
             ("all_to_all_single", K * N, "float32"),  # each rank's part of the rows' log-sum-exp, to the rows' owner
             *([("all_reduce", 1, "int64")] if masked else []),  # how many captions there are

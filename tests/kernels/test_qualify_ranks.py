@@ -24,16 +24,17 @@ def worker(rank, world, port, folder):
         return original(x, y, scale, y_mask, "torch", group)
 
     contrastive.gathered_logsumexp = noting
-    op, x = "bidirectional_logsumexp", torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    op, x = "bidirectional_logsumexp", torch.nn.functional.normalize(torch.randn(7, 8), dim=-1)
     both = {"fused": lambda case: None, "torch": lambda case: None}
-    for mine, requested in (
+    cases = (
         (both, "auto"),
         (both if rank == 0 else {"torch": both["torch"]}, "auto"),
         (both, "auto" if rank == 0 else "torch"),
         (both, "fused" if rank == 0 else "torch"),
-    ):
+    )
+    for n, (mine, requested) in enumerate(cases, start=4):  # ranks compare at each new shape
         dispatch._BACKENDS[op] = mine
-        dk.multi_positive_contrastive_loss(x, x[:, None], 10.0, backend=requested)
+        dk.multi_positive_contrastive_loss(x[:n], x[:n, None], 10.0, backend=requested)
     (folder / f"{rank}.json").write_text(json.dumps(used))
     dist.destroy_process_group()
 

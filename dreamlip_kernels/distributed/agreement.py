@@ -1,0 +1,113 @@
+"""Whether all ranks hold the same shapes, and which backend they take: asked before their first collective, for no rank can know it alone.
+
+Collectives on unequal sizes hang or return garbage. DREAMLIP_CHECK says how often ranks compare:
+
+    shapes   (the default) at each shape that a rank has not met before, through the process group's store: no device waits, and a step of
+             known shapes compares nothing
+    always   at each call, by a collective whose result is read on the host
+    never
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from .collectives import Group, rank_and_size
+
+MODES = ("always", "shapes", "never")
+LONGEST_WAIT = datetime.timedelta(minutes=10)  # for a rank that compiles, or loads, while the others already compare
+
+
+@dataclass
+class _Known:
+    """What a rank remembers of one process group."""
+
+    calls: int = 0
+    agreed: dict[str, str] = field(default_factory=dict)  # what was asked, as text -> the backend that all take
+
+
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Known] = weakref.WeakKeyDictionary()
+
+
+def agreement_sizes(text_features: Tensor, mask: Tensor | None) -> dict[str, int]:
+    """What all ranks must agree on before their first collective."""
+    n, k, d = text_features.shape
+    return {
+        "N (images a rank)": n,
+        "K (sub-captions)": k,
+        "D (width)": d,
+        "text_mask (1 = given)": int(mask is not None),
+    }
+
+
+def check_agreement(
+    fn: str, sizes: dict[str, int], device: torch.device, group: Group = None, *, backend: str = "torch"
+) -> str:
+    """Raise ValueError on every rank unless all ranks hold the same sizes; return ``backend`` where all ranks chose that one, else "torch".
+
+    Ranks choose by the verdicts on their own machines: one that has none decides for all. How often ranks compare is said above; in torch.compile and
+    while a CUDA graph is captured they don't.
+    """
+    if torch.compiler.is_compiling() or rank_and_size(group)[1] == 1:
+        return backend
+    mode = os.environ.get("DREAMLIP_CHECK", "shapes")
+    if mode not in MODES:
+        raise ValueError(f"DREAMLIP_CHECK must be one of {MODES}, got {mode!r}")
+    known = _known.setdefault(group or dist.group.WORLD, _Known())
+    known.calls += 1
+    asked = json.dumps([fn, sizes, backend])
+    if mode == "never" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return known.agreed.get(asked, backend)
+    if mode == "always":
+        known.agreed[asked] = _compared(fn, sizes, _by_collective(sizes, backend, device, group), group, backend)
+    elif asked not in known.agreed:
+        known.agreed[asked] = _compared(fn, sizes, _by_store(fn, sizes, backend, known.calls, group), group, backend)
+    return known.agreed[asked]
+
+
+def _compared(fn: str, sizes: dict[str, int], by_rank: list[list], group: Group, backend: str) -> str:
+    """The backend for all, of sizes and backend of each rank; ValueError where sizes differ."""
+    *columns, backends = zip(*by_rank, strict=True)
+    for name, column in zip(sizes, columns, strict=True):
+        if len(set(column)) > 1:
+            raise ValueError(
+                f"{fn}: {name} must be the same on every rank, got {list(column)} by rank (this is rank {rank_and_size(group)[0]}); "
+                "drop or pad the last partial batch"
+            )
+    return backend if len(set(backends)) == 1 else "torch"
+
+
+def _by_collective(sizes: dict[str, int], backend: str, device: torch.device, group: Group) -> list[list]:
+    """Sizes and backend of every rank, as integers. Where the group connects CPUs too they go that way, and no device is waited for."""
+    numbers = [*sizes.values(), int.from_bytes(backend.encode()[:7], "big")]
+    on_cpu = "cpu:" in dist.get_backend_config(group)
+    mine = torch.tensor(numbers, dtype=torch.int64, device="cpu" if on_cpu else device)
+    everyone = mine.new_empty(rank_and_size(group)[1] * len(numbers))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return everyone.view(-1, len(numbers)).tolist()
+
+
+def _by_store(fn: str, sizes: dict[str, int], backend: str, call: int, group: Group) -> list[list]:
+    """Sizes and backend of every rank, each of which meets new ones at this call; RuntimeError where one does not."""
+    rank, world = rank_and_size(group)
+    store, name = _get_default_store(), (group or dist.group.WORLD).group_name
+    keys = [f"dreamlip_kernels/agreement/{name}/{call}/{r}" for r in range(world)]
+    store.set(keys[rank], json.dumps([*sizes.values(), backend]))
+    try:
+        store.wait(keys, LONGEST_WAIT)
+    except RuntimeError as error:  # DistStoreError, of the store's timeout
+        missing = [r for r, key in enumerate(keys) if not store.check([key])]
+        raise RuntimeError(
+            f"{fn}: rank {rank} met new shapes, {sizes}, at call {call} of the losses, and ranks {missing} did not within "
+            f"{LONGEST_WAIT.total_seconds():.0f} s: they hold other shapes, or stopped. Drop or pad the last partial batch"
+        ) from error
+    return [json.loads(store.get(key)) for key in keys]
