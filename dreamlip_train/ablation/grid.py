@@ -58,7 +58,7 @@ VARIANTS = (
     Variant("k8", "K", "K = 8, no grouping loss", _contrastive_only(_ALL, 8)),
     Variant("two-sources", "sources", "captions of two MLLMs", {"data.caption_sources": (*_ALL, *_OTHERS[:2])}),
     Variant("three-sources", "sources", "captions of three MLLMs", {"data.caption_sources": (*_ALL, *_OTHERS)}),
-    Variant("sigma-1-over-P", "threshold", "sigma = 1/P (the paper's)", {"loss.threshold": 1 / 64}),
+    Variant("sigma-1-over-P", "threshold", "sigma = 1/P", {"loss.threshold": 1 / 64}),
     Variant("sigma-0.75", "threshold", "sigma = 0.75", {"loss.threshold": 0.75}),
     Variant("weight-1", "grouping", "grouping loss at weight 1", {"loss.grouping_weight": 1.0}),
     Variant(

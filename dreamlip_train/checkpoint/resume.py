@@ -28,19 +28,30 @@ from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
 
-# Other values of these need other tensors in the checkpoint.
-_FIXED = (
-    "model.name", "model.config", "model.context_length", "model.patch_projection", "model.local_logit_scale", "model.init_logit_bias",
-    "deepspeed.zero_stage", "train.precision", "train.global_batch_size",
-)  # fmt: skip
+# Other values of these need other tensors in the checkpoint, or are another recipe altogether.
+_FIXED = {
+    "model": ("name", "config", "context_length", "patch_projection", "local_logit_scale", "init_logit_bias"),
+    "train": ("global_batch_size", "precision"),
+    "deepspeed": ("zero_stage",),
+}
 # These say where, how fast and how often, not what is trained. data.shards is compared by what it amounts to.
-_FREE = (
-    "data.shards", "data.val_shards", "data.num_workers", "data.allow_pipe", "data.max_bad_fraction", "data.stall_seconds", "data.eval_source",
-    "model.pretrained", "loss.backend", "train.qualify", "train.epochs", "train.steps", "train.grad_checkpointing",
-    "data.pin_memory", "optim.fused", "train.compile", "train.channels_last", "train.prefetch", "train.pack_captions", "train.chunk_size",
-    "logging.every_steps", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_last", "train.max_nonfinite_steps",
-    "logging.wandb_project", "deepspeed.config", "eval.every_steps", "eval.batch_size", "eval.max_samples", "eval.threshold",
-)  # fmt: skip
+_FREE = {
+    "data": (
+        *("shards", "val_shards", "num_workers", "pin_memory", "allow_pipe"),
+        *("max_bad_fraction", "stall_seconds", "eval_source"),
+    ),
+    "model": ("pretrained",),
+    "loss": ("backend", "contrastive_backend", "grouping_backend"),
+    "optim": ("fused",),
+    "train": (
+        *("epochs", "steps", "qualify", "chunk_size", "grad_checkpointing", "pack_captions"),
+        *("compile", "channels_last", "prefetch", "max_nonfinite_steps"),
+    ),
+    "checkpoint": ("every_steps", "every_minutes", "keep_last"),
+    "logging": ("every_steps", "wandb_project"),
+    "deepspeed": ("config",),
+    "eval": ("every_steps", "batch_size", "max_samples", "threshold"),
+}
 
 
 def starting_point(run_dir: Path, resume: str) -> Path | None:
@@ -161,9 +172,10 @@ def check_fits(checkpoint: Path, config: Config, data: str, accept_changes: bool
     changed = differences(read_config(checkpoint / "config.toml"), config)
     for name, (old, new) in changed.items():
         said = f"{name}: {checkpoint} was written with {old!r}, this run has {new!r}"
-        if name in _FIXED:
+        section, field = name.split(".")
+        if field in _FIXED.get(section, ()):
             raise UserError(f"{said}; use its value, or another --run-dir")
-        if name not in _FREE and not accept_changes:
+        if field not in _FREE.get(section, ()) and not accept_changes:
             raise UserError(
                 f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on differently"
             )

@@ -32,7 +32,7 @@ def demo() -> Config:
     # Measured on the scenes: two layers learn faster than four, a fixed sine-cosine position embedding much faster than a learned one (which starts too weak
     # to say where a colour is); the mean of the patches as the image's embedding ties every patch to the captions. The grouping loss sharpens that at a small
     # weight; at 0.2 and more it falls to nearly 0 by itself, on any patches that tell the captions apart, and the selected ones are no longer the right ones;
-    # trained with the paper's threshold, 1 / patches, the right patches weigh most (ablation in benchmarks/RESULTS.md); looked at with a sharper one, since
+    # trained with a threshold of 1 / patches, the right patches weigh most (ablation in benchmarks/RESULTS.md); looked at with a sharper one, since
     # 1 / P keeps nearly all of them. Vague raw and short captions, drawn as often as sentences, hide the objects behind the background. One MLLM's captions, as
     # in the paper's main tables: the shortest wording, half the text to read.
     vision = {
@@ -153,7 +153,7 @@ def _large(model: str, *, global_batch_size: int, weight_decay: float) -> Config
         model=ModelConfig(name=model, context_length=77, init_temperature=0.07),  # paper
         loss=LossConfig(
             threshold=None
-        ),  # paper, section 3.3: sigma = 1 / number of patches; loss weights unpublished, so 1 and 1
+        ),  # ours: sigma = 1 / number of patches; the paper gives neither sigma nor the loss weights, so 1 and 1
         optim=OptimConfig(
             lr=5e-4,
             beta1=0.9,

@@ -105,7 +105,11 @@ class LossConfig:
     direction: Literal["both", "t2v"] = "both"
     """Both directions of the grouping contrast, or the paper's single one."""
     backend: str = "auto"
-    """Kernel backend: "auto", or one that `dreamlip-train doctor` lists."""
+    """Kernel backend of every op that has one of this name: "auto", or one that `dreamlip-train doctor` lists."""
+    contrastive_backend: str | None = None
+    """Kernel backend of the contrast; None takes `backend`."""
+    grouping_backend: str | None = None
+    """Kernel backend of the pooling of patches; None takes `backend`."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import typing
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Literal
 from dreamlip_train.config.renamed import refuse_renamed_keys
 from dreamlip_train.config.schema import Config
 from dreamlip_train.jobs.user_error import UserError
+
+_NONE = "None"  # TOML has no word for it
 
 
 def read_config(path: str | Path, base: Config | None = None) -> Config:
@@ -54,6 +57,8 @@ def override(config: Any, settings: dict[str, Any], section: str = "") -> Any:
 def _checked(value: Any, expected: Any, name: str) -> Any:
     """``value`` as TOML gives it in the type of its field: lists become tuples, whole numbers floats."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if value == _NONE and type(None) in arguments:
+        return None
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{name}: got {value!r}; choose from {', '.join(map(repr, arguments))}")
@@ -64,7 +69,9 @@ def _checked(value: Any, expected: Any, name: str) -> Any:
             raise UserError(f"{name}: got {value!r}; give {len(inner)} values")
         return tuple(_checked(item, kind, name) for item, kind in zip(value, inner, strict=True))
     if origin is dict and isinstance(value, dict):
-        return {key: item if arguments[1] is Any else _checked(item, arguments[1], name) for key, item in value.items()}
+        if arguments[1] is Any:
+            return _with_none(value)
+        return {key: _checked(item, arguments[1], name) for key, item in value.items()}
     kinds = (
         [kind for kind in (arguments or (expected,)) if kind is not type(None)] if origin not in (tuple, dict) else []
     )
@@ -76,29 +83,50 @@ def _checked(value: Any, expected: Any, name: str) -> Any:
     raise UserError(f"{name}: got {value!r}; it must be {wanted}")
 
 
+def _with_none(value: Any) -> Any:
+    """A value of a free-form table, None where that was written."""
+    if isinstance(value, dict):
+        return {key: _with_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_none(item) for item in value]
+    return None if value == _NONE else value
+
+
 def format_config(config: Config) -> str:
-    """``config`` as TOML, every field of every section; a field that is None is left out."""
+    """``config`` as TOML, every field of every section, from which ``read_config`` gives the same config again; None is written as "None".
+
+    Raises:
+        UserError: a text can't be written (the field is named).
+    """
     lines = []
     for section, fields in config.to_dict().items():
         lines += [
             f"[{section}]",
-            *(f"{key} = {_toml(value)}" for key, value in fields.items() if value is not None),
+            *(f"{key} = {_toml(value, f'{section}.{key}')}" for key, value in fields.items()),
             "",
         ]
     return "\n".join(lines)
 
 
-def _toml(value: Any) -> str:
+def _toml(value: Any, name: str) -> str:
+    if value is None:
+        return f'"{_NONE}"'
     if isinstance(value, dict):
-        return (
-            "{"
-            + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items() if item is not None)
-            + "}"
-        )
+        items = (f"{_toml(str(key), name)} = {_toml(item, name)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON's strings, numbers and booleans are TOML's.
-    return json.dumps(value, ensure_ascii=False)
+        return "[" + ", ".join(_toml(item, name) for item in value) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf and nan are TOML's words too
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{name}: {value!r} is not UTF-8, which a TOML file must be; rename what it names"
+            ) from error
+    # JSON's strings, numbers and booleans are TOML's, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -13,20 +13,39 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 import dreamlip_kernels
 import dreamlip_kernels.backends.dispatch as dispatch
-from dreamlip_train.config.schema import Config
+from dreamlip_train.config.schema import Config, LossConfig
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 _LONGEST_WAIT = datetime.timedelta(hours=1)
 
 
-def check_backend(requested: str, device: torch.device) -> None:
-    """Refuse a loss.backend that does not exist or cannot run on ``device``.
+def check_backends(loss: LossConfig, device: torch.device) -> None:
+    """Refuse a backend in the loss section that does not exist or cannot run on ``device``.
 
     Raises:
-        ValueError: no op knows it.  RuntimeError: it cannot run here.
+        UserError: the field is named.
     """
     for op in dispatch.ops():
-        dispatch.select(op, torch.empty(0, device=device), dispatch.requested("loss.backend", op, None, requested))
+        field = _field_of(op, loss)
+        try:
+            dispatch.select(op, torch.empty(0, device=device), requested_backend(loss, op))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(str(error) if str(error).startswith("loss.") else f"{field}: {error}") from error
+
+
+def requested_backend(loss: LossConfig, op: str) -> str:
+    """What the settings ask of ``op``: its own field, else loss.backend where the op has that, else "auto"."""
+    return dispatch.requested(_field_of(op, loss), op, _own(loss, op), loss.backend)
+
+
+def _own(loss: LossConfig, op: str) -> str | None:
+    return {"bidirectional_logsumexp": loss.contrastive_backend, "group_patches": loss.grouping_backend}.get(op)
+
+
+def _field_of(op: str, loss: LossConfig) -> str:
+    names = {"bidirectional_logsumexp": "loss.contrastive_backend", "group_patches": "loss.grouping_backend"}
+    return "loss.backend" if _own(loss, op) is None else names[op]
 
 
 def qualify_device(when: str, device: torch.device) -> str:
@@ -73,7 +92,7 @@ def choose_backends(config: Config, model: DreamLIP, device: torch.device, image
     """
     chosen, reasons, changes = {}, [], []
     for op, (probe, sizes) in _calls(config, model, device, images).items():
-        requested = dispatch.requested("loss.backend", op, None, config.loss.backend)
+        requested = requested_backend(config.loss, op)
         chosen[op] = dispatch.select(op, probe, requested, **sizes)
         reasons.append(f"{op}={chosen[op]} ({dispatch.why(op, probe, requested, **sizes)})")
         old = kept.get(op, chosen[op])

@@ -33,7 +33,7 @@ from dreamlip_train.training.deepspeed_config import check_deepspeed_config
 from dreamlip_train.training.distributed import init_distributed
 from dreamlip_train.training.engine import build_engine, evaluation_model
 from dreamlip_train.training.loop import Loop
-from dreamlip_train.training.loss_backends import check_backend, choose_backends, qualify_device, release_backends
+from dreamlip_train.training.loss_backends import check_backends, choose_backends, qualify_device, release_backends
 from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.summary import final_report
 
@@ -62,7 +62,7 @@ def train(
     with StopRequest() as stop:
         device = init_distributed()
         images_per_rank(config, dist.get_world_size())  # refuses a world that can't share the batch
-        check_backend(config.loss.backend, device)
+        check_backends(config.loss, device)
         qualified = qualify_device(config.train.qualify, device)
         with contextlib.ExitStack() as stack:
             lock = FolderLock(Path(run_dir), "run.lock", "--run-dir")

@@ -89,4 +89,6 @@ def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
         contrast=loss.contrast,
         direction=loss.direction,
         backend=loss.backend,
+        contrastive_backend=loss.contrastive_backend,
+        grouping_backend=loss.grouping_backend,
     )

@@ -1,9 +1,13 @@
 """Every recipe is a whole, possible config."""
 
+import dataclasses
+import math
+import typing
+
 import pytest
 
 from dreamlip_train.config.recipes import RECIPES
-from dreamlip_train.config.toml import differences, format_config, override
+from dreamlip_train.config.toml import differences, format_config, override, read_config
 from dreamlip_train.config.validation import validate
 from dreamlip_train.model.build import build_model
 
@@ -16,6 +20,39 @@ def test_recipes_are_valid_and_survive_their_file(name, tmp_path):
     validate(config)
     assert override(type(config)(), tomllib.loads(format_config(config))).to_dict() == config.to_dict()
     assert RECIPES[name].__doc__
+
+
+def changed(value, kind):
+    """Another value of a field's type, None where it takes one and is not None."""
+    arguments = typing.get_args(kind)
+    if type(None) in arguments:
+        return None if value is not None else changed_from(next(k for k in arguments if k is not type(None)), value)
+    return changed_from(kind, value)
+
+
+def changed_from(kind, value):
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return next(choice for choice in reversed(arguments) if choice != value)
+    if origin is tuple:
+        return ("a", "b") if arguments[0] is str else (0.25, 0.5)
+    if origin is dict:
+        return {"a b": 0.5} if arguments[1] is float else {"x": {"y": [1, None, "é\x7f\n", 2.5]}, "z": None}
+    return {bool: not value, int: 7, float: math.inf, str: 'a "b" \\ é 日本 # ['}[kind]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_file_of_a_run_repeats_it_whatever_was_changed(name, tmp_path):
+    """None could not be written: a run of --loss.threshold None was repeated with the recipe's."""
+    config = RECIPES[name]()
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        kinds = typing.get_type_hints(type(part))
+        for field in dataclasses.fields(part):
+            setattr(part, field.name, changed(getattr(part, field.name), kinds[field.name]))
+    (tmp_path / "config.toml").write_text(format_config(config), encoding="utf-8")
+    assert read_config(tmp_path / "config.toml", RECIPES[name]()) == config
+    assert len(differences(RECIPES[name](), config)) == sum(len(vars(part)) for part in vars(config).values())
 
 
 def test_the_papers_settings_hold_in_every_large_recipe():

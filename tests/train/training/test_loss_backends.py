@@ -14,8 +14,16 @@ from tiny import tiny_config, tiny_engine
 
 import dreamlip_kernels
 from dreamlip_kernels.backends import dispatch
+from dreamlip_train.config.schema import LossConfig
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
-from dreamlip_train.training.loss_backends import check_backend, choose_backends, qualify_device, release_backends
+from dreamlip_train.training.loss_backends import (
+    check_backends,
+    choose_backends,
+    qualify_device,
+    release_backends,
+    requested_backend,
+)
 
 CPU = torch.device("cpu")
 
@@ -63,12 +71,18 @@ def test_a_resumed_run_keeps_its_backends_or_says_why_not(case):
 
 
 def test_a_backend_asked_for_by_name_is_refused_before_anything_is_built():
-    check_backend("torch", CPU)
-    check_backend("cpp", CPU)
-    with pytest.raises(RuntimeError, match="backend='cuda' cannot run"):
-        check_backend("cuda", CPU)
-    with pytest.raises(ValueError, match="unknown backend='fast'"):
-        check_backend("fast", CPU)
+    for loss in (LossConfig(backend="torch"), LossConfig(backend="cpp"), LossConfig(grouping_backend="cpp")):
+        check_backends(loss, CPU)
+    assert requested_backend(LossConfig(backend="torch", grouping_backend="cpp"), "group_patches") == "cpp"
+    assert requested_backend(LossConfig(backend="torch", grouping_backend="cpp"), "bidirectional_logsumexp") == "torch"
+    for loss, message in (
+        (LossConfig(backend="cuda"), "loss.backend: .*backend='cuda' cannot run"),
+        (LossConfig(backend="fast"), "loss.backend: unknown backend='fast'"),
+        (LossConfig(contrastive_backend="cpp"), "loss.contrastive_backend: .*has no backend 'cpp'"),
+        (LossConfig(grouping_backend="cuda"), "loss.grouping_backend: .*backend='cuda' cannot run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_backends(loss, CPU)
 
 
 def worker(rank, port, results):
