@@ -68,9 +68,6 @@ class _GatheredLogsumexp(torch.autograd.Function):
             row_part, d_row_part = (
                 v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row)
             )
-            # The positives of this stretch: its own rows, which begin at rank * stretch, and the columns from start to stop.
-            d_pos_part = torch.zeros_like(d_pos)
-            d_pos_part[:, start:stop] = d_pos[:, start:stop]
             dx_part, dy_part, dscale_part = logsumexp_backward_op(
                 part,
                 y,
@@ -83,8 +80,11 @@ class _GatheredLogsumexp(torch.autograd.Function):
                 None,
                 d_row_part,
                 d_col,
-                d_pos_part,
+                d_pos,
+                # The positives of this stretch: its own rows begin at rank * stretch, its columns are start to stop.
                 rank * stretch - start,
+                start,
+                stop,
                 True,
                 True,
                 ctx.float32,

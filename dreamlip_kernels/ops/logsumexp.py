@@ -97,7 +97,7 @@ def logsumexp_op(
     are added in float32 before anything is rounded, and no second dy [K, C, D] waits for its sum with the first.
 
     Args:
-        keep: forward may keep [K, M, C] of the pairs for backward, else [0, 0, 0] (a backend may always return that).
+        keep: forward may keep [K, M, C] of the pairs for backward, else [0, 0, 0] (what every backend but "torch" returns).
         float32: how 16-bit kernels multiply float32 features, "fp16", or "torch" as its own setting says.
     """
     rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
@@ -113,7 +113,7 @@ def _(x, y, scale, x_mask, y_mask, paired, keep, float32, backend):
         x.new_empty(k, m, dtype=dtype),
         x.new_empty(k, c, dtype=dtype),
         x.new_empty((k, c) if paired else (0, 0), dtype=dtype),
-        x.new_empty((k, m, c) if keep else (0, 0, 0), dtype=dtype),
+        x.new_empty((k, m, c) if keep and backend == "torch" else (0, 0, 0), dtype=dtype),
     )
 
 
@@ -132,6 +132,8 @@ def logsumexp_backward_op(
     d_col: Tensor,
     d_pos: Tensor | None,
     diagonal: int,
+    first_pair: int,
+    stop_pair: int,
     needs_x: bool,
     needs_y: bool,
     float32: str,
@@ -144,7 +146,7 @@ def logsumexp_backward_op(
     they were summed in, for a caller that sums on.
     """
     rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
-    upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, kept)
+    upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, first_pair, stop_pair, kept)
     dtype = accumulate_dtype(x) if wide else x.dtype
     with torch.autocast(x.device.type, enabled=False):
         return _BACKWARD[backend](rectangle, upstream, needs_x, needs_y, dtype)
@@ -165,6 +167,8 @@ def _(
     d_col,
     d_pos,
     diagonal,
+    first_pair,
+    stop_pair,
     needs_x,
     needs_y,
     float32,
@@ -206,6 +210,8 @@ def _backward(ctx, d_row, d_col, d_pos, _):
         d_col,
         d_pos if ctx.paired else None,
         0,
+        0,
+        y.shape[1],
         needs_x,
         needs_y,
         ctx.float32,
@@ -226,10 +232,10 @@ def _forward_triton(rectangle, paired, keep):
 
 
 def _backward_triton(rectangle, *arguments):
-    from . import logsumexp_triton
+    from . import logsumexp_gradient_triton
 
     with torch.cuda.device_of(rectangle.x):
-        return logsumexp_triton.backward(rectangle, *arguments)
+        return logsumexp_gradient_triton.backward(rectangle, *arguments)
 
 
 _FORWARD = {"torch": logsumexp_torch.forward, "triton": _forward_triton, "cuda": logsumexp_cuda.forward}

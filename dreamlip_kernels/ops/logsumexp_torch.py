@@ -134,6 +134,8 @@ class _Gradient:
 
     def __init__(self, operands: _Operands, upstream: Upstream):
         self.operands, self.diagonal = operands, upstream.diagonal
+        m, c, _, _ = operands.rectangle.sizes
+        self.own_rows, self.own_cols = paired_slices(m, c, upstream)
         # A row or column without a logit has no gradient: exp(z - inf) is 0, and its upstream may be anything.
         empty_row, empty_col = torch.isneginf(upstream.row), torch.isneginf(upstream.col)
         self.a, self.row = upstream.d_row.masked_fill(empty_row, 0), upstream.row.masked_fill(empty_row, torch.inf)
@@ -152,17 +154,11 @@ class _Gradient:
             self.own = None if self.d_pos is None else torch.zeros_like(self.d_pos)
 
     def _of_kept_pairs(self, d_pos: Tensor) -> Tensor:
-        """d_pos [K, C], 0 where a mask drops a pair's row or column."""
+        """d_pos [K, C], 0 where there is no pair or a mask drops its row or column."""
         x_dropped, y_dropped = self.operands.x_dropped, self.operands.y_dropped
-        if y_dropped is not None:
-            d_pos = d_pos.masked_fill(y_dropped, 0)
-        if x_dropped is not None:
-            m, c, _, _ = self.operands.rectangle.sizes
-            rows, cols = paired_slices(m, c, self.diagonal)
-            dropped = x_dropped.new_zeros(c)
-            dropped[cols] = x_dropped[rows]
-            d_pos = d_pos.masked_fill(dropped, 0)
-        return d_pos
+        without = torch.ones(d_pos.shape[1], dtype=torch.bool, device=d_pos.device)
+        without[self.own_cols] = False if x_dropped is None else x_dropped[self.own_rows]
+        return d_pos.masked_fill(without if y_dropped is None else without | y_dropped, 0)
 
     def tile(self, y: Tensor, k: int, rows: slice, cols: slice) -> Tensor:
         """g of one tile of slot k, of which ``y`` is what ``slot`` read."""
@@ -177,15 +173,16 @@ class _Gradient:
         return g if self.unit is None else (g / self.unit).to(self.operands.x.dtype)
 
     def _add_positives(self, g: Tensor, k: int, rows: slice, cols: slice) -> None:
-        """The tile's pairs (diagonal + j, j) take d_pos; those of 16-bit products leave g for ``own``."""
-        offset = rows.start - cols.start - self.diagonal
-        if not -g.shape[0] < offset < g.shape[1]:
+        """The tile's pairs that are positives take d_pos; those of 16-bit products leave g for ``own``."""
+        first = max(cols.start, rows.start - self.diagonal, self.own_cols.start)
+        stop = min(cols.stop, rows.stop - self.diagonal, self.own_cols.stop)
+        if first >= stop:
             return
-        own = torch.diagonal(g, offset=offset)
-        first = cols.start + max(0, offset)
-        own += self.d_pos[k, first : first + len(own)]
+        corner = g[first + self.diagonal - rows.start :, first - cols.start :]
+        own = torch.diagonal(corner)[: stop - first]
+        own += self.d_pos[k, first:stop]
         if self.own is not None:
-            self.own[k, first : first + len(own)] = own
+            self.own[k, first:stop] = own
             own.zero_()
 
 
@@ -196,7 +193,7 @@ def backward(
     operands = _Operands(rectangle)
     gradient = _Gradient(operands, upstream)
     (m, c, slots, d), wide = rectangle.sizes, operands.scale.dtype
-    own_rows, own_cols = paired_slices(m, c, upstream.diagonal)
+    own_rows, own_cols = gradient.own_rows, gradient.own_cols
     through_x = needs_x or not needs_y  # one of the two products gives dscale
     dx = operands.scale.new_zeros((m, d) if through_x else 0)
     dy = torch.empty_like(rectangle.y, dtype=dtype) if needs_y else rectangle.y.new_empty(0, dtype=dtype)

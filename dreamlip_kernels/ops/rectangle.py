@@ -39,8 +39,8 @@ class Rectangle:
 class Upstream:
     """Forward's results with their upstream gradients: row and d_row [K, M], col and d_col [K, C].
 
-    With d_pos [K, C] the pairs (diagonal + j, j), as far as there are such rows, are positives with that upstream, and
-    pos [K, C] holds their logits. ``kept`` is what forward kept of the pairs, or None.
+    With d_pos [K, C] the pairs (diagonal + j, j) of the columns first_pair <= j < stop_pair, as far as there are such rows,
+    are positives with that upstream, and pos [K, C] holds their logits. ``kept`` is what forward kept of the pairs, or None.
     """
 
     row: Tensor
@@ -50,11 +50,14 @@ class Upstream:
     pos: Tensor | None = None
     d_pos: Tensor | None = None
     diagonal: int = 0
+    first_pair: int = 0
+    stop_pair: int = 2**30
     kept: Tensor | None = None
 
 
-def paired_slices(m: int, c: int, diagonal: int) -> tuple[slice, slice]:
-    """The rows and the columns of the pairs (diagonal + j, j) that an m x c rectangle has."""
-    first, stop = min(c, max(0, -diagonal)), max(0, min(c, m - diagonal))
-    stop = max(first, stop)
+def paired_slices(m: int, c: int, upstream: Upstream) -> tuple[slice, slice]:
+    """The rows and the columns of an m x c rectangle's pairs that are positives."""
+    diagonal = upstream.diagonal
+    first = min(c, max(0, -diagonal, upstream.first_pair))
+    stop = max(first, min(c, m - diagonal, upstream.stop_pair))
     return slice(first + diagonal, stop + diagonal), slice(first, stop)

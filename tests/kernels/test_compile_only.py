@@ -21,47 +21,52 @@ SCRIPT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels.ops import logsumexp_kernels as module
+    from dreamlip_kernels.ops import logsumexp_gradient_kernels, logsumexp_kernels
     from dreamlip_kernels.ops.logsumexp_tiles import ONLINE, blocks_for
+    from dreamlip_kernels.ops.operands_triton import TMA_MAJORS
 
-    arch, folder, dtype, size = int(sys.argv[1]), sys.argv[2], sys.argv[3], 4 if sys.argv[3] == "fp32" else 2
-    descriptor = arch >= 90
-    strides = ("D", "stride_x", "stride_yk", "stride_y")
-    masks = dict(x_mask_ptr="*i1", y_mask_ptr="*i1", scale_ptr="*fp32", M="i32", C="i32", **dict.fromkeys(strides, "i32"))
-    precision = "tf32x3" if size == 4 else "tf32"
+    arch, folder, dtype, width = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    size = 4 if dtype == "fp32" else 2
+    descriptor, precision = arch // 10 in TMA_MAJORS, "tf32x3" if size == 4 else "tf32"
+    pointers = dict.fromkeys(("x_mask_ptr", "y_mask_ptr", "q_mask_ptr", "k_mask_ptr"), "*i1") | dict(flag_ptr="*i32")
+    pointers |= dict.fromkeys(("x", "y", "q_ptr", "k_ptr", "v_ptr", "self_ptr", "g_ptr", "out_ptr"), f"*{dtype}")
 
-    def build(kernel, variant, signature, constants, warps, stages):
-        names = getattr(module, kernel).arg_names
-        full = {name: signature.get(name, "constexpr") for name in names}
-        # As in a run on features of a width in multiples of 16.
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if full[name].startswith("*") or name in strides}
-        source = ASTSource(getattr(module, kernel), signature=full, constexprs=constants, attrs=aligned)
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+    def build(module, kernel, variant, constants, warps, stages, **types):
+        function = getattr(module, kernel)
+        names = [name for name in function.arg_names if name not in constants]
+        full = {name: types.get(name) or pointers.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
+        full = {name: full.get(name, "constexpr") for name in function.arg_names}
+        # As in a run on features of this width: what may vary is not specialized on, and operands are padded to 16.
+        varying = {p.name for p in function.params if p.do_not_specialize}
+        if width % 16 and kernel == "finish_gradient":
+            varying |= {"D", "out_q", "out_r"}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(function.arg_names)
+            if full[name].startswith("*") or (full[name] == "i32" and name not in varying)
+        }
+        source = ASTSource(function, signature=full, constexprs=constants, attrs=aligned)
+        options = dict(num_warps=warps, num_stages=stages)
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         path = f"{folder}/{kernel}-{variant}.cubin"
         open(path, "wb").write(built.asm["cubin"])
         print(path, built.metadata.shared)
 
-    for kernel, masked, exact in (("exp_sums", 0, 0), ("exp_sums", 1, 0), ("gradient_tile", 0, 0), ("gradient_tile", 1, 0), ("gradient_tile", 1, 1)):
-        m, c, d, warps, stages = blocks_for(kernel, size, arch, 512)
-        blocks = dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, PRECISION=precision, DESCRIPTOR=descriptor)
-        operands = dict(x=f"tensordesc<{dtype}[{m},{d}]>", y=f"tensordesc<{dtype}[1,{c},{d}]>") if descriptor else dict(x=f"*{dtype}", y=f"*{dtype}")
-        signature = masks | operands
-        if kernel == "exp_sums":
-            signature |= dict(row_ptr="*fp32", col_ptr="*fp32", first_tile="i32", row_tiles_stride="i32", band_rows="i32")
-            constants = dict(HAS_X_MASK=bool(masked), HAS_Y_MASK=bool(masked), MASK_COLUMNS=bool(masked), **blocks)
-        else:
-            signature |= dict(flag_ptr="*i32", row_ptr="*fp32", col_ptr="*fp32", g_ptr=f"*{dtype}")
-            signature |= dict.fromkeys(("slot", "first_row", "first_col", "rows", "cols", "diagonal"), "i32")
-            constants = dict(EXACT=bool(exact), HAS_X_MASK=bool(masked), HAS_Y_MASK=bool(masked), HAS_DIAGONAL=True, **blocks)
-        build(kernel, "exact" if exact else "masked" if masked else "plain", signature, constants, warps, stages)
-    names = module.online_rows.arg_names
-    strides = tuple(name for name in names if name.startswith("stride") or name == "D")
-    signature = dict(flag_ptr="*i32", q_mask_ptr="*i1", k_mask_ptr="*i1", scale_ptr="*fp32", out_ptr="*fp32", R="i32", S="i32", D="i32")
-    signature |= dict.fromkeys(("q_ptr", "k_ptr"), f"*{dtype}")
-    signature |= {name: "i32" for name in names if name.islower() and name not in signature}
+    for kernel, masked, exact in (
+        ("exp_sums", 0, 0), ("exp_sums", 1, 0), ("gradient_tile", 0, 0), ("gradient_tile", 1, 0), ("gradient_tile", 1, 1)
+    ):
+        m, c, d, warps, stages = blocks_for(kernel, size, arch, width)
+        masks = dict(HAS_X_MASK=bool(masked), HAS_Y_MASK=bool(masked))
+        constants = masks | dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, PRECISION=precision, DESCRIPTOR=descriptor)
+        operands = dict(x=f"tensordesc<{dtype}[{m},{d}]>", y=f"tensordesc<{dtype}[1,{c},{d}]>") if descriptor else {}
+        module = logsumexp_kernels if kernel == "exp_sums" else logsumexp_gradient_kernels
+        constants |= dict(MASK_COLUMNS=bool(masked)) if kernel == "exp_sums" else dict(EXACT=bool(exact))
+        build(module, kernel, "exact" if exact else "masked" if masked else "plain", constants, warps, stages, **operands)
     rows, columns, depth, warps, stages = ONLINE[size]
-    constants = dict(HAS_Q_MASK=True, HAS_K_MASK=True, PRECISION=precision, BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth)
-    build("online_rows", "exact", signature, constants, warps, stages)
+    constants = dict(HAS_MASKS=True, PRECISION=precision, BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, BLOCK_PARTS=16)
+    build(logsumexp_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
+    build(logsumexp_gradient_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)
+    build(logsumexp_gradient_kernels, "finish_gradient", "vectors", dict(BLOCK_R=16, BLOCK_D=128), 4, 3)
 """
 
 

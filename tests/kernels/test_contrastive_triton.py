@@ -108,9 +108,9 @@ def test_masks(slot, scale, dtype, held):
 @pytest.mark.parametrize("case", ["opposed at scale 100", "not normalised", "scale 1000", "large and small"])
 def test_the_flagged_fallback_is_right(case, monkeypatch):
     """Sums that leave float32's range at the fixed offset: the flag sends everything to the exact kernels, of which few programs make all tiles."""
-    from dreamlip_kernels.ops import logsumexp_triton
+    from dreamlip_kernels.ops import logsumexp_gradient_triton
 
-    monkeypatch.setattr(logsumexp_triton, "EXACT_PROGRAMS", 3)  # for four tiles
+    monkeypatch.setattr(logsumexp_gradient_triton, "EXACT_PROGRAMS", 3)  # for four tiles
     scale = {"opposed at scale 100": 100.0, "scale 1000": 1000.0}.get(case, 3.0)
 
     def make(seed):
@@ -139,7 +139,7 @@ def test_opcheck():
     sums, upstream = reference.bidirectional_logsumexp(x, y, scale), torch.rand(3, 2, 9)
     pos = scale * torch.einsum("cd,kcd->kc", x, y)
     for wide in (False, True):
-        args = (x, y, scale, None, None, *sums, pos, None, *upstream, 0, True, True, "fp16", "triton", wide)
+        args = (x, y, scale, None, None, *sums, pos, None, *upstream, 0, 0, 9, True, True, "fp16", "triton", wide)
         torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward.default, args)
         dx, dy, _ = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(*args)
         assert dx.is_contiguous() and dy.stride() == y.stride()  # which opcheck does not compare
@@ -243,37 +243,45 @@ def test_positives_may_lie_anywhere(diagonal):
             logits = torch.zeros_like(positives).to(dtype)  # of columns without a positive: anything
             logits[:, there] = (scale * (x[(diagonal + columns)[there]] * y[:, there]).sum(-1)).to(dtype)
             got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(
-                *inputs, None, None, *sums[:2], logits, None, *sums[2:], upstream_pos, diagonal,
+                *inputs, None, None, *sums[:2], logits, None, *sums[2:], upstream_pos, diagonal, 0, 40,
                 True, True, "fp16", backend, True,
             )  # fmt: skip
             for g, expected in zip(got, gold, strict=True):
                 assert (g - expected).abs().max() <= rounding * expected.abs().max(), (backend, d_pos is None)
 
 
-def test_chunks_of_the_workspace_meet_without_seams(monkeypatch):
-    from dreamlip_kernels.ops import logsumexp_triton
+@pytest.mark.parametrize(
+    "m, c, k, room, chunk",
+    [
+        (40, 45, 3, 2**29, (3, 40, 45)),  # all at once
+        (300, 300, 4, 2**19, (2, 300, 300)),  # two slots at a time
+        (300, 300, 2, 2**15, (1, 128, 128)),  # less than a slot, and less than its rows
+        (200, 500, 2, 2**16, (1, 200, 128)),  # all rows of some columns
+        (900, 100, 2, 2**17, (2, 256, 100)),  # some rows of all slots
+    ],
+)
+def test_chunks_of_the_workspace_meet_without_seams(monkeypatch, m, c, k, room, chunk):
+    from dreamlip_kernels.ops import logsumexp_gradient_triton
 
-    x, y = clip_like(300, 2, 16)
-    whole = value_and_grads(
-        lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1))
-    )
-    monkeypatch.setattr(settings, "workspace_bytes", 2**15)
-    assert logsumexp_triton._chunks(300, 300, 2, 2) == (128, 128) and logsumexp_triton._chunks(900, 100, 2, 2)[0] < 900
-    parts = value_and_grads(
-        lambda x, y: dk.bidirectional_logsumexp(x, y, 14.3, backend="triton"), (x, y.transpose(0, 1))
-    )
-    for a, b in zip(parts, whole, strict=True):
+    x, y = clip_like(max(m, c), k, 16)
+    inputs = (x[:m], y[:c].transpose(0, 1), torch.tensor(14.3))
+    y_mask = torch.rand(k, c, generator=torch.Generator().manual_seed(1)) > 0.2
+    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, y_mask=y_mask, backend="triton")  # noqa: E731
+    whole = value_and_grads(op, inputs)
+    monkeypatch.setattr(settings, "workspace_bytes", room)
+    assert logsumexp_gradient_triton.chunks(m, c, k, 2) == chunk
+    for a, b in zip(value_and_grads(op, inputs), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
 
 
 @pytest.fixture
 def pointers(monkeypatch):
     """The kernels' loads as on a device without TMA."""
-    from dreamlip_kernels.ops import logsumexp_triton
+    from dreamlip_kernels.ops.operands_triton import Operands
 
-    real = logsumexp_triton.Operands.arguments
+    real = Operands.arguments
     monkeypatch.setattr(
-        logsumexp_triton.Operands,
+        Operands,
         "arguments",
         lambda self, blocks: real(self, blocks) | dict(x=self.x, y=self.y, DESCRIPTOR=False),
     )
@@ -336,18 +344,20 @@ def most_allocated(step):
 @pytest.fixture
 def counted(monkeypatch):
     """Everything but the kernels and cuBLAS runs, with a device's tiles."""
-    from dreamlip_kernels.ops import logsumexp_triton
+    from dreamlip_kernels.ops import logsumexp_gradient_triton, logsumexp_triton
     from dreamlip_kernels.ops.logsumexp_tiles import blocks_for
+    from dreamlip_kernels.ops.operands_triton import Operands
 
-    for kernel in ("exp_sums", "online_rows", "gradient_tile"):
-        monkeypatch.setattr(logsumexp_triton, kernel, NothingLaunched())
+    for module, kernels in (
+        (logsumexp_triton, ("exp_sums", "finish_sums")),
+        (logsumexp_gradient_triton, ("coefficients", "gradient_tile", "finish_gradient")),
+    ):
+        for kernel in kernels:
+            monkeypatch.setattr(module, kernel, NothingLaunched())
+    for product in ("matmul", "accumulate"):  # on a CPU they would widen their operands first
+        monkeypatch.setattr(logsumexp_gradient_triton, product, lambda a, b, out: None)
     monkeypatch.setattr(
-        logsumexp_triton, "_accumulate", lambda out, a, b: None
-    )  # on a CPU it would widen its operands first
-    monkeypatch.setattr(
-        logsumexp_triton.Operands,
-        "blocks",
-        lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1]),
+        Operands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
     )
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 

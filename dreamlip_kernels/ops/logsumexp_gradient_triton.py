@@ -1,0 +1,278 @@
+"""Backward of the Triton backend of bidirectional_logsumexp: one recompute of the pairs and two matrix products.
+
+    coefficients     of row, col and their upstream: what G is made of, and the whole gradient of each positive
+    gradient_tile    for each chunk of pairs, of several slots where they fit the workspace: z again, one exp2 a pair, 16-bit G
+    products         dx += G y, dy += G.T x (cuBLAS, float32 sums)
+    finish_gradient  their scales and the positives, in float32, rounded once
+
+M rows, C columns, K slots, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..backends.settings import settings
+from .dense import dense
+from .logsumexp_gradient_kernels import coefficients, finish_gradient, gradient_tile
+from .logsumexp_kernels import NO_DIAGONAL
+from .operands_triton import Operands
+from .products import accumulate, matmul
+from .rectangle import Rectangle, Upstream, paired_slices
+
+EXACT_PROGRAMS = 264  # of gradient_tile when it is only there in case: two for each processor of an H200
+PITCH = 64  # columns that rows of G are apart in multiples of: 128 bytes, a line of the caches
+FINISH_ROWS, FINISH_WIDTH = 16, 128
+
+
+class Chunk(NamedTuple):
+    """Slots, rows and columns whose G is held at once."""
+
+    slots: int
+    rows: int
+    cols: int
+
+
+class Vectors(NamedTuple):
+    """What ``coefficients`` writes: rows [3, K, M], cols [3, K, C], own [K, C], the flag and the unit of G."""
+
+    rows: Tensor
+    cols: Tensor
+    own: Tensor
+    flag: Tensor
+    unit: Tensor
+
+
+def chunks(m: int, c: int, k: int, element_bytes: int) -> Chunk:
+    """All pairs at once where G fits the workspace; else whole along the shorter side and balanced along the longer."""
+    room = max(2**14, settings.workspace_bytes // element_bytes)
+    width = _up(c, 8)
+    if m * _up(k * width, PITCH) <= room:
+        return Chunk(k, m, c)
+    if m > k * c:
+        rows = _balanced(m, room // _up(k * width, PITCH))
+        if rows >= 128:
+            return Chunk(k, rows, c)
+        columns = min(c, max(128, _balanced(c, room // min(m, 128))))
+        return Chunk(1, min(m, max(128, _balanced(m, room // _up(columns, PITCH)))), columns)
+    slots = room // (m * width)
+    if slots >= 1:
+        return Chunk(triton.cdiv(k, triton.cdiv(k, slots)), m, c)
+    columns = min(c, max(128, _balanced(c, room // m)))
+    return Chunk(1, min(m, max(128, room // _up(columns, PITCH))), columns)
+
+
+def _balanced(long: int, most: int) -> int:
+    """At most ``most`` of ``long`` at a time, in multiples of 128 and parts as equal as can be."""
+    most = most // 128 * 128
+    return 0 if most == 0 else min(long, _up(triton.cdiv(long, triton.cdiv(long, most)), 128))
+
+
+def _up(value: int, step: int) -> int:
+    return triton.cdiv(value, step) * step
+
+
+def backward(
+    rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M, D], dy (strided as y), each in ``dtype`` or without an element where nobody needs it; and dscale."""
+    x, y, scale = rectangle.x, rectangle.y, rectangle.scale
+    m, c, k, d = rectangle.sizes
+    dx = x.new_empty((m, d) if needs_x else 0, dtype=dtype)
+    dy = torch.empty_like(y, dtype=dtype) if needs_y else y.new_empty(0, dtype=dtype)
+    if m == 0 or c == 0 or k == 0:
+        return dx.zero_(), dy.zero_(), torch.zeros_like(scale)
+    passes = _Passes(rectangle, upstream, needs_x, needs_y)
+    dots = passes.run(dx if needs_x else x.new_empty((m, d), dtype=dtype) if passes.through_x else None, dy)
+    dscale = dots.sum(dtype=torch.float64)
+    if passes.operands.x_unit is not None:
+        dscale = dscale * passes.operands.x_unit * passes.operands.y_unit
+    return dx if needs_x else x.new_empty(0, dtype=dtype), dy, dscale.to(scale.dtype)
+
+
+class _Passes:
+    """One call of ``backward``: its operands, its vectors and the passes over its chunks."""
+
+    def __init__(self, rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool):
+        self.m, self.c, self.k, self.d = rectangle.sizes
+        # One of the two products gives dscale.
+        self.through_x, self.needs_y = needs_x or not needs_y, needs_y
+        self.operands = Operands(rectangle, without_masked=True)
+        self.chunk = chunks(self.m, self.c, self.k, self.operands.x.element_size())
+        if self.chunk.slots > 1:
+            self.operands.y = _joined(self.operands.y)
+        _, own = paired_slices(self.m, self.c, upstream)
+        paired = upstream.d_pos is not None and own.stop > own.start
+        self.diagonal, self.own = (upstream.diagonal, own) if paired else (NO_DIAGONAL, slice(0, 0))
+        self.vectors = self._coefficients(upstream)
+        blocks = self.operands.blocks("gradient_tile")
+        self.tile = blocks.m, blocks.c
+        x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
+        self.arguments = self.operands.arguments(blocks) | dict(
+            flag_ptr=self.vectors.flag,
+            x_mask_ptr=x_mask,
+            y_mask_ptr=y_mask,
+            row_ptr=self.vectors.rows,
+            col_ptr=self.vectors.cols,
+            M=self.m,
+            C=self.c,
+            K=self.k,
+            D=self.operands.x.shape[1],
+            diagonal=self.diagonal,
+            first_pair=self.own.start,
+            stop_pair=self.own.stop,
+            HAS_X_MASK=x_mask is not None,
+            HAS_Y_MASK=y_mask is not None,
+        )
+
+    def _coefficients(self, upstream: Upstream) -> Vectors:
+        m, c, k, block = self.m, self.c, self.k, 1024
+        new = upstream.row.new_empty
+        vectors = Vectors(new(3, k, m), new(3, k, c), new(k, c), new((), dtype=torch.int32), new(()))
+        row, col, d_row, d_col = map(dense, (upstream.row, upstream.col, upstream.d_row, upstream.d_col))
+        pos, d_pos = (col, d_col) if self.diagonal == NO_DIAGONAL else map(dense, (upstream.pos, upstream.d_pos))
+        programs = triton.cdiv(k * m, block) + triton.cdiv(k * c, block)
+        largest = new(programs)
+        for phase in (0, 1):
+            coefficients[(programs,)](
+                phase, row, col, d_row, d_col, pos, d_pos, self.operands.scale, self.operands.slope, largest,
+                vectors.flag, vectors.unit, vectors.rows, vectors.cols, vectors.own, m, c, k,
+                self.diagonal, self.own.start, self.own.stop, BLOCK=block,
+            )  # fmt: skip
+        return vectors
+
+    def run(self, dx: Tensor | None, dy: Tensor) -> Tensor:
+        """Write dx and dy, where the passes go through them; returns terms whose sum is dscale in units of the operands."""
+        x, y, width = self.operands.x, self.operands.y, self.operands.x.shape[1]
+        slots, rows, cols = self.chunk
+        padded = y.shape[1] if slots > 1 else cols
+        pitch = _up(slots * padded, PITCH)
+        workspace = x.new_empty(rows * pitch)
+        dx_sum = x.new_empty(self.m, width, dtype=torch.float32) if self.through_x else None
+        dy_sum = x.new_empty(slots * padded, width, dtype=torch.float32) if self.needs_y else None
+        dy_rows = dy if dy.stride(-1) == 1 else torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+        dots = []
+        for k, j in ((k, j) for k in range(0, self.k, slots) for j in range(0, self.c, cols)):
+            n, count = min(slots, self.k - k), min(cols, self.c - j)
+            y_part = y[k : k + n].flatten(0, 1) if slots > 1 else y[k, j : j + count]
+            for i in range(0, self.m, rows):
+                part = slice(i, min(i + rows, self.m))
+                g = self._gradient(workspace, pitch, (k, n), part, (j, len(y_part) // n))
+                if self.through_x:
+                    (matmul if k == j == 0 else accumulate)(a=g, b=y_part, out=dx_sum[part])
+                if self.needs_y:
+                    (matmul if i == 0 else accumulate)(a=g.T, b=x[part], out=dy_sum[: len(y_part)])
+            if self.needs_y:
+                total = dy_sum[: len(y_part)].view(n, -1, width)
+                dots += self._finish_columns(total, dy_rows, slice(k, k + n), slice(j, j + count))
+        if self.through_x:
+            dots = self._finish_rows(dx_sum, dx)
+        if dy_rows is not dy:
+            dy.copy_(dy_rows)
+        return dots[0] if len(dots) == 1 else torch.cat(dots)
+
+    def _gradient(
+        self, workspace: Tensor, pitch: int, slots: tuple[int, int], rows: slice, cols: tuple[int, int]
+    ) -> Tensor:
+        """G of a chunk, [rows, slots * cols]: the first and the number of its slots and of its columns, padding among them."""
+        (first_slot, slot_count), (first_col, col_count) = slots, cols
+        row_count = rows.stop - rows.start
+        tiles = slot_count * triton.cdiv(row_count, self.tile[0]) * triton.cdiv(col_count, self.tile[1])
+        for exact in (False, True):
+            gradient_tile[(min(tiles, EXACT_PROGRAMS) if exact else tiles,)](
+                g_ptr=workspace,
+                slots=slot_count,
+                first_slot=first_slot,
+                first_row=rows.start,
+                first_col=first_col,
+                rows=row_count,
+                col_octets=triton.cdiv(col_count, 8),
+                slot_octets=col_count // 8 if slot_count > 1 else 0,
+                pitch=pitch,
+                EXACT=exact,
+                **self.arguments,
+            )
+        return workspace[: row_count * pitch].view(row_count, pitch)[:, : slot_count * col_count]
+
+    def _finish_columns(self, total: Tensor, dy: Tensor, slots: slice, cols: slice) -> list[Tensor]:
+        """Write dy of a chunk from its product ``total`` [slots, cols and padding, D]."""
+        x, own = self.operands.x, self.vectors.own[slots]
+        return self._finish(
+            total,
+            dy[slots, cols],
+            self.operands.x_scale,
+            v=(x, 0, x.stride(0), self.m),
+            own=(own, self.c, 0),
+            terms=1,
+            shift=cols.start + self.diagonal,
+            own_shift=cols.start,
+            dotted=None if self.through_x else self.operands.y[slots, cols],
+        )
+
+    def _finish_rows(self, total: Tensor, dx: Tensor) -> list[Tensor]:
+        """Write dx from its product ``total`` [M, D]."""
+        y = self.operands.y
+        return self._finish(
+            total[None],
+            dx[None],
+            self.operands.y_scale,
+            v=(y, y.stride(0), y.stride(1), self.c),
+            own=(self.vectors.own, 0, self.c),
+            terms=self.k,
+            shift=-self.diagonal,
+            own_shift=-self.diagonal,
+            dotted=self.operands.x[None],
+        )
+
+    def _finish(self, total, out, scale, *, v, own, terms, shift, own_shift, dotted) -> list[Tensor]:
+        """Launch finish_gradient for ``out`` [Q, R, D]; the dots with ``dotted`` [Q, R, D] if there is one."""
+        (features, v_t, v_r, v_rows), (own, own_q, own_t) = v, own
+        programs = triton.cdiv(out.shape[1], FINISH_ROWS)
+        dots = None if dotted is None else total.new_empty(len(out) * programs)
+        beside = total if dotted is None else dotted
+        finish_gradient[(programs, len(out))](
+            acc_ptr=total,
+            v_ptr=features,
+            own_ptr=own,
+            self_ptr=features if dotted is None else dotted,
+            unit_ptr=self.vectors.unit,
+            scale_ptr=scale,
+            out_ptr=out,
+            dots_ptr=total if dots is None else dots,
+            R=out.shape[1],
+            V=v_rows,
+            D=self.d,
+            acc_q=total.stride(0),
+            acc_r=total.stride(1),
+            v_t=v_t,
+            v_r=v_r,
+            self_q=beside.stride(0),
+            self_r=beside.stride(1),
+            out_q=out.stride(0),
+            out_r=out.stride(1),
+            own_q=own_q,
+            own_t=own_t,
+            terms=0 if self.diagonal == NO_DIAGONAL else terms,
+            shift=shift,
+            own_shift=own_shift,
+            wants_dots=int(dots is not None),
+            BLOCK_R=FINISH_ROWS,
+            BLOCK_D=FINISH_WIDTH,
+        )
+        return [] if dots is None else [dots]
+
+
+def _joined(y: Tensor) -> Tensor:
+    """y [K, C, D] with slots one after the other and C rounded up to 8 by rows of zeros: all slots are then one matrix."""
+    k, c, d = y.shape
+    if y.is_contiguous() and c % 8 == 0:
+        return y
+    if c % 8 == 0:
+        return y.contiguous()
+    joined = y.new_zeros(k, _up(c, 8), d)
+    joined[:, :c] = y
+    return joined

@@ -1,0 +1,181 @@
+"""What every backend of bidirectional_logsumexp promises on every device, as checks that take the backend and the device."""
+
+import torch
+from numerics import clip_like
+
+import dreamlip_kernels as dk
+from dreamlip_kernels import reference
+from dreamlip_kernels.ops.logsumexp import logsumexp
+
+
+def features(device, dtype=torch.float32, m=40, c=45, k=3, d=24, seed=0):
+    """x [m, d] and y [k, c, d] that resemble each other."""
+    x, y = clip_like(max(m, c), k, d, dtype, seed)
+    return x[:m].to(device), y[:c].transpose(0, 1).to(device)
+
+
+def results(x, y, scale=14.3, backend="torch", needs=(True, True), **masks):
+    """row, col, and under one upstream of each the gradients of x and y that are needed."""
+    inputs = [v.detach().requires_grad_(need) for v, need in zip((x, y), needs, strict=True)]
+    outs = dk.bidirectional_logsumexp(*inputs, scale, backend=backend, **masks)
+    gen = torch.Generator().manual_seed(3)
+    upstream = [torch.rand(o.shape, generator=gen).to(o) for o in outs]
+    wanted = [v for v in inputs if v.requires_grad]
+    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, upstream)]
+
+
+def gold(x, y, scale=14.3, **masks):
+    """The same by the oracle, in float64."""
+    inputs = [v.detach().double().requires_grad_() for v in (x, y)]
+    outs = reference.bidirectional_logsumexp(*inputs, scale, masks.get("y_mask"), masks.get("x_mask"))
+    gen = torch.Generator().manual_seed(3)
+    upstream = [torch.rand(o.shape, generator=gen).to(o) for o in outs]
+    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, inputs, upstream)]
+
+
+def assert_close(got, expected, rounding=4e-3):
+    """Equal up to ``rounding`` of the largest finite value, with the same infinities."""
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        finite = torch.isfinite(b)
+        assert torch.equal(torch.isfinite(a), finite), f"[{i}]: infinities or NaN differ"
+        largest = float(b[finite].abs().max())
+        assert (a.double() - b)[finite].abs().max() <= rounding * largest, f"[{i}]"
+
+
+def masks_of_any_strides(backend, device):
+    """A mask that is a column of a table, transposed or expanded was read as if it were dense (x_mask: gradient error 98 %)."""
+    x, y = features(device)
+    gen = torch.Generator().manual_seed(1)
+    x_mask = (torch.rand(40, 3, generator=gen) > 0.3).to(device)[:, 1]
+    for y_mask in (
+        (torch.rand(45, 3, generator=gen) > 0.3).to(device).T,
+        (torch.rand(3, 46, generator=gen) > 0.3).to(device)[:, 1:],
+        (torch.rand(45, generator=gen) > 0.3).to(device).expand(3, 45),
+        None,
+    ):
+        for masks in (dict(x_mask=x_mask, y_mask=y_mask), dict(y_mask=y_mask)):
+            assert_close(results(x, y, backend=backend, **masks), gold(x, y, **masks))
+
+
+def nothing_behind_a_mask_has_an_effect(backend, device):
+    """0 * NaN is NaN: what a dropped row or column holds reached the others' gradients through the products."""
+    gen = torch.Generator().manual_seed(1)
+    masks = dict(x_mask=torch.rand(40, generator=gen) > 0.3, y_mask=torch.rand(3, 45, generator=gen) > 0.3)
+    masks = {name: mask.to(device) for name, mask in masks.items()}
+    for dtype, held in ((torch.float32, torch.nan), (torch.float32, torch.inf), (torch.float16, torch.nan)):
+        x, y = features(device, dtype)
+        expected = gold(x, y, **masks)
+        x, y = (v.masked_fill(~mask[..., None], held) for v, mask in zip((x, y), masks.values(), strict=True))
+        got = results(x, y, backend=backend, **masks)
+        assert_close(got, expected)
+        for grad, mask in zip(got[2:], masks.values(), strict=True):
+            assert (grad[~mask] == 0).all(), "what is dropped has no gradient"
+
+
+def nothing_in_bfloat16_behind_a_mask(backend, device):
+    """1e36 in bfloat16: its square is infinite."""
+    x, y = features(device, torch.bfloat16)
+    y_mask = (torch.rand(3, 45, generator=torch.Generator().manual_seed(1)) > 0.3).to(device)
+    expected = gold(x, y, y_mask=y_mask)
+    for held in (1e36, torch.nan):
+        got = results(x, y.masked_fill(~y_mask[..., None], held), backend=backend, y_mask=y_mask)
+        assert_close(got, expected, rounding=2e-2)
+
+
+def frozen_sides_get_nothing(backend, device):
+    """The gradient of one side is the same without the other's."""
+    x, y = features(device)
+    both = results(x, y, backend=backend)
+    assert torch.equal(results(x, y, backend=backend, needs=(True, False))[2], both[2])
+    assert torch.equal(results(x, y, backend=backend, needs=(False, True))[2], both[3])
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        scale = torch.tensor(14.3, device=device, requires_grad=True)
+        inputs = [v.detach().requires_grad_(need) for v, need in zip((x, y), needs, strict=True)]
+        row, col = dk.bidirectional_logsumexp(*inputs, scale, backend=backend)
+        (got,) = torch.autograd.grad(row.sum() + col.sum(), scale)
+        wide = scale.detach().double().requires_grad_()
+        row, col = reference.bidirectional_logsumexp(x.double(), y.double(), wide)
+        (expected,) = torch.autograd.grad(row.sum() + col.sum(), wide)
+        assert abs(got - expected) <= 2e-3 * abs(expected), needs
+
+
+def width_zero(backend, device):
+    """D = 0: every logit is 0."""
+    x, y = torch.zeros(3, 0, device=device), torch.zeros(2, 5, 0, device=device)
+    row, col, dx, dy = results(x, y, backend=backend)
+    torch.testing.assert_close(row, torch.full_like(row, 5.0).log())
+    torch.testing.assert_close(col, torch.full_like(col, 3.0).log())
+    assert dx.shape == x.shape and dy.shape == y.shape
+
+
+def largest_upstream_fits_float16(backend, device):
+    """Row and column coefficients just below a power of two added up to more than float16 holds: gradients were infinite."""
+    x = torch.eye(32, device=device)
+    inputs = [v.requires_grad_() for v in (x.clone(), x[None].clone())]
+    row, col = dk.bidirectional_logsumexp(*inputs, 100.0, backend=backend)
+    upstream = torch.full_like(row, 1.9999)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad((row, col), inputs, (upstream, upstream)))
+
+
+def strides_are_those_that_compiled_code_was_told(backend, device):
+    """torch.compile plans with the fakes' strides; a permuted x gave its own strides to dx."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, y = features(device, d=32)
+    layouts = {
+        "dense": lambda v: v.contiguous(),
+        "permuted": lambda v: v.transpose(0, -1).contiguous().transpose(0, -1),
+        "sliced": lambda v: torch.cat([v, v], -1)[..., 8:40],
+        "expanded": lambda v: v[:1].expand_as(v),
+        "strided": lambda v: v.repeat_interleave(2, -1)[..., ::2],
+    }
+    ops = torch.ops.dreamlip_kernels
+
+    def step(x, y, row_like):
+        scale = torch.ones((), device=row_like.device) * 14.3
+        row, col, pos, _ = ops.bidirectional_logsumexp(x, y, scale, None, None, False, False, "fp16", backend)
+        d_row, d_col = torch.ones_like(row).T.contiguous().T, torch.ones_like(col[:1]).expand_as(col)
+        args = (x, y, scale, None, None, row, col, None, None, d_row, d_col, None, 0, 0, 45)
+        grads = [
+            ops.bidirectional_logsumexp_backward(*args, *needs, "fp16", backend, wide)
+            for needs in ((True, True), (True, False), (False, True))
+            for wide in (False, True)
+        ]
+        return [row, col, pos, *(v for three in grads for v in three)]
+
+    for x_name, x_layout in layouts.items():
+        for y_name, y_layout in layouts.items():
+            if "dense" not in (x_name, y_name):
+                continue
+            real_inputs = x_layout(x), y_layout(y)
+            real = step(*real_inputs, x)
+            mode = FakeTensorMode()
+            fake_inputs = [mode.from_tensor(v) for v in real_inputs]
+            with mode:
+                fake = step(*fake_inputs, fake_inputs[0])
+            for i, (a, b) in enumerate(zip(real, fake, strict=True)):
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), (x_name, y_name, i)
+
+
+def positives_of_masked_pairs_are_harmless(backend, device):
+    """pos of a pair that a mask drops takes no gradient, whatever is there and whatever its upstream."""
+    x, y = features(device, m=40, c=40)
+    y_mask = (torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) > 0.3).to(device)
+    y = y.masked_fill(~y_mask[..., None], torch.nan).requires_grad_()
+    x.requires_grad_()
+    row, col, pos = logsumexp(x, y, torch.tensor(14.3, device=device), None, y_mask, paired=True, backend=backend)
+    upstream = torch.ones_like(pos).masked_fill(~y_mask, torch.nan)
+    grads = torch.autograd.grad((row, col, pos), (x, y), (torch.ones_like(row), torch.ones_like(col), upstream))
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+CHECKS = [
+    masks_of_any_strides,
+    nothing_behind_a_mask_has_an_effect,
+    nothing_in_bfloat16_behind_a_mask,
+    frozen_sides_get_nothing,
+    width_zero,
+    largest_upstream_fits_float16,
+    strides_are_those_that_compiled_code_was_told,
+    positives_of_masked_pairs_are_harmless,
+]
