@@ -19,9 +19,12 @@ def dense(v: Tensor | None) -> Tensor | None:
     return v if v.data_ptr() % ALIGNMENT == 0 else v.clone()
 
 
-def aligned_rows(v: Tensor) -> Tensor:
-    """``v`` with a dense last dimension and every row at a multiple of 16 bytes, as TMA and wide loads read it; a copy padded with zeros where it is not so."""
-    step = ALIGNMENT // v.element_size()
+def aligned_rows(v: Tensor, step: int | None = None) -> Tensor:
+    """``v`` with a dense last dimension and rows that begin at multiples of ``step`` elements, 16 bytes unless said otherwise.
+
+    So TMA and wide loads read it; a copy padded with zeros where it is not so.
+    """
+    step = step or ALIGNMENT // v.element_size()
     d = v.shape[-1]
     rows_aligned = all(stride % step == 0 and stride > 0 for stride in v.stride()[:-1])
     if d and d % step == 0 and v.stride(-1) == 1 and rows_aligned and v.data_ptr() % ALIGNMENT == 0:

@@ -11,6 +11,7 @@ M rows, C columns, K slots, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -126,7 +127,8 @@ class _Passes:
         self.chunk: Chunk = chunks(m, c, k, self.operands.x.element_size())
         if self.chunk.slots > 1:
             self.operands.y = joined(self.operands.y)
-        self.own_rows, self.own_cols = paired_slices(m, c, upstream.diagonal)
+        # Of all pairs on the diagonal, for the kernel leaves them all out of G.
+        self.own_rows, self.own_cols = paired_slices(m, c, replace(upstream, first_pair=0, stop_pair=c))
         self.vectors = self._coefficients(upstream)
         call = _call(self.operands, rectangle)
         # Without the columns that join the slots: G has none of them, and its own zeros in their place.
@@ -150,16 +152,24 @@ class _Passes:
             left = left | ~right.all()
         own = None
         if upstream.d_pos is not None and self.own_cols.stop > self.own_cols.start:
-            own = self._own(sides, upstream.pos, upstream.d_pos)
+            own = self._own(sides, upstream)
         return _Vectors(*vectors, own, left.to(torch.int32), unit)
 
-    def _own(self, sides: list[tuple[Tensor, Tensor]], pos: Tensor, d_pos: Tensor) -> Tensor:
-        """The whole gradient of each positive's logit: its share of both softmaxes and its own upstream."""
+    def _own(self, sides: list[tuple[Tensor, Tensor]], upstream: Upstream) -> Tensor:
+        """The whole gradient of each diagonal pair's logit: its share of both softmaxes and, of a positive, its own upstream."""
         (row, d_row), (col, d_col) = (
             [v[:, part] for v in side] for side, part in zip(sides, (self.own_rows, self.own_cols), strict=True)
         )
-        z = pos[:, self.own_cols] * LOG2E
-        own = torch.exp2(z - row) * d_row + torch.exp2(z - col) * d_col + d_pos[:, self.own_cols]
+        positives = slice(max(upstream.first_pair, self.own_cols.start), min(upstream.stop_pair, self.own_cols.stop))
+        if positives == self.own_cols:
+            z = upstream.pos[:, self.own_cols] * LOG2E
+        else:  # pos holds the logits of positives alone
+            partners = self.operands.x[self.own_rows].float()
+            dots = [torch.sum(partners * slot[self.own_cols], dim=-1) for slot in self.operands.y]
+            z = torch.stack(dots) * (self.operands.slope * LOG2E)
+        own = torch.exp2(z - row) * d_row + torch.exp2(z - col) * d_col
+        ours = slice(positives.start - self.own_cols.start, max(positives.start, positives.stop) - self.own_cols.start)
+        own[:, ours] += upstream.d_pos[:, positives]
         return own.masked_fill((row == torch.inf) | (col == torch.inf), 0)
 
     def run(self, dx: Tensor, dy: Tensor) -> Tensor:

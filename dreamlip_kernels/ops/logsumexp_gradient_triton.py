@@ -16,25 +16,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends.settings import settings
+from .chunks import chunks, joined, up
 from .dense import dense
 from .logsumexp_gradient_kernels import coefficients, finish_gradient, gradient_tile
 from .logsumexp_kernels import NO_DIAGONAL
-from .operands_triton import Operands
+from .operands_triton import TritonOperands
 from .products import accumulate, matmul
 from .rectangle import Rectangle, Upstream, paired_slices
 
 EXACT_PROGRAMS = 264  # of gradient_tile when it is only there in case: two for each processor of an H200
-PITCH = 64  # columns that rows of G are apart in multiples of: 128 bytes, a line of the caches
 FINISH_ROWS, FINISH_WIDTH = 16, 128
-
-
-class Chunk(NamedTuple):
-    """Slots, rows and columns whose G is held at once."""
-
-    slots: int
-    rows: int
-    cols: int
 
 
 class Vectors(NamedTuple):
@@ -45,35 +36,6 @@ class Vectors(NamedTuple):
     own: Tensor
     flag: Tensor
     unit: Tensor
-
-
-def chunks(m: int, c: int, k: int, element_bytes: int) -> Chunk:
-    """All pairs at once where G fits the workspace; else whole along the shorter side and balanced along the longer."""
-    room = max(2**14, settings.workspace_bytes // element_bytes)
-    width = _up(c, 8)
-    if m * _up(k * width, PITCH) <= room:
-        return Chunk(k, m, c)
-    if m > k * c:
-        rows = _balanced(m, room // _up(k * width, PITCH))
-        if rows >= 128:
-            return Chunk(k, rows, c)
-        columns = min(c, max(128, _balanced(c, room // min(m, 128))))
-        return Chunk(1, min(m, max(128, _balanced(m, room // _up(columns, PITCH)))), columns)
-    slots = room // (m * width)
-    if slots >= 1:
-        return Chunk(triton.cdiv(k, triton.cdiv(k, slots)), m, c)
-    columns = min(c, max(128, _balanced(c, room // m)))
-    return Chunk(1, min(m, max(128, room // _up(columns, PITCH))), columns)
-
-
-def _balanced(long: int, most: int) -> int:
-    """At most ``most`` of ``long`` at a time, in multiples of 128 and parts as equal as can be."""
-    most = most // 128 * 128
-    return 0 if most == 0 else min(long, _up(triton.cdiv(long, triton.cdiv(long, most)), 128))
-
-
-def _up(value: int, step: int) -> int:
-    return triton.cdiv(value, step) * step
 
 
 def backward(
@@ -101,10 +63,10 @@ class _Passes:
         self.m, self.c, self.k, self.d = rectangle.sizes
         # One of the two products gives dscale.
         self.through_x, self.needs_y = needs_x or not needs_y, needs_y
-        self.operands = Operands(rectangle, without_masked=True)
+        self.operands = TritonOperands(rectangle, without_masked=True)
         self.chunk = chunks(self.m, self.c, self.k, self.operands.x.element_size())
         if self.chunk.slots > 1:
-            self.operands.y = _joined(self.operands.y)
+            self.operands.y = joined(self.operands.y)
         _, own = paired_slices(self.m, self.c, upstream)
         paired = upstream.d_pos is not None and own.stop > own.start
         self.diagonal, self.own = (upstream.diagonal, own) if paired else (NO_DIAGONAL, slice(0, 0))
@@ -150,7 +112,7 @@ class _Passes:
         x, y, width = self.operands.x, self.operands.y, self.operands.x.shape[1]
         slots, rows, cols = self.chunk
         padded = y.shape[1] if slots > 1 else cols
-        pitch = _up(slots * padded, PITCH)
+        pitch = up(slots * padded)
         workspace = x.new_empty(rows * pitch)
         dx_sum = x.new_empty(self.m, width, dtype=torch.float32) if self.through_x else None
         dy_sum = x.new_empty(slots * padded, width, dtype=torch.float32) if self.needs_y else None
@@ -264,15 +226,3 @@ class _Passes:
             BLOCK_D=FINISH_WIDTH,
         )
         return [] if dots is None else [dots]
-
-
-def _joined(y: Tensor) -> Tensor:
-    """y [K, C, D] with slots one after the other and C rounded up to 8 by rows of zeros: all slots are then one matrix."""
-    k, c, d = y.shape
-    if y.is_contiguous() and c % 8 == 0:
-        return y
-    if c % 8 == 0:
-        return y.contiguous()
-    joined = y.new_zeros(k, _up(c, 8), d)
-    joined[:, :c] = y
-    return joined

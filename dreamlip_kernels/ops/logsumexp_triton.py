@@ -20,7 +20,7 @@ from ..backends.settings import settings
 from .dense import dense
 from .logsumexp_kernels import exp_sums, finish_sums
 from .logsumexp_tiles import ONLINE
-from .operands_triton import Operands
+from .operands_triton import TritonOperands
 from .rectangle import Rectangle
 
 PROGRAMS = 4 * 132  # of exp_sums at least, where there are rows enough: four for each processor of an H100
@@ -33,7 +33,7 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     row, col, pos, kept = empty(k, m), empty(k, c), empty((k, c) if paired else (0, 0)), empty(0, 0, 0)
     if m == 0 or c == 0 or k == 0:
         return row.fill_(-torch.inf), col.fill_(-torch.inf), pos, kept
-    operands = Operands(rectangle)
+    operands = TritonOperands(rectangle)
     x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
     row_parts, column_parts = _partial_sums(operands, c, x_mask, y_mask)
     x, y = operands.x, operands.y
@@ -44,7 +44,9 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     return row, col, pos, kept
 
 
-def _partial_sums(operands: Operands, c: int, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _partial_sums(
+    operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Sums of exp2(z - offset), [K, tiles, M] over columns and [bands, K, C] over rows; tiles is 1 where the workspace is small."""
     x, (m, d), k = operands.x, operands.x.shape, len(operands.y)
     blocks = operands.blocks("exp_sums")
@@ -86,7 +88,9 @@ class _Side(NamedTuple):
     mask_k: int
 
 
-def _finish(operands: Operands, ours: _Side, others: _Side, parts: Tensor, out: Tensor, pos: Tensor | None) -> None:
+def _finish(
+    operands: TritonOperands, ours: _Side, others: _Side, parts: Tensor, out: Tensor, pos: Tensor | None
+) -> None:
     """Write the log-sum-exps [K, count] of our side over the others from parts [K, parts, count], and the positives' logits."""
     rows, columns, depth, warps, stages = ONLINE[operands.x.element_size()]
     d = operands.x.shape[1]

@@ -261,7 +261,7 @@ def test_positives_may_lie_anywhere(diagonal):
     ],
 )
 def test_chunks_of_the_workspace_meet_without_seams(monkeypatch, m, c, k, room, chunk):
-    from dreamlip_kernels.ops import logsumexp_gradient_triton
+    from dreamlip_kernels.ops.chunks import chunks
 
     x, y = clip_like(max(m, c), k, 16)
     inputs = (x[:m], y[:c].transpose(0, 1), torch.tensor(14.3))
@@ -269,7 +269,7 @@ def test_chunks_of_the_workspace_meet_without_seams(monkeypatch, m, c, k, room, 
     op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, y_mask=y_mask, backend="triton")  # noqa: E731
     whole = value_and_grads(op, inputs)
     monkeypatch.setattr(settings, "workspace_bytes", room)
-    assert logsumexp_gradient_triton.chunks(m, c, k, 2) == chunk
+    assert chunks(m, c, k, 2) == chunk
     for a, b in zip(value_and_grads(op, inputs), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
 
@@ -277,11 +277,11 @@ def test_chunks_of_the_workspace_meet_without_seams(monkeypatch, m, c, k, room, 
 @pytest.fixture
 def pointers(monkeypatch):
     """The kernels' loads as on a device without TMA."""
-    from dreamlip_kernels.ops.operands_triton import Operands
+    from dreamlip_kernels.ops.operands_triton import TritonOperands
 
-    real = Operands.arguments
+    real = TritonOperands.arguments
     monkeypatch.setattr(
-        Operands,
+        TritonOperands,
         "arguments",
         lambda self, blocks: real(self, blocks) | dict(x=self.x, y=self.y, DESCRIPTOR=False),
     )
@@ -346,7 +346,7 @@ def counted(monkeypatch):
     """Everything but the kernels and cuBLAS runs, with a device's tiles."""
     from dreamlip_kernels.ops import logsumexp_gradient_triton, logsumexp_triton
     from dreamlip_kernels.ops.logsumexp_tiles import blocks_for
-    from dreamlip_kernels.ops.operands_triton import Operands
+    from dreamlip_kernels.ops.operands_triton import TritonOperands
 
     for module, kernels in (
         (logsumexp_triton, ("exp_sums", "finish_sums")),
@@ -357,7 +357,7 @@ def counted(monkeypatch):
     for product in ("matmul", "accumulate"):  # on a CPU they would widen their operands first
         monkeypatch.setattr(logsumexp_gradient_triton, product, lambda a, b, out: None)
     monkeypatch.setattr(
-        Operands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
+        TritonOperands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
     )
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 

@@ -78,10 +78,11 @@ def convert(threads, operands, form, name):
         return threads.write(
             operands[0], np.where(value > 0, np.minimum(value, 1), 0).astype(np.float32) if "sat" in how else value
         )
-    if to[0] in "su" and source == "f32" and how & {"rni", "rzi", "rmi", "rpi"}:
-        rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[
-            (how & {"rni", "rzi", "rmi", "rpi"}).pop()
-        ]
+    whole_numbers = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+    rounding = next((whole_numbers[word] for word in how if word in whole_numbers), None)
+    if rounding and to == source == "f32":
+        return threads.write(operands[0], rounding(flushed(value) if "ftz" in how else value))
+    if rounding and to[0] in "su" and source == "f32":
         kind = np.iinfo(f"{'i' if to[0] == 's' else 'u'}{int(to[1:]) // 8}")
         whole = np.nan_to_num(rounding(value.astype(np.float64)), nan=0)
         return threads.write(operands[0], np.clip(whole, kind.min, kind.max).astype(kind.dtype))
