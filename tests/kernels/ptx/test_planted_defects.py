@@ -82,7 +82,7 @@ WAIT_LOOP = r"(try_wait\.parity\.shared\.b64 complete, \[%r\d+\]), (%r\d+)"
 SWIZZLED = r"4611686293305294848"  # of a matrix descriptor: 128-byte swizzle, and the stride of its blocks
 
 GLOBAL_STORE = r"(st\.global\.b32 \[ %rd\d+ \+) 0"
-BOX_BYTES = r"(expect_tx.*?), 32768"
+BOX_BYTES = r"(expect_tx.*?), 49152"  # of x 256 rows, of y 128, 64 columns each
 
 # What is planted, by capability: pattern, replacement, places, and the error that it is caught by;
 # or None for a result out
@@ -114,11 +114,11 @@ DEFECTS = {
         "a descriptor of another swizzle": (SWIZZLED, "9223372105574252544", FIRST, None),
         "a descriptor that begins inside a block": (SWIZZLED, "4611686293305294864", FIRST, Misaligned),
         "a descriptor with reserved bits": (SWIZZLED, "4611756662049472512", FIRST, BadOperand),
-        "a barrier is told of half the bytes": (BOX_BYTES, r"\1, 16384", EVERY, PtxError),
-        "a barrier is told of two bytes more": (BOX_BYTES, r"\1, 32770", EVERY, Deadlock),
+        "a barrier is told of half the bytes": (BOX_BYTES, r"\1, 24576", EVERY, PtxError),
+        "a barrier is told of two bytes more": (BOX_BYTES, r"\1, 49154", EVERY, Deadlock),
         "the other parity is waited for": (WAIT_LOOP, r"\1, 1", FIRST, PtxError),
         "all threads arrive where one should": (r"@%p\d+ (mbarrier\.arrive\.expect_tx)", r"\1", EVERY, BadOperand),
-        "a box copied to where another belongs": (r"(add\.s32\s+%r\d+, %r\d+), 49152", r"\1, 0", FIRST, None),
+        "a box copied to where another belongs": (r"(add\.s32\s+%r\d+, %r\d+), 98304", r"\1, 0", FIRST, None),
         "a store far outside": (GLOBAL_STORE, r"\1 1048576", FIRST, OutOfBounds),
         "a store that is not aligned": (GLOBAL_STORE, r"\1 2", FIRST, Misaligned),
         "a barrier that some threads do not reach": (r"(bar\.sync\s+0;)", r"@%p1 \1", slice(5, 6), Deadlock),
