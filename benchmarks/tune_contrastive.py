@@ -1,7 +1,7 @@
 """Find the tiles of the contrastive Triton kernels on this machine's GPU: ``python benchmarks/tune_contrastive.py [--width 512] [--dtype float16]``.
 
-Every candidate that compiles without spilling is timed at N = C = 8192, K = 4, without masks; the table ends with the lines to put into
-dreamlip_kernels/ops/logsumexp_tiles.py, so that no user's first step has to search.
+Every candidate that compiles without spilling is timed at N = C = 8192, K = 4, with a mask of captions, as training has it;
+the table ends with the lines to put into dreamlip_kernels/ops/logsumexp_tiles.py, so that no user's first step has to search.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import triton
 
-from dreamlip_kernels.ops import logsumexp_kernels, logsumexp_tiles, logsumexp_triton
+from dreamlip_kernels.backends.settings import settings
+from dreamlip_kernels.ops import (
+    logsumexp_gradient_kernels,
+    logsumexp_gradient_triton,
+    logsumexp_kernels,
+    logsumexp_tiles,
+    logsumexp_triton,
+)
 from dreamlip_kernels.ops.logsumexp_tiles import Blocks
+from dreamlip_kernels.ops.operands_triton import TritonOperands, arch
+from dreamlip_kernels.ops.rectangle import Rectangle, Upstream
 
 N, K = 8192, 4
 
@@ -48,30 +57,38 @@ def milliseconds(step: Callable[[], object]) -> float:
 
 
 def spills(kernel: triton.runtime.JITFunction) -> int:
-    """Spilled registers of what was compiled last for ``kernel``: of the usual variant, not of the exact one that runs when a flag says so."""
+    """The most registers that a variant of ``kernel`` spills, of those compiled last; the exact one, which runs when a flag says so, apart."""
     (compiled, *_) = kernel.device_caches[torch.cuda.current_device()]
-    return min((built.n_spills or 0 for built in compiled.values()), default=0)
+    always_run = [built for built in compiled.values() if not built.src.constants.get(_exact_place(kernel))]
+    return max((built.n_spills or 0 for built in always_run), default=0)
+
+
+def _exact_place(kernel: triton.runtime.JITFunction) -> tuple[int] | None:
+    """Where the compiled constants have EXACT."""
+    return (kernel.arg_names.index("EXACT"),) if "EXACT" in kernel.arg_names else None
 
 
 def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], tuple[str, int, int]]]:
     """Of each kernel, a step that launches it as training does, and its key in the table."""
-    if dtype == torch.float32:
-        logsumexp_triton.settings.float32 = "torch"
+    settings.workspace_bytes = 2**31  # all four slots at once
     x = torch.nn.functional.normalize(torch.randn(N, width, device="cuda"), dim=-1).to(dtype)
     y = torch.nn.functional.normalize(torch.randn(K, N, width, device="cuda"), dim=-1).to(dtype)
-    operands = logsumexp_triton.Operands(x, y, torch.tensor(14.3, device="cuda"), None, None)
-    flag = torch.zeros((), dtype=torch.int32, device="cuda")
-    rows, cols = (torch.rand(3, N, device="cuda") for _ in range(2))
-    workspace = operands.x.new_empty(N * N)
+    y_mask = torch.rand(K, N, device="cuda") > 0.2
+    rectangle = Rectangle(x, y, torch.tensor(14.3, device="cuda"), None, y_mask, float32="torch")
+    operands = TritonOperands(rectangle)
+    row, col = (torch.full((K, N), 10.0, device="cuda") for _ in range(2))
+    upstream = Upstream(row, col, torch.rand_like(row), torch.rand_like(col))
+    passes = logsumexp_gradient_triton.Passes(rectangle, upstream, needs_x=True, needs_y=True)
+    workspace = operands.x.new_empty(N * K * N)
 
     def gradients() -> None:
-        for slot in range(K):
-            logsumexp_triton._gradient(operands, flag, None, None, rows, cols, workspace, slot, 0, 0, N, N, 0)
+        passes.use(operands.blocks("gradient_tile"))
+        passes.gradient(workspace, K * N, (0, K), slice(0, N), (0, N))
 
-    arch = logsumexp_triton._arch(x)
-    place = (operands.x.element_size(), arch // 10 if arch // 10 in (8, 9, 10) else 8)
+    major = arch(x) // 10 if arch(x) // 10 in (8, 9, 10) else 8
+    place = (operands.x.element_size(), major)
     return {
-        "exp_sums": (lambda: logsumexp_triton._sums(operands, None, None), ("exp_sums", *place)),
+        "exp_sums": (lambda: logsumexp_triton._partial_sums(operands, N, None, y_mask), ("exp_sums", *place)),
         "gradient_tile": (gradients, ("gradient_tile", *place)),
     }
 
@@ -101,7 +118,8 @@ def compile_one(job: tuple[str, Blocks, int, torch.dtype]) -> None:
 
 def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width: int) -> None:
     """Time every candidate of kernel ``name`` in ``step`` and print them, fastest first."""
-    kept, kernel, found = logsumexp_tiles.TABLE[key], getattr(logsumexp_kernels, name), []
+    module = logsumexp_kernels if name == "exp_sums" else logsumexp_gradient_kernels
+    kept, kernel, times = logsumexp_tiles.TABLE[key], getattr(module, name), []
     for blocks in candidates(key[1]):
         logsumexp_tiles.TABLE[key] = {width: blocks}
         kernel.device_caches.clear()
@@ -111,16 +129,16 @@ def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width
             if spilled := spills(kernel):
                 print(f"{name} {tuple(blocks)}: {spilled} spilled registers", flush=True)
                 continue
-            found.append((milliseconds(step), blocks))
+            times.append((milliseconds(step), blocks))
         except Exception as error:  # too much shared memory, or nothing the compiler can make
             print(f"{name} {tuple(blocks)}: {str(error).splitlines()[0][:100]}", flush=True)
     logsumexp_tiles.TABLE[key] = kept
-    for ms, blocks in sorted(found)[:10]:
+    for ms, blocks in sorted(times)[:10]:
         print(f"{name:14} {tuple(blocks)!s:26} {ms:8.3f} ms   {2 * N * N * K * width / ms / 1e9:6.0f} TFLOP/s")
-    if found:
-        best = min(found)[1]
+    if times:
+        best = min(times)[1]
         print(
-            f"    {key!r}: {{{width}: Blocks({', '.join(map(str, best))})}},  # {torch.cuda.get_device_name()}, {min(found)[0]:.3f} ms",
+            f"    {key!r}: {{{width}: Blocks({', '.join(map(str, best))})}},  # {torch.cuda.get_device_name()}, {min(times)[0]:.3f} ms",
             flush=True,
         )
 

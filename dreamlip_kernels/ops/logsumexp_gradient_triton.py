@@ -20,6 +20,7 @@ from .chunks import chunks, joined, up
 from .dense import dense
 from .logsumexp_gradient_kernels import coefficients, finish_gradient, gradient_tile
 from .logsumexp_kernels import NO_DIAGONAL
+from .logsumexp_tiles import Blocks
 from .operands_triton import TritonOperands
 from .products import accumulate, matmul
 from .rectangle import Rectangle, Upstream, paired_slices
@@ -48,7 +49,7 @@ def backward(
     dy = torch.empty_like(y, dtype=dtype) if needs_y else y.new_empty(0, dtype=dtype)
     if m == 0 or c == 0 or k == 0:
         return dx.zero_(), dy.zero_(), torch.zeros_like(scale)
-    passes = _Passes(rectangle, upstream, needs_x, needs_y)
+    passes = Passes(rectangle, upstream, needs_x, needs_y)
     dots = passes.run(dx if needs_x else x.new_empty((m, d), dtype=dtype) if passes.through_x else None, dy)
     dscale = dots.sum(dtype=torch.float64)
     if passes.operands.x_unit is not None:
@@ -56,7 +57,7 @@ def backward(
     return dx if needs_x else x.new_empty(0, dtype=dtype), dy, dscale.to(scale.dtype)
 
 
-class _Passes:
+class Passes:
     """One call of ``backward``: its operands, its vectors and the passes over its chunks."""
 
     def __init__(self, rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool):
@@ -71,9 +72,13 @@ class _Passes:
         paired = upstream.d_pos is not None and own.stop > own.start
         self.diagonal, self.own = (upstream.diagonal, own) if paired else (NO_DIAGONAL, slice(0, 0))
         self.vectors = self._coefficients(upstream)
-        blocks = self.operands.blocks("gradient_tile")
+        self.masks = dense(rectangle.x_mask), dense(rectangle.y_mask)
+        self.use(self.operands.blocks("gradient_tile"))
+
+    def use(self, blocks: Blocks) -> None:
+        """Make tiles of G of these shapes from now on."""
         self.tile = blocks.m, blocks.c
-        x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
+        x_mask, y_mask = self.masks
         self.arguments = self.operands.arguments(blocks) | dict(
             flag_ptr=self.vectors.flag,
             x_mask_ptr=x_mask,
@@ -123,7 +128,7 @@ class _Passes:
             y_part = y[k : k + n].flatten(0, 1) if slots > 1 else y[k, j : j + count]
             for i in range(0, self.m, rows):
                 part = slice(i, min(i + rows, self.m))
-                g = self._gradient(workspace, pitch, (k, n), part, (j, len(y_part) // n))
+                g = self.gradient(workspace, pitch, (k, n), part, (j, len(y_part) // n))
                 if self.through_x:
                     (matmul if k == j == 0 else accumulate)(a=g, b=y_part, out=dx_sum[part])
                 if self.needs_y:
@@ -137,7 +142,7 @@ class _Passes:
             dy.copy_(dy_rows)
         return dots[0] if len(dots) == 1 else torch.cat(dots)
 
-    def _gradient(
+    def gradient(
         self, workspace: Tensor, pitch: int, slots: tuple[int, int], rows: slice, cols: tuple[int, int]
     ) -> Tensor:
         """G of a chunk, [rows, slots * cols]: the first and the number of its slots and of its columns, padding among them."""

@@ -1,5 +1,6 @@
 """The contrastive kernels on a CUDA device: dtypes and masks at real shapes, large indices, memory, graphs, repeats to the bit. `make gpu` runs these."""
 
+import contrast_promises as promises
 import pytest
 import torch
 from numerics import clip_like, value_and_grads
@@ -196,3 +197,32 @@ def test_compiles_whole(ours):
     inputs = inputs_like(200, 3, 64, torch.bfloat16)
     compiled = torch.compile(ours, fullgraph=True)
     torch.testing.assert_close(value_and_grads(compiled, inputs), value_and_grads(ours, inputs))
+
+
+@pytest.mark.parametrize("check", promises.CHECKS, ids=lambda check: check.__name__)
+def test_promise(backend, check):
+    check(backend, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("check", promises.CHECKS, ids=lambda check: check.__name__)
+def test_promise_of_torch(check):
+    """Whose 16-bit products, and what it leaves out of rounded ones, are CUDA's alone."""
+    check("torch", torch.device("cuda"))
+
+
+def test_torch_multiplies_16_bit_features_as_they_are():
+    """Gradients at most a rounding of G from float64's; the positives' part is float32's."""
+    inputs = inputs_like(1000, 4, 256, torch.bfloat16)
+    torch_code = lambda *i: dk.multi_positive_contrastive_loss(*i, backend="torch")  # noqa: E731
+    assert max(relative(value_and_grads(torch_code, inputs), exact(inputs))) < 2**-7
+
+
+def test_float32_is_float32_unless_torch_or_autocast_say_otherwise(monkeypatch, backend, ours):
+    """By default as a drop-in should: torch's own precision, and 16-bit products under autocast, in backward too."""
+    monkeypatch.setattr(settings, "float32", "torch")
+    inputs = inputs_like(500, 3, 256, torch.float32)
+    gold = exact(inputs)
+    fine = relative(value_and_grads(ours, inputs), gold)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        rough = relative(value_and_grads(ours, inputs), gold)
+    assert max(fine) < 2e-5 < max(rough[1:3]) < 0.02, (fine, rough)
