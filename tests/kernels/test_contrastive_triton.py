@@ -3,7 +3,6 @@
 float32 inputs are computed in float16, so the bar is the oracle on float16-rounded inputs: what the rounding alone costs, twice over.
 """
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -322,69 +321,6 @@ def test_float32_as_float32(monkeypatch, case):
     assert any((a.double() - e).abs().max() > 4e-6 + 1e-5 * e.abs().max() for a, e in zip(rough, gold, strict=True)), (
         "float16 would show"
     )
-
-
-class NothingLaunched:
-    """In place of a kernel: kernels allocate nothing, so that what torch is asked for can be counted at shapes no interpreter gets through."""
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: None
-
-
-def most_allocated(step):
-    """(what ``step()`` returns, the most bytes it had allocated at a time)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        out = step()
-    events = sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    )
-    return out, max(itertools.accumulate(e.nbytes() for e in events))
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """Everything but the kernels and cuBLAS runs, with a device's tiles."""
-    from dreamlip_kernels.ops import logsumexp_gradient_triton, logsumexp_triton
-    from dreamlip_kernels.ops.logsumexp_tiles import blocks_for
-    from dreamlip_kernels.ops.operands_triton import TritonOperands
-
-    for module, kernels in (
-        (logsumexp_triton, ("exp_sums", "finish_sums")),
-        (logsumexp_gradient_triton, ("coefficients", "gradient_tile", "finish_gradient")),
-    ):
-        for kernel in kernels:
-            monkeypatch.setattr(module, kernel, NothingLaunched())
-    for product in ("matmul", "accumulate"):  # on a CPU they would widen their operands first
-        monkeypatch.setattr(logsumexp_gradient_triton, product, lambda a, b, out: None)
-    monkeypatch.setattr(
-        TritonOperands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
-    )
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("n, d, part", [(8192, 128, 16), pytest.param(32768, 512, 1, marks=pytest.mark.slow)])
-def test_memory_by_count(counted, monkeypatch, n, d, part, dtype, masked):
-    """Beyond inputs and gradients at most 1 GB at N=32768, K=8, D=512 with 512 MB to work in, or a sixteenth of each."""
-    monkeypatch.setattr(settings, "workspace_bytes", 2**29 // part)
-    image, text = (v.requires_grad_() for v in clip_like(n, 8, d, dtype))
-    scale = torch.tensor(14.3, requires_grad=True)
-    mask = torch.ones(n, 8, dtype=torch.bool) if masked else None
-    loss = lambda: dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")  # noqa: E731
-    grads, most = most_allocated(lambda: torch.autograd.grad(loss(), (image, text, scale)))
-    assert grads[1].is_contiguous(), "the gradient of a [N, K, D] tensor, not of the kernels' [K, N, D] view of it"
-    extra = most - sum(g.numel() * g.element_size() for g in grads)
-    print(f"{extra / 2**20:.0f} MB beyond inputs and gradients")
-    assert extra <= 2**30 // part, f"{extra / 2**20:.0f} MB"
-
-
-def test_partial_sums_of_all_launches_share_one_workspace(counted, monkeypatch):
-    """N=4096, K=8 and 2 MB: the sums of 16 of the 32 column tiles at a time."""
-    monkeypatch.setattr(settings, "workspace_bytes", 2**21)
-    image, text = clip_like(4096, 8, 16, torch.bfloat16)
-    _, most = most_allocated(lambda: dk.bidirectional_logsumexp(image, text.transpose(0, 1), 14.3, backend="triton"))
-    assert 2**21 < most <= 1.75 * 2**21, f"{most / 2**20:.1f} MB"
 
 
 def test_settings_are_checked_and_kept(monkeypatch):
