@@ -31,6 +31,7 @@ logger = logging.getLogger("dreamlip_train")
 # Other values of these need other tensors in the checkpoint, or are another recipe altogether.
 _FIXED = {
     "model": ("name", "config", "context_length", "patch_projection", "local_logit_scale", "init_logit_bias"),
+    "optim": ("vision_lr_scale", "text_lr_scale", "layer_decay"),  # other groups of parameters
     "train": ("global_batch_size", "precision"),
     "deepspeed": ("zero_stage",),
 }

@@ -1,7 +1,8 @@
 """Named training recipes: each returns a whole Config, every number with its source.
 
 The paper (DreamLIP, ECCV 2024) gives the models, 224 px, context 77, 32 epochs, temperature 0.07 and K = 10, but no batch size, learning rate, decay or
-loss weights. Those are FLAIR's (CVPR 2025), trained on the same captions, so the large recipes are reconstructions. Batch sizes are global.
+loss weights. Those are FLAIR's (CVPR 2025), trained on the same captions, so the large recipes are reconstructions. Batch sizes are global, and those of
+FLAIR's paper: its scripts have 1536 on YFCC15M and 1024 on the merged set. eps of the merged set is its script's. Gradient clipping is ours.
 """
 
 from __future__ import annotations
@@ -100,12 +101,12 @@ def yfcc15m_vitb16() -> Config:
 
 def merged30m_vitb32() -> Config:
     """ViT-B/32 on CC3M + CC12M + YFCC15M: global batch 6144."""
-    return _large("ViT-B-32", global_batch_size=6144, weight_decay=0.2)
+    return _large("ViT-B-32", global_batch_size=6144, weight_decay=0.2, eps=1e-6)
 
 
 def merged30m_vitb16() -> Config:
     """ViT-B/16 on CC3M + CC12M + YFCC15M: global batch 6144."""
-    return _large("ViT-B-16", global_batch_size=6144, weight_decay=0.2)
+    return _large("ViT-B-16", global_batch_size=6144, weight_decay=0.2, eps=1e-6)
 
 
 def clip_cc3m_vitb16() -> Config:
@@ -140,7 +141,7 @@ def _without_grouping(config: Config, *, sources: tuple[str, ...], k: int) -> Co
     return config
 
 
-def _large(model: str, *, global_batch_size: int, weight_decay: float) -> Config:
+def _large(model: str, *, global_batch_size: int, weight_decay: float, eps: float = 1e-8) -> Config:
     return Config(
         data=DataConfig(
             num_sub_captions=10,  # paper: K = 10
@@ -158,7 +159,7 @@ def _large(model: str, *, global_batch_size: int, weight_decay: float) -> Config
             lr=5e-4,
             beta1=0.9,
             beta2=0.98,
-            eps=1e-8,
+            eps=eps,
             weight_decay=weight_decay,
             warmup_steps=2000,
             final_lr_fraction=0.0,  # FLAIR

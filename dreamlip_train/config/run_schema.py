@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW, its learning rate over the steps and over the parts of the model."""
 
     lr: float = 5e-4
     """Peak learning rate."""
@@ -22,8 +22,19 @@ class OptimConfig:
     """Decay of matrices; biases, norms and logit scales have none."""
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After warm-up: "cosine" or "linear" to the end of the run; "constant" with a linear cooldown over the last cooldown_steps; "wsd"
+    (warm-up, stable, decay), whose cooldown falls by 1 - sqrt."""
+    cooldown_steps: int = 0
+    """Last steps over which "constant" and "wsd" cool down."""
     final_lr_fraction: float = 0.0
-    """The cosine ends at this fraction of lr."""
+    """The schedule ends at this fraction of lr."""
+    vision_lr_scale: float = 1.0
+    """The image tower learns at this multiple of lr; 0 freezes it (LiT)."""
+    text_lr_scale: float = 1.0
+    """The same of the text tower."""
+    layer_decay: float = 1.0
+    """Each block of a tower learns at this multiple of the block above it; the embeddings lie below the first."""
     fused: bool = True
     """One AdamW kernel that reads and writes each weight once."""
     grad_clip_norm: float = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from dreamlip_train.config.run_schema import OptimConfig
 from dreamlip_train.config.schema import Config, DataConfig, LossConfig
 from dreamlip_train.jobs.user_error import UserError
 
@@ -18,6 +19,9 @@ _AT_LEAST = {
     "loss.mpcl_weight": (0, "give a weight >= 0"),
     "loss.grouping_weight": (0, "give a weight >= 0"),
     "optim.warmup_steps": (0, "0 means no warm-up"),
+    "optim.cooldown_steps": (0, "0 means no cooldown"),
+    "optim.vision_lr_scale": (0, "0 freezes the image tower"),
+    "optim.text_lr_scale": (0, "0 freezes the text tower"),
     "optim.grad_clip_norm": (0, "0 turns clipping off"),
     "train.global_batch_size": (1, "give at least 1"),
     "train.chunk_size": (0, "0 takes a rank's images at once"),
@@ -48,6 +52,7 @@ def validate(config: Config) -> None:
     _check_loss(config.loss)
     _check_bias(config)
     _check_grouping(config)
+    _check_optimizer(config.optim)
     _check_training(config)
     if config.eval.every_steps and not config.data.val_shards:
         refuse("eval.every_steps", config.eval.every_steps, "it evaluates on data.val_shards, which is empty")
@@ -99,10 +104,21 @@ def _check_grouping(config: Config) -> None:
         refuse("model.patch_projection", "local", f'{why}; use "shared"')
 
 
+def _check_optimizer(optim: OptimConfig) -> None:
+    if not optim.lr > 0:
+        refuse("optim.lr", optim.lr, "give a rate > 0")
+    if not 0 < optim.layer_decay <= 1:
+        refuse("optim.layer_decay", optim.layer_decay, "give a factor in (0, 1]; 1 trains all layers alike")
+    if optim.vision_lr_scale == optim.text_lr_scale == 0:
+        refuse("optim.vision_lr_scale", 0, "both towers are frozen: nothing would be trained")
+    if optim.cooldown_steps and optim.schedule in ("cosine", "linear"):
+        refuse("optim.cooldown_steps", optim.cooldown_steps, 'only optim.schedule="constant" and "wsd" cool down')
+    if optim.schedule == "wsd" and not optim.cooldown_steps:
+        refuse("optim.cooldown_steps", 0, 'optim.schedule="wsd" is its decay; give the steps it takes')
+
+
 def _check_training(config: Config) -> None:
     train = config.train
-    if not config.optim.lr > 0:
-        refuse("optim.lr", config.optim.lr, "give a rate > 0")
     if train.steps == train.epochs == 0:
         refuse("train.epochs", 0, "give train.epochs or train.steps")
     if train.compile and config.deepspeed.zero_stage == 3:

@@ -33,8 +33,11 @@ def build_model(model: ModelConfig, seed: int) -> DreamLIP:
             clip = open_clip.CLIP(
                 **settings, init_logit_scale=math.log(1 / model.init_temperature), nonscalar_logit_scale=True
             )
-        except TypeError as error:
-            raise UserError(f"model.config: {error}; give open_clip's embed_dim, vision_cfg and text_cfg") from error
+        except Exception as error:  # open_clip and torch raise whatever the settings lead them to
+            if not model.config:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"model.config: {reason}; give open_clip's embed_dim, vision_cfg and text_cfg") from error
     _check_towers(clip, model.name)
     if model.pretrained:
         load_open_clip_weights(clip, model.pretrained)
@@ -71,6 +74,8 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
     if missing:
         raise UserError(f"model.config: {missing[0]} is missing; give open_clip's embed_dim, vision_cfg and text_cfg")
     vision, text = settings["vision_cfg"], settings["text_cfg"]
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise UserError("model.config: vision_cfg and text_cfg must be tables, as in open_clip's model configs")
     without_patches = [key for key in _VISION_WITHOUT_PATCHES if vision.get(key)] or (
         [] if isinstance(vision.get("layers", 12), int) else ["layers"]
     )

@@ -22,7 +22,7 @@ _SET_ELSEWHERE = {
     "gradient_accumulation_steps": "train.chunk_size (accumulating the loss itself would shrink its negatives)",
     "gradient_clipping": "optim.grad_clip_norm",
     "optimizer": "the optim section",
-    "scheduler": "optim.lr, optim.warmup_steps and optim.final_lr_fraction",
+    "scheduler": "optim.lr, optim.warmup_steps, optim.schedule and optim.final_lr_fraction",
     "bf16": "train.precision",
     "fp16": "train.precision",
     "zero_allow_untested_optimizer": "nothing: it is always on",
@@ -66,6 +66,8 @@ def check_deepspeed_config(extra: dict[str, Any]) -> None:
         ("zero_optimization", "stage", "deepspeed.zero_stage"),
         ("torch_autocast", "enabled", "train.precision"),
     ):
+        if not isinstance(extra.get(section, {}), dict):
+            raise UserError(f"deepspeed.config: {section} must be an object, got {extra[section]!r}")
         if key in extra.get(section, {}):
             raise UserError(f"deepspeed.config: {section}.{key} is set by {field}; take it out")
 

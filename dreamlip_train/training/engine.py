@@ -18,7 +18,7 @@ from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.training.deepspeed_config import deepspeed_config
-from dreamlip_train.training.optimizer import parameter_groups
+from dreamlip_train.training.optimizer import freeze_towers, parameter_groups
 
 
 def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resized: bool = False) -> Any:
@@ -34,6 +34,7 @@ def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resiz
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
     if train.grad_checkpointing:
         model.clip.set_grad_checkpointing()
+    freeze_towers(model, optim)
     model.to(device)
     model.channels_last = train.channels_last
     if train.compile:
@@ -41,7 +42,7 @@ def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resiz
     # lr=0 here, the real rate before each step: DeepSpeed's bf16 ZeRO-0 optimizer takes one step with zero gradients to allocate its state, and that step
     # would decay the weights and start Adam's bias correction at 2.
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay),
+        parameter_groups(model, optim),
         lr=0.0,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,

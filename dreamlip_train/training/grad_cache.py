@@ -39,7 +39,7 @@ def cached_train_step(
     The engine must have been built with gradient_accumulation_steps = len(chunks).
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     states, features = _features(engine, chunks)
     mask = torch.cat([chunk["text_mask"] for chunk in chunks])
     losses, gradients = {}, None

@@ -8,24 +8,61 @@ from typing import Any
 from torch import nn
 
 from dreamlip_train.config.run_schema import OptimConfig
-from dreamlip_train.model.dreamlip import LOGIT_SCALARS
+from dreamlip_train.model.dreamlip import LOGIT_SCALARS, DreamLIP
+
+_EMBEDDINGS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "token_embedding")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices decay; biases, norms, logit scales and other vectors do not."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.ndim < 2 or name.endswith("bias") or name in LOGIT_SCALARS]
-    kept = {id(p) for p in plain}
+def freeze_towers(model: DreamLIP, optim: OptimConfig) -> None:
+    """Take the gradients from a tower that learns at rate 0. Before the engine is built."""
+    for name, parameter in model.named_parameters():
+        if _scale(name, model, optim) == 0:
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(model: DreamLIP, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay; biases, norms, logit scales and other vectors do not.
+
+    There is one of each for every ``lr_scale``, the group's multiple of the step's rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.endswith("bias") or name in LOGIT_SCALARS
+            key = (_scale(name, model, optim), 0.0 if plain else optim.weight_decay)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": [p for _, p in trained if id(p) not in kept], "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": groups[key], "lr_scale": key[0], "weight_decay": key[1]}
+        for key in sorted(groups, key=lambda key: (-key[1], -key[0]))
     ]
 
 
+def _scale(name: str, model: DreamLIP, optim: OptimConfig) -> float:
+    """The multiple of the learning rate of one parameter of DreamLIP; what is of no tower has 1."""
+    vision, name = name.startswith("clip.visual."), name.removeprefix("clip.visual.").removeprefix("clip.")
+    if not vision and (name in LOGIT_SCALARS or name == "local_proj"):
+        return 1.0
+    blocks = len((model.clip.visual if vision else model.clip).transformer.resblocks)
+    parts = name.split(".")
+    if parts[:2] == ["transformer", "resblocks"]:
+        below_the_top = blocks - int(parts[2])
+    else:
+        below_the_top = blocks + 1 if parts[0] in _EMBEDDINGS else 0
+    return (optim.vision_lr_scale if vision else optim.text_lr_scale) * optim.layer_decay**below_the_top
+
+
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
-    """Rate of step ``step`` (the first is 0): linear to ``lr`` over ``warmup_steps`` steps, then a cosine to ``final_lr_fraction * lr``."""
+    """Rate of step ``step`` (the first is 0): linear to ``lr`` over ``warmup_steps`` steps, then ``schedule`` to ``final_lr_fraction * lr``."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return optim.lr * (optim.final_lr_fraction + (1 - optim.final_lr_fraction) * cosine)
+    length = total_steps - optim.warmup_steps
+    if optim.schedule in ("constant", "wsd"):
+        length = min(optim.cooldown_steps, length)
+    progress = min(1.0, max(0.0, 1 - (total_steps - step) / length)) if length > 0 else 0.0
+    shape = {
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": lambda: 1 - progress,
+        "constant": lambda: 1 - progress,
+        "wsd": lambda: 1 - math.sqrt(progress),
+    }[optim.schedule]()
+    return optim.lr * (optim.final_lr_fraction + (1 - optim.final_lr_fraction) * shape)

@@ -41,7 +41,7 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on a batch of ``move_batch``; a step whose loss or gradients are not finite on any rank leaves the weights as they were."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     features = engine(batch["images"], batch["text"], patches)
     losses = loss_fn(**features, text_mask=batch["text_mask"], output_dict=True)
     loss = sum(losses.values())

@@ -14,7 +14,7 @@ def torch_losses():
     """The trajectory of plain torch: AdamW, clipping and the same rates."""
     config = tiny_config()
     model, loss_fn = build_model(config.model, config.train.seed), DreamLIPLoss()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.98), eps=1e-8)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.optim), lr=1.0, betas=(0.9, 0.98), eps=1e-8)
     losses = []
     for step in range(STEPS):
         data = batch(step)

@@ -116,6 +116,52 @@ def test_learning_rate_is_linear_then_cosine():
     assert learning_rate(0, 10, OptimConfig(lr=1.0, warmup_steps=0)) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.55, 10: 0.1}),
+        ("constant", {1: 1.0, 6: 1.0, 8: 0.55, 10: 0.1}),
+        ("wsd", {1: 1.0, 6: 1.0, 7: 0.55, 10: 0.1}),
+    ],
+)
+def test_the_other_schedules(schedule, rates):
+    cooldown = 0 if schedule == "linear" else 4
+    optim = OptimConfig(lr=1.0, warmup_steps=2, final_lr_fraction=0.1, schedule=schedule, cooldown_steps=cooldown)
+    assert {step: learning_rate(step, 10, optim) for step in rates} == pytest.approx(rates)
+    constant = OptimConfig(lr=1.0, warmup_steps=0, schedule="constant")
+    assert [learning_rate(step, 10, constant) for step in (0, 5, 10)] == [1.0, 1.0, 1.0]
+
+
+def test_rates_by_tower_and_layer():
+    model = build_model(tiny_model(), seed=0)
+    optim = OptimConfig(weight_decay=0.2, vision_lr_scale=0.5, text_lr_scale=2.0, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in parameter_groups(model, optim) for p in group["params"]}
+    named = {name: scale[id(p)] for name, p in model.named_parameters()}
+    assert len(scale) == len(named)
+    assert named["clip.visual.proj"] == 0.5 and named["clip.text_projection"] == named["clip.ln_final.weight"] == 2.0
+    assert named["clip.visual.transformer.resblocks.1.ln_1.weight"] == 0.25
+    assert named["clip.transformer.resblocks.0.mlp.c_fc.weight"] == 0.5
+    assert named["clip.visual.conv1.weight"] == 0.5 / 8 and named["clip.token_embedding.weight"] == 0.25
+    assert named["clip.logit_scale"] == named["logit_scale_local"] == 1.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_frozen_tower_stays_and_the_other_learns(stage):
+    config = tiny_config(stage)
+    config.optim.vision_lr_scale = 0.0
+    engine = tiny_engine(config)
+    with evaluation_model(engine, config.model) as model:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = run_steps(engine, config, 0, 3)
+    with evaluation_model(engine, config.model) as model:
+        for name, p in model.named_parameters():
+            if name.startswith("clip.visual."):
+                assert torch.equal(before[name], p), name
+            elif name.startswith("clip.transformer") and name.endswith("c_fc.weight"):
+                assert not torch.equal(before[name], p), name
+    assert losses[-1] < losses[0]
+
+
 def test_adamw_is_one_kernel_unless_asked_otherwise(torch_losses):
     for fused in (True, False):
         config = tiny_config(1)
@@ -127,7 +173,7 @@ def test_adamw_is_one_kernel_unless_asked_otherwise(torch_losses):
 
 def test_only_matrices_decay():
     model = build_model(tiny_model(), seed=0)
-    decayed, plain = parameter_groups(model, 0.2)
+    decayed, plain = parameter_groups(model, OptimConfig(weight_decay=0.2))
     names = {id(p): name for name, p in model.named_parameters()}
     decayed_names, plain_names = ({names[id(p)] for p in group["params"]} for group in (decayed, plain))
     assert decayed["weight_decay"] == 0.2 and plain["weight_decay"] == 0.0
@@ -150,6 +196,7 @@ def test_only_matrices_decay():
         ({"gradient_accumulation_steps": 4}, "would shrink its negatives"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by the optim section"),
         ({"fp16": {"enabled": True}}, "'fp16' is set by train.precision"),
+        ({"zero_optimization": 3}, "zero_optimization must be an object, got 3"),
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is set by deepspeed.zero_stage"),
     ],
 )
