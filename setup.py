@@ -90,6 +90,7 @@ setup(
     package_data={
         "dreamlip_kernels": ["py.typed"],
         "dreamlip_kernels.backends": ["measured/*.json"],
+        "dreamlip_train.evaluation": ["paper_tables/*"],
         "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
     },
     **extension(),

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from dreamlip_train.cli.usage import require_writable
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -38,11 +39,7 @@ def _parse(kind: type[Options], arguments: list[str], program: str) -> Options:
     options = tyro.cli(kind, args=arguments, prog=program)
     if options.batch_size < 1:
         raise UserError(f"--batch-size: got {options.batch_size}; give at least 1")
-    folder = Path(options.output).absolute().parent
-    if options.output and not folder.is_dir():
-        raise UserError(f"--output: no folder {str(folder)!r}; make it first")
-    if options.output and Path(options.output).is_dir():
-        raise UserError(f"--output: {options.output!r} is a folder; give a file")
+    require_writable(options.output)
     return options
 
 
@@ -64,7 +61,8 @@ def _write(options: EvalOptions, scores: Any) -> None:
     if options.output:
         from dreamlip_train.jobs.atomic_json import write_json
 
-        write_json(Path(options.output), scores)
+        told = {name: value for name, value in vars(options).items() if name != "output"}
+        write_json(Path(options.output), {"evaluation": {"command": _COMMAND_OF[type(options)], **told}} | scores)
 
 
 @dataclass(kw_only=True)
@@ -188,7 +186,7 @@ class MultiLabelOptions(EvalOptions):
     """Multi-label recognition: mean average precision over classes."""
 
     annotations: str
-    """One image per line: IMAGE,tag,tag,... (tags by name or by position in the class list)."""
+    """One image per line: IMAGE,tag,tag,... (tags by name or by position in the class list) or IMAGE,7 12 40."""
     classes: str
     """The class (tag) list, one per line; "a; b" are two names of one class."""
     images: str
@@ -203,7 +201,7 @@ def multilabel(arguments: list[str], program: str) -> None:
     from dreamlip_train.evaluation.class_prompts import read_classes, read_templates
     from dreamlip_train.evaluation.multi_label import evaluate_multi_label, format_multi_label, read_labels
 
-    classes, templates = read_classes(options.classes), read_templates(options.templates)
+    classes, templates = read_classes(options.classes, repeated_allowed=True), read_templates(options.templates)
     labelled = read_labels(options.annotations, classes, options.images)
 
     def score(model: Any, _: Any, device: Any) -> dict[str, Any]:
@@ -260,6 +258,13 @@ def segment(arguments: list[str], program: str) -> None:
     _run(options, score, format_segmentation)
 
 
+_COMMAND_OF = {
+    HeldOutOptions: "retrieval",
+    RetrievalSetOptions: "retrieval-set",
+    ZeroShotOptions: "zeroshot",
+    MultiLabelOptions: "multilabel",
+    SegmentationOptions: "segment",
+}
 COMMANDS: dict[str, Any] = {
     "retrieval": retrieval,
     "localize": localize,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import tyro
 
+from dreamlip_train.cli.usage import require_writable
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import RecaptionOptions
 
 
@@ -150,6 +152,9 @@ class StatsOptions:
 def prepare_stats(arguments: list[str], program: str) -> None:
     """Sub-captions and tokens by source, as a table and a PNG: PATTERN --output captions.png"""
     options = tyro.cli(StatsOptions, args=arguments, prog=program)
+    require_writable(options.output)
+    if options.max_shards < 0:
+        raise UserError(f"--max-shards: got {options.max_shards}; give a number of shards, or 0 for all")
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms, plot_histograms
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from dreamlip_train.cli.usage import PROGRAM
+from dreamlip_train.cli.usage import PROGRAM, require_writable
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -26,6 +26,7 @@ class ReportOptions:
 def report(arguments: list[str], program: str) -> None:
     """A run as one HTML page: curves, tables beside the paper's, grouping maps, retrieval right and wrong: RUN"""
     options = tyro.cli(ReportOptions, args=arguments, prog=program)
+    require_writable(options.output)
     from dreamlip_train.reporting.html_report import write_report
 
     print(f"wrote {write_report(options.run, options.output, examples=options.examples)}")
@@ -46,6 +47,7 @@ def plot(arguments: list[str], program: str) -> None:
     options = tyro.cli(PlotOptions, args=arguments, prog=program)
     if not options.runs:
         raise UserError("RUN...: give at least one run folder")
+    require_writable(options.output)
     paths = [Path(run) / "metrics.jsonl" for run in options.runs]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
+
+from dreamlip_train.jobs.user_error import UserError
 
 PROGRAM = "dreamlip-train"
 
@@ -28,3 +31,16 @@ def first_line(function: Callable[..., Any]) -> str:
 def closest(word: str, known: Collection[str]) -> str:
     """The names most like ``word``, or all of them."""
     return ", ".join(difflib.get_close_matches(word, known, n=3) or list(known))
+
+
+def require_writable(output: str) -> None:
+    """Work of hours must not end at a folder that is not there; "" writes nothing.
+
+    Raises:
+        UserError: the file can't be written there.
+    """
+    folder = Path(output).absolute().parent
+    if output and not folder.is_dir():
+        raise UserError(f"--output: no folder {str(folder)!r}; make it first")
+    if output and Path(output).is_dir():
+        raise UserError(f"--output: {output!r} is a folder; give a file")

@@ -16,11 +16,11 @@ from dreamlip_train.model.dreamlip import DreamLIP
 PHOTO = ("a photo of a {c}.",)
 
 
-def read_classes(path: str | Path) -> list[str]:
+def read_classes(path: str | Path, *, repeated_allowed: bool = False) -> list[str]:
     """Class names, one a line; "a; b" are two names of one class.
 
     Raises:
-        UserError: the file can't be read, is empty, or a class comes twice (it is named).
+        UserError: the file can't be read, is empty, or a class comes twice (it is named) unless ``repeated_allowed``.
     """
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -28,7 +28,7 @@ def read_classes(path: str | Path) -> list[str]:
         raise UserError(f"--classes: cannot read {str(path)!r}: {error}") from error
     names = [name for name in names if name]
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
-    if not names or repeated:
+    if not names or (repeated and not repeated_allowed):
         problem = f"has {repeated[0]!r} twice" if repeated else "has no class"
         raise UserError(f"--classes: {str(path)!r} {problem}; give one class a line")
     return names

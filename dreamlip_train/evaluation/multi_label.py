@@ -1,7 +1,9 @@
 """Multi-label recognition: the average precision of image and class-prompt similarities (the paper's Table 5).
 
 The lists are those of the Recognize Anything benchmark, which DreamLIP uses (OpenImages common and rare, ImageNet-Multi, HICO):
-a tag list, one class a line, and annotations, one image a line, ``IMAGE,tag,tag,...`` (tags by name, or by their position in the list).
+a tag list, one class per line, and annotations, one image per line: ``IMAGE,tag,tag,...`` (tags by name, or by their
+position in the list) or ``IMAGE,7 12 40`` (positions). A name that the list has twice, as ImageNet-Multi's has two
+"missile" and two "sunglasses", can be given by position alone.
 """
 
 from __future__ import annotations
@@ -47,12 +49,12 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
         raise UserError(f"--annotations: {str(path)!r} has no image")
     if not folder.is_dir():
         raise UserError(f"--images: no folder {str(folder)!r}")
-    position = {name: index for index, name in enumerate(classes)}
+    position = {name: index for index, name in enumerate(classes) if classes.count(name) == 1}
     found: list[tuple[str, list[int]]] = []
     for number, line in enumerate(lines, 1):
         name, *tags = (part.strip() for part in line.split(","))
         labels = []
-        for tag in filter(None, tags):
+        for tag in filter(None, _separated(tags, position)):
             index = position.get(tag, int(tag) if tag.isdecimal() and int(tag) < len(classes) else None)
             if index is None:
                 raise UserError(
@@ -72,6 +74,15 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
             f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; fetch them"
         )
     return Labelled([file for file in files if file is not None], [labels for _, labels in found])
+
+
+def _separated(tags: list[str], position: dict[str, int]) -> list[str]:
+    """The tags, positions that share one field apart: "7 12 40" is three unless a class is called so."""
+    return [
+        part
+        for tag in tags
+        for part in (tag.split() if tag not in position and tag.replace(" ", "").isdecimal() else [tag])
+    ]
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
@@ -141,12 +152,17 @@ def evaluate_multi_label(
         "chance": 100 * float(targets.double().mean(dim=0)[known].mean()),
         "per_class": {
             name: float(value) if has else None
-            for name, value, has in zip(classes, precision, known.tolist(), strict=True)
+            for name, value, has in zip(_distinct(classes), precision, known.tolist(), strict=True)
         },
         "images": len(labelled.images),
         "classes": len(classes),
         "without_images": int((~known).sum()),
     }
+
+
+def _distinct(classes: Sequence[str]) -> list[str]:
+    """The names; those that come twice with their position."""
+    return [name if classes.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(classes)]
 
 
 def _picture(file: Path, size: int) -> Tensor:

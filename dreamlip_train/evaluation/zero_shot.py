@@ -15,22 +15,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dreamlip_train.data.images import resize_center_crop
+from dreamlip_train.evaluation.class_folders import class_folder
 from dreamlip_train.evaluation.held_out import eval_mode
-from dreamlip_train.evaluation.paper import ZERO_SHOT
+from dreamlip_train.evaluation.paper import zero_shot_rows
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 DATASETS = (
     "food101",
-    "vtab/cifar10",
-    "vtab/cifar100",
+    "cifar10",
+    "cifar100",
     "sun397",
     "cars",
     "fgvc_aircraft",
-    "vtab/dtd",
-    "vtab/pets",
-    "vtab/caltech101",
-    "vtab/flowers",
+    "dtd",
+    "pets",
+    "caltech101",
+    "flowers",
     "imagenet1k",
 )
 """The paper's eleven, under clip_benchmark's names."""
@@ -67,7 +68,8 @@ def evaluate_zero_shot(
 
     Args:
         datasets: clip_benchmark's names; "wds/NAME" reads its webdataset folder.
-        root: where the data are, or are downloaded to; "{dataset}" in it is the name, "{dataset_cleaned}" the name with "-" for "/".
+        root: where the data are (a folder of images by class, or as clip_benchmark has them) or are downloaded
+            to; "{dataset}" in it is the name, "{dataset_cleaned}" the name with "-" for "/".
         keep: called with the results so far after each data set.
     Returns:
         {data set: {"acc1", "acc5", "mean_per_class_recall" in percent, "images", "classes"}, or {"error"}}.
@@ -109,11 +111,17 @@ def _one(
             )
     counted = 0
 
-    def picture(image: Image.Image) -> Tensor:
-        return resize_center_crop(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1), model.image_size)
+    def picture(image: Image.Image | Tensor) -> Tensor:
+        if isinstance(image, Image.Image):
+            image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return resize_center_crop(image, model.image_size)
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = build_dataset(name, root=folder, transform=picture, split=split, task="zeroshot_classification")
+    by_class = class_folder(folder, plain, split, picture)
+    if by_class is not None:
+        dataset = by_class
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset = build_dataset(name, root=folder, transform=picture, split=split, task="zeroshot_classification")
     if name.startswith("wds/"):
         loader = torch.utils.data.DataLoader(
             dataset.batched(batch_size), batch_size=None, num_workers=min(workers, _shards(folder, split))
@@ -121,7 +129,10 @@ def _one(
         loader.dataset.classes = dataset.classes
     else:
         loader = torch.utils.data.DataLoader(
-            dataset, batch_size=batch_size, num_workers=workers, collate_fn=get_dataset_collate_fn(name)
+            dataset,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=None if by_class is not None else get_dataset_collate_fn(name),
         )
 
     class Counted:
@@ -140,10 +151,9 @@ def _one(
                 counted += len(images)
                 yield images, labels
 
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        metrics = zeroshot_classification.evaluate(
-            ClipAdapter(model), Counted(), model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
-        )
+    metrics = zeroshot_classification.evaluate(  # it shows its own progress
+        ClipAdapter(model), Counted(), model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
+    )
     return {metric: 100 * float(value) for metric, value in metrics.items()} | {
         "images": counted,
         "classes": len(dataset.classes),
@@ -156,12 +166,18 @@ def _shards(folder: str, split: str) -> int:
 
 def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:
     """The table, chance and the paper's numbers beside ours."""
-    lines = [f"{'zero-shot, %':<22}{'acc@1':>8}{'(chance)':>10}{'acc@5':>8}{'per class':>11}{'images':>9}   paper"]
+    lines = [
+        f"{'zero-shot, %':<22}{'acc@1':>8}{'(chance)':>10}{'acc@5':>8}{'per class':>11}{'images':>9}   paper: DreamLIP, ViT-B/16"
+    ]
     for name, row in found.items():
         if "error" in row:
             lines.append(f"{name:<22}  not evaluated: {row['error']}")
             continue
-        paper = "; ".join(f"{model}: {value}" for model, value in ZERO_SHOT.get(name.removeprefix("wds/"), {}).items())
+        paper = ", ".join(
+            f"{model.split(',')[0]} {value}"
+            for model, value in zero_shot_rows(name.removeprefix("wds/").removeprefix("vtab/")).items()
+            if "DreamLIP, ViT-B/16" in model
+        )
         top, nothing = row.get("acc1", row.get("mean_average_precision", float("nan"))), float("nan")
         cells = f"{top:>8.1f}{100 / row['classes']:>10.1f}{row.get('acc5', nothing):>8.1f}{row.get('mean_per_class_recall', nothing):>11.1f}"
         lines.append(f"{name:<22}{cells}{row['images']:>9}   {paper}")

@@ -24,9 +24,9 @@ class RecaptionOptions:
     """Captions go to the columns short{name}_captions and long{name}_captions: IB, SV, LLA, or your own."""
     endpoint: str = ""
     """Base URL of an OpenAI-compatible server, such as vLLM's http://host:8000/v1; empty runs the model here. OPENAI_API_KEY is its key."""
-    long_prompt: str = "Describe the image in detail."
+    long_prompt: str = "Describe the image in details"
     """Asks for the long caption; empty leaves it out."""
-    short_prompt: str = "Describe the image in one sentence."
+    short_prompt: str = "Describe the image in short."
     """Asks for the short caption; empty leaves it out."""
     max_tokens: int = 256
     """Length of a long caption; a short one gets a quarter of it."""

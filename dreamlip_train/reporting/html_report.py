@@ -20,7 +20,7 @@ from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.validation import val_samples
-from dreamlip_train.evaluation import paper
+from dreamlip_train.evaluation.paper import paper_table
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
 
@@ -150,7 +150,11 @@ def _retrieval(summary: dict[str, Any]) -> str:
             ]
             rows.append([f"{label}, {arrow}", *cells])
     ours = _table(["held out, % (chance)", "R@1", "R@5", "R@10"], rows)
-    paper_rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in paper.RETRIEVAL.items()]
+    columns = ("i2t_flickr30k_r1", "i2t_mscoco_r1", "t2i_flickr30k_r1", "t2i_mscoco_r1")
+    paper_rows = [
+        [f"{row['data']}, {row['method']}", *(row[column] for column in columns)]
+        for row in paper_table("table1_retrieval_vitb32")
+    ]
     theirs = _table(["R@1, ViT-B/32", "Flickr30k i2t", "COCO i2t", "Flickr30k t2i", "COCO t2i"], paper_rows, paper=True)
     return (
         f"<p>{summary['samples']:,} held-out images, {summary['sentences']:,} sentences.</p>{ours}"

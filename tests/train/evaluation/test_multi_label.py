@@ -145,3 +145,16 @@ def test_what_does_not_fit_is_named(lists, tmp_path):
     with pytest.raises(ValueError, match='give "photo", "imagenet" or a file'):
         read_templates("imagnet")
     assert len(read_templates("imagenet")) == 80 and read_templates("photo") == ("a photo of a {c}.",)
+
+
+def test_published_lists_are_read_as_they_are(lists, tmp_path):
+    """ImageNet-Multi and HICO give positions separated by spaces; ImageNet-Multi's tag list has two names twice."""
+    classes = ["missile", "dog", "missile", "sunglasses", "12 bells", "sunglasses"]
+    (tmp_path / "tags.txt").write_text("\n".join(classes))
+    names = [line.split(",")[0] for line in (lists / "annots.txt").read_text().splitlines()][:3]
+    (tmp_path / "annots.txt").write_text(f"{names[0]},0 2 3\n{names[1]},5\n{names[2]},dog,12 bells\n")
+    read = read_classes(tmp_path / "tags.txt", repeated_allowed=True)
+    assert read_labels(tmp_path / "annots.txt", read, lists / "imgs").labels == [[0, 2, 3], [5], [1, 4]]
+    (tmp_path / "annots.txt").write_text(f"{names[0]},missile\n")
+    with pytest.raises(ValueError, match="the label 'missile' is not among"):
+        read_labels(tmp_path / "annots.txt", read, lists / "imgs")

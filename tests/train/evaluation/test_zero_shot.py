@@ -10,7 +10,9 @@ from shard_files import jpeg, write_tar
 from tiny import clean_environment
 
 from dreamlip_train import cli
+from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.evaluation.paper import paper_table, zero_shot_rows
 from dreamlip_train.evaluation.zero_shot import evaluate_zero_shot, format_zero_shot
 from dreamlip_train.model.build import build_model
 
@@ -103,10 +105,34 @@ def test_the_papers_numbers_stand_beside_ours():
     table = format_zero_shot(
         {"imagenet1k": {"acc1": 30.0, "acc5": 55.0, "mean_per_class_recall": 30.0, "images": 50000, "classes": 1000}}
     )
-    assert "CC3M, ViT-B/16: 31.1" in table and "30.0" in table
+    assert "DreamLIP, ViT-B/16" in table and "CC3M 31.1" in table and "30.0" in table
 
 
 def test_without_clip_benchmark_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'dreamlip\[benchmark\]'"):
         evaluate_zero_shot(None, ["cars"], "", "cpu")
+
+
+@pytest.mark.parametrize("names", [CLASSES, [f"n0{i}" for i in range(6)]])
+def test_a_folder_of_images_by_class_works_for_every_set(weights, tmp_path, monkeypatch, names):
+    """By the classes' names in any order, or by folders that sort as the list does."""
+    monkeypatch.setattr(
+        "dreamlip_train.evaluation.class_folders._known", lambda kind, _: CLASSES if "names" in kind else []
+    )
+    for i in range(COUNT):
+        folder = tmp_path / "sets" / "made" / names[i % 6].replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes(jpeg(i, 48))
+    model = load_for_eval(weights, "ViT-S-32-alt")[0]
+    found = evaluate_zero_shot(model, ["made"], str(tmp_path / "sets" / "{dataset}"), "cpu", workers=0)["made"]
+    make_set(tmp_path / "wds" / "made")
+    (tmp_path / "wds" / "made" / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.")
+    same = evaluate_zero_shot(model, ["wds/made"], str(tmp_path / "wds" / "{dataset}"), "cpu", workers=0)["wds/made"]
+    assert found["images"] == COUNT and found == pytest.approx(same)
+
+
+def test_the_papers_tables_are_shipped():
+    assert paper_table("table3_san_segmentation_vitb32")[1]["voc20"] == "76.5"
+    assert zero_shot_rows("imagenet1k")["CC3M, DreamLIP, ViT-B/16"] == 31.1 and not zero_shot_rows("mnist")
+    assert zero_shot_rows("fgvc_aircraft")["CC3M, CLIP, ViT-B/32"] == 1.0

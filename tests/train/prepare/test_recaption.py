@@ -82,7 +82,7 @@ def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path,
         )
         assert (record["raw_caption"], record["url"]) == (f"raw {i}", f"u{i}")
     assert {body["messages"][0]["content"][1]["text"] for body in server.requests} == {
-        "Describe the image in detail.", "Describe the image in one sentence.",
+        "Describe the image in details", "Describe the image in short.",
     }  # fmt: skip
     assert {body["model"] for body in server.requests} == {"served"} and {
         body["max_tokens"] for body in server.requests
@@ -126,8 +126,8 @@ def test_a_picture_that_always_fails_is_recorded_and_keeps_its_place(tmp_path, s
         and "told to answer 400" in errors["0012"]
         and "InternalServerError" in errors["0020"]
     )
-    assert server.asked[jpeg(12), "Describe the image in detail."] == 1  # its own fault: not asked again
-    assert server.asked[jpeg(20), "Describe the image in detail."] == 3
+    assert server.asked[jpeg(12), "Describe the image in details"] == 1  # its own fault: not asked again
+    assert server.asked[jpeg(20), "Describe the image in details"] == 3
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["bad"]["not captioned"]["count"] == 3
 
@@ -263,7 +263,7 @@ def test_a_local_model_end_to_end(tmp_path, shards, llava):
     found = records(tmp_path / "out")
     captioned = [record["longLLA_captions"] for record in found.values() if "longLLA_captions" in record]
     assert len(found) == 24 and len(captioned) >= 16 and len(set(captioned)) > 8  # what it says depends on the picture
-    alone = captioners.LocalModel(llava, [captioners.Prompt("longLLA_captions", "Describe the image in detail.", 24)])
+    alone = captioners.LocalModel(llava, [captioners.Prompt("longLLA_captions", "Describe the image in details", 24)])
     for key in list(found)[:6]:
         (answer,) = alone.answer([jpeg(int(key))])
         if "longLLA_captions" in found[key]:
@@ -271,7 +271,7 @@ def test_a_local_model_end_to_end(tmp_path, shards, llava):
 
 
 def test_a_damaged_picture_spoils_no_other(llava):
-    model = captioners.LocalModel(llava, [captioners.Prompt("c", "Describe the image in detail.", 24)])
+    model = captioners.LocalModel(llava, [captioners.Prompt("c", "Describe the image in details", 24)])
     whole, damaged, other = model.answer([jpeg(0), b"no picture", jpeg(3)])
     assert isinstance(damaged, ValueError)
     assert [whole, other] == model.answer([jpeg(0), jpeg(3)])
@@ -279,7 +279,7 @@ def test_a_damaged_picture_spoils_no_other(llava):
 
 def test_without_a_chat_template_llava_gets_its_own_form(tmp_path):
     model = captioners.LocalModel(str(save_tiny_llava(tmp_path, chat_template=False)), [])
-    assert model._question("Describe the image in detail.") == "USER: <image>\nDescribe the image in detail. ASSISTANT:"
+    assert model._question("Describe the image in details") == "USER: <image>\nDescribe the image in details ASSISTANT:"
 
 
 ERRORS = {
