@@ -27,9 +27,9 @@ def configure(*, workspace_bytes: int | None = None, float32: str | None = None)
 
     Args:
         workspace_bytes: bound of what forward keeps of the pairs for backward (torch backend, on a CPU), of the partial
-            sums forward and of the chunk of gradient coefficients backward (Triton backend); 512 MB at the start. Less
-            memory is more, smaller matrix products.
-        float32: how the Triton backend multiplies float32 features. "torch" (at the start): as
+            sums forward and of the chunk of gradient coefficients backward (Triton and CUDA backends); 512 MB at the
+            start. Less memory is more, smaller matrix products.
+        float32: how the Triton and CUDA backends multiply float32 features. "torch" (at the start): as
             ``torch.get_float32_matmul_precision()`` says. At "highest" each product is three TF32 ones, with nearly
             float32's own error, at less than a third of the speed; at "high" and "medium", and under autocast, they are
             rounded to float16 after a power-of-two scaling, with sums in float32: of unit vectors that is an error of
