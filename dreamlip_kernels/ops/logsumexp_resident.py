@@ -27,6 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # 709 TFLOP/s; with 128 rows and 4 boxes 664; the Triton kernel 503 to 535.
 BLOCK_M, BLOCK_C, BLOCK_D, STAGES = 64, 128, 64, 6
 LARGEST_WIDTH = 512  # the columns' tile takes 128 KB of shared memory
+BAND_ROWS = 4096  # of x at most for a program: they stay in L2 while the other programs of their band read them too
+COLUMN_PARTS = 8  # sums over rows that a band writes: one for each consuming warp
 WARPS = 4  # of a group; there are two groups and a producer
 
 

@@ -1,6 +1,6 @@
 """Forward of the Triton backend of bidirectional_logsumexp: one pass over the pairs.
 
-    exp_sums      a band of rows x one column tile: both sums of exp2(z - offset), partial
+    exp_sums      a band of rows x one column tile: both sums of exp2(z - offset), partial; on Hopper exp_sums_resident
     finish_sums   their totals' logarithms; again with running maxima where a sum left float32's range; the positives' logits
 
 A fixed exponent offset in place of running maxima makes row and column sums plain adds (docs/math.md, section 5).
@@ -10,6 +10,9 @@ M rows, C columns, K slots, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,7 +23,7 @@ from ..backends.settings import settings
 from .dense import dense
 from .logsumexp_kernels import exp_sums, finish_sums
 from .logsumexp_tiles import ONLINE
-from .operands_triton import TritonOperands
+from .operands_triton import TritonOperands, arch
 from .rectangle import Rectangle
 
 PROGRAMS = 4 * 132  # of exp_sums at least, where there are rows enough: four for each processor of an H100
@@ -44,20 +47,42 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     return row, col, pos, kept
 
 
-def _partial_sums(
-    operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Sums of exp2(z - offset), [K, tiles, M] over columns and [bands, K, C] over rows; tiles is 1 where the workspace is small."""
-    x, (m, d), k = operands.x, operands.x.shape, len(operands.y)
-    blocks = operands.blocks("exp_sums")
-    tiles, row_tiles = triton.cdiv(c, blocks.c), triton.cdiv(m, blocks.m)
-    bands = max(1, min(row_tiles, triton.cdiv(PROGRAMS, tiles * k)))
-    band_rows = triton.cdiv(row_tiles, bands) * blocks.m
-    bands = triton.cdiv(m, band_rows)
-    columns = x.new_empty(bands, k, c, dtype=torch.float32)
+class _SumsKernel(NamedTuple):
+    """A kernel for both sums: its tile, how many sums over rows a band writes, rows of a band at most, and its launch."""
+
+    block_m: int
+    block_c: int
+    parts: int
+    band_rows: int
+    launch: Callable[[int, int, Tensor, Tensor], None]  # first column tile, rows of a band, row sums, column sums
+
+
+def _partial_sums(operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of exp2(z - offset), [K, tiles, M] over columns and [parts, K, C] over rows.
+
+    tiles is 1 where the workspace is small.
+    """
+    x, m, k = operands.x, len(operands.x), len(operands.y)
+    kernel = _resident(operands, x_mask, y_mask) or _tiled(operands, c, x_mask, y_mask)
+    tiles, row_tiles = triton.cdiv(c, kernel.block_c), triton.cdiv(m, kernel.block_m)
+    bands = max(triton.cdiv(PROGRAMS, tiles * k), triton.cdiv(m, kernel.band_rows))
+    band_rows = triton.cdiv(row_tiles, min(row_tiles, bands)) * kernel.block_m
+    columns = x.new_empty(triton.cdiv(m, band_rows) * kernel.parts, k, c, dtype=torch.float32)
     per_launch = min(tiles, max(1, settings.workspace_bytes // (4 * k * m)))
     rows = x.new_empty(k * per_launch * m, dtype=torch.float32)
     total = None if per_launch == tiles else x.new_zeros(k, 1, m, dtype=torch.float32)
+    for first in range(0, tiles, per_launch):
+        count = min(per_launch, tiles - first)
+        part = rows[: k * count * m].view(k, count, m)
+        kernel.launch(first, band_rows, part, columns)
+        if total is not None:
+            total += part.sum(1, keepdim=True)
+    return part if total is None else total, columns
+
+
+def _tiled(operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None) -> _SumsKernel:
+    """exp_sums, which takes everything."""
+    (m, d), blocks = operands.x.shape, operands.blocks("exp_sums")
     arguments = operands.arguments(blocks) | dict(
         x_mask_ptr=x_mask,
         y_mask_ptr=y_mask,
@@ -65,16 +90,44 @@ def _partial_sums(
         HAS_Y_MASK=y_mask is not None,
         MASK_COLUMNS=y_mask is not None or c % blocks.c != 0,
     )
-    for first in range(0, tiles, per_launch):
-        count = min(per_launch, tiles - first)
-        part = rows[: k * count * m].view(k, count, m)
-        exp_sums[(count, bands, k)](
-            row_ptr=part, col_ptr=columns, M=m, C=c, D=d, first_tile=first, row_tiles_stride=count, band_rows=band_rows,
+
+    def launch(first: int, band_rows: int, rows: Tensor, columns: Tensor) -> None:
+        k, count, _ = rows.shape
+        exp_sums[(count, len(columns), k)](
+            row_ptr=rows,
+            col_ptr=columns,
+            M=m,
+            C=c,
+            D=d,
+            first_tile=first,
+            row_tiles_stride=count,
+            band_rows=band_rows,
             **arguments,
-        )  # fmt: skip
-        if total is not None:
-            total += part.sum(1, keepdim=True)
-    return part if total is None else total, columns
+        )
+
+    return _SumsKernel(blocks.m, blocks.c, 1, m, launch)
+
+
+def _resident(operands: TritonOperands, x_mask: Tensor | None, y_mask: Tensor | None) -> _SumsKernel | None:
+    """exp_sums_resident, where device, features and Triton are such that it can run."""
+    x, y = operands.x, operands.y
+    if not x.is_cuda or arch(x) != 90 or (module := _gluon()) is None or not module.takes(x, y, 90):
+        return None
+
+    def launch(first: int, band_rows: int, rows: Tensor, columns: Tensor) -> None:
+        module.launch(x, y, operands.scale, operands.slope, x_mask, y_mask, first, band_rows, rows, columns)
+
+    return _SumsKernel(module.BLOCK_M, module.BLOCK_C, module.COLUMN_PARTS, module.BAND_ROWS, launch)
+
+
+@cache
+def _gluon() -> ModuleType | None:
+    """logsumexp_resident, or None with a Triton that has no Gluon, or another one."""
+    try:
+        from . import logsumexp_resident
+    except (ImportError, AttributeError):
+        return None
+    return logsumexp_resident
 
 
 class _Side(NamedTuple):
