@@ -57,7 +57,9 @@ class _SumsKernel(NamedTuple):
     launch: Callable[[int, int, Tensor, Tensor], None]  # first column tile, rows of a band, row sums, column sums
 
 
-def _partial_sums(operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _partial_sums(
+    operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Sums of exp2(z - offset), [K, tiles, M] over columns and [parts, K, C] over rows.
 
     tiles is 1 where the workspace is small.
