@@ -36,6 +36,26 @@ def prepare_scenes(arguments: list[str], program: str) -> None:
 
 
 @dataclass
+class UrlsOptions:
+    """Write the URLs and captions of a table as the parquet file that img2dataset downloads from."""
+
+    captions: tyro.conf.Positional[str]
+    """CSV, TSV, parquet, JSON or JSON lines with "Image Path" and DreamLIP's caption columns."""
+    output: str
+    """The .parquet file."""
+
+
+def prepare_urls(arguments: list[str], program: str) -> None:
+    """A caption table as what img2dataset downloads: TABLE --output urls.parquet"""
+    options = tyro.cli(UrlsOptions, args=arguments, prog=program)
+    require_writable(options.output)
+    from dreamlip_train.prepare.url_list import write_url_list
+
+    counts = write_url_list(options.captions, options.output)
+    print(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+@dataclass
 class FolderOptions:
     """Turn a caption table and a folder of images into shards and a manifest.json. A killed run goes on where it stopped."""
 
@@ -183,6 +203,7 @@ def recaption(arguments: list[str], program: str) -> None:
 
 COMMANDS = {
     "scenes": prepare_scenes,
+    "urls": prepare_urls,
     "folder": prepare_folder,
     "join": prepare_join,
     "validate": prepare_validate,

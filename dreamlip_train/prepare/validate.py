@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.columns import CAPTION_COLUMNS, caption_pool, split_sub_captions
+from dreamlip_train.captions.columns import CAPTION_COLUMNS, caption_pool, is_caption_column, split_sub_captions
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.data.shard_names import list_shards, local_folder
@@ -146,7 +146,7 @@ def _check_sample(
                 kinds[column, "list" if isinstance(record[column], list) else "string"] += 1
             else:
                 counts.add_bad(f"empty {column}", name, repr(record[column])[:40])
-    if not caption_pool(record):
+    if not caption_pool(record, [name for name in record if is_caption_column(name)]):
         return counts.add_bad("no captions", name)
     try:
         height, width = decode_image(image).shape[-2:]
@@ -182,6 +182,6 @@ def _fixed(sample: dict[str, Any]) -> dict[str, Any] | None:
     split = character_split_columns(record)
     record |= {column: "".join(record[column]) for column in split}
     record = {name: value for name, value in record.items() if name not in CAPTION_COLUMNS or split_sub_captions(value)}
-    if not caption_pool(record):
+    if not caption_pool(record, [name for name in record if is_caption_column(name)]):
         return None
     return {**sample, "json": json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")}

@@ -20,7 +20,12 @@ from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.validation import val_samples
+from dreamlip_train.evaluation.held_out import format_report
+from dreamlip_train.evaluation.multi_label import format_multi_label
 from dreamlip_train.evaluation.paper import paper_table
+from dreamlip_train.evaluation.retrieval_sets import format_retrieval
+from dreamlip_train.evaluation.segmentation import format_segmentation
+from dreamlip_train.evaluation.zero_shot import format_zero_shot
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
 
@@ -64,6 +69,7 @@ def write_report(run: str | Path, output: str | Path = "", *, examples: int = 6)
         _header(run, config, summary),
         _section("Training", lambda: _curves(run)),
         _section("Retrieval", lambda: _retrieval(summary)),
+        _section("Evaluations", lambda: _evaluations(run)),
         _section("Patch localisation", lambda: _localization(summary)),
         _section("Where sub-captions look", lambda: _grouping(model, config)),
         _section("Retrieval, right and wrong", lambda: _examples(model, config, device, examples)),
@@ -174,6 +180,33 @@ def _localization(summary: dict[str, Any]) -> str:
     }
     rows = [[label, f"{located[name]['value']:.1f}", f"{located[name]['chance']:.1f}"] for name, label in names.items()]
     return f"<p>{located['sub_captions']:,} sub-captions with a region.</p>" + _table(["%", "this run", "chance"], rows)
+
+
+_FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "retrieval": format_report,
+    "retrieval-set": format_retrieval,
+    "zeroshot": format_zero_shot,
+    "multilabel": format_multi_label,
+    "segment": format_segmentation,
+}
+
+
+def _evaluations(run: Path) -> str:
+    """What ``eval --output`` wrote into the run folder, as it was printed."""
+    parts = []
+    for path in sorted(run.glob("*.json")) + sorted(run.glob("eval*/*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            told = content.pop("evaluation")
+            text = _FORMATS[told["command"]](content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # another file
+        of = told.get("annotations") or told.get("layout") or told.get("val_shards") or told.get("root") or ""
+        title = html.escape(f"{told['command']} {of}")
+        parts.append(f"<h3>{title}</h3><pre>{html.escape(text)}</pre>")
+    if not parts:
+        raise ValueError(f"nothing in {run} is from `dreamlip-train eval ... --output`; write it there to see it here")
+    return "".join(parts)
 
 
 def _grouping(model: Any, config: Config) -> str:

@@ -180,3 +180,10 @@ def test_a_folder_that_cannot_be_written_does_not_cost_the_findings(tmp_path, ca
     checked = validate_shards(str(tmp_path / "*.tar"))
     assert checked["samples"] == 1 and "damaged image" in checked["bad"]
     assert "no manifest.json in" in capsys.readouterr().err
+
+
+def test_a_column_of_the_users_own_is_a_caption(tmp_path):
+    """After `recaption --name Qwen` on shards without raw captions everything was once unusable."""
+    write(tmp_path / "00000.tar", [("a", jpeg(1), {"url": "u", "longQwen_captions": "A dog runs. It is red."})])
+    checked = validate_shards(str(tmp_path), fix=str(tmp_path / "fixed"))
+    assert checked["samples"] == 1 and not checked["bad"] and (tmp_path / "fixed" / "00000.tar").is_file()

@@ -1,0 +1,63 @@
+"""``prepare urls``: a caption table as the parquet file that img2dataset downloads from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dreamlip_train.captions.cells import IMAGE_COLUMN
+from dreamlip_train.captions.columns import CAPTION_COLUMNS
+from dreamlip_train.captions.table import read_rows
+from dreamlip_train.jobs.progress_line import Progress
+from dreamlip_train.jobs.user_error import UserError
+
+_ROWS_PER_GROUP = 20_000
+
+
+def write_url_list(captions: str | Path, output: str | Path) -> dict[str, int]:
+    """Write ``output`` with the column "url" and a column for each of DreamLIP's captions; lists become json.
+
+    img2dataset's own CSV reader takes a line for a row, and captions have line breaks.
+
+    Returns:
+        {"rows": written, "without a URL": left out, "malformed": left out}.
+    Raises:
+        UserError: the table can't be read, lacks columns or has no URL, or ``output`` is not called .parquet.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    captions, output = Path(captions), Path(output)
+    if output.suffix != ".parquet":
+        raise UserError(f"--output: got {str(output)!r}; give a name that ends in .parquet")
+    schema = pyarrow.schema([("url", pyarrow.string()), *((name, pyarrow.string()) for name in CAPTION_COLUMNS)])
+    counts = {"rows": 0, "without a URL": 0, "malformed": 0}
+    partial = output.with_name(f"{output.name}.partial")
+    rows: list[dict[str, Any]] = []
+    read = read_rows(captions)
+    try:
+        with Progress(f"urls {captions}") as progress, pyarrow.parquet.ParquetWriter(partial, schema) as writer:
+            for _, row, _ in read:
+                url = str((row or {}).get(IMAGE_COLUMN, "")).strip()
+                if not url.startswith(("http://", "https://")):
+                    counts["malformed" if row is None else "without a URL"] += 1
+                    continue
+                rows.append({"url": url} | {name: _text(row[name]) for name in CAPTION_COLUMNS if row.get(name)})
+                counts["rows"] += 1
+                if len(rows) == _ROWS_PER_GROUP:
+                    writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                    rows = []
+                    progress.update(f"{counts['rows']} rows")
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+        if not counts["rows"]:
+            raise UserError(f"--captions: no row of {str(captions)!r} has a URL in {IMAGE_COLUMN!r}")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return counts
+
+
+def _text(cell: Any) -> str:
+    text = cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode()
