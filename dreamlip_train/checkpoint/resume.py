@@ -39,7 +39,7 @@ _FIXED = {
 _FREE = {
     "data": (
         *("shards", "val_shards", "num_workers", "pin_memory", "allow_pipe"),
-        *("max_bad_fraction", "stall_seconds", "eval_source"),
+        *("max_bad_fraction", "max_member_mb", "stall_seconds", "eval_source"),
     ),
     "model": ("pretrained",),
     "loss": ("backend", "contrastive_backend", "grouping_backend"),

@@ -54,6 +54,8 @@ class DataConfig:
     """Permit "pipe:" shard URLs, which run shell commands."""
     max_bad_fraction: float = 0.05
     """Training stops when more than this fraction of the samples seen could not be read."""
+    max_member_mb: int = 256
+    """A file in a shard that claims more megabytes is not read; its sample is left out and counted."""
     stall_seconds: int = 900
     """Training stops, naming the shard, when loader workers give no batch for so long; 0 waits forever."""
     eval_source: str = "longSV_captions"

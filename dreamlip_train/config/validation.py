@@ -13,6 +13,7 @@ _AT_LEAST = {
     "data.merged_num": (1, "1 means single sentences"),
     "data.num_workers": (0, "0 loads in the training process"),
     "data.shuffle_buffer": (1, "1 turns shuffling off"),
+    "data.max_member_mb": (1, "give at least 1"),
     "data.stall_seconds": (0, "0 waits forever"),
     "model.context_length": (4, "give at least 4 tokens"),
     "model.init_temperature": (0.01, "logit scales stop at 100: give 0.01 or more"),

@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.epoch_plan import ReaderLayout, batches_of_worker, plan_epoch
-from dreamlip_train.data.quarantine import BadCounts, read_quarantine
+from dreamlip_train.data.manifest import Counts, count_samples
+from dreamlip_train.data.quarantine import BadCounts, append_quarantine, read_quarantine
 from dreamlip_train.data.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
-from dreamlip_train.data.shard_names import list_shards
-from dreamlip_train.data.shards import sample_counts
+from dreamlip_train.data.shard_names import Shard, list_shards, shard_ids
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 logger = logging.getLogger("dreamlip_train")
 
+_COUNTS = "sample_counts.json"  # in the run folder: what no index beside the shards says
 _LOOK_EVERY = 5  # seconds after which a wait for a batch looks whether it still makes sense
 _JUDGED_AFTER = 200  # samples seen before data.max_bad_fraction can stop a run: a first bad sample is no rate
 
@@ -64,10 +66,51 @@ def train_loader(
             f"data.num_workers: {len(shards)} shards for {world_size} ranks x {max(1, data.num_workers)} workers = {readers} readers; "
             f"use --data.num-workers {max(1, len(shards) // world_size)}, fewer ranks, or smaller shards (prepare --shard-size)"
         )
+    quarantine = None if quarantine is None else Path(quarantine)
+    ids = dict(zip(shards, shard_ids(shards), strict=True))
+    counts = _shared_counts(shards, quarantine)
+    if counts.broken:
+        _set_aside(counts, ids, data, quarantine if rank == 0 else None)
     return TrainLoader(
-        data=data, shards=shards, counts=sample_counts(shards), image_size=image_size, tokenize=tokenize, batch_size=batch_size,
-        rank=rank, world_size=world_size, seed=seed, quarantine=None if quarantine is None else Path(quarantine),
+        data=data, shards=list(counts.samples), counts=list(counts.samples.values()), ids=ids, image_size=image_size, tokenize=tokenize, batch_size=batch_size,
+        rank=rank, world_size=world_size, seed=seed, quarantine=quarantine,
     )  # fmt: skip
+
+
+def _shared_counts(shards: list[Shard], quarantine: Path | None) -> Counts:
+    """Samples in each shard; of several ranks the first one counts, once for the run folder."""
+    known = None if quarantine is None else quarantine.with_name(_COUNTS)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count_samples(shards, known)
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [count_samples(shards, known)]
+        except UserError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def _set_aside(counts: Counts, ids: dict[str, str], data: DataConfig, quarantine: Path | None) -> None:
+    """Note the shards that can't be counted; RunError if they are too many."""
+    broken, total = counts.broken, len(counts.broken) + len(counts.samples)
+    names = "; ".join(f"{shard}: {why}" for shard, why in broken.items())
+    if len(broken) > data.max_bad_fraction * total or not counts.samples:
+        raise RunError(
+            f"data.max_bad_fraction: {len(broken)} of {total} shards can't be read to their ends (limit {data.max_bad_fraction:.0%}): {names}. "
+            "Fetch them again, leave them out of data.shards, or raise the limit"
+        )
+    logger.warning("set aside: %d of %d shards, which can't be read to their ends: %s", len(broken), total, names)
+    known = read_quarantine(quarantine, ids)
+    entries = [
+        {"shard": ids[shard], "path": shard, "key": "", "reason": "shard could not be counted", "detail": why}
+        for shard, why in broken.items()
+        if (ids[shard], "") not in known
+    ]
+    append_quarantine(quarantine, entries)
 
 
 @dataclass
@@ -77,6 +120,7 @@ class TrainLoader:
     data: DataConfig
     shards: list[str]
     counts: list[int]
+    ids: dict[str, str]
     image_size: int
     tokenize: Tokenize
     batch_size: int
@@ -181,11 +225,8 @@ class TrainLoader:
         self.bad.seen += seen
         for entry in bad:
             self.bad.add(entry)
-            logger.warning("left out: %s: %s: %s (%s)", entry["shard"], entry["key"], entry["reason"], entry["detail"])
-        if bad and self.quarantine is not None:
-            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with self.quarantine.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in bad)
+            logger.warning("left out: %s: %s: %s (%s)", entry["path"], entry["key"], entry["reason"], entry["detail"])
+        append_quarantine(self.quarantine, bad)
         if self.bad.seen >= _JUDGED_AFTER and self.bad.total > self.data.max_bad_fraction * self.bad.seen:
             raise RunError(
                 f"data.max_bad_fraction: {self.bad.total} of {self.bad.seen} samples could not be used (limit "
@@ -211,7 +252,7 @@ class _MakeReader:
 
     def __init__(self, loader: TrainLoader, epoch: int, streams: list[Any], begun: int, steps: int) -> None:
         self.loader, self.epoch, self.streams, self.begun, self.steps = loader, epoch, streams, begun, steps
-        self.known_bad = read_quarantine(loader.quarantine)
+        self.known_bad = read_quarantine(loader.quarantine, loader.ids)
 
     def __call__(self, worker: int, beat: Callable[[str], None]) -> tuple[Reader, int]:
         loader, workers = self.loader, len(self.streams)
@@ -219,6 +260,6 @@ class _MakeReader:
         reader = Reader(
             EpochOrder(loader.shards, loader.counts, loader.seed, self.epoch), self.streams[worker], done * loader.batch_size,
             data=loader.data, image_size=loader.image_size, tokenize=loader.tokenize, batch_size=loader.batch_size,
-            salt=f"{loader.seed}-{self.epoch}", known_bad=self.known_bad, beat=beat,
+            salt=f"{loader.seed}-{self.epoch}", known_bad=self.known_bad, ids=loader.ids, beat=beat,
         )  # fmt: skip
         return reader, all_ - done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class BadCounts:
         self.counts[entry["reason"]] += entry.get("count", 1)
         examples = self.examples.setdefault(entry["reason"], [])
         if len(examples) < 5:
-            examples.append(f"{entry['shard']}: {entry['key']} ({entry['detail']})")
+            examples.append(f"{entry.get('path', entry['shard'])}: {entry['key']} ({entry['detail']})")
 
     def __str__(self) -> str:
         return "; ".join(
@@ -36,13 +37,25 @@ class BadCounts:
         )
 
 
-def read_quarantine(path: Path | None) -> set[tuple[str, str]]:
-    """(shard, key) of every sample that a run has left out so far."""
+def read_quarantine(path: Path | None, ids: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(the shard's name within its set, key) of every sample that a run has left out so far, wherever the set lay then.
+
+    Args:
+        ids: the name within the set of each shard's path (``shard_names.shard_ids``), for files that have paths.
+    """
     if path is None or not path.exists():
         return set()
     known = set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a crash cut it off
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a crash cut it off
             entry = json.loads(line)
-            known.add((entry["shard"], entry["key"]))
+            known.add((ids.get(entry["shard"], entry["shard"]), entry["key"]))
     return known
+
+
+def append_quarantine(path: Path | None, entries: list[dict[str, Any]]) -> None:
+    """Note what was left out: {"shard": its name within the set, "path", "key", "reason", "detail"} each; nothing where there is no file to note it in."""
+    if path is not None and entries:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)

@@ -13,7 +13,7 @@ import random
 import signal
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from types import FrameType
 from typing import Any
@@ -100,10 +100,12 @@ class Reader:
         batch_size: int,
         salt: str,
         known_bad: set[tuple[str, str]],
+        ids: Mapping[str, str],
         beat: Callable[[str], None],
     ) -> None:
         self.order, self.data, self.image_size, self.tokenize = order, data, image_size, tokenize
         self.batch_size, self.salt, self.known_bad, self.beat = batch_size, salt, known_bad, beat
+        self.ids = ids
         self.bad: list[dict[str, Any]] = []
         self.seen = 0
         self.samples = self._samples(pieces, skip)
@@ -141,7 +143,7 @@ class Reader:
         while take > 0:
             usable = 0
             for shard, sample in shuffled(self._raw(piece), self.data.shuffle_buffer, rng):
-                if (shard, sample["key"]) in self.known_bad:
+                if (self.ids[shard], sample["key"]) in self.known_bad:
                     continue
                 if skip > 0:
                     skip -= 1
@@ -173,7 +175,7 @@ class Reader:
             self.beat(shard)
             position, given, surplus = 0, 0, 0
             try:
-                for sample in read_shard(shard):
+                for sample in read_shard(shard, self.data.max_member_mb * 2**20):
                     self.beat(shard)
                     indexed = image_of(sample) is not None
                     if position >= last and indexed:
@@ -205,9 +207,12 @@ class Reader:
                 )
 
     def _note(self, shard: str, key: str, reason: str, detail: str, count: int = 1) -> None:
-        if (shard, key) not in self.known_bad:
-            self.known_bad.add((shard, key))
-            self.bad.append({"shard": shard, "key": key, "reason": reason, "detail": detail, "count": count})
+        identity = (self.ids[shard], key)
+        if identity not in self.known_bad:
+            self.known_bad.add(identity)
+            self.bad.append(
+                {"shard": identity[0], "path": shard, "key": key, "reason": reason, "detail": detail, "count": count}
+            )
 
 
 def shuffled(items: Iterator[Any], size: int, rng: random.Random) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from dreamlip_train.captions.columns import CAPTION_COLUMNS, LONG, caption_pool,
 from dreamlip_train.captions.sampling import sample_sub_captions
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.images import ImageError, decode_image, decode_labels, random_resized_crop, resize_center_crop
-from dreamlip_train.data.shards import image_of, record_of
+from dreamlip_train.data.shards import Oversized, image_of, record_of
 
 
 class BadSample(Exception):
@@ -80,6 +80,8 @@ def _image(sample: dict[str, Any]) -> Tensor:
     data = image_of(sample)
     if data is None:
         raise BadSample("no image", f"members {sorted(set(sample) - {'key'})}")
+    if isinstance(data, Oversized):
+        raise BadSample("image too large", f"{data.size:,} bytes are more than data.max_member_mb, or it is sparse")
     try:
         return decode_image(data)
     except ImageError as error:

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -131,6 +132,21 @@ def scheme_of(shard: str) -> Scheme:
 def local_folder(shard: str) -> Path | None:
     """The folder of a shard on this machine; None for a URL or a command."""
     return Path(shard).parent if scheme_of(shard) == "file" else None
+
+
+def shard_ids(shards: Sequence[str]) -> list[str]:
+    """What each shard is called within its set, wherever the set lies: as much of the end of its path as tells all of them apart.
+
+    >>> shard_ids(["/a/train/0.tar", "/a/val/0.tar"])
+    ['train/0.tar', 'val/0.tar']
+    """
+    parts = [(os.path.abspath(shard) if scheme_of(shard) == "file" else shard).split("/") for shard in shards]
+    longest = max(map(len, parts), default=1)
+    for length in range(1, longest + 1):
+        ids = ["/".join(path[-length:]) for path in parts]
+        if len(set(ids)) == len(ids):
+            break
+    return ids if parts else []
 
 
 def open_shard(shard: str) -> IO[bytes] | Any:

@@ -1,113 +1,141 @@
-"""What is in shards: how many samples each holds, and the raw samples. Nothing here decodes anything.
+"""The raw samples of a shard, as bytes. Nothing here decodes anything, and nothing is read that is larger than it may be.
 
-    list_shards -> sample_counts (manifest.json, sizes.json or an indexing pass)
-                -> read_shard -> {"key", "jpg": bytes, "json": bytes, ..}
+    list_shards -> read_shard -> {"key", "jpg": bytes, "json": bytes, ..}
 
 Tar members are read as bytes and never unpickled: a ``.pyd`` member is bytes like any other.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
-import logging
+import lzma
 import os
+import re
+import struct
+import tarfile
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("WDS_SECURE", "1")
 
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
+from webdataset.tariterators import base_plus_ext
 
-from dreamlip_train.data.shard_names import local_folder, open_shard
-from dreamlip_train.jobs.user_error import UserError
-
-logger = logging.getLogger("dreamlip_train")
+from dreamlip_train.data.shard_names import open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MANIFEST = "manifest.json"
+MAX_MEMBER_BYTES = 256 * 2**20
+_MAX_MEMBERS = 64  # of a sample
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for what is no sample
+# Pictures hardly compress: a stream that grows beyond this is no shard but a bomb.
+_FREE_BYTES, _MOST_RATIO = 64 * 2**20, 50
+_COMPRESSED = {b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw), b"BZ": bz2.BZ2File, b"\xfd7": lzma.LZMAFile}
 
 
 class ShardError(Exception):
     """A shard that could not be read to its end; ``args[0]`` says why."""
 
 
-def sample_counts(shards: list[str]) -> list[int]:
-    """Samples in each shard: from manifest.json or sizes.json beside it, else by reading it once (which is said)."""
-    tables: dict[str, dict[str, int]] = {}
-    counts: list[int | None] = []
-    for shard in shards:
-        folder, name = os.path.split(shard)
-        if folder not in tables:
-            tables[folder] = _count_table(Path(folder)) if local_folder(shard) else {}
-        counts.append(tables[folder].get(name))
-    missing = [shard for shard, count in zip(shards, counts, strict=True) if count is None]
-    if missing:
-        logger.warning(
-            "counting the samples of %d shards that no manifest.json or sizes.json lists, such as %s; "
-            "`dreamlip-train prepare validate` does it once for all",
-            len(missing), missing[0],
-        )  # fmt: skip
-    return [_count(shard) if count is None else count for shard, count in zip(shards, counts, strict=True)]
+class Oversized(bytes):
+    """Stands for a member that was not read: empty, and with the ``size`` that its header claims."""
+
+    size: int
 
 
-def _count_table(folder: Path) -> dict[str, int]:
-    """Sample counts by shard name from the folder's index files."""
-    table: dict[str, int] = {}
-    for name in ("sizes.json", MANIFEST):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            listed = content["shards"] if name == MANIFEST else content
-            table |= {shard: int(entry["samples"] if name == MANIFEST else entry) for shard, entry in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: is not a shard index ({error}); delete it, or make it again with `dreamlip-train prepare validate`"
-            ) from error
-    return table
-
-
-def _count(shard: str) -> int:
-    try:
-        return sum(1 for sample in read_shard(shard) if image_of(sample) is not None)
-    except ShardError as error:
-        raise UserError(f"{shard}: cannot be counted: {error}; remove it or fetch it again") from error
-
-
-def read_shard(shard: str) -> Iterator[dict[str, Any]]:
+def read_shard(shard: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[dict[str, Any]]:
     """Raw samples in file order: {"key": str, extension: bytes, ..}, extensions in lower case.
 
+    Args:
+        max_member_bytes: a member that claims more, or is sparse, is not read; ``Oversized`` stands in its place.
     Raises:
         ShardError: the tar is missing, truncated or no tar; the samples before the damage have been given.
     """
     current: dict[str, Any] = {}
     try:
         with open_shard(shard) as stream:
-            for member in tar_file_iterator(stream, handler=_reraise):
-                if "fname" not in member:  # webdataset marks the end of a shard with an empty record
-                    continue
-                key, extension = base_plus_ext(member["fname"])
+            for name, data in _members(stream, max_member_bytes):
+                key, extension = base_plus_ext(name)
                 if not key or not extension:
                     continue
                 if current and current["key"] != key:
                     yield current
                     current = {}
                 current.setdefault("key", key)
-                current[extension.lower()] = member["data"]
-    except (OSError, EOFError, ValueError) as error:
+                # "key" is taken; no caption, image or mask is called so.
+                if extension.lower() != "key" and len(current) <= _MAX_MEMBERS:
+                    current[extension.lower()] = data
+    except (OSError, EOFError, ValueError, OverflowError, struct.error) as error:
         raise ShardError(f"{type(error).__name__}: {error}") from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("tarfile", "zlib", "webdataset"):
-            raise
+    except (tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         raise ShardError(f"{type(error).__name__}: {error}") from error
     if current:
         yield current
 
 
-def _reraise(error: Exception) -> bool:
-    raise error
+def _members(stream: Any, limit: int) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the regular files of a tar, plain or compressed. A name that is not UTF-8 has its bytes as \\xNN."""
+    with tarfile.open(fileobj=_plain(stream), mode="r|", bufsize=1 << 18) as tar:
+        for member in tar:
+            tar.members = []  # it would remember them all
+            name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            if not member.isreg() or _META.match(name):
+                continue
+            if member.size > limit or member.issparse():
+                data = Oversized()
+                data.size = member.size
+                yield name, data
+            else:
+                yield name, tar.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def _plain(stream: Any) -> Any:
+    """A stream of the tar's own bytes."""
+    raw = _Counted(stream)
+    opener = _COMPRESSED.get(raw.peek(2))
+    return _Bounded(opener(raw), raw) if opener else raw
+
+
+class _Counted:
+    """A stream that can be looked into and says how much was read."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.ahead, self.count = stream, b"", 0
+
+    def peek(self, size: int) -> bytes:
+        self.ahead += self.stream.read(size - len(self.ahead))
+        return self.ahead[:size]
+
+    def read(self, size: int = -1) -> bytes:
+        data, self.ahead = self.ahead[: size if size >= 0 else None], self.ahead[size:] if size >= 0 else b""
+        data += self.stream.read(size - len(data) if size >= 0 else -1)
+        self.count += len(data)
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    closed = False
+
+
+class _Bounded:
+    """What ``opener`` decompresses, until it is far more than what came in."""
+
+    def __init__(self, stream: Any, source: _Counted) -> None:
+        self.stream, self.source, self.count = stream, source, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.count += len(data)
+        if self.count > _FREE_BYTES + _MOST_RATIO * self.source.count:
+            raise ValueError(
+                f"{self.count:,} bytes came out of {self.source.count:,} compressed ones: a bomb, no pictures"
+            )
+        return data
 
 
 def image_of(sample: dict[str, Any]) -> bytes | None:
@@ -119,9 +147,12 @@ def record_of(sample: dict[str, Any]) -> dict[str, Any]:
     """The sample's caption columns: its json, and its txt as raw_caption where the json has none.
 
     Raises:
-        ValueError: the json is not an object.
+        ValueError: the json is not an object, or a member was too large to be read.
     """
     record: dict[str, Any] = {}
+    for name in ("json", "txt"):
+        if isinstance(sample.get(name), Oversized):
+            raise ValueError(f"its {name} has {sample[name].size:,} bytes")
     if "json" in sample:
         record = json.loads(sample["json"].decode("utf-8", errors="strict"))
         if not isinstance(record, dict):

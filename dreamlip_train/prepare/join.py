@@ -21,8 +21,8 @@ from typing import Any
 
 from dreamlip_train.captions.cells import IMAGE_COLUMN
 from dreamlip_train.captions.statistics import Statistics
+from dreamlip_train.data.manifest import MANIFEST
 from dreamlip_train.data.shard_names import list_shards
-from dreamlip_train.data.shards import MANIFEST
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks

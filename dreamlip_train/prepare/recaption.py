@@ -17,9 +17,10 @@ from typing import Any
 
 from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import Statistics
+from dreamlip_train.data.manifest import MANIFEST
 from dreamlip_train.data.shard_names import list_shards
 from dreamlip_train.data.shard_writer import ShardWriter
-from dreamlip_train.data.shards import MANIFEST, ShardError, image_of, read_shard, record_of
+from dreamlip_train.data.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks

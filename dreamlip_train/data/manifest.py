@@ -1,0 +1,136 @@
+"""How many samples each shard holds: from manifest.json or sizes.json beside it, from what an earlier start has counted, else by reading it once.
+
+What can't be counted is named and set aside; nothing here stops at the first broken tar.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreamlip_train.data.shard_names import Shard, local_folder, open_shard, scheme_of
+from dreamlip_train.data.shards import ShardError, image_of, read_shard
+from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.user_error import UserError
+
+logger = logging.getLogger("dreamlip_train")
+
+MANIFEST = "manifest.json"
+_LARGEST_INDEX = 256 * 2**20
+
+
+@dataclass
+class Counts:
+    """Samples in each shard that could be counted, and why the others could not."""
+
+    samples: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
+    """The counts of ``shards``, in their order.
+
+    Args:
+        known: a JSON file in which what had to be counted is kept, for the next start; a local file counts as the same while its size and time are.
+    Raises:
+        UserError: an index file beside the shards is damaged.
+    """
+    tables: dict[str, dict[str, int]] = {}
+    counts = Counts()
+    kept = _read_known(known)
+    before = dict(kept)
+    uncounted = []
+    for shard in shards:
+        folder, name = os.path.split(shard)
+        if folder not in tables:
+            tables[folder] = _index_of(shard)
+        if name in tables[folder]:
+            counts.samples[shard] = tables[folder][name]
+        else:
+            uncounted.append(shard)
+    missing = [shard for shard in uncounted if _mark(shard) not in kept]
+    if missing:
+        logger.warning(
+            "counting the samples of %d shards that no %s or sizes.json lists, such as %s; `dreamlip-train prepare validate` does it once for all",
+            len(missing),
+            MANIFEST,
+            missing[0],
+        )
+    for shard in uncounted:
+        mark = _mark(shard)
+        entry = kept[mark] = kept[mark] if mark in kept else _counted(shard)
+        if isinstance(entry, int):
+            counts.samples[shard] = entry
+        else:
+            counts.broken[shard] = str(entry)
+    if known is not None and kept != before:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, kept)
+    counts.samples = {shard: counts.samples[shard] for shard in shards if shard in counts.samples}
+    return counts
+
+
+def _counted(shard: Shard) -> int | str:
+    """Samples with an image, or why they can't be counted."""
+    try:
+        return sum(1 for sample in read_shard(shard) if image_of(sample) is not None)
+    except ShardError as error:
+        return str(error)
+
+
+def _mark(shard: Shard) -> str:
+    """What a count is kept under: the name, and of a local file its size and time."""
+    if scheme_of(shard) != "file":
+        return str(shard)
+    try:
+        stat = os.stat(shard)
+    except OSError:
+        return f"{os.path.abspath(shard)} is missing"
+    return f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _read_known(known: Path | None) -> dict[str, Any]:
+    try:
+        content = json.loads(known.read_text(encoding="utf-8")) if known is not None and known.exists() else {}
+    except (OSError, ValueError, RecursionError):  # a start that was killed; it is counted again
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _index_of(shard: Shard) -> dict[str, int]:
+    """Sample counts by shard name from the index files beside a shard."""
+    table: dict[str, int] = {}
+    for name in ("sizes.json", MANIFEST):
+        path, content = _read_index(shard, name)
+        if content is None:
+            continue
+        try:
+            parsed = json.loads(content)
+            listed = parsed["shards"] if name == MANIFEST else parsed
+            table |= {shard: int(entry["samples"] if name == MANIFEST else entry) for shard, entry in listed.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: is not a shard index ({error}); delete it, or make it again with `dreamlip-train prepare validate`"
+            ) from error
+    return table
+
+
+def _read_index(shard: Shard, name: str) -> tuple[str, bytes | None]:
+    """(its path or URL, its content or None)."""
+    folder = local_folder(shard)
+    if folder is not None:
+        path = folder / name
+        return str(path), path.read_bytes() if path.is_file() else None
+    if scheme_of(shard) != "http" or name != MANIFEST:
+        return name, None
+    url = Shard(f"{shard.split('?')[0].rpartition('/')[0]}/{name}", "http")
+    try:
+        with open_shard(url) as stream:
+            content = stream.read(_LARGEST_INDEX)
+    except OSError:  # it is not there
+        return url, None
+    return url, content if content.lstrip()[:1] == b"{" else None  # else a server's page that says so
