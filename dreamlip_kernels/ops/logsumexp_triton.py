@@ -124,12 +124,12 @@ def _resident(operands: TritonOperands, x_mask: Tensor | None, y_mask: Tensor | 
 
 @cache
 def _gluon() -> ModuleType | None:
-    """logsumexp_resident, or None with a Triton that has no Gluon, or another one."""
+    """logsumexp_resident_triton, or None with a Triton that has no Gluon, or another one."""
     try:
-        from . import logsumexp_resident
+        from . import logsumexp_resident_triton
     except (ImportError, AttributeError):
         return None
-    return logsumexp_resident
+    return logsumexp_resident_triton
 
 
 class _Side(NamedTuple):
