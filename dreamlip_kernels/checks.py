@@ -11,7 +11,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
-    """Each named (tensor, ndim) has that many dimensions, and all share a floating dtype, a device and the last dimension."""
+    """Each named (tensor, ndim) has that many dimensions and a floating dtype, and all share a device and the last dimension."""
     first_name, (first, _) = next(iter(features.items()))
     for name, (tensor, ndim) in features.items():
         if tensor.ndim != ndim:
@@ -19,10 +19,6 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
         if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{fn}: {name} must be a floating tensor ({', '.join(str(t)[6:] for t in FLOATS)}), got {tensor.dtype}"
-            )
-        if tensor.dtype != first.dtype:
-            raise ValueError(
-                f"{fn}: {first_name} and {name} must share a dtype, got {first.dtype} and {tensor.dtype}; cast one of them"
             )
         if tensor.device != first.device:
             raise ValueError(
@@ -32,6 +28,12 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
             raise ValueError(
                 f"{fn}: {first_name} and {name} must share their last dimension D, got {tuple(first.shape)} and {tuple(tensor.shape)}"
             )
+
+
+def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that torch promotes them to: float32 images and bfloat16 captions, as autocast gives them, meet in float32."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
 
 
 def check_shared(fn: str, dims: str, a_name: str, a: tuple[int, ...], b_name: str, b: tuple[int, ...]) -> None:

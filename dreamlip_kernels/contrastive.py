@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .backends import dispatch
-from .checks import as_scale, check_choice, check_features, check_mask, check_shared
+from .checks import as_scale, check_choice, check_features, check_mask, check_shared, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
-from .distributed.collectives import Group, global_mean, rank_and_size
+from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
 from .distributed.gathered_logsumexp import gathered_logsumexp
 
 
@@ -22,6 +22,7 @@ def multi_positive_contrastive_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     negatives: str = "slot",
     positives: str = "mean",
@@ -42,8 +43,9 @@ def multi_positive_contrastive_loss(
 
     Args:
         image_features: [N, D], normalised by the caller; float32, bfloat16, float16 or float64.
-        text_features: [N, K, D], same dtype and device.
+        text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         logit_scale: the multiplier, 1 / temperature: pass ``logit_scale.exp()``.
+        image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are missing.
         text_mask: [N, K] bool, True where a sub-caption is present; missing ones are neither positive nor negative.
         reduction: "mean", or "none" for the [N, K] pair losses with masked entries 0 (positives="mean" only).
         group: process group; None is the world group where one is initialised. N is then this rank's share, equal on every rank;
@@ -61,6 +63,7 @@ def multi_positive_contrastive_loss(
     check_features(fn, image_features=(image_features, 2), text_features=(text_features, 3))
     check_shared(fn, "N", "image_features", image_features.shape[:1], "text_features", text_features.shape[:1])
     n, k, d = text_features.shape
+    check_mask(fn, "image_mask", image_mask, (n,), image_features)
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     check_choice(fn, "negatives", negatives, ("slot", "all"))
     check_choice(fn, "positives", positives, ("mean", "logsum"))
@@ -71,16 +74,20 @@ def multi_positive_contrastive_loss(
         raise ValueError(
             f"{fn}: reduction='none' needs positives='mean': the sum inside the log has no loss of a single pair"
         )
+    image_features, text_features = promoted(image_features, text_features)
     rows = n * rank_and_size(group)[1]
     chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
-    sizes = agreement_sizes(text_features, text_mask)
+    sizes = agreement_sizes(text_features, image_mask, text_mask)
     agreed = check_agreement(fn, sizes, image_features.device, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen
 
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     text_KND = text_features.transpose(0, 1)
+    text_mask = of_present_images(image_mask, text_mask, k)
     mask_KN = None if text_mask is None else text_mask.T
-    row, col, pos = gathered_logsumexp(image_features, text_KND, scale, mask_KN, chosen, group)  # [K, n] each
+    row, col, pos = gathered_logsumexp(
+        image_features, text_KND, scale, image_mask, mask_KN, chosen, group
+    )  # [K, n] each
     if negatives == "all":
         row = _logsumexp_slots(row).expand_as(pos)
     col_term = _where(mask_KN, col - pos)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .backends import dispatch
-from .checks import as_scale, check_choice, check_features, check_mask, check_shared
+from .checks import as_scale, check_choice, check_features, check_mask, check_shared, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import (
     Group,
     all_gather_rows,
     global_mean,
+    of_present_images,
     reduce_scatter_logsumexp,
 )
 from .numerics import accumulate_dtype, unit
@@ -49,7 +50,7 @@ def group_patches(
 
     Args:
         patch_features: [N, P, D], need not be normalised; float32, bfloat16, float16 or float64, any strides.
-        text_features: [N, K, D], same dtype and device.
+        text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         threshold: sigma; None means 1 / (number of valid patches of the image).
         normalization: "minmax", "softmax" or "none", see above.
         patch_mask: [N, P] bool, False for padding patches.
@@ -64,6 +65,7 @@ def group_patches(
     fn = "group_patches"
     _check(fn, patch_features, text_features, threshold, normalization, patch_mask)
     (n, p, d), k = patch_features.shape, text_features.shape[1]
+    patch_features, text_features = promoted(patch_features, text_features)
     chosen = dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d)
     return group_patches_op(patch_features, text_features, threshold, normalization, patch_mask, chosen)[0]
 
@@ -78,6 +80,7 @@ def patch_weights(
 ) -> Tensor:
     """The weights [N, K, P] with which ``group_patches`` pools: what each sub-caption selects. Arguments and errors as there."""
     _check("patch_weights", patch_features, text_features, threshold, normalization, patch_mask)
+    patch_features, text_features = promoted(patch_features, text_features)
     dtype = accumulate_dtype(patch_features)
     if patch_mask is not None:
         patch_features = patch_features.masked_fill(~patch_mask[..., None], 0)
@@ -91,6 +94,7 @@ def subcaption_grouping_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     patch_mask: Tensor | None = None,
     threshold: float | None = None,
@@ -108,9 +112,10 @@ def subcaption_grouping_loss(
     diagonal, within each image's own K sub-captions (contrast="image", the paper) or over all N*K ("batch").
 
     Args:
-        patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``; but float32 texts may come with bfloat16 or
-            float16 patches (what autocast towers give, normalised or not): they are rounded for the pooling, and contrasted as they are.
+        patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``; but texts of another dtype than the patches'
+            (autocast towers give them) take the patches' for the pooling, and are contrasted as they are.
         logit_scale: the multiplier of this loss, its own or the contrastive one.
+        image_mask: [N] bool, False for an image that only fills a batch: its captions are missing.
         text_mask: [N, K] bool; missing sub-captions are out of numerator and denominator. An image with one contributes 0 within itself.
         direction: "both", or "t2v" for the paper's one: each sub-caption picks its group among the groups.
         group: as in ``multi_positive_contrastive_loss``. Patches never travel; contrast="batch" gathers the pooled [n, K, D].
@@ -124,17 +129,19 @@ def subcaption_grouping_loss(
         ValueError, RuntimeError: as ``group_patches`` and ``multi_positive_contrastive_loss``.
     """
     fn = "subcaption_grouping_loss"
-    mixed = text_features.dtype == torch.float32 and patch_features.dtype in (torch.bfloat16, torch.float16)
-    queries = text_features.to(patch_features.dtype) if mixed else text_features
+    queries = text_features.to(patch_features.dtype)
     _check(fn, patch_features, queries, threshold, normalization, patch_mask)
     n, k, d = text_features.shape
+    check_mask(fn, "image_mask", image_mask, (n,), text_features)
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     check_choice(fn, "contrast", contrast, ("image", "batch"))
     check_choice(fn, "direction", direction, ("both", "t2v"))
     grouping_backend = dispatch.requested(fn, "group_patches", grouping_backend, backend)
     contrastive_backend = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
-    check_agreement(fn, agreement_sizes(text_features, text_mask), text_features.device, group)
+    check_agreement(fn, agreement_sizes(text_features, image_mask, text_mask), text_features.device, group)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
+    text_mask = of_present_images(image_mask, text_mask, k)
+    patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
         queries, text_features = (t.masked_fill(~text_mask[..., None], 0) for t in (queries, text_features))
     pooled = group_patches(

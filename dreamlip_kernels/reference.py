@@ -32,16 +32,19 @@ def multi_positive_contrastive_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     negatives: str = "slot",
     positives: str = "mean",
     reduction: str = "mean",
 ) -> Tensor:
     """Multi-positive image-text contrast, eq. 5-7. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar, or [N,K]."""
+    text_mask = _of_present_images(image_mask, text_mask, text_features)
+    image_features = _without_masked(image_features, image_mask)
     text_features = _without_masked(text_features, text_mask)
     n, k, _ = text_features.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
-    row, col = bidirectional_logsumexp(image_features, text_features.transpose(0, 1), logit_scale, valid.T)
+    row, col = bidirectional_logsumexp(image_features, text_features.transpose(0, 1), logit_scale, valid.T, image_mask)
     row, col = row.T, col.T  # [N, K]
     pos = logit_scale * torch.einsum("nd,nkd->nk", image_features, text_features)
     if negatives == "all":
@@ -61,16 +64,20 @@ def multi_positive_sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float = 0.0,
     *,
+    image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
 ) -> Tensor:
     """Every image-caption pair as a question of its own, eq. 19. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar."""
+    text_mask = _of_present_images(image_mask, text_mask, text_features)
+    image_features = _without_masked(image_features, image_mask)
     text_features = _without_masked(text_features, text_mask)
     n, k, _ = text_features.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
     z = logit_scale * torch.einsum("md,nkd->mnk", image_features, text_features) + logit_bias
     own = torch.eye(n, dtype=torch.bool, device=z.device)[:, :, None]
     pair = -torch.nn.functional.logsigmoid(torch.where(own, z, -z))
-    return torch.where(valid, pair, 0).sum() / valid.sum().clamp(min=1)
+    counted = valid if image_mask is None else valid & image_mask[:, None, None]
+    return torch.where(counted, pair, 0).sum() / valid.sum().clamp(min=1)
 
 
 def patch_weights(
@@ -120,14 +127,18 @@ def subcaption_grouping_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     contrast: str = "image",
     direction: str = "both",
+    patch_mask: Tensor | None = None,
     **options,
 ) -> Tensor:
     """Contrast of each sub-caption with its own group of patches, eq. 16-17. Options as patch_weights -> scalar."""
+    text_mask = _of_present_images(image_mask, text_mask, text_features)
+    patch_mask = _of_present_images(image_mask, patch_mask, patch_features)
     text_features = _without_masked(text_features, text_mask)
-    group = unit(group_patches(patch_features, text_features, **options))
+    group = unit(group_patches(patch_features, text_features, patch_mask=patch_mask, **options))
     text = unit(text_features)
     n, k, d = text.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text.device) if text_mask is None else text_mask
@@ -148,6 +159,14 @@ def subcaption_grouping_loss(
 def _without_masked(features: Tensor, mask: Tensor | None) -> Tensor:
     # What is not there is zero, whatever it holds: a NaN times a weight of zero would be NaN.
     return features if mask is None else torch.where(mask[..., None], features, 0)
+
+
+def _of_present_images(image_mask: Tensor | None, mask: Tensor | None, features: Tensor) -> Tensor | None:
+    # [N,K] or [N,P]: the captions and patches of an image that is not there are not there either.
+    if image_mask is None:
+        return mask
+    present = image_mask[:, None].expand(features.shape[:2])
+    return present if mask is None else present & mask
 
 
 def unit(x: Tensor) -> Tensor:

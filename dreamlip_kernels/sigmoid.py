@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .backends import dispatch
-from .checks import as_scale, check_features, check_mask, check_shared
+from .checks import as_scale, check_features, check_mask, check_shared, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import (
     Group,
     all_gather_rows,
     all_reduce_sum,
+    of_present_images,
     rank_and_size,
 )
 from .ops.sigmoid_pairs import sigmoid_pairs
@@ -28,6 +29,7 @@ def multi_positive_sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float = 0.0,
     *,
+    image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     group: Group = None,
     backend: str = "auto",
@@ -45,9 +47,10 @@ def multi_positive_sigmoid_loss(
 
     Args:
         image_features: [N, D], normalised by the caller; float32, bfloat16, float16 or float64.
-        text_features: [N, K, D], same dtype and device.
+        text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         logit_scale: the multiplier: pass ``logit_scale.exp()``.
         logit_bias: added to every logit, a float or a tensor of one value; SigLIP starts it at -10, for nearly all pairs are negatives.
+        image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are missing.
         text_mask: [N, K] bool, True where a sub-caption is present; the mean is over those.
         group: process group; None is the world group where one is initialised. N is then this rank's share, equal on every rank;
             averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the single-process loss.
@@ -64,19 +67,23 @@ def multi_positive_sigmoid_loss(
     check_features(fn, image_features=(image_features, 2), text_features=(text_features, 3))
     check_shared(fn, "N", "image_features", image_features.shape[:1], "text_features", text_features.shape[:1])
     n, k, d = text_features.shape
+    check_mask(fn, "image_mask", image_mask, (n,), image_features)
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
+    image_features, text_features = promoted(image_features, text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     bias = as_scale(fn, "logit_bias", logit_bias, image_features)
     rank, world = rank_and_size(group)
-    mask = None if text_mask is None else text_mask.reshape(-1)
+    mask = of_present_images(image_mask, text_mask, k)
+    mask = None if mask is None else mask.reshape(-1)
     chosen = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
-    sizes = agreement_sizes(text_features, text_mask)
+    sizes = agreement_sizes(text_features, image_mask, text_mask)
     agreed = check_agreement(fn, sizes, image_features.device, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen
+    x_mask = None if image_mask is None else all_gather_rows(image_mask, group)
     everyone = all_gather_rows(image_features, group)
     captions = text_features.flatten(0, 1)
     total = sigmoid_pairs(
-        everyone, captions, scale, bias, x_mask=None, y_mask=mask, first=rank * n, k=k, backend=chosen
+        everyone, captions, scale, bias, x_mask=x_mask, y_mask=mask, first=rank * n, k=k, backend=chosen
     )
     if mask is None:
         return total / max(n * k, 1)

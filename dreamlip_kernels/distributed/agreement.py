@@ -38,14 +38,15 @@ class _Known:
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Known] = weakref.WeakKeyDictionary()
 
 
-def agreement_sizes(text_features: Tensor, mask: Tensor | None) -> dict[str, int]:
+def agreement_sizes(text_features: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> dict[str, int]:
     """What all ranks must agree on before their first collective."""
     n, k, d = text_features.shape
     return {
         "N (images a rank)": n,
         "K (sub-captions)": k,
         "D (width)": d,
-        "text_mask (1 = given)": int(mask is not None),
+        "image_mask (1 = passed)": int(image_mask is not None),
+        "text_mask (1 = passed)": int(text_mask is not None),
     }
 
 

@@ -45,6 +45,14 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     return x
 
 
+def of_present_images(image_mask: Tensor | None, mask: Tensor | None, count: int) -> Tensor | None:
+    """Which sub-captions or patches count [n, count], of image_mask [n] and their own mask: those that are there, of images that are."""
+    if image_mask is None:
+        return mask
+    of_images = image_mask[:, None].expand(-1, count)
+    return of_images if mask is None else of_images & mask
+
+
 def global_mean(terms: Tensor, mask: Tensor | None, group: Group = None) -> Tensor:
     """This rank's part of the mean of masked ``terms`` over the world: the parts average to exactly that mean (eq. 8)."""
     if mask is None:

@@ -14,48 +14,64 @@ from torch import Tensor
 
 from ..backends.settings import float32_products
 from ..ops.logsumexp import logsumexp, logsumexp_backward_op, logsumexp_op
-from .collectives import Group, rank_and_size, reduce_scatter_logsumexp
+from .collectives import Group, all_gather_rows, rank_and_size, reduce_scatter_logsumexp
 
 # Backward goes in so many stretches where each still has rows enough to fill a device.
 STRETCHES, ROWS_A_STRETCH = 4, 4096
 
 
 def gathered_logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor, y_mask: Tensor | None, backend: str, group: Group = None
+    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, backend: str, group: Group = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """row [K, n] of this rank's x [n, D] over the world's columns, col [K, n] of its y [K, n, D] over the world's rows, and the logits pos [K, n] of (j, j)."""
     if rank_and_size(group)[1] == 1:
-        return logsumexp(x, y, scale, None, y_mask, paired=True, backend=backend)
-    row, col, pos = _GatheredLogsumexp.apply(x, y, scale, y_mask, backend, group)
+        return logsumexp(x, y, scale, x_mask, y_mask, paired=True, backend=backend)
+    x_mask = None if x_mask is None else all_gather_rows(x_mask, group)
+    row, col, pos = _GatheredLogsumexp.apply(x, y, scale, x_mask, y_mask, backend, group)
     return reduce_scatter_logsumexp(row, group), col, pos
+
+
+def _part(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return None if mask is None else mask[rows]
 
 
 class _GatheredLogsumexp(torch.autograd.Function):
     """row [K, N] over this rank's columns alone, col [K, n] over all rows, pos [K, n]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, y_mask: Tensor | None, backend: str, group: Group):
+    def forward(
+        ctx,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        x_mask: Tensor | None,
+        y_mask: Tensor | None,
+        backend: str,
+        group: Group,
+    ):
         rank, world = rank_and_size(group)
         n = x.shape[0]
+        own = slice(rank * n, (rank + 1) * n)
         everyone = x.new_empty(world * n, *x.shape[1:])
         travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=group, async_op=True)
         keep, float32 = False, float32_products(x)
-        row_own, col, pos, _ = logsumexp_op(x, y, scale, None, y_mask, True, keep, float32, backend)
+        row_own, col, pos, _ = logsumexp_op(x, y, scale, _part(x_mask, own), y_mask, True, keep, float32, backend)
         travelling.wait()
         rows = [row_own]
-        for before, part in ((True, everyone[: rank * n]), (False, everyone[(rank + 1) * n :])):
-            if len(part):
-                row_part, col_part, *_ = logsumexp_op(part, y, scale, None, y_mask, False, keep, float32, backend)
+        for before, others in ((True, slice(0, own.start)), (False, slice(own.stop, world * n))):
+            if others.stop > others.start:
+                part, part_mask = everyone[others], _part(x_mask, others)
+                row_part, col_part, *_ = logsumexp_op(part, y, scale, part_mask, y_mask, False, keep, float32, backend)
                 rows.insert(0, row_part) if before else rows.append(row_part)
                 col = torch.logaddexp(col, col_part)
         row = torch.cat(rows, dim=1)
-        ctx.save_for_backward(everyone, y, scale, y_mask, row, col, pos)
+        ctx.save_for_backward(everyone, y, scale, x_mask, y_mask, row, col, pos)
         ctx.backend, ctx.group, ctx.float32 = backend, group, float32
         return row, col, pos
 
     @staticmethod
     def backward(ctx, d_row: Tensor, d_col: Tensor, d_pos: Tensor):
-        everyone, y, scale, y_mask, row, col, pos = ctx.saved_tensors
+        everyone, y, scale, x_mask, y_mask, row, col, pos = ctx.saved_tensors
         rank, world = rank_and_size(ctx.group)
         total, k = len(everyone), len(y)
         n = total // world
@@ -72,7 +88,7 @@ class _GatheredLogsumexp(torch.autograd.Function):
                 part,
                 y,
                 scale,
-                None,
+                None if x_mask is None else x_mask.view(world, n)[:, start:stop].reshape(-1),
                 y_mask,
                 row_part,
                 col,
@@ -99,4 +115,4 @@ class _GatheredLogsumexp(torch.autograd.Function):
             dscale += dscale_part
         for work, _ in travelling:
             work.wait()
-        return torch.cat(dx).to(everyone.dtype), dy.to(y.dtype), dscale, None, None, None
+        return torch.cat(dx).to(everyone.dtype), dy.to(y.dtype), dscale, None, None, None, None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import dispatch
 from ..backends.settings import float32_products, settings
-from ..checks import as_scale, check_features, check_mask
+from ..checks import as_scale, check_features, check_mask, promoted
 from ..numerics import accumulate_dtype
 from . import logsumexp_cuda, logsumexp_torch
 from .rectangle import Rectangle, Upstream
@@ -32,7 +32,7 @@ def bidirectional_logsumexp(
 
     Args:
         x: [M, D], float32, bfloat16, float16 or float64, any strides; need not be normalised.
-        y: [K, C, D], same dtype and device, any strides.
+        y: [K, C, D], same device, any strides; of two dtypes torch's promotion decides.
         scale: the logit multiplier, a float or a tensor of one value.
         y_mask: [K, C] bool; False drops a column: -inf in ``col``, no part in ``row``, no gradient.
         x_mask: [M] bool; False drops a row in the same way.
@@ -46,6 +46,7 @@ def bidirectional_logsumexp(
     """
     fn = "bidirectional_logsumexp"
     check_features(fn, x=(x, 2), y=(y, 3))
+    x, y = promoted(x, y)
     check_mask(fn, "y_mask", y_mask, y.shape[:2], y)
     check_mask(fn, "x_mask", x_mask, x.shape[:1], x)
     (m, d), (k, c, _) = x.shape, y.shape

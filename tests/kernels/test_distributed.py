@@ -32,20 +32,24 @@ MODES = (("slot", "mean"), ("all", "mean"), ("all", "logsum"))
 SCOPES = (("image", "both"), ("image", "t2v"), ("batch", "both"), ("batch", "t2v"))
 CASES = [dict(loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)]
 CASES += [dict(loss="sigmoid", masked=m) for m in (False, True)]
+CASES += [dict(loss="contrastive", negatives=n, positives=p, masked=True, images=True) for n, p in MODES]
+CASES += [dict(loss="sigmoid", masked=False, images=True)]
 CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
 
 
 # Backward in three stretches of rows, of unequal length where n does not divide.
 IN_STRETCHES = [
-    dict(stretches=3, loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)
+    dict(stretches=3, loss="contrastive", negatives=n, positives=p, masked=m, images=m)
+    for n, p in MODES
+    for m in (False, True)
 ]
 
 
 def run_case(module, case, image, text, patches, mask):
     case = dict(case)
-    kind, masked = case.pop("loss"), case.pop("masked")
+    kind, masked, images = case.pop("loss"), case.pop("masked"), case.pop("images", False)
     inputs = [t.clone().requires_grad_() for t in (image, text, patches, torch.tensor(9.0, dtype=torch.float64))]
-    options = dict(text_mask=mask if masked else None, **case)
+    options = dict(text_mask=mask if masked else None, image_mask=mask.any(1) if images else None, **case)
     if kind == "contrastive":
         loss = module.multi_positive_contrastive_loss(inputs[0], inputs[1], inputs[3], **options)
     elif kind == "sigmoid":
