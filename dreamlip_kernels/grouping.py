@@ -1,7 +1,7 @@
 """Sub-caption grouping: pool the patches each sub-caption is about, then contrast the groups (docs/math.md section 3).
 
     patches, texts -> group_patches (similarity, min-max, threshold, weighted mean; local to a rank)
-                   -> contrast within the image, or over the batch by bidirectional_logsumexp -> scalar
+                   -> contrast within the image, or over the batch by gathered_logsumexp -> scalar
 
 N images, K sub-captions an image, P patches, D width.
 """
@@ -14,17 +14,11 @@ from torch import Tensor
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
-from .distributed.collectives import (
-    Group,
-    all_gather_rows,
-    global_mean,
-    of_present_images,
-    reduce_scatter_logsumexp,
-)
+from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
+from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import accumulate_dtype, unit
 from .ops.group_patches import NORMALIZATIONS, group_patches_op
 from .ops.group_patches_torch import pooling_weights
-from .ops.logsumexp import bidirectional_logsumexp
 
 
 def group_patches(
@@ -138,8 +132,14 @@ def subcaption_grouping_loss(
     check_choice(fn, "direction", direction, ("both", "t2v"))
     grouping_backend = dispatch.requested(fn, "group_patches", grouping_backend, backend)
     contrastive_backend = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
-    check_agreement(fn, agreement_sizes(text_features, image_mask, text_mask), text_features.device, group)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
+    chosen = "torch"  # of a contrast within the image there is one
+    if contrast == "batch":
+        pairs = dict(M=n * k * rank_and_size(group)[1], C=n * k, K=1, D=d)
+        chosen = dispatch.select("bidirectional_logsumexp", scale, contrastive_backend, **pairs)
+    sizes = agreement_sizes(text_features, image_mask, text_mask)
+    agreed = check_agreement(fn, sizes, text_features.device, group, backend=chosen)
+    chosen = agreed if contrastive_backend == "auto" else chosen
     text_mask = of_present_images(image_mask, text_mask, k)
     patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
@@ -154,19 +154,15 @@ def subcaption_grouping_loss(
     )
     with torch.autocast(text_features.device.type, enabled=False):
         pooled, text = unit(pooled.to(scale.dtype)), unit(text_features.to(scale.dtype))
-        pos = scale * (pooled * text).sum(-1)  # [n, K]
         if contrast == "image":
             over_texts, over_groups = _within_image(pooled, text, scale, text_mask)
-        else:
-            flat = None if text_mask is None else text_mask.reshape(-1)
-            groups = all_gather_rows(pooled.reshape(n * k, d), group)
-            row, col = bidirectional_logsumexp(
-                groups, text.reshape(1, n * k, d), scale,
-                y_mask=None if flat is None else flat[None],
-                x_mask=None if flat is None else all_gather_rows(flat, group),
-                backend=contrastive_backend,
-            )  # fmt: skip
-            over_texts, over_groups = reduce_scatter_logsumexp(row, group).reshape(n, k), col.reshape(n, k)
+            pos = scale * (pooled * text).sum(-1)
+        else:  # every group is an image with one caption; the positives come from the op, in which they cancel before anything is rounded
+            flat = None if text_mask is None else text_mask.reshape(1, n * k)
+            flat_row = None if flat is None else flat[0]
+            groups, captions = pooled.flatten(0, 1), text.reshape(1, n * k, d)
+            each = gathered_logsumexp(groups, captions, scale, flat_row, flat, chosen, group)
+            over_texts, over_groups, pos = (v.reshape(n, k) for v in each)
         pair = over_groups - pos
         if direction == "both":
             pair = (pair + over_texts - pos) / 2
