@@ -17,6 +17,7 @@ from ptx import (
     execute,
     shuffled,
 )
+from ptx import schedule as schedule_module
 
 HEADER = """
 .version 8.7
@@ -215,6 +216,14 @@ def test_what_a_kernel_may_not_do(body, kind, message):
 def test_messages_say_where():
     with pytest.raises(OutOfBounds, match=r"\[line \d+, block 0, threads from 0: st\.global\.f32 \[%rd5\+4\], %f1\]"):
         run(STORE.format("", "+4"))
+
+
+def test_a_kernel_ends(monkeypatch):
+    monkeypatch.setattr(schedule_module, "LONGEST", 1000)
+    with pytest.raises(Deadlock, match="no end after"):
+        run("AGAIN: add.s32 %r4, %r4, 1; bra.uni AGAIN;")
+    with pytest.raises(BadOperand, match="kernel ends without ret"):
+        execute(HEADER + "}", [torch.zeros(64), torch.zeros(64), 1], (1, 1, 1))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from .table import executes, lookup
 from .tensor_copies import Barriers
 from .wave import WARP, Threads, Wave
 
+LONGEST = 2_000_000  # instructions of a wave, some thirty times those of the longest kernel of the tests
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -86,6 +88,8 @@ class Scheduler:
 
     def _run_from(self, party: int, position: int, lanes: np.ndarray) -> None:
         threads = Threads(self.wave, lanes)
+        if position == len(self.code):
+            raise BadOperand(f"{self.wave.program.name} ends without ret")
         stop = min(self.ready[party], default=len(self.code))
         while True:
             if position >= stop:
@@ -114,8 +118,13 @@ class Scheduler:
             self.executed += 1
             position += 1
 
-    def _go(self, threads: Threads, position: int) -> bool:
+    def _count(self) -> None:
         self.executed += 1
+        if self.executed > LONGEST:
+            raise Deadlock(f"no end after {self.executed} instructions")
+
+    def _go(self, threads: Threads, position: int) -> bool:
+        self._count()
         self._next = threads, position
         return True
 
@@ -127,14 +136,14 @@ class Scheduler:
             return self._go(Threads(self.wave, rest), position + 1)
         if not len(rest):
             return self._go(active, instruction.target)
-        self.executed += 1
+        self._count()
         self._meet(party, position + 1, rest)
         self._meet(party, instruction.target, active.lanes)
         return False
 
     def _indexed_branch(self, party, position, instruction, active, rest) -> bool:
         """brx.idx, 9.7.12.4: to the label of a table that the index names."""
-        self.executed += 1
+        self._count()
         self._meet(party, position + 1, rest)
         if active is not None:
             index = active.each(instruction.operands[0], "u32")
@@ -146,7 +155,7 @@ class Scheduler:
 
     def _return(self, party, position, instruction, active, rest) -> bool:
         """ret and exit, 9.7.12.6 and .7: of a kernel both end the thread."""
-        self.executed += 1
+        self._count()
         self._meet(party, position + 1, rest)
         return False
 
@@ -170,7 +179,7 @@ class Scheduler:
         )
         if active.everyone and not self.arrived and (needs == self.wave.threads).all() and "sync" in parts:
             return self._go(active, position + 1)
-        self.executed += 1
+        self._count()
         self._meet(party, position + 1, rest)
         blocks = self.wave.block[active.lanes]
         for block in np.unique(blocks):
@@ -203,7 +212,7 @@ class Scheduler:
             lookup(instruction.opcode)
         self._meet(party, position + 1, rest)
         if active is None:
-            self.executed += 1
+            self._count()
             return False
         barriers, block = self.wave.keep(Barriers), self.wave.block[active.lanes]
         if len(instruction.operands) not in (3, 4):
@@ -214,7 +223,7 @@ class Scheduler:
         unique, place = np.unique(keys, axis=0, return_inverse=True)
         passed = np.array([barriers.passed(*map(int, key)) for key in unique])[place.ravel()]
         if passed.any():
-            self.executed += 1
+            self._count()
             through = active.subset(passed)
             through.write(instruction.operands[0], np.ones(len(through.lanes), bool))
             self._meet(party, position + 1, through.lanes)
