@@ -24,7 +24,7 @@ _ZERO_SHOT = {"fgvc_aircraft": "aircraft", "imagenet1k": "imagenet"}
 
 @cache
 def paper_table(name: Table) -> tuple[dict[str, str], ...]:
-    """The rows of a table, each {column: what the paper prints}; percent where it is a number."""
+    """The rows of a table, each {column: what the paper prints}; percent, or "-" for none."""
     file = resources.files("dreamlip_train.evaluation") / "paper_tables" / f"{name}.tsv"
     with file.open(encoding="utf-8") as lines:
         return tuple(csv.DictReader(lines, delimiter="\t"))
@@ -36,4 +36,8 @@ def zero_shot_rows(dataset: str) -> dict[str, float]:
     rows = paper_table("table2_zeroshot")
     if column not in rows[0]:
         return {}
-    return {f"{row['data']}, {row['method']}, {row['model']}": float(row[column]) for row in rows if row[column]}
+    return {
+        f"{row['data']}, {row['method']}, {row['model']}": float(row[column])
+        for row in rows
+        if row[column].replace(".", "").isdecimal()  # "-" where the paper has none
+    }

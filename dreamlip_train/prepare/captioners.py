@@ -40,7 +40,7 @@ def caption_text(text: Any, cut: bool) -> str:
 
 
 class LocalModel:
-    """A Hugging Face image-text-to-text model (LLaVA, ShareGPT4V's LLaVA checkpoints, InstructBLIP, ..), in bf16 on a GPU, in fp32 on the CPU.
+    """A Hugging Face image-text-to-text model (LLaVA, InstructBLIP, Qwen-VL, ..), in bf16 on a GPU, in fp32 on the CPU.
 
     Raises:
         UserError: transformers is not installed, or it can't load ``model``.

@@ -13,7 +13,7 @@ from dreamlip_train import cli
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.evaluation.paper import paper_table, zero_shot_rows
-from dreamlip_train.evaluation.zero_shot import evaluate_zero_shot, format_zero_shot
+from dreamlip_train.evaluation.zero_shot import DATASETS, evaluate_zero_shot, format_zero_shot
 from dreamlip_train.model.build import build_model
 
 pytest.importorskip("clip_benchmark", reason="the benchmark extra is not installed")
@@ -135,4 +135,5 @@ def test_a_folder_of_images_by_class_works_for_every_set(weights, tmp_path, monk
 def test_the_papers_tables_are_shipped():
     assert paper_table("table3_san_segmentation_vitb32")[1]["voc20"] == "76.5"
     assert zero_shot_rows("imagenet1k")["CC3M, DreamLIP, ViT-B/16"] == 31.1 and not zero_shot_rows("mnist")
+    assert all(len(zero_shot_rows(name)) > 10 for name in DATASETS)
     assert zero_shot_rows("fgvc_aircraft")["CC3M, CLIP, ViT-B/32"] == 1.0
