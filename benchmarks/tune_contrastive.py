@@ -1,8 +1,9 @@
-"""Find the tiles of the contrastive Triton kernels on this machine's GPU: ``python benchmarks/tune_contrastive.py [--width 512] [--dtype float16]``.
+"""Find the tiles of the contrastive Triton kernels on this machine's GPU: ``python benchmarks/tune_contrastive.py
+[--width 512] [--dtype float16]``.
 
-Every candidate that compiles without spilling is timed at N = C = 8192, K = 4, with a mask of captions, as training has it;
-the table ends with the lines to put into dreamlip_kernels/ops/logsumexp_tiles.py, so that no user's first step has to search.
-"""
+Every candidate that compiles without spilling is timed at N = C = 8192, K = 4, with a mask of captions, as training has
+it; the table ends with the lines to put into dreamlip_kernels/ops/logsumexp_tiles.py, so that no user's first step has
+to search."""
 
 from __future__ import annotations
 
@@ -57,7 +58,10 @@ def milliseconds(step: Callable[[], object]) -> float:
 
 
 def spills(kernel: triton.runtime.JITFunction) -> int:
-    """The most registers that a variant of ``kernel`` spills, of those compiled last; the exact one, which runs when a flag says so, apart."""
+    """The most registers that a variant of ``kernel`` spills, of those compiled last.
+
+    The exact one, which runs when a flag says so, apart.
+    """
     (compiled, *_) = kernel.device_caches[torch.cuda.current_device()]
     always_run = [built for built in compiled.values() if not built.src.constants.get(_exact_place(kernel))]
     return max((built.n_spills or 0 for built in always_run), default=0)
@@ -94,7 +98,9 @@ def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object
 
 
 def compile_all(width: int, dtype: torch.dtype) -> None:
-    """Run every candidate once, in as many processes as there are cores: Triton's cache on disk then has what the timing below needs."""
+    """Run every candidate once, in as many processes as there are cores: Triton's cache on disk then has what the
+    timing below needs.
+    """
     begin = time.perf_counter()
     todo = [
         (name, blocks, width, dtype) for blocks in candidates(dtype.itemsize) for name in ("exp_sums", "gradient_tile")
@@ -137,10 +143,8 @@ def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width
         print(f"{name:14} {tuple(blocks)!s:26} {ms:8.3f} ms   {2 * N * N * K * width / ms / 1e9:6.0f} TFLOP/s")
     if times:
         best = min(times)[1]
-        print(
-            f"    {key!r}: {{{width}: Blocks({', '.join(map(str, best))})}},  # {torch.cuda.get_device_name()}, {min(times)[0]:.3f} ms",
-            flush=True,
-        )
+        entry = f"{key!r}: {{{width}: Blocks({', '.join(map(str, best))})}}"
+        print(f"    {entry},  # {torch.cuda.get_device_name()}, {min(times)[0]:.3f} ms", flush=True)
 
 
 def main() -> None:

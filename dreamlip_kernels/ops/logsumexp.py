@@ -1,4 +1,5 @@
-"""The primitive under every contrastive loss here, the bidirectional log-sum-exp (docs/math.md section 1), and its registered ops.
+"""The primitive under every contrastive loss here, the bidirectional log-sum-exp (docs/math.md section 1), and its
+registered ops.
 
 M rows, C columns, K slots, D width.
 """
@@ -92,13 +93,13 @@ def logsumexp_op(
     float32: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row [K, M], col [K, C]; with ``paired`` the positives' logits pos [K, C], of the pairs (j, j), else [0, 0]; and what ``keep`` keeps.
+    """row [K, M], col [K, C], if ``paired`` pos [K, C], the logits of the pairs (j, j), else [0, 0]; what is kept.
 
     One op for all of them: a positive's gradient and its share of the softmax's, which nearly cancel late in training,
     are added in float32 before anything is rounded, and no second dy [K, C, D] waits for its sum with the first.
 
     Args:
-        keep: forward may keep [K, M, C] of the pairs for backward, else [0, 0, 0] (what every backend but "torch" returns).
+        keep: forward keeps [K, M, C] of the pairs for backward, else [0, 0, 0]; so do all backends but "torch".
         float32: how 16-bit kernels multiply float32 features, "fp16", or "torch" as its own setting says.
     """
     rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
@@ -143,9 +144,8 @@ def logsumexp_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy (strided as y) and dscale; ``Upstream`` says what the gradients are of.
 
-    A side that needs no gradient costs nothing and comes back without an element. ``wide`` leaves dx and dy in the dtype
-    they were summed in, for a caller that sums on.
-    """
+    A side that needs no gradient costs nothing and comes back without an element. ``wide`` leaves dx and dy in the
+    dtype they were summed in, for a caller that sums on."""
     rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
     upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, first_pair, stop_pair, kept)
     dtype = accumulate_dtype(x) if wide else x.dtype

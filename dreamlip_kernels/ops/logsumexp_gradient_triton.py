@@ -1,7 +1,7 @@
 """Backward of the Triton backend of bidirectional_logsumexp: one recompute of the pairs and two matrix products.
 
     coefficients     of row, col and their upstream: what G is made of, and the whole gradient of each positive
-    gradient_tile    for each chunk of pairs, of several slots where they fit the workspace: z again, one exp2 a pair, 16-bit G
+    gradient_tile    for each chunk of pairs, of several slots where they fit the workspace: z again, then 16-bit G
     products         dx += G y, dy += G.T x (cuBLAS, float32 sums)
     finish_gradient  their scales and the positives, in float32, rounded once
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .chunks import chunks, joined, up
 from .dense import dense
-from .logsumexp_gradient_kernels import coefficients, finish_gradient, gradient_tile
+from .logsumexp_gradient_kernels import gradient_tile
 from .logsumexp_kernels import NO_DIAGONAL
 from .logsumexp_tiles import Blocks
+from .logsumexp_vector_kernels import coefficients, finish_gradient
 from .operands_triton import TritonOperands
 from .products import accumulate, matmul
 from .rectangle import Rectangle, Upstream, paired_slices
@@ -113,7 +114,10 @@ class Passes:
         return vectors
 
     def run(self, dx: Tensor | None, dy: Tensor) -> Tensor:
-        """Write dx and dy, where the passes go through them; returns terms whose sum is dscale in units of the operands."""
+        """Write dx and dy, where the passes go through them.
+
+        Returns terms whose sum is dscale in units of the operands.
+        """
         x, y, width = self.operands.x, self.operands.y, self.operands.x.shape[1]
         slots, rows, cols = self.chunk
         padded = y.shape[1] if slots > 1 else cols
@@ -145,7 +149,9 @@ class Passes:
     def gradient(
         self, workspace: Tensor, pitch: int, slots: tuple[int, int], rows: slice, cols: tuple[int, int]
     ) -> Tensor:
-        """G of a chunk, [rows, slots * cols]: the first and the number of its slots and of its columns, padding among them."""
+        """G of a chunk, [rows, slots * cols]: the first and the number of its slots and of its columns, padding among
+        them.
+        """
         (first_slot, slot_count), (first_col, col_count) = slots, cols
         row_count = rows.stop - rows.start
         tiles = slot_count * triton.cdiv(row_count, self.tile[0]) * triton.cdiv(col_count, self.tile[1])

@@ -1,9 +1,8 @@
 """Forward's Triton kernels of bidirectional_logsumexp: both sums in one pass, and their logarithms.
 
-M rows, C columns, K slots, D width. Operands are 16-bit, or float32 with PRECISION "tf32x3". Where DESCRIPTOR says so they
-come as tensor descriptors, which Hopper's TMA reads, else as pointers, which Ampere's cp.async reads. Sizes that vary from
-call to call are not specialized on: another batch compiles nothing.
-"""
+M rows, C columns, K slots, D width. Operands are 16-bit, or float32 with PRECISION "tf32x3". Where DESCRIPTOR says so
+they come as tensor descriptors, which Hopper's TMA reads, else as pointers, which Ampere's cp.async reads. Sizes that
+vary from call to call are not specialized on: another batch compiles nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +18,10 @@ NO_DIAGONAL = 2**30  # of a rectangle without positives: no column meets it
 
 @triton.jit
 def slope_and_offset(scale_ptr, slope_ptr):
-    """z in powers of two is slope * acc; exp2(z - offset) has no term too large and, up to a scale of 65, no sum too small.
+    """z in powers of two is slope * acc; exp2(z - offset) has no term too large, nor sum too small up to a scale of 65.
 
-    *scale_ptr bounds the logits of unit vectors; *slope_ptr has the units that float32 operands were divided by too. The
-    offset nearest 0 rounds z least.
-    """
+    *scale_ptr bounds the logits of unit vectors; *slope_ptr has the units that float32 operands were divided by too.
+    The offset nearest 0 rounds z least."""
     bound = tl.abs(tl.load(scale_ptr)) * LOG2E
     offset = tl.maximum(bound - LARGEST_TERM, tl.minimum(0.0, -SMALLEST_SUM - bound))
     return tl.load(slope_ptr) * LOG2E, offset
@@ -68,9 +66,8 @@ def y_tile(
 def drop_columns(acc, keep_c, slope, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENT: tl.constexpr):
     """acc, with slope * acc at minus infinity in the columns that are not kept (a slope of 0 is the caller's to avoid).
 
-    By one more product of depth 16, ones times 0 or -inf: a mask spread over the tile's layout took 108 registers, and with them the second program on a
-    processor.
-    """
+    By one more product of depth 16, ones times 0 or -inf: a mask spread over the tile's layout took 108 registers, and
+    with them the second program on a processor."""
     ones = tl.full((BLOCK_M, 16), 1.0, ELEMENT)
     far = tl.where(keep_c, 0.0, tl.where(slope < 0, float("inf"), float("-inf"))).to(ELEMENT)
     return tl.dot(ones, far[:, None].broadcast_to(BLOCK_C, 16).T, acc, input_precision="tf32")
@@ -115,8 +112,8 @@ def exp_sums(
     if HAS_Y_MASK:
         keep_c = keep_c & (tl.load(y_mask_ptr + pid_k.to(tl.int64) * C + offs_c, mask=keep_c, other=0) != 0)
     slope, offset = slope_and_offset(scale_ptr, slope_ptr)
-    # Rows r and r + 8 of a tile lie in one thread (wgmma and mma layouts), so this partial sum over rows needs no exchange
-    # of lanes.
+    # Rows r and r + 8 of a tile lie in one thread (wgmma and mma layouts), so this partial sum over rows needs no
+    # exchange of lanes.
     columns = tl.zeros((BLOCK_M // 16, 8, BLOCK_C), tl.float32)
     stop = tl.minimum((pid_b + 1) * band_rows, M)
     for first_m in range(pid_b * band_rows, stop, BLOCK_M):
@@ -197,7 +194,8 @@ def _paired_dots(q_rows, k_rows, keep_r, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit(
     do_not_specialize=[
-        "R", "S", "parts", "part_stride", "part_slot_stride", "q_mask_k", "k_mask_k", "has_q_mask", "has_k_mask", "paired",
+        "R", "S", "parts", "part_stride", "part_slot_stride", "q_mask_k", "k_mask_k", "has_q_mask", "has_k_mask",
+        "paired",
     ]
 )  # fmt: skip
 def finish_sums(
@@ -232,11 +230,11 @@ def finish_sums(
     BLOCK_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[k, r] = logsumexp over s of z[k, r, s], from the partial sums of exp2(z - offset) over ``parts`` stretches of s.
+    """out[k, r] = logsumexp over s of z[k, r, s], from partial sums of exp2(z - offset) over ``parts`` stretches of s.
 
-    Sums outside float32's range, NaN among them, are computed again with running maxima, for the program's own rows alone.
-    With ``paired`` also pos[k, r] = z[k, r, r]. One code for rows and for columns: what differs is not compiled in.
-    """
+    Sums outside float32's range, NaN among them, are computed again with running maxima, for the program's own rows
+    alone. With ``paired`` also pos[k, r] = z[k, r, r]. One code for rows and for columns: what differs is not compiled
+    in."""
     pid_k = tl.program_id(1).to(tl.int64)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     keep_r = offs_r < R

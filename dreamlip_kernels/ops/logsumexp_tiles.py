@@ -1,7 +1,7 @@
 """Tile shapes of the contrastive Triton kernels, by architecture, operand and width.
 
-Each entry was found by `benchmarks/tune_contrastive.py` on a device, or, where it says "compiled", chosen from ahead-of-time compilation alone: no spills, and
-as many programs on a processor as registers and shared memory allow.
+Each entry was found by `benchmarks/tune_contrastive.py` on a device, or, where it says "compiled", chosen from
+ahead-of-time compilation alone: no spills, and as many programs on a processor as registers and shared memory allow.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ class Blocks(NamedTuple):
 
 
 INTERPRETED = Blocks(32, 32, 16, 4, 1)
-# finish_sums, whose products only run where sums left float32's range, by bytes of an operand's element: a shape for every
-# device. One stage: copies ahead by cp.async would need a fence before wgmma reads them, which Triton 3.6 leaves out.
+# finish_sums, whose products only run where sums left float32's range, by bytes of an operand's element: a shape for
+# every device. One stage: copies ahead by cp.async would need a fence before wgmma reads them, which Triton 3.6 leaves
+# out.
 ONLINE = {2: Blocks(64, 64, 64, 4, 1), 4: Blocks(64, 64, 32, 8, 1)}
 
-# (kernel, bytes of an operand's element, compute capability's major) -> {D the entry was found at: Blocks}. Those of Hopper at 16 bits were timed.
+# (kernel, bytes of an operand's element, compute capability's major) -> {D the entry was found at: Blocks}. Those of
+# Hopper at 16 bits were timed.
 TABLE: dict[tuple[str, int, int], dict[int, Blocks]] = {
     ("exp_sums", 2, 8): {512: Blocks(64, 128, 32, 8, 3)},
     # On an H100 at N = C = 8192, K = 4: 535 TFLOP/s, where (128, 128, 64, 8, 3) made 503.
@@ -47,7 +49,8 @@ TABLE: dict[tuple[str, int, int], dict[int, Blocks]] = {
 
 
 def blocks_for(kernel: str, element_bytes: int, arch: int, width: int) -> Blocks:
-    """What `qualify --tune` found on this device, else the entry of the widest D not above ``width``, else of the narrowest.
+    """What `qualify --tune` found on this device, else the entry of the widest D not above ``width``, else of the
+    narrowest.
 
     An architecture without entries takes sm_80's, whose tiles fit everywhere.
     """

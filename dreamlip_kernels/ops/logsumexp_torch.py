@@ -25,7 +25,10 @@ GRADIENT_EXPONENT = 13  # 16-bit g is scaled to coefficients below 2^14: a row's
 
 
 class _Operands:
-    """x and the slots of y as the products take them: 16-bit on CUDA, else in the accumulation dtype. What a mask drops is 0, whatever it held."""
+    """x and the slots of y as the products take them: 16-bit on CUDA, else in the accumulation dtype.
+
+    What a mask drops is 0, whatever it held.
+    """
 
     def __init__(self, rectangle: Rectangle):
         self.rectangle, self.scale = rectangle, rectangle.scale
@@ -63,7 +66,7 @@ class _Operands:
 
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row [K, M], col [K, C], pos [K, C] with ``paired`` else [0, 0], exp(z - offset) [K, M, C] with ``keep`` else [0, 0, 0]."""
+    """row [K, M], col [K, C], if ``paired`` pos [K, C] else [0, 0], if ``keep`` exp(z - offset) [K, M, C] else empty."""
     operands = _Operands(rectangle)
     kept = operands.scale.new_empty(0, 0, 0)
     if keep:
@@ -111,7 +114,7 @@ def _offset(operands: _Operands) -> float:
 
 
 def _sums_are_right(operands: _Operands, row: Tensor, col: Tensor) -> bool:
-    """Whether plain sums of exp(z - offset) give these log-sum-exps: each is well inside the range, or without a logit."""
+    """Whether plain sums of exp(z - offset) give these log-sum-exps: each is inside the range, or without a logit."""
     for logsumexp, empty in zip((row, col), operands.without_logits(), strict=True):
         log_sum = logsumexp - _offset(operands)
         if not (((log_sum >= SMALLEST_SUM) & (log_sum <= LARGEST_SUM)) | empty).all():  # NaN is not
@@ -127,10 +130,11 @@ def _positives(operands: _Operands) -> Tensor:
 
 
 class _Gradient:
-    """g = d_row exp(z - row) + d_col exp(z - col), a tile at a time, with what comes down to the positives added in float32.
+    """g = d_row exp(z - row) + d_col exp(z - col), a tile at a time, with what comes down to the positives added in
+    float32.
 
-    Where products are 16-bit, g is in units of ``unit`` and without its positives, whose whole gradient ``own`` gathers.
-    """
+    Where products are 16-bit, g is in units of ``unit`` and without its positives, whose whole gradient ``own``
+    gathers."""
 
     def __init__(self, operands: _Operands, upstream: Upstream):
         self.operands, self.diagonal = operands, upstream.diagonal

@@ -1,7 +1,7 @@
 """Forward of the Triton backend of bidirectional_logsumexp: one pass over the pairs.
 
     exp_sums      a band of rows x one column tile: both sums of exp2(z - offset), partial; on Hopper exp_sums_resident
-    finish_sums   their totals' logarithms; again with running maxima where a sum left float32's range; the positives' logits
+    finish_sums   their totals' logarithms, by running maxima where a sum left float32's range; the positives' logits
 
 A fixed exponent offset in place of running maxima makes row and column sums plain adds (docs/math.md, section 5).
 
@@ -30,7 +30,10 @@ PROGRAMS = 4 * 132  # of exp_sums at least, where there are rows enough: four fo
 
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row [K, M], col [K, C], with ``paired`` the logits of the pairs (j, j) [K, C]; nothing kept (``keep`` is the torch backend's)."""
+    """row [K, M], col [K, C], with ``paired`` the logits of the pairs (j, j) [K, C].
+
+    Nothing kept (``keep`` is the torch backend's).
+    """
     m, c, k, _ = rectangle.sizes
     empty = rectangle.scale.new_empty
     row, col, pos, kept = empty(k, m), empty(k, c), empty((k, c) if paired else (0, 0)), empty(0, 0, 0)
@@ -133,7 +136,7 @@ def _gluon() -> ModuleType | None:
 
 
 class _Side(NamedTuple):
-    """The rows or the columns of a rectangle, as finish_sums reads them: one for all slots where the slots' strides are 0."""
+    """The rows or the columns of a rectangle, as finish_sums reads them: the slots' strides are 0 for what all share."""
 
     features: Tensor
     stride_k: int
@@ -146,7 +149,9 @@ class _Side(NamedTuple):
 def _finish(
     operands: TritonOperands, ours: _Side, others: _Side, parts: Tensor, out: Tensor, pos: Tensor | None
 ) -> None:
-    """Write the log-sum-exps [K, count] of our side over the others from parts [K, parts, count], and the positives' logits."""
+    """Write the log-sum-exps [K, count] of our side over the others from parts [K, parts, count], and the positives'
+    logits.
+    """
     rows, columns, depth, warps, stages = ONLINE[operands.x.element_size()]
     d = operands.x.shape[1]
     any_mask = ours.mask if ours.mask is not None else others.mask

@@ -31,7 +31,7 @@ class TritonOperands(Operands):
         return blocks_for(kernel, self.x.element_size(), arch(self.x), self.x.shape[1])
 
     def arguments(self, blocks: Blocks) -> dict:
-        """What the tiled kernels take of x and y: descriptors where the device has TMA, else pointers; and their strides."""
+        """What the tiled kernels take of x and y: descriptors where the device has TMA, else pointers; with strides."""
         x, y = self.x, self.y
         descriptor = not x.is_cuda or arch(x) // 10 in TMA_MAJORS
         return dict(

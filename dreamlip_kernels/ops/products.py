@@ -1,4 +1,6 @@
-"""Matrix products with float32 sums: 16-bit operands multiplied as 16-bit on CUDA, all others as torch's own precision setting says."""
+"""Matrix products with float32 sums: 16-bit operands multiplied as 16-bit on CUDA, all others as torch's own precision
+setting says.
+"""
 
 from __future__ import annotations
 

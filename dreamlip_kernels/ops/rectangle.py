@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rectangle:
-    """The pairs (m, c) of every slot: x [M, D], y [K, C, D], the scale (0-dim, accumulation dtype), masks [M] and [K, C]."""
+    """The pairs (m, c) of every slot: x [M, D], y [K, C, D], a 0-dim scale, masks [M] and [K, C]."""
 
     x: Tensor
     y: Tensor
@@ -21,7 +21,7 @@ class Rectangle:
     x_mask: Tensor | None = None
     y_mask: Tensor | None = None
     float32: str = "fp16"
-    """How 16-bit kernels multiply float32 features: "fp16", or "torch" as ``torch.get_float32_matmul_precision()`` says."""
+    """How 16-bit kernels multiply float32 features: "fp16", or "torch" as its matmul precision says."""
 
     @property
     def exact_float32(self) -> bool:
@@ -39,9 +39,9 @@ class Rectangle:
 class Upstream:
     """Forward's results with their upstream gradients: row and d_row [K, M], col and d_col [K, C].
 
-    With d_pos [K, C] the pairs (diagonal + j, j) of the columns first_pair <= j < stop_pair, as far as there are such rows,
-    are positives with that upstream, and pos [K, C] holds their logits. ``kept`` is what forward kept of the pairs, or None.
-    """
+    With d_pos [K, C] the pairs (diagonal + j, j) of the columns first_pair <= j < stop_pair, as far as there are such
+    rows, are positives with that upstream, and pos [K, C] holds their logits. ``kept`` is what forward kept of the
+    pairs, or None."""
 
     row: Tensor
     col: Tensor

@@ -21,7 +21,7 @@ SCRIPT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels.ops import logsumexp_gradient_kernels, logsumexp_kernels
+    from dreamlip_kernels.ops import logsumexp_gradient_kernels, logsumexp_kernels, logsumexp_vector_kernels
     from dreamlip_kernels.ops.logsumexp_tiles import ONLINE, blocks_for
     from dreamlip_kernels.ops.operands_triton import TMA_MAJORS
 
@@ -65,8 +65,8 @@ SCRIPT = """
     rows, columns, depth, warps, stages = ONLINE[size]
     constants = dict(HAS_MASKS=True, PRECISION=precision, BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, BLOCK_PARTS=16)
     build(logsumexp_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
-    build(logsumexp_gradient_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)
-    build(logsumexp_gradient_kernels, "finish_gradient", "vectors", dict(BLOCK_R=16, BLOCK_D=128), 4, 3)
+    build(logsumexp_vector_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)
+    build(logsumexp_vector_kernels, "finish_gradient", "vectors", dict(BLOCK_R=16, BLOCK_D=128), 4, 3)
 """
 
 

@@ -195,7 +195,9 @@ def test_compiles_whole():
 
 
 def test_gradients_of_16_bit_features_are_rounded_once():
-    """A positive's pull and its share of the softmax's nearly cancel late in training: each rounded on its own, what is left would be noise."""
+    """A positive's pull and its share of the softmax's nearly cancel late in training: each rounded on its own, what is
+    left would be noise.
+    """
     inputs = (*clip_like(256, 4, 128, torch.bfloat16, noise=0.5), torch.tensor(14.3))
     gold = value_and_grads(lambda *i: reference.multi_positive_contrastive_loss(*i), [v.double() for v in inputs])
     for got, expected in zip(value_and_grads(dk.multi_positive_contrastive_loss, inputs)[1:3], gold[1:3], strict=True):
@@ -251,7 +253,9 @@ def test_memory_stays_below_the_logits(negatives):
 
 
 def test_no_slower_than_the_per_slot_loop():
-    """N=2048, K=8, D=512, forward and backward, against K open_clip losses in the same run (ours takes about 0.6 of the time)."""
+    """N=2048, K=8, D=512, forward and backward, against K open_clip losses in the same run (ours takes about 0.6 of the
+    time).
+    """
     image, text = clip_like(2048, 8, 512)
     labels = torch.arange(2048)
 

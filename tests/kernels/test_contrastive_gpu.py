@@ -1,4 +1,6 @@
-"""The contrastive kernels on a CUDA device: dtypes and masks at real shapes, large indices, memory, graphs, repeats to the bit. `make gpu` runs these."""
+"""The contrastive kernels on a CUDA device: dtypes and masks at real shapes, large indices, memory, graphs, repeats to
+the bit. `make gpu` runs these.
+"""
 
 import contrast_promises as promises
 import pytest
@@ -21,7 +23,9 @@ def float32_as_float16(monkeypatch):
 
 
 def inputs_like(n, k, d, dtype, seed=0, scale=50.0):
-    """Captions at a cosine of 0.24 to their image, as trained CLIP models have them: surer positives leave a loss that is nothing but rounding."""
+    """Captions at a cosine of 0.24 to their image, as trained CLIP models have them: surer positives leave a loss that
+    is nothing but rounding.
+    """
     return (*(v.cuda() for v in clip_like(n, k, d, dtype, seed, noise=4.0)), torch.tensor(scale, device="cuda"))
 
 

@@ -28,7 +28,9 @@ def where_it_runs(monkeypatch):
 
 
 class NothingLaunched:
-    """In place of a kernel, noted in ``launches``: kernels allocate nothing, so shapes may be what no interpreter gets through."""
+    """In place of a kernel, noted in ``launches``: kernels allocate nothing, so shapes may be what no interpreter gets
+    through.
+    """
 
     def __init__(self, name, launches):
         self.name, self.launches = name, launches

@@ -1,7 +1,7 @@
 """The Triton kernels themselves, run by Triton's interpreter on the CPU, against the float64 oracle.
 
-float32 inputs are computed in float16, so the bar is the oracle on float16-rounded inputs: what the rounding alone costs, twice over.
-"""
+float32 inputs are computed in float16, so the bar is the oracle on float16-rounded inputs: what the rounding alone
+costs, twice over."""
 
 from dataclasses import replace
 
@@ -39,7 +39,8 @@ def rounded(v):
 
 
 def close(name, op, oracle, draws):
-    """Largest error over the draws, at most twice that of the float64 oracle on float16-rounded inputs, plus G's own rounding.
+    """Largest error over the draws, at most twice that of the float64 oracle on float16-rounded inputs, plus G's own
+    rounding.
 
     Several draws, because the scale's gradient is one number, left over where large terms cancel.
     """
@@ -84,7 +85,9 @@ def test_logsumexp(m, c, k, d, dtype, scale):
     "dtype, held", [(torch.float32, 0.0), (torch.float32, 1e30), (torch.float16, 0.0), (torch.float16, 6e4)]
 )
 def test_masks(slot, scale, dtype, held):
-    """Whichever way a scale turns infinity, in the exact kernels too (1000), and whatever is ``held`` where something is dropped."""
+    """Whichever way a scale turns infinity, in the exact kernels too (1000), and whatever is ``held`` where something
+    is dropped.
+    """
     gen = torch.Generator().manual_seed(1)
     y_mask = (torch.rand(45, 3, generator=gen) > 0.4).T  # not contiguous, as the loss passes it
     if slot != "some":
@@ -106,7 +109,9 @@ def test_masks(slot, scale, dtype, held):
 
 @pytest.mark.parametrize("case", ["opposed at scale 100", "not normalised", "scale 1000", "large and small"])
 def test_the_flagged_fallback_is_right(case, monkeypatch):
-    """Sums that leave float32's range at the fixed offset: the flag sends everything to the exact kernels, of which few programs make all tiles."""
+    """Sums that leave float32's range at the fixed offset: the flag sends everything to the exact kernels, of which few
+    programs make all tiles.
+    """
     from dreamlip_kernels.ops import logsumexp_gradient_triton
 
     monkeypatch.setattr(logsumexp_gradient_triton, "EXACT_PROGRAMS", 3)  # for four tiles
@@ -173,7 +178,9 @@ def test_loss_with_its_positives_kept_out_of_the_rounded_gradient(negatives, pos
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("negatives, positives", [("slot", "mean"), ("all", "mean"), ("all", "logsum")])
 def test_at_least_as_close_as_eager_amp(dtype, negatives, positives):
-    """Captions at a cosine of 0.37, and eager code with 16-bit logits: bfloat16 where the features are float32, as under autocast."""
+    """Captions at a cosine of 0.37, and eager code with 16-bit logits: bfloat16 where the features are float32, as
+    under autocast.
+    """
     options = dict(negatives=negatives, positives=positives)
     inputs = (*clip_like(128, 3, 64, dtype, noise=2.5), torch.tensor(30.0))
     oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), **options)  # noqa: E731
@@ -188,7 +195,9 @@ def test_at_least_as_close_as_eager_amp(dtype, negatives, positives):
 
 
 def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
-    """A nearly certain positive has p - 1 far below float16's step at 1: the gradient is several times better with it added apart."""
+    """A nearly certain positive has p - 1 far below float16's step at 1: the gradient is several times better with it
+    added apart.
+    """
     from dreamlip_kernels.ops import logsumexp
 
     image, text = clip_like(32, 2, 32, noise=0.6)

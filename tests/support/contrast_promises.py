@@ -1,4 +1,6 @@
-"""What every backend of bidirectional_logsumexp promises on every device, as checks that take the backend and the device."""
+"""What every backend of bidirectional_logsumexp promises on every device, as checks that take the backend and the
+device.
+"""
 
 import torch
 from numerics import clip_like
@@ -43,7 +45,9 @@ def assert_close(got, expected, rounding=4e-3):
 
 
 def masks_of_any_strides(backend, device):
-    """A mask that is a column of a table, transposed or expanded was read as if it were dense (x_mask: gradient error 98 %)."""
+    """A mask that is a column of a table, transposed or expanded was read as if it were dense (x_mask: gradient error
+    98 %).
+    """
     x, y = features(device)
     gen = torch.Generator().manual_seed(1)
     x_mask = (torch.rand(40, 3, generator=gen) > 0.3).to(device)[:, 1]
@@ -109,7 +113,9 @@ def width_zero(backend, device):
 
 
 def largest_upstream_fits_float16(backend, device):
-    """Row and column coefficients just below a power of two added up to more than float16 holds: gradients were infinite."""
+    """Row and column coefficients just below a power of two added up to more than float16 holds: gradients were
+    infinite.
+    """
     x = torch.eye(32, device=device)
     inputs = [v.requires_grad_() for v in (x.clone(), x[None].clone())]
     row, col = dk.bidirectional_logsumexp(*inputs, 100.0, backend=backend)
