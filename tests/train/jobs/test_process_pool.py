@@ -1,15 +1,19 @@
 """The pool of processes gives everything in order, and ends also where the parent has a signal handler of its own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from tiny import clean_environment
 
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.process_pool import map_bounded
+from dreamlip_train.jobs.user_error import RunError
 
 PARENT_WITH_A_HANDLER = """
 import signal, sys
@@ -55,3 +59,43 @@ def test_an_error_lets_the_others_finish_what_they_have_begun(tmp_path):
         list(map_bounded(work, range(100), processes=3))
     begun, done = ({path.stem for path in tmp_path.glob(f"*.{kind}")} for kind in ("begun", "done"))
     assert begun == done and 2 <= len(done) < 12, "queued items are not begun any more"
+
+
+def test_a_killed_worker_is_named_with_what_it_was_at():
+    """multiprocessing.Pool never notices, and the map waited for ever."""
+
+    def work(task):
+        if task[1] == "00003.tar":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        return task[0]
+
+    results = []
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"a worker process died.*00003\.tar"):
+        for result in map_bounded(work, ((i, f"{i:05d}.tar") for i in range(50)), processes=2):
+            results.append(result)
+    assert time.monotonic() - began < 20 and results == list(range(len(results)))
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = f"""
+import os, time
+from dreamlip_train.jobs.process_pool import map_bounded
+from dreamlip_train.jobs.user_error import RunError
+def work(item):
+    open({str(tmp_path)!r} + f"/{{os.getpid()}}", "w").close()
+    time.sleep(60)
+list(map_bounded(work, range(2), processes=2))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], env=clean_environment())
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.2)
+    assert len(workers) == 2
