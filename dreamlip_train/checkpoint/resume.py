@@ -51,7 +51,7 @@ _FREE = {
     "checkpoint": ("every_steps", "every_minutes", "keep_last"),
     "logging": ("every_steps", "wandb_project"),
     "deepspeed": ("config",),
-    "eval": ("every_steps", "batch_size", "max_samples", "threshold"),
+    "eval": ("every_steps", "weights", "batch_size", "max_samples", "threshold"),
 }
 
 

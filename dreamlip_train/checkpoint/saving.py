@@ -29,9 +29,17 @@ from dreamlip_train.checkpoint.ranks import SaveError, all_or_none, deaths_told_
 from dreamlip_train.checkpoint.state import TrainState, random_state
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import format_config
+from dreamlip_train.model.weight_average import WeightAverage
 
 
-def save(engine: Any, folder: Path, config: Config, progress: TrainState, data: str = "") -> Path:
+def save(
+    engine: Any,
+    folder: Path,
+    config: Config,
+    progress: TrainState,
+    data: str = "",
+    average: WeightAverage | None = None,
+) -> Path:
     """Write ``folder``/step-NNNNNNNN on all ranks, then drop all but the newest checkpoint.keep_last. Collective.
 
     While steps are being skipped for values that are not finite, the newest checkpoint of before them stays too. The run
@@ -47,7 +55,7 @@ def save(engine: Any, folder: Path, config: Config, progress: TrainState, data: 
     try:
         with deaths_told_afterwards():
             _phase_one(engine, partial, progress)
-            _phase_two(partial, final, config, progress, data)
+            _phase_two(partial, final, config, progress, data, average)
             _drop_old(folder, config.checkpoint.keep_last)
     except SaveError as error:
         free = shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0
@@ -83,13 +91,17 @@ def _phase_one(engine: Any, partial: Path, progress: TrainState) -> None:
         engine.save_checkpoint(str(partial.parent), tag=partial.name, client_state=client_state, save_latest=False)
 
 
-def _phase_two(partial: Path, final: Path, config: Config, progress: TrainState, data: str) -> None:
+def _phase_two(
+    partial: Path, final: Path, config: Config, progress: TrainState, data: str, average: WeightAverage | None
+) -> None:
     """Everything to disk and hashed, each rank its share of the files; then the manifest and the name."""
     text = format_config(config)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with all_or_none():
         if rank == 0:
             (partial / "config.toml").write_text(text, encoding="utf-8")
+            if average is not None:
+                average.save(partial)
             quarantine = final.parent.parent / QUARANTINE
             if quarantine.exists():
                 shutil.copyfile(quarantine, partial / QUARANTINE)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dreamlip_train.checkpoint.files import (
+    damaged_files,
     find_checkpoint,
     refuse_foreign_pickles,
 )
@@ -17,10 +18,13 @@ from dreamlip_train.config.toml import read_config
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
+from dreamlip_train.model.weight_average import read_average
 
 
 def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Config]:
     """The model in fp32 on the CPU and the config it was trained with, from a run folder, a checkpoint folder or an open_clip weights file.
+
+    The weights are the last ones or their average, as the run's eval.weights says.
 
     Args:
         path: RUN, RUN/checkpoints/step-NNNNNNNN, or a weights file.
@@ -39,14 +43,19 @@ def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Con
     if not path.is_dir():
         raise UserError(f"no file or folder {str(path)!r}; give a run folder, a checkpoint folder or an open_clip file")
     checkpoint = find_checkpoint(path)
+    if damaged := damaged_files(checkpoint):
+        raise UserError(
+            f"{checkpoint / damaged[0]} is not what was written (its hash differs); give an earlier checkpoint"
+        )
     refuse_foreign_pickles(checkpoint)
     config = read_config(checkpoint / "config.toml")
     # The weights follow; the file they once started from may be gone.
     config.model.pretrained = ""
     model = build_model(config.model, seed=0)
-    model.load_state_dict(
-        {name: value.float() for name, value in _state_dict(checkpoint, config.deepspeed.zero_stage).items()}
-    )
+    state = _state_dict(checkpoint, config.deepspeed.zero_stage)
+    if config.eval.weights == "ema":
+        state |= read_average(checkpoint)
+    model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval(), config
 
 

@@ -66,6 +66,8 @@ class TrainConfig:
     """Images enter the patch embedding with channels last in memory, as they are decoded."""
     prefetch: bool = True
     """Make the next batch ready, and copy it to the device, while the current step computes."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999, kept beside them and in checkpoints; 0 keeps none. Needs ZeRO 0 to 2."""
     seed: int = 0
     """Seeds weights, shard order, caption draws and crops."""
     qualify: Literal["auto", "always", "never"] = "auto"

@@ -122,6 +122,8 @@ class EvalConfig:
     """Steps between evaluations during training; 0 evaluates once at the end."""
     batch_size: int = 64
     """Images per forward pass."""
+    weights: Literal["last", "ema"] = "last"
+    """"ema" evaluates and exports the moving average of the weights (train.ema_decay)."""
     max_samples: int = 0
     """Evaluate on the first so many held-out samples; 0 means all."""
     threshold: float | None = None

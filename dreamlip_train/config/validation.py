@@ -122,6 +122,12 @@ def _check_training(config: Config) -> None:
     train = config.train
     if train.steps == train.epochs == 0:
         refuse("train.epochs", 0, "give train.epochs or train.steps")
+    if not 0 <= train.ema_decay < 1:
+        refuse("train.ema_decay", train.ema_decay, "give a decay in [0, 1); 0 keeps no average")
+    if train.ema_decay and config.deepspeed.zero_stage == 3:
+        refuse("train.ema_decay", train.ema_decay, "a rank has slices with deepspeed.zero_stage=3; use stage 0, 1 or 2")
+    if config.eval.weights == "ema" and not train.ema_decay:
+        refuse("eval.weights", "ema", "there is no average; give train.ema_decay, such as 0.999")
     if train.compile and config.deepspeed.zero_stage == 3:
         refuse("train.compile", True, "does not run with deepspeed.zero_stage=3; use stage 0, 1 or 2")
     if train.compile and not train.pack_captions:

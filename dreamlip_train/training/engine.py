@@ -17,6 +17,7 @@ from dreamlip_train.config.schema import Config, ModelConfig
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
+from dreamlip_train.model.weight_average import WeightAverage
 from dreamlip_train.training.deepspeed_config import deepspeed_config
 from dreamlip_train.training.optimizer import freeze_towers, parameter_groups
 
@@ -59,7 +60,7 @@ def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resiz
 
 
 @contextlib.contextmanager
-def evaluation_model(engine: Any, model: ModelConfig) -> Iterator[DreamLIP]:
+def evaluation_model(engine: Any, model: ModelConfig, average: WeightAverage | None = None) -> Iterator[DreamLIP]:
     """The weights in evaluation mode, without gradients. Collective under ZeRO-3, where a rank holds slices: there it is a whole copy built from ``model``."""
     import deepspeed
 
@@ -72,7 +73,7 @@ def evaluation_model(engine: Any, model: ModelConfig) -> Iterator[DreamLIP]:
         whole = engine.module
     whole.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), average.in_place_of(whole) if average is not None else contextlib.nullcontext():
             yield whole
     finally:
         whole.train()

@@ -20,6 +20,7 @@ from dreamlip_train.config.schema import Config
 from dreamlip_train.data.loader import TrainLoader
 from dreamlip_train.evaluation.held_out import StoppedError, evaluate
 from dreamlip_train.jobs.user_error import RunError
+from dreamlip_train.model.weight_average import WeightAverage
 from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.step_metrics import StepMetrics
 from dreamlip_train.monitoring.stop_signals import StopRequest
@@ -46,6 +47,7 @@ class Loop:
     stop: StopRequest
     watchdog: Watchdog
     metrics: StepMetrics
+    average: WeightAverage | None = None
 
     def __post_init__(self) -> None:
         self.ranks = dist.get_world_size()
@@ -88,6 +90,8 @@ class Loop:
             loss, stop, clock_says_save = self._agree(result)
             self.log.advance(state.step)
             self.unusual.note(result, loss, batch)
+            if self.average is not None and result.applied:
+                self.average.update(self.engine.module, state.step)
             if self._is_due(config.logging.every_steps, at_the_end=True):
                 self._log(result, lr)
             if stop or clock_says_save or self._is_due(config.checkpoint.every_steps, at_the_end=True):
@@ -137,7 +141,7 @@ class Loop:
         self.saved_at = time.monotonic()
         try:
             folder = self.run_dir / "checkpoints"
-            path = saving.save(self.engine, folder, self.config, self.state, self.loader.fingerprint)
+            path = saving.save(self.engine, folder, self.config, self.state, self.loader.fingerprint, self.average)
         except SaveError as error:
             self.log.message(f"CHECKPOINT NOT SAVED: {error}. Training goes on without it; make room", loud=True)
         else:
@@ -155,7 +159,8 @@ class Loop:
     def _evaluate(self) -> None:
         """Held-out numbers on the way, as a row of metrics.jsonl. Collective; rank 0 computes."""
         self.watchdog.now("evaluating, or waiting for rank 0 to")
-        with evaluation_model(self.engine, self.config.model) as model:
+        average = self.average if self.config.eval.weights == "ema" else None
+        with evaluation_model(self.engine, self.config.model, average) as model:
             if dist.get_rank() == 0:
                 self._evaluate_here(model)
         dist.barrier()

@@ -24,6 +24,7 @@ from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.flops import peak_flops, training_flops
+from dreamlip_train.model.weight_average import WeightAverage
 from dreamlip_train.monitoring.environment import versions
 from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.step_metrics import StepMetrics
@@ -107,6 +108,7 @@ def _train(
         torch.manual_seed(config.train.seed + rank)
         state = loading.load(engine, start_from, config.train.seed) if start_from else TrainState()
         state.backends = choice.backends
+        average = _average(config, engine, start_from)
         if rank == 0:
             (run_dir / "config.toml").write_text(format_config(config), encoding="utf-8")
         if start_from:
@@ -115,8 +117,9 @@ def _train(
             log.message(f"{name} was {old!r} until this checkpoint and is {new!r} now")
         log.begin(state.step)
         with Watchdog(rank, log.message, loader.heartbeats.silent) as watchdog:
-            done = Loop(engine, config, run_dir, loader, log, state, total_steps, stop, watchdog, metrics).run()
-        summary = _report(engine, config, run_dir, log, state, device, stop) if done else None
+            loop = Loop(engine, config, run_dir, loader, log, state, total_steps, stop, watchdog, metrics, average)
+            done = loop.run()
+        summary = _report(engine, config, run_dir, log, state, device, stop, average) if done else None
         if not done:
             where = files.step_folder(run_dir / "checkpoints", state.step)
             log.message(
@@ -132,6 +135,15 @@ def _train(
         log.close()
     dist.barrier()
     return summary
+
+
+def _average(config: Config, engine: Any, start_from: Path | None) -> WeightAverage | None:
+    if not config.train.ema_decay:
+        return None
+    average = WeightAverage(engine.module, config.train.ema_decay)
+    if start_from:
+        average.load(start_from)  # a checkpoint without one begins it, with --accept-changes
+    return average
 
 
 def _loader(config: Config, run_dir: Path, model: DreamLIP) -> TrainLoader:
@@ -169,10 +181,10 @@ def _metrics(config: Config, model: DreamLIP, log: RunLog, device: torch.device,
 
 def _warn_of_warmup(config: Config, total_steps: int, log: RunLog) -> None:
     warmup = config.optim.warmup_steps
-    if warmup >= total_steps:
+    if warmup > total_steps:
         highest = learning_rate(total_steps - 1, total_steps, config.optim)
         log.message(
-            f"optim.warmup_steps={warmup} is not shorter than the run of {total_steps} steps: the rate ends at "
+            f"optim.warmup_steps={warmup} is longer than the run of {total_steps} steps: the rate ends at "
             f"{highest:.3g} and never reaches optim.lr={config.optim.lr:g}; give a shorter warm-up",
             loud=True,
         )
@@ -186,12 +198,13 @@ def _report(
     state: TrainState,
     device: torch.device,
     stop: StopRequest,
+    average: WeightAverage | None,
 ) -> dict[str, Any] | None:
     """Evaluation, pictures and summary.json of the trained model, by rank 0."""
     facts = {"steps": state.step, "seconds": state.seconds, "skipped_steps": state.skipped_steps}
     facts |= {"ranks": dist.get_world_size(), "device": device.type}
     facts |= {"backends": state.backends, "versions": versions()}
-    with evaluation_model(engine, config.model) as model:
+    with evaluation_model(engine, config.model, average if config.eval.weights == "ema" else None) as model:
         if dist.get_rank() != 0:
             return None
         try:

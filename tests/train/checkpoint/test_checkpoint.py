@@ -1,5 +1,6 @@
 """Checkpoints: exact resume, survival of crashes and full disks, and refusal of what does not fit."""
 
+import hashlib
 import json
 import os
 import resource
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny import STEPS, TOWERS, clean_environment, run_steps, tiny_config, tiny_engine
 
-from dreamlip_train.checkpoint.files import complete_checkpoints, find_checkpoint, newest
+from dreamlip_train.checkpoint.files import complete_checkpoints, describe, find_checkpoint, newest
 from dreamlip_train.checkpoint.loading import load
 from dreamlip_train.checkpoint.ranks import SaveError
 from dreamlip_train.checkpoint.saving import save
@@ -161,8 +162,9 @@ def test_a_file_that_would_run_code_is_not_loaded(tmp_path, name, monkeypatch):
     content = torch.load(path / name, weights_only=False)
     torch.save({**content, "extra": Evil()}, path / name)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name]["bytes"] = (path / name).stat().st_size
+    manifest["files"] |= describe(path, [name])  # whoever can write the file can write its hash
     (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.sha256").write_text(hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
     for use in (lambda: load(engine, path), lambda: load_for_eval(path)):
         with pytest.raises(ValueError, match=rf"{name} would call (posix|nt).system when loaded"):
             use()
