@@ -187,9 +187,7 @@ NVCC = shutil.which("nvcc")
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize(
-    "arch", [80, 90, pytest.param(86, marks=SLOW), pytest.param(89, marks=SLOW), pytest.param(120, marks=SLOW)]
-)
+@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=SLOW) for arch in (86, 89, 90, 120))])
 def test_cuda_kernels(arch, tmp_path):
     """Registers, spills and tensor-core instructions of csrc/*.cuh as nvcc builds it; float16 differs from bfloat16 in one instruction."""
     cubin = tmp_path / "kernels.cubin"
