@@ -72,6 +72,7 @@ class _GatheredLogsumexp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_row: Tensor, d_col: Tensor, d_pos: Tensor):
         everyone, y, scale, x_mask, y_mask, row, col, pos = ctx.saved_tensors
+        needs_x, needs_y = ctx.needs_input_grad[:2]
         rank, world = rank_and_size(ctx.group)
         total, k = len(everyone), len(y)
         n = total // world
@@ -101,18 +102,20 @@ class _GatheredLogsumexp(torch.autograd.Function):
                 rank * stretch - start,
                 start,
                 stop,
-                True,
-                True,
+                needs_x,
+                needs_y,
                 ctx.float32,
                 ctx.backend,
                 True,
             )
-            own = dx_part.new_empty(stretch, dx_part.shape[1])
-            # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.
-            travelling.append((dist.reduce_scatter_tensor(own, dx_part, group=ctx.group, async_op=True), dx_part))
-            dx.append(own)
+            if needs_x:
+                own = dx_part.new_empty(stretch, dx_part.shape[1])
+                # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.
+                travelling.append((dist.reduce_scatter_tensor(own, dx_part, group=ctx.group, async_op=True), dx_part))
+                dx.append(own)
             dy = dy_part if dy is None else dy.add_(dy_part)
             dscale += dscale_part
         for work, _ in travelling:
             work.wait()
-        return torch.cat(dx).to(everyone.dtype), dy.to(y.dtype), dscale, None, None, None, None
+        dx = torch.cat(dx).to(everyone.dtype) if needs_x else None
+        return dx, dy.to(y.dtype) if needs_y else None, dscale, None, None, None, None

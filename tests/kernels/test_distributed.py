@@ -100,6 +100,32 @@ def test_equal_to_one_process(world):
     spawn(equality_worker, world)
 
 
+def frozen_worker(rank, world, port):
+    """A side that needs no gradient: the other's and the scale's are the same, and no sum of its gradient travels."""
+    join(rank, world, port)
+    n = N // world
+    image, text = (t[rank * n : (rank + 1) * n] for t in global_case()[:2])
+    sums = []
+    reduce_scatter = dist.reduce_scatter_tensor
+    dist.reduce_scatter_tensor = lambda *args, **options: sums.append(args) or reduce_scatter(*args, **options)
+    grads = {}
+    for needs in ((True, True), (False, True), (True, False), (False, False)):
+        inputs = [v.clone().requires_grad_(need) for v, need in zip((image, text), needs, strict=True)]
+        scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+        loss = dk.multi_positive_contrastive_loss(*inputs, scale)
+        sums.clear()
+        wanted = {i: v for i, v in enumerate((*inputs, scale)) if v.requires_grad}
+        grads[needs] = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+        assert len(sums) == needs[0]
+        for i, grad in grads[needs].items():
+            torch.testing.assert_close(grad, grads[True, True][i], atol=1e-12, rtol=1e-10)
+    dist.destroy_process_group()
+
+
+def test_a_frozen_side_over_ranks():
+    spawn(frozen_worker, 2)
+
+
 def triton_worker(rank, world, port):
     """The Triton kernels inside, in their interpreter: float32 images and captions computed in float16, the other ranks' positives not theirs."""
     join(rank, world, port)
