@@ -1,4 +1,4 @@
-"""Evaluation: retrieval against a brute-force ranking, localisation on planted masks, and the driver on a model that is right by construction."""
+"""Evaluation: retrieval against a brute-force ranking, localization on planted masks, and the driver on a model that is right by construction."""
 
 import itertools
 import math
@@ -163,9 +163,9 @@ def test_samples_without_sentences_are_counted_and_all_of_them_is_an_error(plant
         evaluate(PlantedModel(), DataConfig(val_shards="x"), EvalConfig(), "cpu")
 
 
-def test_without_masks_there_is_no_localisation(planted):
+def test_without_masks_there_is_no_localization(planted):
     for sample in planted:
         sample["mask"] = None
     report = evaluate(PlantedModel(), DataConfig(), EvalConfig(), "cpu")
-    assert report["localization"] is None and "localisation" not in format_report(report)
+    assert report["localization"] is None and "localization" not in format_report(report)
     assert report["samples"] == 40 and GRID == (8, 8)

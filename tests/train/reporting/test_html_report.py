@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from dreamlip_train.reporting.html_report import _evaluations
 
 
@@ -16,5 +14,4 @@ def test_what_eval_wrote_into_the_run_is_on_its_page(tmp_path):
     page = _evaluations(tmp_path)
     assert "1000 images, 5000 captions" in page and "12.5" in page and "dataset_&lt;flickr30k&gt;.json" in page
     (tmp_path / "flickr.json").unlink()
-    with pytest.raises(ValueError, match="eval ... --output"):
-        _evaluations(tmp_path)
+    assert _evaluations(tmp_path) == ""
