@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .numerics import accumulate_dtype
 
@@ -13,6 +14,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
     """Each named (tensor, ndim) has that many dimensions and a floating dtype, and all share a device and the last dimension."""
     first_name, (first, _) = next(iter(features.items()))
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        for name, (tensor, _) in features.items():
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    f"{fn}: {name} carries a tangent, and forward-mode differentiation (torch.func.jvp) is not supported; "
+                    "use reverse mode: backward() or torch.autograd.grad"
+                )
     for name, (tensor, ndim) in features.items():
         if tensor.ndim != ndim:
             raise ValueError(f"{fn}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")

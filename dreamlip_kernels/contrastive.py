@@ -65,15 +65,7 @@ def multi_positive_contrastive_loss(
     n, k, d = text_features.shape
     check_mask(fn, "image_mask", image_mask, (n,), image_features)
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
-    check_choice(fn, "negatives", negatives, ("slot", "all"))
-    check_choice(fn, "positives", positives, ("mean", "logsum"))
-    check_choice(fn, "reduction", reduction, ("mean", "none"))
-    if positives == "logsum" and negatives != "all":
-        raise ValueError(f"{fn}: positives='logsum' needs negatives='all', got negatives={negatives!r}")
-    if positives == "logsum" and reduction == "none":
-        raise ValueError(
-            f"{fn}: reduction='none' needs positives='mean': the sum inside the log has no loss of a single pair"
-        )
+    check_options(fn, negatives, positives, reduction)
     image_features, text_features = promoted(image_features, text_features)
     rows = n * rank_and_size(group)[1]
     chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
@@ -98,6 +90,19 @@ def multi_positive_contrastive_loss(
         return (global_mean(row_term, captioned, group) + global_mean(col_term, mask_KN, group)) / 2
     pair = (_where(mask_KN, row - pos) + col_term) / 2
     return pair.T if reduction == "none" else global_mean(pair, mask_KN, group)
+
+
+def check_options(fn: str, negatives: str, positives: str, reduction: str = "mean") -> None:
+    """Raise ValueError unless these options of the contrast exist and go together."""
+    check_choice(fn, "negatives", negatives, ("slot", "all"))
+    check_choice(fn, "positives", positives, ("mean", "logsum"))
+    check_choice(fn, "reduction", reduction, ("mean", "none"))
+    if positives == "logsum" and negatives != "all":
+        raise ValueError(f"{fn}: positives='logsum' needs negatives='all', got negatives={negatives!r}")
+    if positives == "logsum" and reduction == "none":
+        raise ValueError(
+            f"{fn}: reduction='none' needs positives='mean': the sum inside the log has no loss of a single pair"
+        )
 
 
 def _where(mask: Tensor | None, value: Tensor) -> Tensor:

@@ -128,8 +128,7 @@ def subcaption_grouping_loss(
     n, k, d = text_features.shape
     check_mask(fn, "image_mask", image_mask, (n,), text_features)
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
-    check_choice(fn, "contrast", contrast, ("image", "batch"))
-    check_choice(fn, "direction", direction, ("both", "t2v"))
+    check_contrast(fn, contrast, direction)
     grouping_backend = dispatch.requested(fn, "group_patches", grouping_backend, backend)
     contrastive_backend = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
@@ -195,8 +194,19 @@ def _check(fn, patch_features, text_features, threshold, normalization, patch_ma
             f"{fn}: patch_features and text_features need a width D of at least 1, got shape {tuple(patch_features.shape)}"
         )
     check_mask(fn, "patch_mask", patch_mask, patch_features.shape[:2], patch_features)
+    check_pooling(fn, threshold, normalization)
+
+
+def check_pooling(fn: str, threshold: float | None, normalization: str) -> None:
+    """Raise ValueError unless these options of the pooling exist."""
     check_choice(fn, "normalization", normalization, NORMALIZATIONS)
     if threshold is not None and not isinstance(threshold, (int, float)):
         raise ValueError(
             f"{fn}: threshold must be a number or None (1 / valid patches), got {type(threshold).__name__}"
         )
+
+
+def check_contrast(fn: str, contrast: str, direction: str) -> None:
+    """Raise ValueError unless these options of the grouping's contrast exist."""
+    check_choice(fn, "contrast", contrast, ("image", "batch"))
+    check_choice(fn, "direction", direction, ("both", "t2v"))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .backends import dispatch
 from .checks import check_choice
-from .contrastive import multi_positive_contrastive_loss
+from .contrastive import check_options, multi_positive_contrastive_loss
 from .distributed.collectives import Group, rank_and_size
-from .grouping import subcaption_grouping_loss
+from .grouping import check_contrast, check_pooling, subcaption_grouping_loss
 from .sigmoid import multi_positive_sigmoid_loss
 
 
@@ -50,7 +50,13 @@ class MultiPositiveContrastiveLoss(_ClipLossArguments):
         *, negatives: str = "slot", positives: str = "mean", group: Group = None, backend: str = "auto",
     ):  # fmt: skip
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
-        self.negatives, self.positives, self.backend = negatives, positives, backend
+        name = type(self).__name__
+        check_options(name, negatives, positives)
+        self.negatives, self.positives = negatives, positives
+        self.backend = dispatch.requested(name, "bidirectional_logsumexp", backend, backend)
+
+    def extra_repr(self) -> str:
+        return f"negatives={self.negatives!r}, positives={self.positives!r}, backend={self.backend!r}"
 
     def forward(
         self,
@@ -60,9 +66,10 @@ class MultiPositiveContrastiveLoss(_ClipLossArguments):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
         *,
+        image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features [N,D], text_features [N,K,D] or [N,D], text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}.
+        """image_features [N,D], text_features [N,K,D] or [N,D], image_mask [N] and text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}.
 
         logit_bias is accepted and has no effect: a constant added to every logit cancels in a softmax.
         """
@@ -70,7 +77,7 @@ class MultiPositiveContrastiveLoss(_ClipLossArguments):
             text_features = text_features[:, None]
         loss = multi_positive_contrastive_loss(
             image_features, text_features, logit_scale,
-            text_mask=text_mask, negatives=self.negatives, positives=self.positives, group=self.group, backend=self.backend,
+            image_mask=image_mask, text_mask=text_mask, negatives=self.negatives, positives=self.positives, group=self.group, backend=self.backend,
         )  # fmt: skip
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -78,14 +85,24 @@ class MultiPositiveContrastiveLoss(_ClipLossArguments):
 class MultiPositiveSigmoidLoss(nn.Module):
     """``multi_positive_sigmoid_loss`` as a drop-in for open_clip's SigLipLoss.
 
-    Takes SigLipLoss's positional arguments (the collectives are the same whatever dist_impl says) and ``group`` by keyword. With text_features [N, D] it
-    equals SigLipLoss.
+    Takes SigLipLoss's positional arguments (the collectives are the same whatever dist_impl says) and, by keyword, group and
+    backend of the function. With text_features [N, D] it equals SigLipLoss.
     """
 
-    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None, *, group: Group = None):
+    def __init__(
+        self, cache_labels=False, rank=0, world_size=1, dist_impl=None, *, group: Group = None, backend: str = "auto"
+    ):
         super().__init__()
-        _check_world(type(self).__name__, rank, world_size, False, group)
-        self.group = group
+        name = type(self).__name__
+        _check_world(name, rank, world_size, False, group)
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(
+                f"{name}: dist_impl must be None, 'bidir', 'shift', 'reduce' or 'gather', got {dist_impl!r}"
+            )
+        self.group, self.backend = group, dispatch.requested(name, "sigmoid_pairs", backend, backend)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
 
     def forward(
         self,
@@ -95,14 +112,24 @@ class MultiPositiveSigmoidLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         *,
+        image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features [N,D], text_features [N,K,D] or [N,D], text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}; no bias is a bias of 0."""
+        """image_features [N,D], text_features [N,K,D] or [N,D], image_mask [N] and text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}.
+
+        No bias is a bias of 0.
+        """
         if text_features.ndim == 2:
             text_features = text_features[:, None]
         bias = 0.0 if logit_bias is None else logit_bias
         loss = multi_positive_sigmoid_loss(
-            image_features, text_features, logit_scale, bias, text_mask=text_mask, group=self.group
+            image_features,
+            text_features,
+            logit_scale,
+            bias,
+            image_mask=image_mask,
+            text_mask=text_mask,
+            group=self.group,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -117,6 +144,8 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
     ):  # fmt: skip
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
         name = type(self).__name__
+        check_pooling(name, threshold, normalization)
+        check_contrast(name, contrast, direction)
         self.options = dict(
             threshold=threshold,
             normalization=normalization,
@@ -126,6 +155,9 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
             contrastive_backend=dispatch.requested(name, "bidirectional_logsumexp", contrastive_backend, backend),
         )
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
     def forward(
         self,
         patch_features: Tensor,
@@ -133,14 +165,16 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
         logit_scale: Tensor | float,
         output_dict: bool = False,
         *,
+        image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         patch_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """patch_features [N,P,D], text_features [N,K,D], masks [N,K] and [N,P] bool -> scalar, or {"grouping_loss": scalar}."""
+        """patch_features [N,P,D], text_features [N,K,D], masks [N], [N,K] and [N,P] bool -> scalar, or {"grouping_loss": scalar}."""
         loss = subcaption_grouping_loss(
             patch_features,
             text_features,
             logit_scale,
+            image_mask=image_mask,
             text_mask=text_mask,
             patch_mask=patch_mask,
             group=self.group,
@@ -175,15 +209,12 @@ class DreamLIPLoss(_ClipLossArguments):
             raise ValueError(
                 f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with pairs='sigmoid'; leave them out"
             )
-        contrastive_backend = dispatch.requested(
-            "DreamLIPLoss", "bidirectional_logsumexp", contrastive_backend, backend
-        )
+        op = "sigmoid_pairs" if pairs == "sigmoid" else "bidirectional_logsumexp"
+        of_pairs = dispatch.requested("DreamLIPLoss", op, contrastive_backend, backend)
         self.contrastive = (
-            MultiPositiveSigmoidLoss(group=group)
+            MultiPositiveSigmoidLoss(group=group, backend=of_pairs)
             if pairs == "sigmoid"
-            else MultiPositiveContrastiveLoss(
-                negatives=negatives, positives=positives, group=group, backend=contrastive_backend
-            )
+            else MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=of_pairs)
         )
         self.grouping = SubcaptionGroupingLoss(
             threshold=threshold,
@@ -196,6 +227,9 @@ class DreamLIPLoss(_ClipLossArguments):
             contrastive_backend=contrastive_backend,
         )
 
+    def extra_repr(self) -> str:
+        return f"mpcl_weight={self.mpcl_weight}, grouping_weight={self.grouping_weight}"
+
     def forward(
         self,
         image_features: Tensor,
@@ -205,6 +239,7 @@ class DreamLIPLoss(_ClipLossArguments):
         output_dict: bool = False,
         *,
         patch_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         patch_mask: Tensor | None = None,
         logit_scale_local: Tensor | float | None = None,
@@ -212,7 +247,7 @@ class DreamLIPLoss(_ClipLossArguments):
         """The weighted total, or its weighted terms {"contrastive_loss", "grouping_loss"}, which open_clip's loop sums.
 
         Args:
-            image_features: [N, D].  text_features: [N, K, D] or [N, D].  text_mask: [N, K] bool.
+            image_features: [N, D].  text_features: [N, K, D] or [N, D].  image_mask: [N] and text_mask: [N, K] bool.
             patch_features: [N, P, D], projected to D; without them there is no grouping term (said once as a warning).
             patch_mask: [N, P] bool.  logit_scale_local: the grouping term's multiplier; None takes logit_scale.
             logit_bias: added to the logits of pairs="sigmoid"; without effect in a softmax, where it cancels.
@@ -222,12 +257,12 @@ class DreamLIPLoss(_ClipLossArguments):
         terms = {}
         if self.mpcl_weight > 0:
             terms["contrastive_loss"] = self.mpcl_weight * self.contrastive(
-                image_features, text_features, logit_scale, logit_bias, text_mask=text_mask
+                image_features, text_features, logit_scale, logit_bias, image_mask=image_mask, text_mask=text_mask
             )
         if self.grouping_weight > 0 and patch_features is not None:
             scale = logit_scale if logit_scale_local is None else logit_scale_local
             terms["grouping_loss"] = self.grouping_weight * self.grouping(
-                patch_features, text_features, scale, text_mask=text_mask, patch_mask=patch_mask
+                patch_features, text_features, scale, image_mask=image_mask, text_mask=text_mask, patch_mask=patch_mask
             )
         elif self.grouping_weight > 0:
             if not terms:

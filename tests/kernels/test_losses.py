@@ -118,6 +118,55 @@ def test_bad_construction_is_named():
         dk.DreamLIPLoss(grouping_weight=-1)
 
 
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (
+            lambda: dk.MultiPositiveContrastiveLoss(negatives="none"),
+            "MultiPositiveContrastiveLoss: negatives must be one of",
+        ),
+        (lambda: dk.DreamLIPLoss(positives="logsum"), "positives='logsum' needs negatives='all'"),
+        (lambda: dk.SubcaptionGroupingLoss(contrast="world"), "SubcaptionGroupingLoss: contrast must be one of"),
+        (lambda: dk.DreamLIPLoss(normalization="max"), "normalization must be one of"),
+        (lambda: dk.DreamLIPLoss(threshold="high"), "threshold must be a number"),
+        (lambda: dk.MultiPositiveSigmoidLoss(dist_impl="ring"), "dist_impl must be None, 'bidir'"),
+        (lambda: dk.MultiPositiveSigmoidLoss(backend="cpp"), "sigmoid_pairs has no backend 'cpp'"),
+    ],
+)
+def test_options_are_checked_when_built(build, message):
+    """They were checked at the first step: after the towers had been loaded."""
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_modules_say_what_they_are():
+    text = repr(dk.DreamLIPLoss(grouping_weight=0.5, negatives="all", contrast="batch"))
+    for part in ("grouping_weight=0.5", "negatives='all'", "contrast='batch'", "grouping_backend='auto'"):
+        assert part in text
+
+
+def test_the_image_mask_reaches_both_terms(features):
+    image, text, patches = features
+    mask = torch.arange(12) < 9
+    for pairs in ("softmax", "sigmoid"):
+        module = dk.DreamLIPLoss(pairs=pairs)
+        masked = module(image, text, 10.0, patch_features=patches, image_mask=mask)
+        torch.testing.assert_close(masked, module(image[:9], text[:9], 10.0, patch_features=patches[:9]))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_forward_mode_is_refused(features, direct):
+    """torch.func.jvp gave a derivative of 0.0."""
+    image, text, patches = features
+    loss = dk.DreamLIPLoss()
+    with pytest.raises(NotImplementedError, match="image_features carries a tangent"):
+        if direct:
+            with torch.autograd.forward_ad.dual_level():
+                loss(torch.autograd.forward_ad.make_dual(image, image), text, 10.0, patch_features=patches)
+        else:
+            torch.func.jvp(lambda i: loss(i, text, 10.0, patch_features=patches), (image,), (image,))
+
+
 def test_each_op_has_a_backend_of_its_own(features, monkeypatch):
     """``backend="cpp"`` was refused, for the contrast has none of that name: the compiled pooling could not be chosen."""
     taken = []
