@@ -21,6 +21,13 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
                     f"{fn}: {name} carries a tangent, and forward-mode differentiation (torch.func.jvp) is not supported; "
                     "use reverse mode: backward() or torch.autograd.grad"
                 )
+    if not torch.compiler.is_compiling():
+        for name, (tensor, _) in features.items():
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                raise NotImplementedError(
+                    f"{fn}: {name} is inside a transform of torch.func (grad, vmap, ..), which is not supported; "
+                    "use backward() or torch.autograd.grad"
+                )
     for name, (tensor, ndim) in features.items():
         if tensor.ndim != ndim:
             raise ValueError(f"{fn}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")

@@ -16,7 +16,7 @@ from .checks import as_scale, check_choice, check_features, check_mask, check_sh
 from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
 from .distributed.gathered_logsumexp import gathered_logsumexp
-from .numerics import accumulate_dtype, unit
+from .numerics import accumulate_dtype, unit, without_autocast
 from .ops.group_patches import NORMALIZATIONS, group_patches_op
 from .ops.group_patches_torch import pooling_weights
 
@@ -78,7 +78,7 @@ def patch_weights(
     dtype = accumulate_dtype(patch_features)
     if patch_mask is not None:
         patch_features = patch_features.masked_fill(~patch_mask[..., None], 0)
-    with torch.autocast(patch_features.device.type, enabled=False):
+    with without_autocast(patch_features.device):
         similarity = unit(text_features.to(dtype)) @ unit(patch_features.to(dtype)).mT
         return pooling_weights(similarity, threshold, normalization, patch_mask).a
 
@@ -151,7 +151,7 @@ def subcaption_grouping_loss(
         patch_mask=patch_mask,
         backend=grouping_backend,
     )
-    with torch.autocast(text_features.device.type, enabled=False):
+    with without_autocast(text_features.device):
         pooled, text = unit(pooled.to(scale.dtype)), unit(text_features.to(scale.dtype))
         if contrast == "image":
             over_texts, over_groups = _within_image(pooled, text, scale, text_mask)

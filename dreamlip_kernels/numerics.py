@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,11 @@ from torch import Tensor
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 inputs, float32 for every other."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which autocast is off on ``device``; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def inverse_norm(x: Tensor) -> Tensor:

@@ -163,7 +163,8 @@ def _order(op: str, case: Case) -> tuple[tuple[str, ...], str]:
     rest = tuple(_BACKENDS[op])
     if op in _pinned:
         return (_pinned[op], *rest), "pinned"
-    float32 = "fp16" if torch.is_autocast_enabled(case.device.type) else settings.float32
+    under_autocast = case.device.type != "meta" and torch.is_autocast_enabled(case.device.type)
+    float32 = "fp16" if under_autocast else settings.float32
     found = _plan(op, case.device, case.dtype, float32, torch.compiler.is_compiling())
     if not found:
         return rest, ""

@@ -167,6 +167,21 @@ def test_forward_mode_is_refused(features, direct):
             torch.func.jvp(lambda i: loss(i, text, 10.0, patch_features=patches), (image,), (image,))
 
 
+def test_transforms_of_torch_func_are_refused(features):
+    image, text, _ = features
+    with pytest.raises(NotImplementedError, match="image_features is inside a transform of torch.func"):
+        torch.func.grad(lambda i: dk.MultiPositiveContrastiveLoss()(i, text, 10.0))(image)
+
+
+@pytest.mark.parametrize("contrast", ["image", "batch"])
+def test_the_meta_device(features, contrast):
+    image, text, patches = (v.to("meta").requires_grad_() for v in features)
+    loss = dk.DreamLIPLoss(contrast=contrast)(image, text, 10.0, patch_features=patches)
+    loss.backward()
+    assert loss.is_meta and image.grad.shape == image.shape and patches.grad.shape == patches.shape
+    assert dk.multi_positive_sigmoid_loss(image, text, 10.0).is_meta
+
+
 def test_each_op_has_a_backend_of_its_own(features, monkeypatch):
     """``backend="cpp"`` was refused, for the contrast has none of that name: the compiled pooling could not be chosen."""
     taken = []
