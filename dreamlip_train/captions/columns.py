@@ -44,6 +44,14 @@ def is_caption_column(name: str) -> bool:
     return name == RAW or (name.startswith(("short", "long")) and name.endswith("_captions"))
 
 
+def caption_columns(record: Mapping[str, Any]) -> list[str]:
+    """The caption columns of a record in the order of a pool: raw, shorts, longs; those of other captioners after DreamLIP's."""
+    others = sorted(name for name in record if is_caption_column(name) and name not in CAPTION_COLUMNS)
+    shorts = [*SHORT, *(name for name in others if is_whole(name))]
+    longs = [*LONG, *(name for name in others if not is_whole(name))]
+    return [name for name in (RAW, *shorts, *longs) if name in record]
+
+
 class SubCaption(NamedTuple):
     """One sub-caption, the column it comes from, and its 0-based position within that column's caption."""
 
@@ -118,7 +126,7 @@ def caption_pool(
     A string in the raw or a short column is one sub-caption; in any other column it is split. A list is taken as already split.
     """
     pool = []
-    for source in sources or (RAW, *SHORT, *LONG):
+    for source in sources or caption_columns(record):
         value = record.get(source)
         if isinstance(value, str) and is_whole(source):
             value = [value]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dreamlip_train.captions.columns import (
-    CAPTION_COLUMNS,
     LONGEST_CAPTION,
+    caption_columns,
     is_character_split,
     is_too_long,
     is_whole,
@@ -38,7 +38,7 @@ class Statistics:
         """Count one usable sample."""
         self.samples += 1
         self.masks += has_mask
-        for source in CAPTION_COLUMNS:
+        for source in caption_columns(record):
             value = record.get(source)
             if is_too_long(value):
                 self.add_bad(f"caption longer than {LONGEST_CAPTION:,} characters, of which the first are read", source)
@@ -122,7 +122,7 @@ def percentile(histogram: Counter[int], percent: float) -> int:
 
 def character_split_columns(record: Mapping[str, Any]) -> list[str]:
     """Caption columns whose text was stored as a list of its characters."""
-    return [source for source in CAPTION_COLUMNS if is_character_split(record.get(source))]
+    return [source for source in caption_columns(record) if is_character_split(record.get(source))]
 
 
 def format_summary(title: str, manifest: Mapping[str, Any]) -> str:

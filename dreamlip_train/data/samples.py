@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamlip_train.captions.columns import CAPTION_COLUMNS, LONG, caption_pool, is_too_long, split_sub_captions
+from dreamlip_train.captions.columns import caption_columns, caption_pool, is_too_long, is_whole, split_sub_captions
 from dreamlip_train.captions.sampling import sample_sub_captions
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.images import ImageError, decode_image, decode_labels, random_resized_crop, resize_center_crop
@@ -45,7 +45,12 @@ def prepare_sample(
     if not drawn:
         raise BadSample("no captions", f"none in {', '.join(data.caption_sources) or 'any caption column'}")
     image = random_resized_crop(_image(sample), image_size, data.crop_scale, rng)
-    return key, image, drawn, sum(is_too_long(record.get(source)) for source in data.caption_sources or CAPTION_COLUMNS)
+    return (
+        key,
+        image,
+        drawn,
+        sum(is_too_long(record.get(source)) for source in data.caption_sources or caption_columns(record)),
+    )
 
 
 def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dict[str, Any]:
@@ -55,7 +60,8 @@ def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dic
         BadSample: no image, a damaged image or mask, or unreadable captions.
     """
     record = _record(sample)
-    candidates = (split_sub_captions(record.get(source), data.splitter) for source in (data.eval_source, *LONG))
+    longs = [column for column in caption_columns(record) if not is_whole(column)]
+    candidates = (split_sub_captions(record.get(source), data.splitter) for source in (data.eval_source, *longs))
     raw = split_sub_captions(record.get("raw_caption"), data.splitter)
     mask = None
     if "mask.png" in sample:

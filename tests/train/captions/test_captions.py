@@ -9,6 +9,7 @@ import pytest
 
 from dreamlip_train.captions.columns import LONG, RAW, caption_pool, is_character_split, split_sub_captions
 from dreamlip_train.captions.sampling import sample_sub_captions
+from dreamlip_train.captions.statistics import Statistics
 
 SPLITS = {
     "The U.S. sign says 3.5 km. A dog runs.": ["The U.S. sign says 3.5 km.", "A dog runs."],
@@ -136,3 +137,23 @@ def test_the_same_rng_draws_the_same():
 def test_unknown_modes_are_named(call):
     with pytest.raises(ValueError, match="got '(words|last)'"):
         call()
+
+
+def test_columns_of_another_captioner_are_drawn_and_counted():
+    """After ``recaption --name Qwen`` on shards without other captions training found none, and validate called all unusable."""
+    record = {
+        "longQwen_captions": "A dog runs. It barks.",
+        "shortQwen_captions": "A dog.",
+        "longitude": "3",
+        "captions": "x",
+    }
+    pool = caption_pool(record)
+    assert [(p.text, p.source) for p in pool] == [
+        ("A dog.", "shortQwen_captions"),
+        ("A dog runs.", "longQwen_captions"),
+        ("It barks.", "longQwen_captions"),
+    ]
+    assert caption_pool(record | RECORD)[0].source == RAW
+    statistics = Statistics()
+    statistics.add_sample(record, None)
+    assert set(statistics.summary()["captions"]) == {"shortQwen_captions", "longQwen_captions"}
