@@ -1,6 +1,7 @@
 """The paper's ablations in miniature: a grid of recipes on the built-in scenes, several seeds, one table and one plot.
 
-Each run is `dreamlip-train train` in a process of its own, in a run folder of its own: started again, finished runs are kept and others go on.
+Each run is `dreamlip-train train` in a process of its own, in a run folder of its own: started again, finished runs are
+kept and others go on.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def _doctor(arguments: list[str], program: str) -> None:
         """Versions, devices and kernel backends of this machine; with a PATTERN also a check of those shards.
 
         Args:
-            qualify: first test and time the kernels on the GPU (or the CPU), for a minute or two; training uses what it finds (docs/backends.md).
+            qualify: first test and time the kernels on the GPU (or the CPU), for a minute or two; training uses what it
+                finds (docs/backends.md).
         """
         from dreamlip_train.monitoring.environment import examine, qualify_kernels
 

@@ -36,8 +36,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Retrieval and patch localization over data.val_shards.
 
-        Every rank that calls this reads all held-out samples and gets the same numbers; it communicates nothing itself. Call it on every rank
-        under ZeRO-3, whose forward gathers parameters, and on any rank otherwise. Training and eval modes are as before afterwards.
+        Every rank that calls this reads all held-out samples and gets the same numbers; it communicates nothing itself.
+        Call it on every rank under ZeRO-3, whose forward gathers parameters, and on any rank otherwise. Training and
+        eval modes are as before afterwards.
 
         Args:
             model: DreamLIP (model/dreamlip.py), already on `device`.
@@ -51,7 +52,8 @@ def evaluate(
             A long caption is the normalized mean of its sentences' embeddings; a sentence is a query of its own.
         Raises:
             StoppedError: ``should_stop`` said so.
-            UserError: no held-out sample has a sentence, or the model gives features that are not finite (the samples are named).
+            UserError: no held-out sample has a sentence, or the model gives features that are not finite (the samples
+                are named).
     """
     images, captions, sentences, owner, weights, regions = [], [], [], [], [], []
     skipped = {"no sentence in a long caption": 0, "sub-caption without a region in view": 0}

@@ -16,13 +16,14 @@ from dreamlip_train.evaluation.features import require_finite
 def mask_to_regions(mask: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
     """The patches that each sub-caption's region covers: [count, P] bool, row j - 1 for label j.
 
-    A patch belongs to a region that covers at least half of it; a region too small for that gets the one patch it covers most.
-    A label that is nowhere in the mask gives a row of False.
+    A patch belongs to a region that covers at least half of it; a region too small for that gets the one patch it
+    covers most. A label that is nowhere in the mask gives a row of False.
 
     Args:
         mask: [H, W] label map, 0 for background, j >= 1 for what sentence j describes.
         count: number of sub-captions.
-        grid: (rows, columns) of patches. Pixels beyond a whole number of patches are dropped, as the patch embedding drops them.
+        grid: (rows, columns) of patches. Pixels beyond a whole number of patches are dropped, as the patch embedding
+            drops them.
     """
     if mask.ndim != 2 or mask.shape[0] < grid[0] or mask.shape[1] < grid[1]:
         raise ValueError(
@@ -40,10 +41,11 @@ def mask_to_regions(mask: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
 def localization(weights: Tensor, regions: Tensor) -> dict[str, Any]:
     """How well the patches that sub-captions select agree with the regions they describe, in percent, with chance levels.
 
-    mass_inside: share of the weight that lies inside the region; chance, uniform weights, is the region's share of the patches.
+    mass_inside: share of the weight that lies inside the region; chance, uniform weights, is the region's share of the
+    patches.
     pointing: how often the patch of the largest weight is inside (ties by expectation); the same chance.
-    miou: intersection over union of the selected patches (weight > 0) and the region; chance is the exact expectation when as many
-    patches are selected at random.
+    miou: intersection over union of the selected patches (weight > 0) and the region; chance is the exact expectation
+    when as many patches are selected at random.
 
     Args:
         weights: [Q, P], each row non-negative and summing to one, as dreamlip_kernels.patch_weights gives.

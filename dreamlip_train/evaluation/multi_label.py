@@ -1,9 +1,9 @@
 """Multi-label recognition: the average precision of image and class-prompt similarities (the paper's Table 5).
 
-The lists are those of the Recognize Anything benchmark, which DreamLIP uses (OpenImages common and rare, ImageNet-Multi, HICO):
-a tag list, one class per line, and annotations, one image per line: ``IMAGE,tag,tag,...`` (tags by name, or by their
-position in the list) or ``IMAGE,7 12 40`` (positions). A name that the list has twice, as ImageNet-Multi's has two
-"missile" and two "sunglasses", can be given by position alone.
+The lists are those of the Recognize Anything benchmark, which DreamLIP uses (OpenImages common and rare,
+ImageNet-Multi, HICO): a tag list, one class per line, and annotations, one image per line: ``IMAGE,tag,tag,...`` (tags
+by name, or by their position in the list) or ``IMAGE,7 12 40`` (positions). A name that the list has twice, as
+ImageNet-Multi's has two "missile" and two "sunglasses", can be given by position alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
     """The images and labels of an annotation file.
 
     Raises:
-        UserError: the file can't be read or is empty, a tag is not in ``classes`` (it is named), an image comes twice, or images are missing.
+        UserError: the file can't be read or is empty, a tag is not in ``classes`` (it is named), an image comes twice,
+            or images are missing.
     """
     path, folder = Path(annotations), Path(images)
     try:

@@ -21,9 +21,9 @@ def retrieval(
 ) -> dict[str, dict[str, float]]:
     """Recall at each k, text to image and image to text, in percent; an image may have any number of texts.
 
-    A text scores when its image is among its k nearest images, an image when any of its texts is among its k nearest texts.
-    Ties share by expectation: candidates of equal similarity count as if drawn in random order, so a model that maps everything to one
-    point scores exactly chance. The [N, M] similarities are never whole in memory.
+    A text scores when its image is among its k nearest images, an image when any of its texts is among its k nearest
+    texts. Ties share by expectation: candidates of equal similarity count as if drawn in random order, so a model that
+    maps everything to one point scores exactly chance. The [N, M] similarities are never whole in memory.
 
     Args:
         image_features: [N, D] of unit rows. An image without texts is a candidate but never a query.

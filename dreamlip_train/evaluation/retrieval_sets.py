@@ -47,7 +47,8 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = "tes
         images: the folder of the json's images.
         split: of a Karpathy json or a clip_benchmark folder.
     Raises:
-        UserError: no such file, another layout, an unknown split, captions of images that are not listed, or images that are missing (they are named).
+        UserError: no such file, another layout, an unknown split, captions of images that are not listed, or images
+            that are missing (they are named).
     """
     path = Path(annotations)
     if path.is_dir():
@@ -140,7 +141,8 @@ def evaluate_retrieval(
     """Recall at 1, 5 and 10 both ways; an image counts when any of its captions is among its k nearest.
 
     Args:
-        captions_per_image: the first so many captions of each image, as is usual on COCO, where some have six or seven; 0 takes all.
+        captions_per_image: the first so many captions of each image, as is usual on COCO, where some have six or seven;
+            0 takes all.
     Returns:
         {"t2i", "i2t", "chance", "images", "captions"}, as ``evaluate.retrieval``.
     Raises:

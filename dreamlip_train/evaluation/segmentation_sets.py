@@ -1,6 +1,7 @@
 """Where the images, label maps and class names of the segmentation sets are, and which label means what.
 
-Every set is reduced to one convention: 255 is not scored, 0..C-1 are the classes. Folders as mmsegmentation prepares them (docs/evaluation.md).
+Every set is reduced to one convention: 255 is not scored, 0..C-1 are the classes. Folders as mmsegmentation prepares
+them (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
     """The pairs of a set's validation split.
 
     Raises:
-        UserError: a folder or the split file is not there, the split is empty, or files of it are missing (they are named).
+        UserError: a folder or the split file is not there, the split is empty, or files of it are missing (they are
+            named).
     """
     root = Path(root)
     for folder in (root / layout.images, root / layout.labels):

@@ -59,7 +59,8 @@ class LocalModel:
         if not trust_remote_code:
             _refuse_foreign_code(model)
         try:
-            # Said in so many words: left out, transformers would ask on standard input whether to run the folder's code.
+            # Said in so many words: left out, transformers would ask on standard input whether to run the folder's
+            # code.
             self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
             self.model = AutoModelForImageTextToText.from_pretrained(
                 model,

@@ -23,8 +23,8 @@ _LARGEST_ANSWER = 4 * 2**20  # bytes; a caption is a few hundred
 class Endpoint:
     """Each picture and prompt is a request of its own, those of ``parallel`` pictures under way.
 
-    An answer that fails, is not whole after ``timeout`` seconds or is garbage is asked for again, ``retries`` times, with
-    doubling pauses, or after as long as the server says in Retry-After (a minute at most).
+    An answer that fails, is not whole after ``timeout`` seconds or is garbage is asked for again, ``retries`` times,
+    with doubling pauses, or after as long as the server says in Retry-After (a minute at most).
 
     Raises:
         UserError: openai is not installed, or ``url`` is no URL.

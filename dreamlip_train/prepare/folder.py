@@ -2,8 +2,8 @@
 
     rows, numbered -> shards of ``shard_size`` rows each -> KEY.jpg + KEY.json (+ KEY.mask.png) in NNNNN.tar -> manifest.json
 
-Rows of a shard are fixed by their numbers, a shard appears under its name when it is whole, and its counts lie beside it: a run that
-was killed goes on with the shards that are missing, and the result is the same.
+Rows of a shard are fixed by their numbers, a shard appears under its name when it is whole, and its counts lie beside
+it: a run that was killed goes on with the shards that are missing, and the result is the same.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def prepare_folder(
         count_tokens: for the manifest's token counts.
 
     Raises:
-        UserError: a file or folder is missing, the table lacks columns, no row is usable, or ``output`` holds shards of other input.
+        UserError: a file or folder is missing, the table lacks columns, no row is usable, or ``output`` holds shards of
+            other input.
     """
     captions, images, output = Path(captions), Path(images), Path(output)
     if shard_size < 1:

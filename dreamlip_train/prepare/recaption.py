@@ -1,7 +1,8 @@
 """``dreamlip-train recaption``: image shards in, shards with new long and short captions out.
 
-A shard's answers are appended to ``OUTPUT/.recaption/NAME.jsonl`` as they come, so that nothing finished is asked for twice; when the shard is done its
-copy appears under its own name. Processes on any machines share the shards through claim files, or Ray hands them out.
+A shard's answers are appended to ``OUTPUT/.recaption/NAME.jsonl`` as they come, so that nothing finished is asked for
+twice; when the shard is done its copy appears under its own name. Processes on any machines share the shards through
+claim files, or Ray hands them out.
 """
 
 from __future__ import annotations

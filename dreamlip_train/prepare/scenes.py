@@ -1,6 +1,7 @@
 """The demo's world: pictures of several objects, each with a shape, colour, texture, size and place, and captions in DreamLIP's columns.
 
-A scene is a pure function of (seed, split, index). Sentence j of each long caption describes the object that is value j of the mask.
+A scene is a pure function of (seed, split, index). Sentence j of each long caption describes the object that is value j
+of the mask.
 """
 
 from __future__ import annotations
@@ -254,7 +255,8 @@ def prepare_scenes(output: str | Path, num_train: int = 6000, num_val: int = 200
         writer.writeheader()
         writer.writerows(rows)
         captions, text = folder / "captions.csv", table.getvalue().encode()
-        # Left alone where it is the same: shards know their table by its time too, and would be refused as another one's.
+        # Left alone where it is the same: shards know their table by its time too, and would be refused as another
+        # one's.
         if not captions.is_file() or captions.read_bytes() != text:
             captions.write_bytes(text)
         summary[split] = (
@@ -272,7 +274,8 @@ def _map_processes(function: Any, count: int) -> list[Any]:
     processes = min(os.cpu_count() or 1, 16, count // 100)
     if processes < 2:
         return [function(i) for i in range(count)]
-    # The children only paint: forking is safe on Linux whatever the parent has imported, and ten times quicker to start.
+    # The children only paint: forking is safe on Linux whatever the parent has imported, and ten times quicker to
+    # start.
     with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(processes) as pool:
         return pool.map(function, range(count), chunksize=32)
 

@@ -39,8 +39,8 @@ def validate_shards(
 
     Args:
         crop: count images whose shorter side is smaller; 0 does not.
-        fix: folder for repaired copies: samples that can't be used and repeated keys left out, empty captions dropped, captions stored as characters put
-            together again.
+        fix: folder for repaired copies: samples that can't be used and repeated keys left out, empty captions dropped,
+            captions stored as characters put together again.
     Raises:
         UserError: the pattern matches nothing, no sample of the shards is usable, or ``fix`` is their own folder.
     """

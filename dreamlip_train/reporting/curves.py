@@ -51,8 +51,9 @@ STYLE = {
 def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     """Small multiples over training steps from a run's metrics.jsonl, one panel for each quantity that was logged.
 
-    Panels: loss and its parts, held-out recall, learning rate, logit scales, throughput, share of time waiting for data.
-    Steps that a resumed run logged again are drawn once, as logged last; a line cut off by a crash is passed over.
+    Panels: loss and its parts, held-out recall, learning rate, logit scales, throughput, share of time waiting for
+    data. Steps that a resumed run logged again are drawn once, as logged last; a line cut off by a crash is passed
+    over.
 
     Raises:
         UserError: the file has no logged step.
@@ -200,8 +201,8 @@ def plot_grouping(
 ) -> None:
     """A row for each of the first samples with sentences: the picture, then for each sub-caption the patches its text selects.
 
-    Selected patches show the picture in full colour in proportion to their weight (the largest weight of a sub-caption is fully lit),
-    everything else is dimmed. A sample's mask, where it has one, is drawn as an outline.
+    Selected patches show the picture in full colour in proportion to their weight (the largest weight of a sub-caption
+    is fully lit), everything else is dimmed. A sample's mask, where it has one, is drawn as an outline.
 
     Args:
         model: DreamLIP (model/dreamlip.py) with patch features.
