@@ -21,15 +21,15 @@ import torch
 import triton
 
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.ops import (
+from dreamlip_kernels.ops.logsumexp import (
     logsumexp_gradient_kernels,
     logsumexp_gradient_triton,
     logsumexp_kernels,
     logsumexp_tiles,
     logsumexp_triton,
 )
-from dreamlip_kernels.ops.logsumexp_tiles import Blocks
-from dreamlip_kernels.ops.operands_triton import TritonOperands, arch
+from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import Blocks
+from dreamlip_kernels.ops.logsumexp.operands_triton import TritonOperands, arch
 from dreamlip_kernels.ops.rectangle import Rectangle, Upstream
 
 N, K = 8192, 4

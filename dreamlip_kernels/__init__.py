@@ -5,7 +5,7 @@ from .backends.settings import configure
 from .contrastive import multi_positive_contrastive_loss
 from .grouping import group_patches, patch_weights, subcaption_grouping_loss
 from .losses import DreamLIPLoss, MultiPositiveContrastiveLoss, MultiPositiveSigmoidLoss, SubcaptionGroupingLoss
-from .ops.logsumexp import bidirectional_logsumexp
+from .ops.logsumexp.logsumexp import bidirectional_logsumexp
 from .qualification import qualify
 from .sigmoid import multi_positive_sigmoid_loss
 from .version import __version__

@@ -17,8 +17,8 @@ from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
 from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import accumulate_dtype, unit, without_autocast
-from .ops.group_patches import NORMALIZATIONS, group_patches_op
-from .ops.group_patches_torch import pooling_weights
+from .ops.group_patches.group_patches import NORMALIZATIONS, group_patches_op
+from .ops.group_patches.group_patches_torch import pooling_weights
 
 
 def group_patches(

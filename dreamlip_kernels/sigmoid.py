@@ -20,7 +20,7 @@ from .distributed.collectives import (
     of_present_images,
     rank_and_size,
 )
-from .ops.sigmoid_pairs import sigmoid_pairs
+from .ops.sigmoid_pairs.sigmoid_pairs import sigmoid_pairs
 
 
 def multi_positive_sigmoid_loss(

@@ -51,7 +51,7 @@ def file_name(device: torch.device) -> str:
 def source_hash() -> str:
     """Of every file that a kernel's result or speed can depend on: the ops with their numerics, and csrc/ where it is installed."""
     package = Path(__file__).parents[1]
-    files = [*sorted((package / "ops").glob("*.py")), package / "numerics.py"]
+    files = [*sorted((package / "ops").rglob("*.py")), package / "numerics.py"]
     csrc = extension.sources()
     files += sorted(csrc.glob("*.[ch]*")) if csrc else []
     digest = hashlib.sha256()

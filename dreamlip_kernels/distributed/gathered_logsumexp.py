@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.settings import float32_products
-from ..ops.logsumexp import logsumexp, logsumexp_backward_op, logsumexp_op
+from ..ops.logsumexp.logsumexp import logsumexp, logsumexp_backward_op, logsumexp_op
 from .collectives import Group, all_gather_rows, rank_and_size, reduce_scatter_logsumexp
 
 # Backward goes in so many stretches where each still has rows enough to fill a device.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..contrastive import multi_positive_contrastive_loss
-from ..ops.logsumexp import bidirectional_logsumexp
+from ..ops.logsumexp.logsumexp import bidirectional_logsumexp
 from .case import Case, Outputs, Speed
 
 OP = "bidirectional_logsumexp"

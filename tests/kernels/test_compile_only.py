@@ -21,9 +21,11 @@ SCRIPT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels.ops import logsumexp_gradient_kernels, logsumexp_kernels, logsumexp_vector_kernels
-    from dreamlip_kernels.ops.logsumexp_tiles import ONLINE, blocks_for
-    from dreamlip_kernels.ops.operands_triton import TMA_MAJORS
+    from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_kernels
+    from dreamlip_kernels.ops.logsumexp import logsumexp_kernels
+    from dreamlip_kernels.ops.logsumexp import logsumexp_vector_kernels
+    from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import ONLINE, blocks_for
+    from dreamlip_kernels.ops.logsumexp.operands_triton import TMA_MAJORS
 
     arch, folder, dtype, width = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     size = 4 if dtype == "fp32" else 2
@@ -76,7 +78,7 @@ GROUPING = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels.ops import group_patches_triton as module
+    from dreamlip_kernels.ops.group_patches import group_patches_triton as module
 
     arch, folder, kp, dtype = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)

@@ -15,7 +15,7 @@ import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.ops import logsumexp_cuda
+from dreamlip_kernels.ops.logsumexp import logsumexp_cuda
 
 pytestmark = pytest.mark.skipif(
     CUDA is None or shutil.which("g++") is None,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.ops import logsumexp
+from dreamlip_kernels.ops.logsumexp import logsumexp
 
 pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
 
@@ -52,9 +52,9 @@ def most_allocated(step):
 @pytest.fixture
 def counted(monkeypatch):
     """Everything but the kernels and cuBLAS runs, with a device's tiles; the list of those launches."""
-    from dreamlip_kernels.ops import logsumexp_gradient_triton, logsumexp_triton
-    from dreamlip_kernels.ops.logsumexp_tiles import blocks_for
-    from dreamlip_kernels.ops.operands_triton import TritonOperands
+    from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_triton, logsumexp_triton
+    from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import blocks_for
+    from dreamlip_kernels.ops.logsumexp.operands_triton import TritonOperands
 
     launches = []
     for module, kernels in (
@@ -233,7 +233,8 @@ COMPILED = """
 
     jit.JITFunction.run = run
     import dreamlip_kernels as dk
-    from dreamlip_kernels.ops import logsumexp_gradient_triton, logsumexp_triton
+    from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_triton
+    from dreamlip_kernels.ops.logsumexp import logsumexp_triton
     os.environ["TRITON_INTERPRET"] = "1"  # by which the dispatcher takes CPU tensors; kernels are decorated already
 
     def step(n, dtype, masked, k=3, d=32):

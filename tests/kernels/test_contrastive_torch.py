@@ -10,7 +10,8 @@ from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_an
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.ops import logsumexp_torch, products, tiles
+from dreamlip_kernels.ops import products, tiles
+from dreamlip_kernels.ops.logsumexp.logsumexp import logsumexp_torch
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def sixteen_bit_products(monkeypatch):
         return v.dtype in products.SIXTEEN_BIT
 
     monkeypatch.setattr(logsumexp_torch, "multiplies_sixteen_bit", narrow)
-    monkeypatch.setattr("dreamlip_kernels.ops.logsumexp._keeps_pairs", lambda *_: False)
+    monkeypatch.setattr("dreamlip_kernels.ops.logsumexp.logsumexp._keeps_pairs", lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-7), (torch.float16, 2**-9)])

@@ -112,7 +112,7 @@ def test_the_flagged_fallback_is_right(case, monkeypatch):
     """Sums that leave float32's range at the fixed offset: the flag sends everything to the exact kernels, of which few
     programs make all tiles.
     """
-    from dreamlip_kernels.ops import logsumexp_gradient_triton
+    from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_triton
 
     monkeypatch.setattr(logsumexp_gradient_triton, "EXACT_PROGRAMS", 3)  # for four tiles
     scale = {"opposed at scale 100": 100.0, "scale 1000": 1000.0}.get(case, 3.0)
@@ -198,7 +198,7 @@ def test_positives_kept_out_of_the_rounded_gradient_lose_nothing(monkeypatch):
     """A nearly certain positive has p - 1 far below float16's step at 1: the gradient is several times better with it
     added apart.
     """
-    from dreamlip_kernels.ops import logsumexp
+    from dreamlip_kernels.ops.logsumexp import logsumexp
 
     image, text = clip_like(32, 2, 32, noise=0.6)
     inputs = (image, text, torch.tensor(20.0))
@@ -285,7 +285,7 @@ def test_chunks_of_the_workspace_meet_without_seams(monkeypatch, m, c, k, room, 
 @pytest.fixture
 def pointers(monkeypatch):
     """The kernels' loads as on a device without TMA."""
-    from dreamlip_kernels.ops.operands_triton import TritonOperands
+    from dreamlip_kernels.ops.logsumexp.operands_triton import TritonOperands
 
     real = TritonOperands.arguments
     monkeypatch.setattr(

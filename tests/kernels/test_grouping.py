@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
-from dreamlip_kernels.ops import group_patches_torch
-from dreamlip_kernels.ops.group_patches import NORMALIZATIONS
+from dreamlip_kernels.ops.group_patches import group_patches_torch
+from dreamlip_kernels.ops.group_patches.group_patches import NORMALIZATIONS
 
 BACKENDS = ["torch", "cpp"]
 # (N, P, K, D): one of everything; tiny; B/32's and B/16's grids, with and without a class token; the widths of real towers;

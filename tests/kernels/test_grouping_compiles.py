@@ -15,7 +15,7 @@ SCRIPT = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
-    from dreamlip_kernels.ops import group_patches_triton as module
+    from dreamlip_kernels.ops.group_patches import group_patches_triton as module
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     seen = {}

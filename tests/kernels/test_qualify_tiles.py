@@ -8,8 +8,8 @@ import torch
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import tuned_tiles, verdicts
-from dreamlip_kernels.ops import logsumexp_tiles
-from dreamlip_kernels.ops.logsumexp_tiles import Blocks, blocks_for
+from dreamlip_kernels.ops.logsumexp import logsumexp_tiles
+from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import Blocks, blocks_for
 from dreamlip_kernels.qualification import tune
 
 CUDA = torch.device("cuda", 0)

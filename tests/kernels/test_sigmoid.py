@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.ops import sigmoid_pairs, sigmoid_pairs_torch, tiles
+from dreamlip_kernels.ops import tiles
+from dreamlip_kernels.ops.sigmoid_pairs import sigmoid_pairs, sigmoid_pairs_torch
 
 TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 triton_only = pytest.mark.skipif(not TRITON, reason="Triton's interpreter; with a CUDA device the kernels are compiled")

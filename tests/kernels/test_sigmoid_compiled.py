@@ -19,8 +19,8 @@ SCRIPT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels.ops.sigmoid_pairs_kernels import sigmoid_tile
-    from dreamlip_kernels.ops.sigmoid_pairs_triton import blocks_for
+    from dreamlip_kernels.ops.sigmoid_pairs.sigmoid_pairs_kernels import sigmoid_tile
+    from dreamlip_kernels.ops.sigmoid_pairs.sigmoid_pairs_triton import blocks_for
 
     arch, path, dtype = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     m, c, d, warps, stages = blocks_for(4 if dtype == "fp32" else 2, arch // 10)

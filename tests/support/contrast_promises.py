@@ -7,7 +7,7 @@ from numerics import clip_like
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
-from dreamlip_kernels.ops.logsumexp import logsumexp
+from dreamlip_kernels.ops.logsumexp.logsumexp import logsumexp
 
 
 def features(device, dtype=torch.float32, m=40, c=45, k=3, d=24, seed=0):

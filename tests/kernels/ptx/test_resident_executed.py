@@ -4,7 +4,7 @@ import pytest
 import torch
 from ptx import FIRST_AHEAD, LAST_AHEAD, TOGETHER, device, shuffled
 
-from dreamlip_kernels.ops import logsumexp_resident_triton as resident
+from dreamlip_kernels.ops.logsumexp import logsumexp_resident_triton as resident
 
 LOG2E = 1.4426950408889634
 

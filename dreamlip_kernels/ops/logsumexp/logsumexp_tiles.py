@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..backends.tuned_tiles import tuned_tile
+from ...backends.tuned_tiles import tuned_tile
 
 
 class Blocks(NamedTuple):

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.settings import settings
-from .chunks import Chunk, chunks, joined, up
-from .dense import dense
-from .operands import Operands
-from .products import accumulate, matmul
-from .rectangle import Rectangle, Upstream, paired_slices
+from ...backends.settings import settings
+from ..chunks import Chunk, chunks, joined, up
+from ..dense import dense
+from ..operands import Operands
+from ..products import accumulate, matmul
+from ..rectangle import Rectangle, Upstream, paired_slices
 
 TILE = 128  # rows and columns of a block's tile, LogitTiles::kTile
 # Blocks that run together have as many bands of rows as tiles of columns: what they share then fits the smallest L2.

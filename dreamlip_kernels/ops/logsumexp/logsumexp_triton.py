@@ -19,12 +19,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends.settings import settings
-from .dense import dense
+from ...backends.settings import settings
+from ..dense import dense
+from ..rectangle import Rectangle
 from .logsumexp_kernels import exp_sums, finish_sums
 from .logsumexp_tiles import ONLINE
 from .operands_triton import TritonOperands, arch
-from .rectangle import Rectangle
 
 PROGRAMS = 4 * 132  # of exp_sums at least, where there are rows enough: four for each processor of an H100
 

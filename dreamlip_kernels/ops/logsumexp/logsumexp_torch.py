@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from .products import accumulate, matmul, multiplies_sixteen_bit
-from .rectangle import Rectangle, Upstream, paired_slices
-from .tiles import tiles
+from ..products import accumulate, matmul, multiplies_sixteen_bit
+from ..rectangle import Rectangle, Upstream, paired_slices
+from ..tiles import tiles
 
 # Kept pairs are exp(z - offset), at most 2^106 for unit vectors; sums within these bounds are right to float32. Others
 # are computed again from true maxima (docs/math.md, section 5).

@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..backends.settings import settings
-from .dense import aligned_rows, dense
-from .logsumexp_tiles import INTERPRETED, Blocks
-from .products import accumulate
+from ...backends.settings import settings
+from ..dense import aligned_rows, dense
+from ..logsumexp.logsumexp_tiles import INTERPRETED, Blocks
+from ..products import accumulate
 from .sigmoid_pairs_kernels import sigmoid_tile
 from .sigmoid_pairs_torch import Pairs, kept
 

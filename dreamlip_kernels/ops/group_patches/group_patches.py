@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..numerics import accumulate_dtype
+from ...numerics import accumulate_dtype
 from . import group_patches_torch
 
 NORMALIZATIONS = ("minmax", "softmax", "none")

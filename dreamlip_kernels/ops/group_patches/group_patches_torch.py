@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics import accumulate_dtype, flat_tolerance, inverse_norm
+from ...numerics import accumulate_dtype, flat_tolerance, inverse_norm
 
 # Patch values held in float32 at a time.
 CHUNK_VALUES = {"cpu": 2**21, "cuda": 2**26}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..operands import Operands
+from ..rectangle import Rectangle
 from .logsumexp_tiles import INTERPRETED, Blocks, blocks_for
-from .operands import Operands
-from .rectangle import Rectangle
 
 # Where kernels read through tensor descriptors. Of sm_120, which has TMA too, the compiler spills with them.
 TMA_MAJORS = (9, 10)

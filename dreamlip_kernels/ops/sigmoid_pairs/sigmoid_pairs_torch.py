@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import tiles
+from ..tiles import tiles
 
 
 class Pairs(NamedTuple):

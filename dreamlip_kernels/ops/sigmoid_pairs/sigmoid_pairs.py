@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.settings import float32_products
+from ...backends.settings import float32_products
 from . import sigmoid_pairs_torch
 from .sigmoid_pairs_torch import Pairs
 

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .dense import dense
+from ..dense import dense
 from .group_patches_kernels import pool_backward, pool_forward
 
 _DEFAULT_THRESHOLD = -1e38  # the kernels read anything below -1e30 as 1 / (number of valid patches)

@@ -16,15 +16,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .chunks import chunks, joined, up
-from .dense import dense
+from ..chunks import chunks, joined, up
+from ..dense import dense
+from ..products import accumulate, matmul
+from ..rectangle import Rectangle, Upstream, paired_slices
 from .logsumexp_gradient_kernels import gradient_tile
 from .logsumexp_kernels import NO_DIAGONAL
 from .logsumexp_tiles import Blocks
 from .logsumexp_vector_kernels import coefficients, finish_gradient
 from .operands_triton import TritonOperands
-from .products import accumulate, matmul
-from .rectangle import Rectangle, Upstream, paired_slices
 
 EXACT_PROGRAMS = 264  # of gradient_tile when it is only there in case: two for each processor of an H200
 FINISH_ROWS, FINISH_WIDTH = 16, 128

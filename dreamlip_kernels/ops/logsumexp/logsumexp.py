@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
-from ..backends.settings import float32_products, settings
-from ..checks import as_scale, check_features, check_mask, promoted
-from ..numerics import accumulate_dtype
+from ...backends import dispatch
+from ...backends.settings import float32_products, settings
+from ...checks import as_scale, check_features, check_mask, promoted
+from ...numerics import accumulate_dtype
+from ..rectangle import Rectangle, Upstream
 from . import logsumexp_cuda, logsumexp_torch
-from .rectangle import Rectangle, Upstream
 
 
 def bidirectional_logsumexp(
