@@ -22,7 +22,7 @@ def class_folder(folder: str, dataset: str, split: str, transform: Callable[[Any
     clip_benchmark does not know they are the class names themselves.
 
     Raises:
-        UserError: there are fewer or more folders than the set has classes, and they are not called like them.
+        UserError: some folders are called like the set's classes, and others are not.
     """
     root = next(
         (path for path in (Path(folder) / split, Path(folder) / "val", Path(folder)) if _has_classes(path)), None
@@ -37,6 +37,8 @@ def class_folder(folder: str, dataset: str, split: str, transform: Callable[[Any
         order = [places[name] for name in spelled]
     elif len(spelled) == len(known):
         order = list(range(len(known)))
+    elif not set(spelled) & set(places):
+        return None  # other folders with images in them, such as several sets under one root
     else:
         raise UserError(
             f"--root: {str(root)!r} has {len(spelled)} class folders, {dataset} has {len(known)} classes, and "

@@ -116,7 +116,7 @@ def _one(
             image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         return resize_center_crop(image, model.image_size)
 
-    by_class = class_folder(folder, plain, split, picture)
+    by_class = None if name.startswith("wds/") else class_folder(folder, plain, split, picture)
     if by_class is not None:
         dataset = by_class
     else:

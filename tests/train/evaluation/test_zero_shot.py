@@ -12,6 +12,7 @@ from tiny import clean_environment
 from dreamlip_train import cli
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.evaluation.class_folders import class_folder
 from dreamlip_train.evaluation.paper import paper_table, zero_shot_rows
 from dreamlip_train.evaluation.zero_shot import DATASETS, evaluate_zero_shot, format_zero_shot
 from dreamlip_train.model.build import build_model
@@ -137,3 +138,15 @@ def test_the_papers_tables_are_shipped():
     assert zero_shot_rows("imagenet1k")["CC3M, DreamLIP, ViT-B/16"] == 31.1 and not zero_shot_rows("mnist")
     assert all(len(zero_shot_rows(name)) > 10 for name in DATASETS)
     assert zero_shot_rows("fgvc_aircraft")["CC3M, CLIP, ViT-B/32"] == 1.0
+
+
+def test_other_folders_of_images_are_not_taken_for_classes(tmp_path, monkeypatch):
+    """Several sets may lie under one root; one folder that is no class among those that are is an error."""
+    monkeypatch.setattr("dreamlip_train.evaluation.class_folders._known", lambda *_: CLASSES)
+    for name in ("screenshots", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(jpeg(1))
+    assert class_folder(str(tmp_path), "made", "test", lambda picture: picture) is None
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match="3 class folders, made has 6 classes, and 'notes' is none of their names"):
+        class_folder(str(tmp_path), "made", "test", lambda picture: picture)
