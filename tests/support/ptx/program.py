@@ -216,16 +216,15 @@ class _Body:
             self.tables[label] = [name.strip() for name in statement.split(None, 1)[1].split(",")]
             return None
         if statement.startswith(".local"):
-            align, count, name = re.search(r"\.align\s+(\d+)", statement), re.search(r"\[(\d+)\]", statement), None
-            name = re.search(r"([\w$]+)\s*\[", statement)[1]
+            align = re.search(r"\.align\s+(\d+)", statement)
+            name, count = re.search(r"([\w$]+)\s*\[(\d+)", statement).groups()
             step = int(align[1]) if align else 8
             self.local_bytes = -(-self.local_bytes // step) * step
             self.local[name] = self.local_bytes
-            self.local_bytes += int(count[1])
-            return None
-        if statement.startswith(".") or not statement:
-            return None
-        return self._instruction(statement)
+            self.local_bytes += int(count)
+        elif not statement.startswith("."):
+            self._instruction(statement)
+        return None
 
     def _registers(self, statement: str) -> None:
         kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
