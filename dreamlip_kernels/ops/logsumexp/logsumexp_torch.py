@@ -1,7 +1,7 @@
 """Torch backend of bidirectional_logsumexp: one tile of logits at a time, on any device and in any dtype.
 
     forward   z of a tile -> its log-sum-exps over rows and columns, with true maxima -> folded into the totals
-              or, with ``keep``: exp(z - offset) of all pairs is stored, and its plain sums are the totals
+              with ``keep`` exp(z) of all pairs is stored, and its plain sums are the totals; or z, at a large scale
     backward  z of a tile again, or what forward kept -> its gradient g -> dx += g y, dy += g.T x
 
 M rows, C columns, K slots, D width.
@@ -18,8 +18,8 @@ from ..products import accumulate, matmul, multiplies_sixteen_bit
 from ..rectangle import Rectangle, Upstream, paired_slices
 from ..tiles import tiles
 
-# Kept pairs are exp(z - offset), at most 2^106 for unit vectors; sums within these bounds are right to float32. Others
-# are computed again from true maxima (docs/math.md, section 5).
+# Plain sums of exp(z) are taken where no offset is needed: terms are at most 2^106 for unit vectors, and sums within these
+# bounds are right to float32. Others are computed again from true maxima (docs/math.md, section 5).
 LARGEST_TERM, SMALLEST_SUM, LARGEST_SUM = 106 * math.log(2), -82 * math.log(2), 126 * math.log(2)
 GRADIENT_EXPONENT = 13  # 16-bit g is scaled to coefficients below 2^14: a row's and a column's together stay in float16
 
@@ -66,45 +66,46 @@ class _Operands:
 
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row [K, M], col [K, C], if ``paired`` pos [K, C] else [0, 0], if ``keep`` exp(z - offset) [K, M, C] else empty."""
+    """row [K, M], col [K, C], if ``paired`` pos [K, C] else [0, 0], if ``keep`` what backward reads, [K, M, C], else empty."""
     operands = _Operands(rectangle)
     kept = operands.scale.new_empty(0, 0, 0)
     if keep:
-        row, col, kept = _kept_sums(operands)
-    if not keep or not _sums_are_right(operands, row, col):
-        row, col = _tiled_logsumexps(operands)
+        slots, (m, c) = rectangle.sizes[2], rectangle.sizes[:2]
+        kept = operands.scale.new_empty(slots, m, c)
+    plain = keep and _offset(operands) == 0
+    if plain:
+        row, col = _plain_logsumexps(operands, kept)
+    if not plain or not _sums_are_right(operands, row, col):
+        row, col = _tiled_logsumexps(operands, kept if keep and not plain else None)
     pos = _positives(operands) if paired else row.new_empty(0, 0)
     return row, col, pos, kept
 
 
-def _tiled_logsumexps(operands: _Operands) -> tuple[Tensor, Tensor]:
-    """row and col from true maxima, one tile at a time."""
+def _tiled_logsumexps(operands: _Operands, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """row and col from true maxima, one tile at a time; the logits stay in ``kept``."""
     m, c, slots, _ = operands.rectangle.sizes
     row = operands.scale.new_full((slots, m), -torch.inf)
     col = operands.scale.new_full((slots, c), -torch.inf)
     for k in range(slots):
         y = operands.slot(k)
         for rows, cols in tiles(m, c, y.device):
-            z = operands.logits(y, k, rows, cols)
+            z = operands.logits(y, k, rows, cols, None if kept is None else kept[k, rows, cols])
             row[k, rows] = torch.logaddexp(row[k, rows], z.logsumexp(1))
             col[k, cols] = torch.logaddexp(col[k, cols], z.logsumexp(0))
     return row, col
 
 
-def _kept_sums(operands: _Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """row, col and the exp(z - offset) whose sums they are; for ``_sums_are_right`` to judge."""
+def _plain_logsumexps(operands: _Operands, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """row and col, for ``_sums_are_right`` to judge, from plain sums of exp(z), which stay in ``kept``."""
     m, c, slots, _ = operands.rectangle.sizes
-    kept = operands.scale.new_empty(slots, m, c)
     row_sum, col_sum = operands.scale.new_zeros(slots, m), operands.scale.new_zeros(slots, c)
-    offset = _offset(operands)
     for k in range(slots):
         y = operands.slot(k)
         for rows, cols in tiles(m, c, y.device):
-            z = operands.logits(y, k, rows, cols, out=kept[k, rows, cols])
-            e = (z.sub_(offset) if offset else z).exp_()
+            e = operands.logits(y, k, rows, cols, out=kept[k, rows, cols]).exp_()
             row_sum[k, rows] += e.sum(1)
             col_sum[k, cols] += e.sum(0)
-    return row_sum.log_().add_(offset), col_sum.log_().add_(offset), kept
+    return row_sum.log_(), col_sum.log_()
 
 
 def _offset(operands: _Operands) -> float:
@@ -114,9 +115,8 @@ def _offset(operands: _Operands) -> float:
 
 
 def _sums_are_right(operands: _Operands, row: Tensor, col: Tensor) -> bool:
-    """Whether plain sums of exp(z - offset) give these log-sum-exps: each is inside the range, or without a logit."""
-    for logsumexp, empty in zip((row, col), operands.without_logits(), strict=True):
-        log_sum = logsumexp - _offset(operands)
+    """Whether plain sums of exp(z) give these log-sum-exps: each is inside the range, or without a logit."""
+    for log_sum, empty in zip((row, col), operands.without_logits(), strict=True):
         if not (((log_sum >= SMALLEST_SUM) & (log_sum <= LARGEST_SUM)) | empty).all():  # NaN is not
             return False
     return True
@@ -145,11 +145,12 @@ class _Gradient:
         self.a, self.row = upstream.d_row.masked_fill(empty_row, 0), upstream.row.masked_fill(empty_row, torch.inf)
         self.b, self.col = upstream.d_col.masked_fill(empty_col, 0), upstream.col.masked_fill(empty_col, torch.inf)
         self.kept = upstream.kept
-        if self.kept is not None and not _sums_are_right(operands, upstream.row, upstream.col):
-            self.kept = None
-        if self.kept is not None:  # as coefficients of exp(z - offset)
-            offset = _offset(operands)
-            self.a, self.b = self.a * (offset - self.row).exp(), self.b * (offset - self.col).exp()
+        # Beside an offset the logits were kept: z - offset would be rounded where z - row is not.
+        self.kept_are_logits = self.kept is not None and _offset(operands) != 0
+        if self.kept is not None and not self.kept_are_logits:
+            self.kept = self.kept if _sums_are_right(operands, upstream.row, upstream.col) else None
+        if self.kept is not None and not self.kept_are_logits:  # as coefficients of exp(z)
+            self.a, self.b = self.a * (-self.row).exp(), self.b * (-self.col).exp()
         self.d_pos = None if upstream.d_pos is None else self._of_kept_pairs(upstream.d_pos)
         self.unit = self.own = None
         if operands.sixteen_bit:
@@ -166,12 +167,12 @@ class _Gradient:
 
     def tile(self, y: Tensor, k: int, rows: slice, cols: slice) -> Tensor:
         """g of one tile of slot k, of which ``y`` is what ``slot`` read."""
-        if self.kept is not None:
+        if self.kept is not None and not self.kept_are_logits:
             g = (self.a[k, rows, None] + self.b[k, None, cols]).mul_(self.kept[k, rows, cols])
         else:
-            z = self.operands.logits(y, k, rows, cols)
+            z = self.operands.logits(y, k, rows, cols) if self.kept is None else self.kept[k, rows, cols]
             g = (z - self.row[k, rows, None]).exp_().mul_(self.a[k, rows, None])
-            g.add_(z.sub_(self.col[k, None, cols]).exp_().mul_(self.b[k, None, cols]))
+            g.add_((z - self.col[k, None, cols]).exp_().mul_(self.b[k, None, cols]))
         if self.d_pos is not None:
             self._add_positives(g, k, rows, cols)
         return g if self.unit is None else (g / self.unit).to(self.operands.x.dtype)
