@@ -53,7 +53,7 @@ def source_hash() -> str:
     package = Path(__file__).parents[1]
     files = [*sorted((package / "ops").rglob("*.py")), package / "numerics.py"]
     csrc = extension.sources()
-    files += sorted(csrc.glob("*.[ch]*")) if csrc else []
+    files += sorted(csrc.rglob("*.[ch]*")) if csrc else []
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")

@@ -73,7 +73,26 @@ class Verdict:
         faster = [t for t in self.timings if t.faster]
         if not faster:
             return "right, not used: slower than torch code"
-        return "qualified" if len(faster) == len(self.timings) else f"qualified at {', '.join(t.shape for t in faster)}"
+        starts = {width: self._faster_from(width) for width in sorted({t.width for t in self.timings})}
+        if not all(starts.values()):
+            return f"qualified at {', '.join(f'{t.shape} D={t.width}' for t in faster)}"
+        shapes = set(starts.values())
+        if len(shapes) == 1:
+            first = shapes.pop()
+            return "qualified" if first == self._by_size(next(iter(starts)))[0].shape else f"qualified from {first} on"
+        return "qualified from " + ", ".join(f"{shape} on (D={width})" for width, shape in starts.items())
+
+    def _by_size(self, width: int) -> list[Timing]:
+        return sorted((t for t in self.timings if t.width == width), key=lambda t: t.similarities)
+
+    def _faster_from(self, width: int) -> str | None:
+        """The smallest shape from which on it beats torch code, or None where it is slower at the largest."""
+        first = None
+        for t in reversed(self._by_size(width)):
+            if not t.faster:
+                break
+            first = t.shape
+        return first
 
 
 @dataclass(frozen=True)
@@ -145,7 +164,7 @@ def dtype_class(op: str, dtype: torch.dtype, float32: str) -> str:
     """The dtype as verdicts name it: float32 features that are multiplied as float16 (``float32_products``) meet code of their own."""
     name = str(dtype).removeprefix("torch.")
     exact = float32 == "torch" and torch.get_float32_matmul_precision() == "highest"
-    return name if exact or (op, name) != ("bidirectional_logsumexp", "float32") else "float32 as float16"
+    return name if exact or name != "float32" or op == "group_patches" else "float32 as float16"
 
 
 def plan(op: str, device: torch.device, dtype: torch.dtype, float32: str) -> Plan:

@@ -11,6 +11,11 @@ from torch import Tensor
 Outputs = tuple[Tensor, ...]
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The features' dtype of a dtype class, such as "float32 as float16"."""
+    return getattr(torch, name.split()[0])
+
+
 class Case(NamedTuple):
     """One comparison: ``op`` and ``oracle`` map the same inputs to a tuple of outputs; ``draw(seed)`` makes the inputs, all of which need gradients."""
 
@@ -20,6 +25,8 @@ class Case(NamedTuple):
     draw: Callable[[int], Outputs]
     capture: bool = False
     """Whether it is also captured in a CUDA graph."""
+    resolution: float = 0.0
+    """What rounding alone moves an output, or a gradient that is one number, by: such a sum of terms that cancel may come out better than that by chance."""
 
     def upstream(self, inputs: Outputs) -> Outputs:
         """A random gradient for each output, of values that every dtype holds."""

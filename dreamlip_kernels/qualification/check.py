@@ -34,9 +34,12 @@ def check(case: Case, subject: ModuleType, dtype: str) -> float:
     if case.capture and got[0].is_cuda:
         ways.append((_captured(case, inputs, upstream), *ways[-1][1:]))
     names = [f"output {i}" if i < len(upstream) else f"gradient {i - len(upstream)}" for i in range(len(got))]
-    return max(
-        _share(name, [[way[i] for way in draw] for draw in ways], subject.slack(dtype)) for i, name in enumerate(names)
-    )
+    shares = []
+    for i, name in enumerate(names):
+        single = i < len(upstream) or got[i].ndim == 0
+        floor = case.resolution if single else 0.0
+        shares.append(_share(name, [[way[i] for way in draw] for draw in ways], subject.slack(dtype), floor))
+    return max(shares)
 
 
 def _three_times(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
@@ -74,8 +77,8 @@ def _captured(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
     return tuple(v.clone() for v in outs)
 
 
-def _share(name: str, draws: list[list[torch.Tensor]], slack: float) -> float:
-    """Of one output over all draws: the largest error by what is allowed, 2 * eager's + slack * the largest value."""
+def _share(name: str, draws: list[list[torch.Tensor]], slack: float, floor: float) -> float:
+    """Of one output over all draws: the largest error by what is allowed, 2 * eager's + slack * the largest value + floor."""
     error = eager = largest = 0.0
     for got, low, gold in ([v.double() for v in draw] for draw in draws):
         if got.shape != gold.shape:
@@ -89,7 +92,7 @@ def _share(name: str, draws: list[list[torch.Tensor]], slack: float) -> float:
             error = max(error, (got - gold)[finite].abs().max().item())
             eager = max(eager, (low - gold)[finite].abs().nan_to_num(torch.inf).max().item())
             largest = max(largest, gold[finite].abs().max().item())
-    allowed = 2 * eager + slack * largest
+    allowed = 2 * eager + slack * largest + floor
     if error > allowed:
         raise Wrong(
             f"{name}: error {error:.3g}, allowed {allowed:.3g} (twice eager's {eager:.3g}; largest value {largest:.3g})"

@@ -13,14 +13,14 @@ from torch import Tensor
 from .. import reference
 from ..contrastive import multi_positive_contrastive_loss
 from ..ops.logsumexp.logsumexp import bidirectional_logsumexp
-from .case import Case, Outputs, Speed
+from .case import Case, Outputs, Speed, torch_dtype
 
 OP = "bidirectional_logsumexp"
 DTYPES = ("bfloat16", "float16", "float32", "float32 as float16")
 RAGGED_WIDTH = 40
 
 
-def cases(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
+def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
     """Every case at every width, and one at a width that no tile divides."""
     n = 333 if device.type == "cuda" else 41
     for d in (*widths, RAGGED_WIDTH):
@@ -49,6 +49,7 @@ def cases(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[
 
 def _op_case(backend, dtype, device, name, shape, scale, masked=False, opposed=False) -> Case:
     m, c, k, d = shape
+    features = torch_dtype(dtype)
     x_mask = y_mask = None
     if masked:  # a column of a table, and the transpose of the mask that a loss is given
         x_mask = (torch.rand(m, 3, generator=_seeded(1)) > 0.2).to(device)[:, 1]
@@ -59,7 +60,7 @@ def _op_case(backend, dtype, device, name, shape, scale, masked=False, opposed=F
         if opposed:  # every pair at a cosine of about -0.85: at a scale of 100 all sums are below what float32 holds
             away = 3 * torch.ones(d) / d**0.5
             image, text = (torch.nn.functional.normalize(v, dim=-1) for v in (image + away, text - away))
-        x, y = image[:m].to(device, dtype), text[:c].to(device, dtype)
+        x, y = (v.to(device, features) for v in (image[:m], text[:c]))
         # As the losses pass them: captions as a transposed [C, K, D]; and images as a part of wider rows.
         x = torch.cat([x, x], 1)[:, :d] if masked else x
         return x, y.transpose(0, 1), torch.tensor(scale, device=device)
@@ -70,32 +71,47 @@ def _op_case(backend, dtype, device, name, shape, scale, masked=False, opposed=F
         oracle=lambda x, y, s: reference.bidirectional_logsumexp(x, y, s.to(x.dtype), y_mask=y_mask, x_mask=x_mask),
         draw=draw,
         capture=masked and not opposed,
+        resolution=resolution(dtype, scale, d),
     )
 
 
 def _loss_case(backend, dtype, device, name, shape, scale) -> Case:
     n, k, d = shape
+    features = torch_dtype(dtype)
     mask = (torch.rand(n, k, generator=_seeded(3)) > 0.2).to(device)
+    options = {"text_mask": mask, "reduction": "none"}  # in a mean, the errors of its terms cancel by chance
 
     def draw(seed: int) -> tuple[Tensor, ...]:
         image, text = clip_like(n, k, d, seed)
-        return image.to(device, dtype), text.to(device, dtype), torch.tensor(scale, device=device)
+        return image.to(device, features), text.to(device, features), torch.tensor(scale, device=device)
 
     return Case(
         name,
-        op=lambda i, t, s: (multi_positive_contrastive_loss(i, t, s, text_mask=mask, backend=backend),),
-        oracle=lambda i, t, s: (reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), text_mask=mask),),
+        op=lambda i, t, s: (multi_positive_contrastive_loss(i, t, s, backend=backend, **options),),
+        oracle=lambda i, t, s: (reference.multi_positive_contrastive_loss(i, t, s.to(i.dtype), **options),),
         draw=draw,
         capture=True,
+        resolution=resolution(dtype, scale, d),
     )
 
 
-def eager(case: Case, inputs: tuple[Tensor, ...], upstream: Outputs | None, dtype: str) -> Outputs:
-    """What plain torch gives at the features' own dtype; where float32 features are multiplied as float16, on features rounded to that."""
-    if dtype == "float32 as float16":
-        rounded = [v.half().double() if v.ndim > 1 else v.double() for v in inputs]
-        return case.values(case.oracle, rounded, upstream)
-    return case.values(case.oracle, inputs, upstream)
+def eager(case: Case, inputs: tuple[Tensor, ...], upstream: Outputs, dtype: str) -> Outputs:
+    """What plain torch gives at the features' own dtype. Where float32 features may be multiplied as float16, torch may multiply them as TF32."""
+    if dtype != "float32 as float16":
+        return case.values(case.oracle, inputs, upstream)
+    if not inputs[0].is_cuda:  # where torch has no such products: on features rounded to as many bits
+        return case.values(case.oracle, [v.half().double() if v.ndim > 1 else v.double() for v in inputs], upstream)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return case.values(case.oracle, inputs, upstream)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def resolution(dtype: str, scale: float, d: int) -> float:
+    """How far rounding moves a logit of unit features: float32's ulp of the largest one, or the features' rounding to 11 bits, which adds up as sqrt(D)."""
+    return {"float32": 2**-23 * scale, "float32 as float16": 2**-11 * scale / d**0.5}.get(dtype, 0.0)
 
 
 def slack(dtype: str) -> float:
@@ -103,9 +119,9 @@ def slack(dtype: str) -> float:
     return 2**-9 if dtype == "float32 as float16" else 1e-5
 
 
-def speeds(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
+def speeds(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
     """The loss with a tenth of the captions missing: small, and the issue's two sizes."""
-    k = 8
+    k, features = 8, torch_dtype(dtype)
     for n in (512, 4096, 16384) if device.type == "cuda" else (256,):
         for d in widths:
 
@@ -116,13 +132,13 @@ def speeds(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple
                 )
                 scale = torch.tensor(50.0, device=device, requires_grad=True)
                 mask = torch.rand(n, k, device=device) > 0.1
-                inputs = (image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), scale)
+                inputs = (image.to(features).requires_grad_(), text.to(features).requires_grad_(), scale)
                 return lambda: torch.autograd.grad(
                     multi_positive_contrastive_loss(*inputs, text_mask=mask, backend=backend), inputs
                 )
 
             unit = 2 * n * n * k * d
-            moved = 3 * n * (k + 1) * d * dtype.itemsize
+            moved = 3 * n * (k + 1) * d * features.itemsize
             yield Speed(f"N={n} K={k}", d, n * n * k, make, flops=4 * unit, moved=moved)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from .. import reference
 from ..backends import dispatch
 from ..grouping import group_patches
-from .case import Case, Outputs, Speed
+from .case import Case, Outputs, Speed, torch_dtype
 
 OP = "group_patches"
 DTYPES = ("bfloat16", "float16", "float32")
 RAGGED_WIDTH = 40
 
 
-def cases(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
+def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
     """Every normalization and mask at every width, and one at a width that no tile divides."""
     interpreted = device.type == "cpu" and backend == "triton"
     for d in (*widths, RAGGED_WIDTH):
@@ -36,7 +36,10 @@ def cases(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[
 
 def _fits(backend, dtype, device, shape) -> bool:
     n, p, k, d = shape
-    return dispatch.why_not(OP, backend, torch.empty(0, dtype=dtype, device=device), N=n, P=p, K=k, D=d) is None
+    return (
+        dispatch.why_not(OP, backend, torch.empty(0, dtype=torch_dtype(dtype), device=device), N=n, P=p, K=k, D=d)
+        is None
+    )
 
 
 def _case(backend, dtype, device, shape, normalization="minmax", threshold=None, masked=False) -> Case:
@@ -48,7 +51,7 @@ def _case(backend, dtype, device, shape, normalization="minmax", threshold=None,
     options = dict(normalization=normalization, threshold=threshold, patch_mask=mask)
 
     def draw(seed: int) -> tuple[Tensor, ...]:
-        patches, texts = region_like(shape, dtype, threshold, normalization, seed, mask)
+        patches, texts = region_like(shape, torch_dtype(dtype), threshold, normalization, seed, mask)
         # As towers give them: patches behind a class token, captions as a part of wider rows.
         patches = torch.cat([patches[:, :1], patches], 1).to(device)[:, 1:]
         return patches, torch.cat([texts, texts], 2).to(device)[:, :, :d]
@@ -74,7 +77,7 @@ def slack(dtype: str) -> float:
     return 1e-5
 
 
-def speeds(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
+def speeds(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
     """196 patches and 8 captions an image, a tenth of the patches masked."""
     p, k = 196, 8
     for n in (64, 1024, 4096) if device.type == "cuda" else (8, 64):
@@ -83,16 +86,16 @@ def speeds(backend: str, dtype: torch.dtype, device: torch.device, widths: tuple
                 continue
 
             def make(n=n, d=d):
-                patches = torch.randn(n, p, d, device=device).to(dtype).requires_grad_()
-                texts = torch.randn(n, k, d, device=device).to(dtype).requires_grad_()
+                patches = torch.randn(n, p, d, device=device).to(torch_dtype(dtype)).requires_grad_()
+                texts = torch.randn(n, k, d, device=device).to(torch_dtype(dtype)).requires_grad_()
                 mask = torch.rand(n, p, device=device) > 0.1
-                upstream = torch.randn(n, k, d, device=device).to(dtype)
+                upstream = torch.randn(n, k, d, device=device).to(torch_dtype(dtype))
                 return lambda: torch.autograd.grad(
                     group_patches(patches, texts, patch_mask=mask, backend=backend), (patches, texts), upstream
                 )
 
             # Patches are read forward and backward, and their gradient is written; two products forward, four backward.
-            moved = (3 * n * p * d + 5 * n * k * d) * dtype.itemsize
+            moved = (3 * n * p * d + 5 * n * k * d) * torch_dtype(dtype).itemsize
             yield Speed(f"N={n} P={p} K={k}", d, n * p * k, make, flops=6 * 2 * n * p * k * d, moved=moved)
 
 

@@ -16,13 +16,13 @@ import torch
 from ..backends import cache, dispatch, identity, verdicts
 from ..backends.tuned_tiles import Tiles
 from ..backends.verdicts import Record, Timing, Verdict
-from . import contrast_cases, grouping_cases
+from . import contrast_cases, grouping_cases, sigmoid_cases
 from .supervisor import run_jobs
 from .tune import tune as tune_tiles
 
 logger = logging.getLogger("dreamlip_kernels")
 
-SUBJECTS = (contrast_cases, grouping_cases)
+SUBJECTS = (contrast_cases, grouping_cases, sigmoid_cases)
 WIDTHS = (512, 768)
 LIMIT_S = {"cuda": 60.0, "cpu": 120.0}  # between two signs of life: a case, with its kernels compiled
 # The kernels of a case are compiled one after another: cases of other kinds go to other processes. Every width has four kinds.

@@ -19,12 +19,12 @@ import torch
 
 from ..backends.settings import configure
 from ..backends.tuned_tiles import take_tiles
-from . import contrast_cases, grouping_cases
+from . import contrast_cases, grouping_cases, sigmoid_cases
 from .check import Wrong, check
 from .speed import milliseconds, rates
 from .tune import try_tile
 
-SUBJECTS = {subject.OP: subject for subject in (contrast_cases, grouping_cases)}
+SUBJECTS = {subject.OP: subject for subject in (contrast_cases, grouping_cases, sigmoid_cases)}
 
 
 def main() -> None:
@@ -75,13 +75,13 @@ def run(job: dict[str, Any], trying) -> dict[str, Any]:
 
 
 def _check(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
-    subject, dtype = SUBJECTS[job["op"]], _dtype(job["dtype"])
+    subject, dtype = SUBJECTS[job["op"]], _multiply_as(job["dtype"])
     worst, count = 0.0, 0
     cases = subject.cases(job["backend"], dtype, device, tuple(job["widths"]))
     for case in itertools.islice(cases, job["part"], None, job["parts"]):
         trying(case.name)
         try:
-            worst = max(worst, check(case, subject, job["dtype"]))
+            worst = max(worst, check(case, subject, dtype))
         except Wrong as error:
             raise Wrong(f"{error}, in: {case.name}") from None
         count += 1
@@ -97,7 +97,7 @@ def _check(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
 def _time(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
     subject = SUBJECTS[job["op"]]
     timings = []
-    for speed in subject.speeds(job["backend"], _dtype(job["dtype"]), device, tuple(job["widths"])):
+    for speed in subject.speeds(job["backend"], _multiply_as(job["dtype"]), device, tuple(job["widths"])):
         trying(f"{speed.shape} D={speed.width}")
         for ms in _where_it_fits(speed, device):
             about = {"shape": speed.shape, "width": speed.width, "similarities": speed.similarities, "ms": ms}
@@ -128,10 +128,10 @@ def _tile(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
     return try_tile(job, device)
 
 
-def _dtype(name: str) -> torch.dtype:
-    """Of a dtype class; the process then computes with float32 features as the class says."""
-    configure(float32="fp16" if name.endswith("as float16") else "torch")
-    return getattr(torch, name.split()[0])
+def _multiply_as(dtype: str) -> str:
+    """The dtype class; this process multiplies float32 features as it says from now on."""
+    configure(float32="fp16" if dtype.endswith("as float16") else "torch")
+    return dtype
 
 
 def _last_lines(text: str, count: int = 12) -> str:

@@ -130,10 +130,12 @@ def _calls(config: Config, model: DreamLIP, device: torch.device, images: int) -
     rows, columns = model.grid
     patches = torch.empty(0, device=device, dtype=torch.float32 if config.train.precision == "fp32" else torch.bfloat16)
     chunk = min(images, config.train.chunk_size or images)
-    return {
+    world = images * dist.get_world_size()
+    sigmoid = {"sigmoid_pairs": (torch.empty(0, device=device), {"M": world, "C": images * k, "D": d})}
+    return (sigmoid if config.loss.pairs == "sigmoid" else {}) | {
         "bidirectional_logsumexp": (
             torch.empty(0, device=device),
-            {"M": images * dist.get_world_size(), "C": images, "K": k, "D": d},
+            {"M": world, "C": images, "K": k, "D": d},
         ),
         "group_patches": (patches, {"N": chunk, "P": rows * columns, "K": k, "D": d}),
     }

@@ -68,7 +68,7 @@ def cases(backend, dtype, device, widths):
             f"D={d}",
             op=lambda x: (twice(x, backend),),
             oracle=lambda x: (2 * x,),
-            draw=lambda seed, d=d: (torch.randn(5, d, generator=torch.Generator().manual_seed(seed)).to(dtype),),
+            draw=lambda seed, d=d: (torch.randn(5, d, generator=torch.Generator().manual_seed(seed)),),
         )
 
 
