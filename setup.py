@@ -42,7 +42,8 @@ def extension() -> dict:
         from torch.utils import cpp_extension
     except ImportError:
         tell(
-            "torch is not importable here (build isolation), so nothing is compiled now; the C++ kernels are compiled at their first use"
+            "torch is not importable here (build isolation), so nothing is compiled now; "
+            "the C++ kernels are compiled at their first use"
         )
         return {}
     compiler = os.environ.get("CXX", "c++")

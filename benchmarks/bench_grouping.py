@@ -1,9 +1,11 @@
-"""Patch grouping at the patch grids of ViT-B/32 and B/16: eager torch (the oracle), torch.compile of it, and every backend that can run here.
+"""Patch grouping at the patch grids of ViT-B/32 and B/16: eager torch (the oracle), torch.compile of it,
+and every backend that can run here.
 
-make bench        or        pytest benchmarks/bench_grouping.py --benchmark-only --benchmark-group-by=param:shape,param:dtype,param:phase
+make bench        or pytest benchmarks/bench_grouping.py --benchmark-only
+                  --benchmark-group-by=param:shape,param:dtype,param:phase
 
-Beside the times the summary gives each one's share of the floor: the bytes that must move (patches read once forward; read once and written once
-backward) at the same run's copy rate.
+Beside the times the summary gives each one's share of the floor: the bytes that must move (patches read once forward;
+read once and written once backward) at the same run's copy rate.
 """
 
 import pytest

@@ -1,7 +1,9 @@
-"""How long, and in how much memory, ``prepare join`` matches captions with samples: ``python benchmarks/bench_join.py [ROWS]`` (the tars aside).
+"""How long, and in how much memory, ``prepare join`` matches captions with samples:
+``python benchmarks/bench_join.py [ROWS]`` (the tars aside).
 
-A CSV of ROWS captions of 1.5 KB is read, and matched by URL with ROWS samples in shards of 1000, in random order, as published tables and downloaded
-shards are; 5 % of either side have no partner. Each step runs in a process of its own, whose peak memory is printed.
+A CSV of ROWS captions of 1.5 KB is read, and matched by URL with ROWS samples in shards of 1000, in random order,
+as published tables and downloaded shards are; 5 % of either side have no partner. Each step runs in a process of its
+own, whose peak memory is printed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ import pyarrow.parquet
 from dreamlip_train.captions.table import IMAGE_COLUMN
 from dreamlip_train.prepare.join import match, stage_table
 
-WORDS = "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting white black old".split()
+WORDS = (
+    "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting "
+    "white black old"
+).split()
 
 
 def write_inputs(folder: Path, rows: int) -> None:
@@ -77,7 +82,8 @@ def main(rows: int) -> None:
         joined = measured(lambda: match(folder, "3GB"))
         size = (folder / "captions.csv").stat().st_size / 1e9
         print(
-            f"{rows} rows, {size:.2f} GB of CSV: read {read[0]:.0f} s in {read[1]:.2f} GB, join {joined[0]:.0f} s in {joined[1]:.2f} GB"
+            f"{rows} rows, {size:.2f} GB of CSV: read {read[0]:.0f} s in {read[1]:.2f} GB, "
+            f"join {joined[0]:.0f} s in {joined[1]:.2f} GB"
         )
     finally:
         shutil.rmtree(folder)

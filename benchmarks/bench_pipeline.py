@@ -1,8 +1,10 @@
-"""The input pipeline alone: photographs at a short side of 256 px with 8 of 10 sentences each, from tar shards to batches, two loader processes.
+"""The input pipeline alone: photographs at a short side of 256 px with 8 of 10 sentences each, from tar shards to
+batches, two loader processes.
 
 pytest benchmarks/bench_pipeline.py --benchmark-only
 
-today   what open_clip's training does to a sample: PIL, torchvision's float transforms and normalisation, SimpleTokenizer
+today   what open_clip's training does to a sample: PIL, torchvision's float transforms and normalisation,
+        SimpleTokenizer
 ours    dreamlip_train's loader: strict JPEG decoding, bicubic crops of uint8 pixels, CaptionTokenizer, exact resume
 """
 
@@ -22,8 +24,10 @@ K, SENTENCES, SIDE, BATCH, WORKERS = 8, 10, 256, 64, 2
 BATCHES_A_ROUND, ROUNDS = 15, 5
 PICTURES, SHARDS, A_SHARD = 400, 20, 520
 WORDS = (
-    "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting white black old wooden table window "
-    "bright sky cloud building bicycle umbrella kitchen mountain grass holding wearing striped shirt left right corner foreground background its several"
+    "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting "
+    "white black old wooden table window "
+    "bright sky cloud building bicycle umbrella kitchen mountain grass holding wearing striped shirt left right "
+    "corner foreground background its several"
 ).split()
 
 

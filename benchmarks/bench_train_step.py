@@ -2,10 +2,12 @@
 
 make bench        or        pytest benchmarks/bench_train_step.py --benchmark-only --benchmark-group-by=func,param:model
 
-today     open_clip's own towers on captions padded to 77, its ClipLoss on each of the K slots, eager patch grouping, AdamW as open_clip makes it
+today     open_clip's own towers on captions padded to 77, its ClipLoss on each of the K slots, eager patch grouping,
+          AdamW as open_clip makes it
 ours      captions packed, the fused losses, fused AdamW
 settings  the step of ours with one setting changed: what each of them is worth
-Caption lengths are those measured on human sub-captions (tests/support/caption_lengths.py). float32 on a CPU, bfloat16 autocast on a GPU.
+Caption lengths are those measured on human sub-captions (tests/support/caption_lengths.py).
+float32 on a CPU, bfloat16 autocast on a GPU.
 """
 
 import pytest
@@ -135,7 +137,9 @@ def test_setting(run, model, setting):
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("model", MODELS[:1] if DEVICE == "cpu" else MODELS[1:])
 def test_gradient_caching(run, model, chunks):
-    """train.chunk_size through the real engine: a whole step in one pass, and in four chunks that go through the towers twice."""
+    """train.chunk_size through the real engine: a whole step in one pass, and in four chunks that go through the towers
+    twice.
+    """
     pytest.importorskip("deepspeed", reason="the train extra is not installed")
     from dreamlip_train.config.run_schema import TrainConfig
     from dreamlip_train.config.schema import Config, ModelConfig
@@ -177,7 +181,9 @@ def test_optimizer_step(run, trained, fused):
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_patch_embedding(run, trained, layout):
-    """train.channels_last, by itself: pixels as the loader has them, normalised, through the first layer, forward and backward."""
+    """train.channels_last, by itself: pixels as the loader has them, normalised, through the first layer,
+    forward and backward.
+    """
     images = batch()["images"].contiguous(memory_format=torch.channels_last).to(DEVICE)
     conv = trained.clip.visual.conv1
 

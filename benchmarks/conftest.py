@@ -54,7 +54,9 @@ def copy_rate():
 
 @pytest.fixture(scope="session")
 def matmul_rate():
-    """Operations a second of a large matrix product on this device: bfloat16 on CUDA, float32 on a CPU, random values."""
+    """Operations a second of a large matrix product on this device: bfloat16 on CUDA, float32 on a CPU,
+    random values.
+    """
     size, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     seconds = []
@@ -111,7 +113,9 @@ def run(benchmark, request):
 
 
 def _peak_bytes(step) -> int:
-    """How much more memory than before ``step()`` has in use at its peak: torch's count on CUDA, the resident set seen every 2 ms on a CPU."""
+    """How much more memory than before ``step()`` has in use at its peak: torch's count on CUDA, the resident set seen
+    every 2 ms on a CPU.
+    """
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

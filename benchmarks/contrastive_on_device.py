@@ -1,8 +1,9 @@
 """Where the contrast's time goes on this machine's GPU: ``python benchmarks/contrastive_on_device.py [--profile]``.
 
 Prints, as Markdown, forward and forward + backward of the multi-positive contrast by each backend, each time's share of
-its floor (1 U forward, 4 U both ways, U = 2 N N K D operations at this run's own rate of a large bfloat16 matrix product),
-and with ``--profile`` the device's time by kernel. Well under a minute; bench_contrastive.py compares with peers.
+its floor (1 U forward, 4 U both ways, U = 2 N N K D operations at this run's own rate of a large bfloat16 matrix
+product), and with ``--profile`` the device's time by kernel. Well under a minute; bench_contrastive.py compares with
+peers.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def milliseconds(step: Callable[[], object], repeats: int) -> float:
 
 
 def rates() -> tuple[float, float]:
-    """Operations a second of an 8192 cubed bfloat16 product, bytes a second of a copy (read and written both counted)."""
+    """Operations a second of an 8192 cubed bfloat16 product, bytes a second of a copy (read and written both
+    counted).
+    """
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
@@ -87,7 +90,8 @@ def print_profile(backend: str, n: int, k: int, d: int) -> None:
     events = [event for event in recorded.key_averages() if event.device_type.name == "CUDA"]
     total, count = sum(e.self_device_time_total for e in events), sum(e.count for e in events)
     print(
-        f"\n{backend} N{n} K{k} D{d}: {total / 1e3:.2f} ms of device time in {count} launches\n\n| kernel | calls | ms |\n|---|---|---|"
+        f"\n{backend} N{n} K{k} D{d}: {total / 1e3:.2f} ms of device time in {count} launches\n\n| kernel | calls | "
+        "ms |\n|---|---|---|"
     )
     for event in sorted(events, key=lambda e: -e.self_device_time_total)[:14]:
         print(f"| {event.key[:70]} | {event.count} | {event.self_device_time_total / 1e3:.3f} |")

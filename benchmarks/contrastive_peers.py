@@ -1,8 +1,8 @@
 """What else computes a multi-positive contrastive loss: ``peer(image [N,D], text [N,K,D], scale) -> scalar``.
 
 All are the mean over K slots of a CLIP loss. Peers with 16-bit logits (eager and compiled code under autocast) are not
-of equal accuracy: the benchmark states the error of each. ``pytest benchmarks/bench_contrastive.py --peer FILE.py:NAME``
-adds a function of one's own.
+of equal accuracy: the benchmark states the error of each.
+``pytest benchmarks/bench_contrastive.py --peer FILE.py:NAME`` adds a function of one's own.
 """
 
 import importlib.util

@@ -1,4 +1,6 @@
-"""Every relative link of the Markdown pages leads to a file, and every anchor to a heading: ``python docs/check_links.py``."""
+"""Every relative link of the Markdown pages leads to a file, and every anchor to a heading:
+``python docs/check_links.py``.
+"""
 
 import re
 import sys

@@ -1,6 +1,7 @@
 """Writes docs/api.md from the docstrings, read as text (nothing is imported): ``python docs/make_api.py [--check]``.
 
-With ``--check`` it writes nothing and exits with 1 where api.md is not what the docstrings say now; ``make lint`` runs it.
+With ``--check`` it writes nothing and exits with 1 where api.md is not what the docstrings say now;
+``make lint`` runs it.
 """
 
 import argparse

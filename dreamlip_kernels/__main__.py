@@ -1,4 +1,6 @@
-"""``python -m dreamlip_kernels explain``, and ``qualify``: which code runs on this machine, and the measurement that decides it."""
+"""``python -m dreamlip_kernels explain``, and ``qualify``: which code runs on this machine, and the measurement that
+decides it.
+"""
 
 from __future__ import annotations
 

@@ -12,13 +12,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
-    """Each named (tensor, ndim) has that many dimensions and a floating dtype, and all share a device and the last dimension."""
+    """Each named (tensor, ndim) has that many dimensions and a floating dtype, and all share a device and the last
+    dimension.
+    """
     first_name, (first, _) = next(iter(features.items()))
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         for name, (tensor, _) in features.items():
             if forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError(
-                    f"{fn}: {name} carries a tangent, and forward-mode differentiation (torch.func.jvp) is not supported; "
+                    f"{fn}: {name} carries a tangent, and forward-mode differentiation (torch.func.jvp) is not "
+                    "supported; "
                     "use reverse mode: backward() or torch.autograd.grad"
                 )
     if not torch.compiler.is_compiling():
@@ -41,12 +44,15 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
             )
         if tensor.shape[-1] != first.shape[-1]:
             raise ValueError(
-                f"{fn}: {first_name} and {name} must share their last dimension D, got {tuple(first.shape)} and {tuple(tensor.shape)}"
+                f"{fn}: {first_name} and {name} must share their last dimension D, got {tuple(first.shape)} and "
+                f"{tuple(tensor.shape)}"
             )
 
 
 def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that torch promotes them to: float32 images and bfloat16 captions, as autocast gives them, meet in float32."""
+    """Both in the dtype that torch promotes them to: float32 images and bfloat16 captions, as autocast gives them,
+    meet in float32.
+    """
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
 

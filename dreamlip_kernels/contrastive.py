@@ -1,6 +1,7 @@
 """Image-text contrast with many captions an image (docs/math.md sections 1 and 2).
 
-    features -> gathered_logsumexp (images travel, one rectangle a rank, logits never stored) -> [K, n] arithmetic -> scalar
+    features -> gathered_logsumexp (images travel, one rectangle a rank, logits never stored) -> [K,
+    n] arithmetic -> scalar
 
 N images (n on this rank), K sub-captions an image, D width.
 """
@@ -32,7 +33,8 @@ def multi_positive_contrastive_loss(
 ) -> Tensor:
     """Contrast of each image with its K sub-captions against every other image's, docs/math.md eq. 5-7.
 
-    negatives="slot" equals the mean over k of K plain CLIP losses (DreamLIP); "all" puts all N*K captions into one softmax::
+    negatives="slot" equals the mean over k of K plain CLIP losses (DreamLIP); "all" puts all N*K captions into one
+    softmax::
 
         row, col = bidirectional_logsumexp(image_features, text_features.transpose(0, 1), logit_scale)   # [K, N] each
         pos = logit_scale * torch.einsum("nd,nkd->kn", image_features, text_features)
@@ -45,11 +47,13 @@ def multi_positive_contrastive_loss(
         image_features: [N, D], normalised by the caller; float32, bfloat16, float16 or float64.
         text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         logit_scale: the multiplier, 1 / temperature: pass ``logit_scale.exp()``.
-        image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are missing.
+        image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are
+            missing.
         text_mask: [N, K] bool, True where a sub-caption is present; missing ones are neither positive nor negative.
         reduction: "mean", or "none" for the [N, K] pair losses with masked entries 0 (positives="mean" only).
-        group: process group; None is the world group where one is initialised. N is then this rank's share, equal on every rank;
-            averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the single-process loss.
+        group: process group; None is the world group where one is initialised. N is then this rank's share,
+            equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
+            single-process loss.
         backend: as in ``bidirectional_logsumexp``.
 
     Returns:

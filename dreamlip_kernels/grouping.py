@@ -35,12 +35,13 @@ def group_patches(
     Equals, with ``unit(v) = v / |v|``::
 
         w = torch.einsum("nkd,npd->nkp", unit(text_features), unit(patch_features))
-        score = (w - w.amin(-1)) / (w.amax(-1) - w.amin(-1))        # "minmax"; w.softmax(-1) for "softmax"; w for "none"
+        score = (w - w.amin(-1)) / (w.amax(-1) - w.amin(-1))  # "minmax"; "softmax": w.softmax(-1); "none": w
         score = torch.where(score >= threshold, score.clamp(min=0), 0)
         return score / score.sum(-1) @ unit(patch_features)
 
-    Where nothing tells the patches apart (all similarities equal, or none reaches the threshold) the weights are uniform over the
-    valid patches and carry no gradient; an image without a valid patch gives zeros. Zero vectors stay zero and take no gradient.
+    Where nothing tells the patches apart (all similarities equal, or none reaches the threshold) the weights are
+    uniform over the valid patches and carry no gradient; an image without a valid patch gives zeros. Zero vectors stay
+    zero and take no gradient.
 
     Args:
         patch_features: [N, P, D], need not be normalised; float32, bfloat16, float16 or float64, any strides.
@@ -72,7 +73,7 @@ def patch_weights(
     normalization: str = "minmax",
     patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """The weights [N, K, P] with which ``group_patches`` pools: what each sub-caption selects. Arguments and errors as there."""
+    """The weights [N, K, P] with which ``group_patches`` pools. Arguments and errors as there."""
     _check("patch_weights", patch_features, text_features, threshold, normalization, patch_mask)
     patch_features, text_features = promoted(patch_features, text_features)
     dtype = accumulate_dtype(patch_features)
@@ -102,19 +103,23 @@ def subcaption_grouping_loss(
 ) -> Tensor:
     """Contrast of each sub-caption with its own group of patches, docs/math.md eq. 16-17.
 
-    With ``v = unit(group_patches(...))`` and ``t = unit(text_features)``: cross-entropy of ``logit_scale * v @ t.T`` against the
-    diagonal, within each image's own K sub-captions (contrast="image", the paper) or over all N*K ("batch").
+    With ``v = unit(group_patches(...))`` and ``t = unit(text_features)``: cross-entropy of
+    ``logit_scale * v @ t.T`` against the diagonal, within each image's own K sub-captions (contrast="image", the paper)
+    or over all N*K ("batch").
 
     Args:
-        patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``; but texts of another dtype than the patches'
-            (autocast towers give them) take the patches' for the pooling, and are contrasted as they are.
+        patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``; but texts of
+            another dtype than the patches' are rounded for the pooling, and contrasted as they are.
         logit_scale: the multiplier of this loss, its own or the contrastive one.
         image_mask: [N] bool, False for an image that only fills a batch: its captions are missing.
-        text_mask: [N, K] bool; missing sub-captions are out of numerator and denominator. An image with one contributes 0 within itself.
+        text_mask: [N, K] bool; missing sub-captions are out of numerator and denominator. An image with one
+            contributes 0 within itself.
         direction: "both", or "t2v" for the paper's one: each sub-caption picks its group among the groups.
-        group: as in ``multi_positive_contrastive_loss``. Patches never travel; contrast="batch" gathers the pooled [n, K, D].
-        backend: one name for both ops, which applies where an op has it: "cuda" and "cpp" choose the pooling, and leave the contrast at "auto".
-        grouping_backend, contrastive_backend: of ``group_patches``, and of ``bidirectional_logsumexp`` with contrast="batch"; None takes ``backend``.
+        group: as in ``multi_positive_contrastive_loss``. Patches never travel; contrast="batch" gathers the pooled
+            [n, K, D].
+        backend: one name for both ops, which applies where an op has it.
+        grouping_backend, contrastive_backend: of ``group_patches``, and of ``bidirectional_logsumexp`` with
+            contrast="batch"; None takes ``backend``.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs): the mean over the sub-captions present in the world.
@@ -156,7 +161,8 @@ def subcaption_grouping_loss(
         if contrast == "image":
             over_texts, over_groups = _within_image(pooled, text, scale, text_mask)
             pos = scale * (pooled * text).sum(-1)
-        else:  # every group is an image with one caption; the positives come from the op, in which they cancel before anything is rounded
+        else:
+            # Every group is an image with one caption; the positives come from the op, in which they cancel unrounded.
             flat = None if text_mask is None else text_mask.reshape(1, n * k)
             flat_row = None if flat is None else flat[0]
             groups, captions = pooled.flatten(0, 1), text.reshape(1, n * k, d)
@@ -171,7 +177,7 @@ def subcaption_grouping_loss(
 
 
 def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over texts and over groups of each image's own [K, K] logits -> two [n, K]; masked entries hold any finite value."""
+    """Log-sum-exp over texts and over groups of each image's own [K, K] logits: two [n, K], any value where masked."""
     z = scale * pooled @ text.mT
     if mask is not None:
         # A masked slot meets only itself: its own row and column stay finite, nobody else's sees it.
@@ -191,7 +197,8 @@ def _check(fn, patch_features, text_features, threshold, normalization, patch_ma
             raise ValueError(f"{fn}: {name} needs at least one {what} an image, got shape {tuple(features.shape)}")
     if patch_features.shape[2] == 0:
         raise ValueError(
-            f"{fn}: patch_features and text_features need a width D of at least 1, got shape {tuple(patch_features.shape)}"
+            f"{fn}: patch_features and text_features need a width D of at least 1, "
+            f"got shape {tuple(patch_features.shape)}"
         )
     check_mask(fn, "patch_mask", patch_mask, patch_features.shape[:2], patch_features)
     check_pooling(fn, threshold, normalization)

@@ -1,7 +1,8 @@
 """Loss modules shaped like open_clip's ClipLoss: change one line of a training loop.
 
-``ClipLoss(...)`` -> ``MultiPositiveContrastiveLoss(...)`` with text_features [N, K, D] (or [N, D]: then it equals ClipLoss),
-or ``DreamLIPLoss(...)``, which adds the sub-caption grouping term when the model also returns patch_features.
+``ClipLoss(...)`` -> ``MultiPositiveContrastiveLoss(...)`` with text_features [N, K, D] (or [N, D]:
+then it equals ClipLoss), or ``DreamLIPLoss(...)``, which adds the sub-caption grouping term when the model also returns
+patch_features.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def _check_world(name: str, rank: int, world_size: int, use_horovod: bool, group
     actual_rank, actual_size = rank_and_size(group)
     if (world_size, rank) != (1, 0) and (world_size, rank) != (actual_size, actual_rank):
         raise ValueError(
-            f"{name}: rank={rank}, world_size={world_size} were given, but torch.distributed says rank {actual_rank} of {actual_size}; "
+            f"{name}: rank={rank}, world_size={world_size} were given, but torch.distributed says rank {actual_rank} "
+            f"of {actual_size}; "
             "initialise the process group first"
         )
 
@@ -41,14 +43,24 @@ class _ClipLossArguments(nn.Module):
 class MultiPositiveContrastiveLoss(_ClipLossArguments):
     """``multi_positive_contrastive_loss`` as a drop-in for open_clip's ClipLoss.
 
-    Takes ClipLoss's positional arguments (exact over ranks whatever local_loss and gather_with_grad say) and, by keyword,
-    negatives, positives, group and backend of the function. With text_features [N, D] it equals ClipLoss.
+    Takes ClipLoss's positional arguments (exact over ranks whatever local_loss and gather_with_grad say) and,
+    by keyword, negatives, positives, group and backend of the function. With text_features [N, D] it equals ClipLoss.
     """
 
     def __init__(
-        self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
-        *, negatives: str = "slot", positives: str = "mean", group: Group = None, backend: str = "auto",
-    ):  # fmt: skip
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+        *,
+        negatives: str = "slot",
+        positives: str = "mean",
+        group: Group = None,
+        backend: str = "auto",
+    ):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
         name = type(self).__name__
         check_options(name, negatives, positives)
@@ -69,24 +81,32 @@ class MultiPositiveContrastiveLoss(_ClipLossArguments):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features [N,D], text_features [N,K,D] or [N,D], image_mask [N] and text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}.
+        """image_features [N,D], text_features [N,K,D] or [N,D], image_mask [N] and text_mask [N,K] bool -> scalar,
+        or {"contrastive_loss": scalar}.
 
         logit_bias is accepted and has no effect: a constant added to every logit cancels in a softmax.
         """
         if text_features.ndim == 2:
             text_features = text_features[:, None]
         loss = multi_positive_contrastive_loss(
-            image_features, text_features, logit_scale,
-            image_mask=image_mask, text_mask=text_mask, negatives=self.negatives, positives=self.positives, group=self.group, backend=self.backend,
-        )  # fmt: skip
+            image_features,
+            text_features,
+            logit_scale,
+            image_mask=image_mask,
+            text_mask=text_mask,
+            negatives=self.negatives,
+            positives=self.positives,
+            group=self.group,
+            backend=self.backend,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class MultiPositiveSigmoidLoss(nn.Module):
     """``multi_positive_sigmoid_loss`` as a drop-in for open_clip's SigLipLoss.
 
-    Takes SigLipLoss's positional arguments (the collectives are the same whatever dist_impl says) and, by keyword, group and
-    backend of the function. With text_features [N, D] it equals SigLipLoss.
+    Takes SigLipLoss's positional arguments (the collectives are the same whatever dist_impl says) and, by keyword,
+    group and backend of the function. With text_features [N, D] it equals SigLipLoss.
     """
 
     def __init__(
@@ -115,7 +135,8 @@ class MultiPositiveSigmoidLoss(nn.Module):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features [N,D], text_features [N,K,D] or [N,D], image_mask [N] and text_mask [N,K] bool -> scalar, or {"contrastive_loss": scalar}.
+        """image_features [N,D], text_features [N,K,D] or [N,D], image_mask [N] and text_mask [N,K] bool -> scalar,
+        or {"contrastive_loss": scalar}.
 
         No bias is a bias of 0.
         """
@@ -135,13 +156,28 @@ class MultiPositiveSigmoidLoss(nn.Module):
 
 
 class SubcaptionGroupingLoss(_ClipLossArguments):
-    """``subcaption_grouping_loss`` as a module; takes ClipLoss's positional arguments and the function's options by keyword."""
+    """``subcaption_grouping_loss`` as a module; takes ClipLoss's positional arguments and the function's options by
+    keyword.
+    """
 
     def __init__(
-        self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
-        *, threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
-        group: Group = None, backend: str = "auto", grouping_backend: str | None = None, contrastive_backend: str | None = None,
-    ):  # fmt: skip
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+        *,
+        threshold: float | None = None,
+        normalization: str = "minmax",
+        contrast: str = "image",
+        direction: str = "both",
+        group: Group = None,
+        backend: str = "auto",
+        grouping_backend: str | None = None,
+        contrastive_backend: str | None = None,
+    ):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
         name = type(self).__name__
         check_pooling(name, threshold, normalization)
@@ -169,7 +205,9 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
         text_mask: Tensor | None = None,
         patch_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """patch_features [N,P,D], text_features [N,K,D], masks [N], [N,K] and [N,P] bool -> scalar, or {"grouping_loss": scalar}."""
+        """patch_features [N,P,D], text_features [N,K,D], masks [N], [N,K] and [N,P] bool -> scalar,
+        or {"grouping_loss": scalar}.
+        """
         loss = subcaption_grouping_loss(
             patch_features,
             text_features,
@@ -186,28 +224,48 @@ class SubcaptionGroupingLoss(_ClipLossArguments):
 class DreamLIPLoss(_ClipLossArguments):
     """``mpcl_weight * multi-positive contrast + grouping_weight * sub-caption grouping``, docs/math.md eq. 18.
 
-    Takes ClipLoss's positional arguments and, by keyword, the options of both functions; threshold, normalization, contrast and
-    direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss as the contrast, where negatives and positives have no meaning.
-    ``contrastive_backend`` and ``grouping_backend`` name the backend of each op; ``backend`` is the shorthand for both, which applies where an op has it
-    ("cuda" and "cpp" choose the pooling and leave the contrast at "auto").
+    Takes ClipLoss's positional arguments and, by keyword, the options of both functions;
+    threshold, normalization, contrast and direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss
+    as the contrast, where negatives and positives have no meaning. ``contrastive_backend`` and ``grouping_backend``
+    name the backend of each op; ``backend`` is the shorthand for both, which applies where an op has it ("cuda" and
+    "cpp" choose the pooling and leave the contrast at "auto").
     """
 
     def __init__(
-        self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False,
-        *, mpcl_weight: float = 1.0, grouping_weight: float = 1.0, negatives: str = "slot", positives: str = "mean",
-        pairs: str = "softmax", threshold: float | None = None, normalization: str = "minmax", contrast: str = "image", direction: str = "both",
-        group: Group = None, backend: str = "auto", contrastive_backend: str | None = None, grouping_backend: str | None = None,
-    ):  # fmt: skip
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+        *,
+        mpcl_weight: float = 1.0,
+        grouping_weight: float = 1.0,
+        negatives: str = "slot",
+        positives: str = "mean",
+        pairs: str = "softmax",
+        threshold: float | None = None,
+        normalization: str = "minmax",
+        contrast: str = "image",
+        direction: str = "both",
+        group: Group = None,
+        backend: str = "auto",
+        contrastive_backend: str | None = None,
+        grouping_backend: str | None = None,
+    ):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
         if mpcl_weight < 0 or grouping_weight < 0 or mpcl_weight + grouping_weight == 0:
             raise ValueError(
-                f"DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, got {mpcl_weight} and {grouping_weight}"
+                "DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, "
+                f"got {mpcl_weight} and {grouping_weight}"
             )
         self.mpcl_weight, self.grouping_weight = mpcl_weight, grouping_weight
         check_choice("DreamLIPLoss", "pairs", pairs, ("softmax", "sigmoid"))
         if pairs == "sigmoid" and (negatives, positives) != ("slot", "mean"):
             raise ValueError(
-                f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with pairs='sigmoid'; leave them out"
+                f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with "
+                "pairs='sigmoid'; leave them out"
             )
         op = "sigmoid_pairs" if pairs == "sigmoid" else "bidirectional_logsumexp"
         of_pairs = dispatch.requested("DreamLIPLoss", op, contrastive_backend, backend)
@@ -267,10 +325,12 @@ class DreamLIPLoss(_ClipLossArguments):
         elif self.grouping_weight > 0:
             if not terms:
                 raise ValueError(
-                    "DreamLIPLoss: patch_features is None and mpcl_weight is 0, so there is no loss; pass patch_features [N, P, D]"
+                    "DreamLIPLoss: patch_features is None and mpcl_weight is 0, so there is no loss; "
+                    "pass patch_features [N, P, D]"
                 )
             warnings.warn(
-                "DreamLIPLoss: no patch_features were passed, so the grouping term is off; pass patch_features=[N, P, D], "
+                "DreamLIPLoss: no patch_features were passed, so the grouping term is off; pass patch_features=[N, P, "
+                "D], "
                 "or grouping_weight=0 if that is meant",
                 stacklevel=2,
             )

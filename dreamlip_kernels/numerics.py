@@ -1,4 +1,6 @@
-"""Conventions of number that ops and losses share: what sums are kept in, a vector without a direction, and when values count as equal."""
+"""Conventions of number that ops and losses share: what sums are kept in, a vector without a direction,
+and when values count as equal.
+"""
 
 from __future__ import annotations
 
@@ -31,5 +33,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def flat_tolerance(dtype: torch.dtype) -> float:
-    """Similarities whose range is no larger than this are all equal up to rounding: 32 ulp of one, in at least float32."""
+    """Similarities whose range is no larger than this are all equal up to rounding: 32 ulp of one,
+    in at least float32.
+    """
     return 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps

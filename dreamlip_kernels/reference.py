@@ -1,4 +1,5 @@
-"""The oracle: every op and loss of this package in plain torch, for any dtype. The specification; a definition changes here first.
+"""The oracle: every op and loss of this package in plain torch, for any dtype. The specification;
+a definition changes here first.
 
 Nothing here is fast and everything is materialised. It computes in the dtype it is given, so float64 inputs give the
 gold values of the tests and 16-bit inputs show what eager code of that dtype loses.
@@ -17,7 +18,8 @@ def bidirectional_logsumexp(
 ):
     """Row and column log-sum-exp of ``z = scale * einsum("md,kcd->kmc", x, y)``, eq. 1-2.
 
-    x [M,D], y [K,C,D], y_mask [K,C] and x_mask [M] bool (False drops the column or row: its logits are -inf) -> row [K,M], col [K,C].
+    x [M,D], y [K,C,D], y_mask [K,C] and x_mask [M] bool (False drops the column or row:
+    its logits are -inf) -> row [K,M], col [K,C].
     """
     z = scale * torch.einsum("md,kcd->kmc", x, y)
     if y_mask is not None:
@@ -38,7 +40,9 @@ def multi_positive_contrastive_loss(
     positives: str = "mean",
     reduction: str = "mean",
 ) -> Tensor:
-    """Multi-positive image-text contrast, eq. 5-7. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar, or [N,K]."""
+    """Multi-positive image-text contrast, eq. 5-7. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar,
+    or [N,K].
+    """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
     image_features = _without_masked(image_features, image_mask)
     text_features = _without_masked(text_features, text_mask)
@@ -67,7 +71,9 @@ def multi_positive_sigmoid_loss(
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
 ) -> Tensor:
-    """Every image-caption pair as a question of its own, eq. 19. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar."""
+    """Every image-caption pair as a question of its own, eq. 19. images [N,D], texts [N,K,D], text_mask [N,K] bool ->
+    scalar.
+    """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
     image_features = _without_masked(image_features, image_mask)
     text_features = _without_masked(text_features, text_mask)
@@ -88,10 +94,11 @@ def patch_weights(
     normalization: str = "minmax",
     patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """The weight of each patch in each sub-caption's group, eq. 9-11. patches [N,P,D], texts [N,K,D], patch_mask [N,P] bool -> [N,K,P].
+    """The weight of each patch in each sub-caption's group, eq. 9-11. patches [N,P,D], texts [N,K,D],
+    patch_mask [N,P] bool -> [N,K,P].
 
-    Rows sum to one. Where nothing distinguishes the patches (all similarities equal, or none kept) the weights are uniform over
-    the valid patches and carry no gradient; an image without a valid patch has zero weights.
+    Rows sum to one. Where nothing distinguishes the patches (all similarities equal, or none kept) the weights are
+    uniform over the valid patches and carry no gradient; an image without a valid patch has zero weights.
     """
     patch_features = _without_masked(patch_features, patch_mask)
     w = torch.einsum("nkd,npd->nkp", unit(text_features), unit(patch_features))
@@ -117,7 +124,9 @@ def patch_weights(
 def group_patches(
     patch_features: Tensor, text_features: Tensor, *, patch_mask: Tensor | None = None, **options
 ) -> Tensor:
-    """``patch_weights(...) @ unit(patch_features)``: one embedding per sub-caption, eq. 12 -> [N,K,D], not normalized."""
+    """``patch_weights(...) @ unit(patch_features)``: one embedding per sub-caption, eq.
+    12 -> [N,K,D], not normalized.
+    """
     patch_features = _without_masked(patch_features, patch_mask)
     return patch_weights(patch_features, text_features, patch_mask=patch_mask, **options) @ unit(patch_features)
 
@@ -176,7 +185,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 def flat_tolerance(dtype: torch.dtype) -> float:
-    """Similarities whose range is no larger than this are all equal up to rounding: 32 ulp of one, in at least float32."""
+    """Similarities whose range is no larger than this are all equal up to rounding: 32 ulp of one,
+    in at least float32.
+    """
     return 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 

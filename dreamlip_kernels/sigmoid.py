@@ -1,4 +1,5 @@
-"""The sigmoid loss with many positives an image (docs/math.md section 4): every image-caption pair is a yes-or-no question of its own.
+"""The sigmoid loss with many positives an image (docs/math.md section 4): every image-caption pair is a yes-or-no
+question of its own.
 
     features -> all_gather_rows (images travel) -> sigmoid_pairs (one rectangle, logits never stored) -> scalar
 
@@ -42,18 +43,21 @@ def multi_positive_sigmoid_loss(
         sign = 2 * torch.eye(N)[:, :, None] - 1
         loss = -F.logsigmoid(sign * z).sum() / (N * K)
 
-    With K = 1 it is SigLIP's (Zhai et al., 2023); with K captions the multi-positive sigmoid loss of FLAIR (Xiao et al., 2025). Differentiable once in
-    features, scale and bias; what needs no gradient costs none.
+    With K = 1 it is SigLIP's (Zhai et al., 2023); with K captions the multi-positive sigmoid loss of FLAIR (Xiao et
+    al., 2025). Differentiable once in features, scale and bias; what needs no gradient costs none.
 
     Args:
         image_features: [N, D], normalised by the caller; float32, bfloat16, float16 or float64.
         text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         logit_scale: the multiplier: pass ``logit_scale.exp()``.
-        logit_bias: added to every logit, a float or a tensor of one value; SigLIP starts it at -10, for nearly all pairs are negatives.
-        image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are missing.
+        logit_bias: added to every logit, a float or a tensor of one value; SigLIP starts it at -10,
+            for nearly all pairs are negatives.
+        image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are
+            missing.
         text_mask: [N, K] bool, True where a sub-caption is present; the mean is over those.
-        group: process group; None is the world group where one is initialised. N is then this rank's share, equal on every rank;
-            averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the single-process loss.
+        group: process group; None is the world group where one is initialised. N is then this rank's share,
+            equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
+            single-process loss.
         backend: "auto" or one that ``explain()`` lists for sigmoid_pairs.
 
     Returns:

@@ -1,7 +1,8 @@
 """A loss of one's own, checked and timed beside this library's.
 
 python examples/compare_kernels.py
-pytest benchmarks/bench_contrastive.py --benchmark-only -k "N512-K8 or my_loss" --peer examples/compare_kernels.py:my_loss
+pytest benchmarks/bench_contrastive.py --benchmark-only -k "N512-K8 or my_loss" --peer
+examples/compare_kernels.py:my_loss
 """
 
 import time

@@ -2,7 +2,8 @@
 
     python examples/train_on_own_images.py
 
-With your own images the first three lines of ``main`` go, ``demo`` becomes ``cc3m_vitb16``, and the steps stay the recipe's.
+With your own images the first three lines of ``main`` go, ``demo`` becomes ``cc3m_vitb16``, and the steps stay the
+recipe's.
 """
 
 import csv

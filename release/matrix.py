@@ -1,7 +1,8 @@
 """The kernels' tests under every version that the metadata promises: ``python release/matrix.py [--torch 2.6 ...]``.
 
 For each Python that this machine has (3.11 and newer), each torch and each numpy that goes with it: an environment of
-its own under build/matrix, the package built into it, ``pytest tests/kernels``. Prints a Markdown table (docs/versions.md).
+its own under build/matrix, the package built into it, ``pytest tests/kernels``. Prints a Markdown table
+(docs/versions.md).
 """
 
 import argparse

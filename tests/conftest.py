@@ -25,7 +25,8 @@ def poisoned_empties():
     torch.use_deterministic_algorithms(False)
 
 
-# Files that take half a minute and more come first: two processes share the files, and neither should end with a long one.
+# Files that take half a minute and more come first: two processes share the files, and neither should end with a long
+# one.
 _LONG = (
     "test_two_ranks",
     "test_train",

@@ -1,6 +1,7 @@
 """Small JSON files that outlive the process: whole or absent, in the user's cache folder, safe for several processes.
 
-DREAMLIP_CACHE_DIR, else the user's cache folder -> a folder of the user's own among the temporary files -> this process's memory, with one warning
+DREAMLIP_CACHE_DIR, else the user's cache folder -> a folder of the user's own among the temporary files -> this
+process's memory, with one warning
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def folders() -> list[Path]:
 
 
 def read(name: str) -> tuple[Any, str] | None:
-    """(content, where it was) of the first file ``name`` that is whole and the user's own; one that is neither is skipped with a warning."""
+    """(content, where it was) of the first file ``name`` that is whole and the user's own;
+    one that is neither is skipped with a warning.
+    """
     for folder in folders():
         path = folder / name
         try:
@@ -59,7 +62,9 @@ def write(name: str, content: Any) -> str:
 
 
 def write_file(path: Path, content: Any) -> None:
-    """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is there whole."""
+    """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is
+    there whole.
+    """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -71,7 +76,9 @@ def write_file(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def lock(name: str) -> Iterator[None]:
-    """One process at a time, as far as the system can lock files in the cache folder; it ends with the process that holds it."""
+    """One process at a time, as far as the system can lock files in the cache folder;
+    it ends with the process that holds it.
+    """
     with contextlib.ExitStack() as held:
         for folder in folders():
             try:

@@ -1,6 +1,8 @@
-"""Which backend runs an op: an explicit request works or raises; "auto" takes what was proved right and fastest here, and says once what and why.
+"""Which backend runs an op: an explicit request works or raises; "auto" takes what was proved right and fastest here,
+and says once what and why.
 
-"auto" takes, first of these that can run the call: what this process pinned; the order of the device's verdict (verdicts.py); the order of ``_BACKENDS``.
+"auto" takes, first of these that can run the call: what this process pinned; the order of the device's verdict
+(verdicts.py); the order of ``_BACKENDS``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from .settings import settings
 
 logger = logging.getLogger("dreamlip_kernels")
 
-# Looked up here, since torch.compile would not trace it. torch 2.10 is the first whose addmm adds 16-bit products to a float32 matrix.
+# Looked up here, since torch.compile would not trace it. torch 2.10 is the first whose addmm adds 16-bit products to a
+# float32 matrix.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TORCH_SUFFICES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
@@ -29,8 +32,9 @@ _TORCH_SUFFICES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 class Case(NamedTuple):
     """What a call asks of a backend.
 
-    ``sizes`` holds what is known of the op's shape by the letters of its docstring, such as ``{"N": 256, "P": 196, "K": 8, "D": 512}``; it is empty where
-    nobody knows yet, and a check then answers for the sizes that can run.
+    ``sizes`` holds what is known of the op's shape by the letters of its docstring, such as
+    ``{"N": 256, "P": 196, "K": 8, "D": 512}``; it is empty where nobody knows yet, and a check then answers for the
+    sizes that can run.
     """
 
     device: torch.device
@@ -84,8 +88,9 @@ def _cpp(case: Case, build: bool = False) -> str | None:
     return extension.why_not("cpu", build)
 
 
-# For each op, its backends in the order in which "auto" takes them where there is no verdict on the device, with the test that says whether one can run.
-# cpp comes first since it has been timed on many CPUs; triton and cuda come after torch: what no one has qualified on a device does not run there.
+# For each op, its backends in the order in which "auto" takes them where there is no verdict on the device,
+# with the test that says whether one can run. cpp comes first since it has been timed on many CPUs;
+# triton and cuda come after torch: what no one has qualified on a device does not run there.
 _BACKENDS: dict[str, dict[str, _Check]] = {
     "bidirectional_logsumexp": {"torch": _always, "triton": _triton, "cuda": _cuda},
     "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton_pool, "cuda": _cuda_pool},
@@ -107,7 +112,8 @@ def ops() -> tuple[str, ...]:
 
 
 def requested(fn: str, op: str, own: str | None, shorthand: str) -> str:
-    """The backend that a caller with one name for several ops asks of ``op``: its ``own`` name, else the shorthand where ``op`` has it, else "auto".
+    """The backend that a caller with one name for several ops asks of ``op``: its ``own`` name, else the shorthand
+    where ``op`` has it, else "auto".
 
     Raises:
         ValueError: no op has a backend of that name, or ``op`` has none of its own name.
@@ -123,7 +129,9 @@ def requested(fn: str, op: str, own: str | None, shorthand: str) -> str:
 
 
 def pin(op: str, backend: str | None) -> None:
-    """From now on "auto" takes ``backend`` for ``op`` in this process wherever it can run; None takes the pin out. What a resumed run needs."""
+    """From now on "auto" takes ``backend`` for ``op`` in this process wherever it can run; None takes the pin out.
+    What a resumed run needs.
+    """
     if backend is None:
         _pinned.pop(op, None)
     elif backend in _BACKENDS[op]:
@@ -136,10 +144,12 @@ def select(op: str, x: Tensor, requested: str = "auto", **sizes: int) -> str:
     """The name of the backend that runs ``op`` on tensors like ``x``.
 
     Args:
-        sizes: the op's shape by the letters of its docstring: M, C, K, D of ``bidirectional_logsumexp``; N, P, K, D of ``group_patches``.
+        sizes: the op's shape by the letters of its docstring: M, C, K, D of ``bidirectional_logsumexp``;
+            N, P, K, D of ``group_patches``.
 
     Raises:
-        ValueError: no such backend for this op.  RuntimeError: the requested backend cannot run here, or not at these sizes.
+        ValueError: no such backend for this op.  RuntimeError: the requested backend cannot run here,
+                                                  or not at these sizes.
     """
     checks, case = _BACKENDS[op], Case(x.device, x.dtype, sizes)
     if requested != "auto":
@@ -182,7 +192,8 @@ def _plan(op: str, device: torch.device, dtype: torch.dtype, float32: str, compi
     return verdicts.plan(op, device, dtype, float32)
 
 
-# torch.compile then calls it while tracing and keeps what it returns. What torch.compiler.assume_constant_result does, which would import all of dynamo.
+# torch.compile then calls it while tracing and keeps what it returns. What torch.compiler.assume_constant_result does,
+# which would import all of dynamo.
 _plan._dynamo_marked_constant = True
 
 

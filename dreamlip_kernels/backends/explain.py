@@ -9,7 +9,9 @@ from .verdicts import Record
 
 
 def explain() -> str:
-    """A table of every op and backend: whether it can run on each device type here, and why not; then the verdicts on these devices."""
+    """A table of every op and backend: whether it can run on each device type here, and why not;
+    then the verdicts on these devices.
+    """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     rows = [("op", "backend", "device", "runs", "why not")]
@@ -63,7 +65,8 @@ def _rates(record: Record) -> str:
     rates = record.rates
     if not rates:
         return "nothing was timed"
-    return f"matrix products {rates['flops'] / 1e12:.3g} TFLOP/s, copies {rates['bytes'] / 1e9:.0f} GB/s; times are forward + backward, with masks"
+    products, copies = rates["flops"] / 1e12, rates["bytes"] / 1e9
+    return f"matrix products {products:.3g} TFLOP/s, copies {copies:.0f} GB/s; times are forward + backward, with masks"
 
 
 def columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -20,7 +20,9 @@ CODE = ("device", "capability", "triton", "sources")
 
 @functools.cache
 def identity(device: torch.device) -> dict[str, str | int]:
-    """Device name, capability and processors, driver, torch, CUDA, Triton, this package, what csrc/ was built for, and a hash of the kernel sources."""
+    """Device name, capability and processors, driver, torch, CUDA, Triton, this package, what csrc/ was built for,
+    and a hash of the kernel sources.
+    """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         what = {
@@ -41,7 +43,9 @@ def identity(device: torch.device) -> dict[str, str | int]:
 
 
 def file_name(device: torch.device) -> str:
-    """The name of the file that holds the verdict on ``device``: readable, and different wherever the identity differs."""
+    """The name of the file that holds the verdict on ``device``: readable, and different wherever the identity
+    differs.
+    """
     parts = identity(device)
     digest = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
     return f"{re.sub('[^A-Za-z0-9]+', '-', str(parts['device'])).strip('-')[:60]}-{digest}.json"
@@ -49,7 +53,9 @@ def file_name(device: torch.device) -> str:
 
 @functools.cache
 def source_hash() -> str:
-    """Of every file that a kernel's result or speed can depend on: the ops with their numerics, and csrc/ where it is installed."""
+    """Of every file that a kernel's result or speed can depend on: the ops with their numerics, and csrc/ where it is
+    installed.
+    """
     package = Path(__file__).parents[1]
     files = [*sorted((package / "ops").rglob("*.py")), package / "numerics.py"]
     csrc = extension.sources()

@@ -1,4 +1,6 @@
-"""What a program may set once for all calls: how much memory the ops work in, and how float32 features are multiplied."""
+"""What a program may set once for all calls: how much memory the ops work in, and how float32 features are
+multiplied.
+"""
 
 from __future__ import annotations
 

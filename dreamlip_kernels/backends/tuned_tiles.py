@@ -1,4 +1,6 @@
-"""The tiles that ``qualify(tune=True)`` found fastest on a device, which the kernels take before those of their tables."""
+"""The tiles that ``qualify(tune=True)`` found fastest on a device, which the kernels take before those of their
+tables.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _instead: Tiles | None = None
 
 
 def tuned_tile(kernel: str, element_bytes: int, arch: int, width: int) -> tuple[int, ...] | None:
-    """The tuned tile of ``kernel`` at the nearest width on the current CUDA device, if that is of this architecture (10 * major + minor), or None."""
+    """The tuned tile of ``kernel`` at the nearest width on the current CUDA device, if that is of this architecture
+    (10 * major + minor), or None.
+    """
     tiles = _instead if _instead is not None else _of_current_device(arch)
     by_width = tiles.get(f"{kernel} {element_bytes}")
     return tuple(by_width[min(by_width, key=lambda w: abs(int(w) - width))]) if by_width else None

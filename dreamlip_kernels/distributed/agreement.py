@@ -1,8 +1,10 @@
-"""Whether all ranks hold the same shapes, and which backend they take: asked before their first collective, for no rank can know it alone.
+"""Whether all ranks hold the same shapes, and which backend they take: asked before their first collective,
+for no rank can know it alone.
 
 Collectives on unequal sizes hang or return garbage. DREAMLIP_CHECK says how often ranks compare:
 
-    shapes   (the default) at each shape that a rank has not met before, through the process group's store: no device waits, and a step of
+    shapes   (the default) at each shape that a rank has not met before, through the process group's store:
+             no device waits, and a step of
              known shapes compares nothing
     always   at each call, by a collective whose result is read on the host
     never
@@ -53,10 +55,11 @@ def agreement_sizes(text_features: Tensor, image_mask: Tensor | None, text_mask:
 def check_agreement(
     fn: str, sizes: dict[str, int], device: torch.device, group: Group = None, *, backend: str = "torch"
 ) -> str:
-    """Raise ValueError on every rank unless all ranks hold the same sizes; return ``backend`` where all ranks chose that one, else "torch".
+    """Raise ValueError on every rank unless all ranks hold the same sizes; return ``backend`` where all ranks chose
+    that one, else "torch".
 
-    Ranks choose by the verdicts on their own machines: one that has none decides for all. How often ranks compare is said above; in torch.compile and
-    while a CUDA graph is captured they don't.
+    Ranks choose by the verdicts on their own machines: one that has none decides for all.
+    How often ranks compare is said above; in torch.compile and while a CUDA graph is captured they don't.
     """
     if torch.compiler.is_compiling() or rank_and_size(group)[1] == 1:
         return backend
@@ -81,14 +84,17 @@ def _compared(fn: str, sizes: dict[str, int], by_rank: list[list], group: Group,
     for name, column in zip(sizes, columns, strict=True):
         if len(set(column)) > 1:
             raise ValueError(
-                f"{fn}: {name} must be the same on every rank, got {list(column)} by rank (this is rank {rank_and_size(group)[0]}); "
+                f"{fn}: {name} must be the same on every rank, got {list(column)} by rank (this is rank "
+                f"{rank_and_size(group)[0]}); "
                 "drop or pad the last partial batch"
             )
     return backend if len(set(backends)) == 1 else "torch"
 
 
 def _by_collective(sizes: dict[str, int], backend: str, device: torch.device, group: Group) -> list[list]:
-    """Sizes and backend of every rank, as integers. Where the group connects CPUs too they go that way, and no device is waited for."""
+    """Sizes and backend of every rank, as integers. Where the group connects CPUs too they go that way,
+    and no device is waited for.
+    """
     numbers = [*sizes.values(), int.from_bytes(backend.encode()[:7], "big")]
     on_cpu = "cpu:" in dist.get_backend_config(group)
     mine = torch.tensor(numbers, dtype=torch.int64, device="cpu" if on_cpu else device)
@@ -108,7 +114,9 @@ def _by_store(fn: str, sizes: dict[str, int], backend: str, call: int, group: Gr
     except RuntimeError as error:  # DistStoreError, of the store's timeout
         missing = [r for r, key in enumerate(keys) if not store.check([key])]
         raise RuntimeError(
-            f"{fn}: rank {rank} met new shapes, {sizes}, at call {call} of the losses, and ranks {missing} did not within "
-            f"{LONGEST_WAIT.total_seconds():.0f} s: they hold other shapes, or stopped. Drop or pad the last partial batch"
+            f"{fn}: rank {rank} met new shapes, {sizes}, at call {call} of the losses, and ranks {missing} did not "
+            "within "
+            f"{LONGEST_WAIT.total_seconds():.0f} s: they hold other shapes, or stopped. Drop or pad the last partial "
+            "batch"
         ) from error
     return [json.loads(store.get(key)) for key in keys]

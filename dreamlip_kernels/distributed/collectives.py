@@ -1,7 +1,7 @@
 """The collectives of a loss over many ranks: images travel, captions stay (docs/math.md section 2).
 
-Each rank computes one rectangle, all images x its own captions, so that every logit of the global matrix exists once in the
-world. With one process, every function here is the identity and issues no collective.
+Each rank computes one rectangle, all images x its own captions, so that every logit of the global matrix exists once in
+the world. With one process, every function here is the identity and issues no collective.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
 
 
 def all_gather_rows(x: Tensor, group: Group = None) -> Tensor:
-    """x [n, ...] of every rank concatenated in rank order -> [W*n, ...]; its gradient is summed over ranks and returned to the owner."""
+    """x [n, ...] of every rank concatenated in rank order -> [W*n, ...]; its gradient is summed over ranks and returned
+    to the owner.
+    """
     return x if rank_and_size(group)[1] == 1 else _AllGatherRows.apply(x, group)
 
 
 def reduce_scatter_logsumexp(partial: Tensor, group: Group = None) -> Tensor:
     """``logsumexp`` over ranks of partial [K, W*n], of the columns this rank owns -> [K, n].
 
-    One all-to-all of [K, W*n] each way: an owner sees every rank's part, so the sum is exact at any scale without a maximum agreed on first, and the owner
-    knows what each rank's gradient is.
+    One all-to-all of [K, W*n] each way: an owner sees every rank's part, so the sum is exact at any scale without a
+    maximum agreed on first, and the owner knows what each rank's gradient is.
     """
     return partial if rank_and_size(group)[1] == 1 else _ReduceScatterLogsumexp.apply(partial, group)
 
@@ -46,7 +48,9 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
 
 
 def of_present_images(image_mask: Tensor | None, mask: Tensor | None, count: int) -> Tensor | None:
-    """Which sub-captions or patches count [n, count], of image_mask [n] and their own mask: those that are there, of images that are."""
+    """Which sub-captions or patches count [n, count], of image_mask [n] and their own mask:
+    those that are there, of images that are.
+    """
     if image_mask is None:
         return mask
     of_images = image_mask[:, None].expand(-1, count)
@@ -54,7 +58,9 @@ def of_present_images(image_mask: Tensor | None, mask: Tensor | None, count: int
 
 
 def global_mean(terms: Tensor, mask: Tensor | None, group: Group = None) -> Tensor:
-    """This rank's part of the mean of masked ``terms`` over the world: the parts average to exactly that mean (eq. 8)."""
+    """This rank's part of the mean of masked ``terms`` over the world: the parts average to exactly that mean (eq.
+    8).
+    """
     if mask is None:
         return terms.sum() / max(terms.numel(), 1)
     count = all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)

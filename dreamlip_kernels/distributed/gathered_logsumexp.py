@@ -1,9 +1,12 @@
-"""The bidirectional log-sum-exp over ranks: images travel, captions stay, and neither way is waited for where there is work (docs/math.md section 2).
+"""The bidirectional log-sum-exp over ranks: images travel, captions stay, and neither way is waited for where there is
+work (docs/math.md section 2).
 
-    forward   gather the images || this rank's images x its captions; then the others' images x its captions; row sums over ranks
+    forward   gather the images || this rank's images x its captions; then the others' images x its captions;
+              row sums over ranks
     backward  a stretch of every rank's rows at a time: its gradient, whose sum over ranks travels || the next stretch's
 
-With one process it is ``bidirectional_logsumexp`` and issues no collective. n images a rank, N = n * ranks, K slots, D width.
+With one process it is ``bidirectional_logsumexp`` and issues no collective. n images a rank, N = n * ranks, K slots,
+D width.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ STRETCHES, ROWS_A_STRETCH = 4, 4096
 def gathered_logsumexp(
     x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, backend: str, group: Group = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """row [K, n] of this rank's x [n, D] over the world's columns, col [K, n] of its y [K, n, D] over the world's rows, and the logits pos [K, n] of (j, j)."""
+    """row [K, n] of this rank's x [n, D] over the world's columns, col [K, n] of its y [K, n, D] over the world's rows,
+    and the logits pos [K, n] of (j, j).
+    """
     if rank_and_size(group)[1] == 1:
         return logsumexp(x, y, scale, x_mask, y_mask, paired=True, backend=backend)
     x_mask = None if x_mask is None else all_gather_rows(x_mask, group)

@@ -44,7 +44,8 @@ def accept_sub_captions(model: nn.Module, *, patches: bool = True) -> nn.Module:
             )
         if getattr(visual, "final_ln_after_pool", False):
             raise ValueError(
-                "accept_sub_captions: this visual tower has final_ln_after_pool, so its patch tokens are not normalized; "
+                "accept_sub_captions: this visual tower has final_ln_after_pool, so its patch tokens are not "
+                "normalized; "
                 "pass patches=False"
             )
         visual.output_tokens = True

@@ -11,7 +11,8 @@ from ..contrastive import multi_positive_contrastive_loss
 
 
 class MultiPositiveRankingLoss(nn.Module):
-    """Multi-positive contrast of column 0 with columns 1 to K: each anchor picks its K positives, each positive its anchor.
+    """Multi-positive contrast of column 0 with columns 1 to K: each anchor picks its K positives,
+    each positive its anchor.
 
     With ``a`` [N, D] and ``p`` [N, K, D] the unit embeddings of anchor and positives:
     ``dk.multi_positive_contrastive_loss(a, p, scale)``. With K = 1 it is the symmetric in-batch negatives loss.

@@ -20,7 +20,9 @@ def split_sentences(caption: str) -> list[str]:
 
 
 def draw(sentences: Sequence[str], k: int) -> list[str]:
-    """At most ``k`` of them, without replacement, by torch's random state (a data loader's workers each have their own)."""
+    """At most ``k`` of them, without replacement, by torch's random state (a data loader's workers each have their
+    own).
+    """
     if len(sentences) <= k:
         return list(sentences)
     return [sentences[i] for i in torch.randperm(len(sentences))[:k].tolist()]
@@ -75,6 +77,8 @@ def text_mask(tokens: Tensor) -> Tensor:
 
 
 def mean_of_sub_captions(features: Tensor, mask: Tensor) -> Tensor:
-    """One unit vector per caption, [N, D]: the mean of its unit sub-caption features [N, K, D] where mask [N, K] is set."""
+    """One unit vector per caption, [N, D]: the mean of its unit sub-caption features [N, K, D] where mask [N,
+    K] is set.
+    """
     kept = torch.where(mask[..., None], features, 0)
     return torch.nn.functional.normalize(kept.sum(-2), dim=-1)

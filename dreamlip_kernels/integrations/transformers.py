@@ -20,7 +20,8 @@ from .sub_captions import draw, mean_of_sub_captions, split_sentences
 
 
 class SubCaptionCollator:
-    """[{"image": picture, "text": caption}, ..] -> pixel_values [N, C, H, W], input_ids and attention_mask [N, K, L], text_mask [N, K].
+    """[{"image": picture, "text": caption}, ..] -> pixel_values [N, C, H, W], input_ids and attention_mask [N, K, L],
+    text_mask [N, K].
 
     Args:
         processor: a CLIPProcessor.
@@ -46,7 +47,8 @@ class SubCaptionCollator:
 
 
 class SubCaptionCLIP(nn.Module):
-    """A CLIPModel that takes K captions per image and returns ``{"loss": ..}`` with its features, as the Trainer wants it.
+    """A CLIPModel that takes K captions per image and returns ``{"loss": ..}`` with its features,
+    as the Trainer wants it.
 
     Each tower is called once per chunk; over ranks the loss gathers, so wrap with DDP as the Trainer does.
 
@@ -70,7 +72,8 @@ class SubCaptionCLIP(nn.Module):
         text_mask: Tensor | None = None,
         return_loss: bool = True,
     ) -> dict[str, Tensor]:
-        """pixel_values [N, C, H, W], input_ids and attention_mask [N, K, L] or [N, L], text_mask [N, K] -> loss, features.
+        """pixel_values [N, C, H, W], input_ids and attention_mask [N, K, L] or [N, L], text_mask [N, K] -> loss,
+        features.
 
         In evaluation mode text_embeds is [N, D], the unit mean of a caption's sub-captions.
         """

@@ -53,7 +53,9 @@ def up(value: int, step: int = PITCH) -> int:
 
 
 def joined(y: Tensor) -> Tensor:
-    """y [K, C, D] with slots one after the other and C rounded up to 8 by rows of zeros: all slots are then one matrix."""
+    """y [K, C, D] with slots one after the other and C rounded up to 8 by rows of zeros:
+    all slots are then one matrix.
+    """
     k, c, d = y.shape
     if c % 8 == 0:
         return y.contiguous()

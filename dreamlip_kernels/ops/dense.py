@@ -1,4 +1,6 @@
-"""What kernels read as dense is dense: one function for every mask, vector and feature that a kernel addresses without strides."""
+"""What kernels read as dense is dense: one function for every mask, vector and feature that a kernel addresses without
+strides.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ ALIGNMENT = 16  # bytes that cp.async, TMA and vector loads move at once
 
 
 def dense(v: Tensor | None) -> Tensor | None:
-    """``v`` in row-major order, its first element at a multiple of 16 bytes; ``v`` itself where that holds, else a copy. None stays None.
+    """``v`` in row-major order, its first element at a multiple of 16 bytes; ``v`` itself where that holds,
+    else a copy. None stays None.
 
     A mask may be transposed, a column of a table, expanded, or cut out of a larger one, and ``contiguous()`` keeps
     what is contiguous but begins at an odd address.
@@ -20,7 +23,8 @@ def dense(v: Tensor | None) -> Tensor | None:
 
 
 def aligned_rows(v: Tensor, step: int | None = None) -> Tensor:
-    """``v`` with a dense last dimension and rows that begin at multiples of ``step`` elements, 16 bytes unless said otherwise.
+    """``v`` with a dense last dimension and rows that begin at multiples of ``step`` elements, 16 bytes unless said
+    otherwise.
 
     So TMA and wide loads read it; a copy padded with zeros where it is not so.
     """

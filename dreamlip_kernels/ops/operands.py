@@ -19,10 +19,10 @@ STEP = 16
 class Operands:
     """x and y padded to widths in multiples of 16: 16-bit, or float32 for three TF32 products.
 
-    float32 features become float16 after a power-of-two scaling: unit vectors cannot overflow, and float16's rounding is 8
-    times finer than bfloat16's. ``slope`` is the multiplier of the operands' products, x_scale and y_scale that of a
-    gradient's sum over the other side's operands. ``without_masked`` makes rows that a mask drops zeros, so that no
-    product sees what they hold.
+    float32 features become float16 after a power-of-two scaling: unit vectors cannot overflow, and float16's rounding
+    is 8 times finer than bfloat16's. ``slope`` is the multiplier of the operands' products, x_scale and y_scale that of
+    a gradient's sum over the other side's operands. ``without_masked`` makes rows that a mask drops zeros,
+    so that no product sees what they hold.
     """
 
     def __init__(self, rectangle: Rectangle, without_masked: bool = False):

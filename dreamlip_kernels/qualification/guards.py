@@ -1,4 +1,5 @@
-"""Memory that shows mistakes: buffers full of NaN between two guard bands, for all that an op allocates while ``Guards`` is on, and for its inputs.
+"""Memory that shows mistakes: buffers full of NaN between two guard bands, for all that an op allocates while
+``Guards`` is on, and for its inputs.
 
 What nobody wrote is NaN in the result, what is read beyond an end is NaN too, and a write beyond an end changes a band.
 """
@@ -32,7 +33,9 @@ class Guards(TorchDispatchMode):
         self.buffers: list[tuple[str, Tensor]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Ops of this package run with the mode on, so that it sees what they allocate; allocations are replaced; all else passes."""
+        """Ops of this package run with the mode on, so that it sees what they allocate; allocations are replaced;
+        all else passes.
+        """
         kwargs = kwargs or {}
         if func.namespace.startswith("dreamlip"):
             device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))

@@ -30,7 +30,9 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """{"flops": operations a second of a large matrix product, "bytes": bytes a second of a copy, reads and writes both counted}."""
+    """{"flops": operations a second of a large matrix product, "bytes": bytes a second of a copy,
+    reads and writes both counted}.
+    """
     size, dtype, copied = (8192, torch.bfloat16, 2**30) if device.type == "cuda" else (1024, torch.float32, 2**27)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)

@@ -1,4 +1,6 @@
-"""Jobs over worker processes: a job whose worker crashes, hangs or cannot start has that as its answer, and the next job a new worker."""
+"""Jobs over worker processes: a job whose worker crashes, hangs or cannot start has that as its answer,
+and the next job a new worker.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ class Worker:
             return ended | {"unheard": True} if trying == _STARTING else ended
 
     def _start(self) -> None:
-        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - lives as long as the process
+        # It lives as long as the process.
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             WORKER,
             stdin=subprocess.PIPE,
@@ -103,7 +106,8 @@ class Worker:
 
 
 def run_jobs(jobs: list[dict[str, Any]], workers: int, limit_s: float, progress: Progress) -> list[dict[str, Any]]:
-    """The answers in the jobs' order, by so many worker processes side by side. A job may take ``limit_s`` seconds between two signs of life.
+    """The answers in the jobs' order, by so many worker processes side by side. A job may take ``limit_s`` seconds
+    between two signs of life.
 
     Args:
         jobs: what ``worker.run`` takes; "environment" holds variables for its process.
@@ -146,7 +150,8 @@ def run_jobs(jobs: list[dict[str, Any]], workers: int, limit_s: float, progress:
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
-    # A worker asks for backends by name: it must not qualify in turn. The package it imports is this one, wherever the caller's own path points.
+    # A worker asks for backends by name: it must not qualify in turn. The package it imports is this one,
+    # wherever the caller's own path points.
     return (
         os.environ | {"DREAMLIP_AUTO": "", "PYTHONPATH": os.pathsep.join([p or os.getcwd() for p in sys.path])} | extra
     )

@@ -1,6 +1,7 @@
 """Which tile of a short list is the fastest for each Triton kernel of the contrast on a device.
 
-every candidate compiled, in processes side by side -> each one timed, one after another -> {kernel and element: {width: tile}}
+every candidate compiled, in processes side by side -> each one timed, one after another -> {kernel and element: {width:
+tile}}
 """
 
 from __future__ import annotations
@@ -21,14 +22,28 @@ logger = logging.getLogger("dreamlip_kernels")
 
 N, K = 8192, 4
 COMPILED_N = 512  # compiled code is the same at both sizes
-# (rows, columns, depth, warps, stages) by bytes of an operand's element: those of the tables of every architecture, and the fastest on an H100.
-# One that does not compile for a device, or does not fit it, is left out there.
+# (rows, columns, depth, warps, stages) by bytes of an operand's element: those of the tables of every architecture,
+# and the fastest on an H100. One that does not compile for a device, or does not fit it, is left out there.
 CANDIDATES = {
-    ("exp_sums", 2): ((64, 128, 32, 8, 3), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
-    ("gradient_tile", 2): ((128, 128, 32, 8, 3), (64, 128, 64, 8, 2), (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
+    ("exp_sums", 2): (
+        (64, 128, 32, 8, 3),
+        (64, 128, 64, 8, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 4, 3),
+        (128, 256, 64, 8, 3),
+        (256, 128, 64, 8, 3),
+    ),
+    ("gradient_tile", 2): (
+        (128, 128, 32, 8, 3),
+        (64, 128, 64, 8, 2),
+        (128, 128, 64, 8, 2),
+        (128, 128, 64, 8, 3),
+        (128, 256, 64, 8, 3),
+        (256, 128, 64, 8, 3),
+    ),
     ("exp_sums", 4): ((64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (64, 128, 32, 8, 3)),
     ("gradient_tile", 4): ((64, 64, 32, 8, 3), (128, 64, 32, 8, 2), (64, 128, 32, 8, 3)),
-}  # fmt: skip
+}
 
 
 def tune(device: torch.device, widths: tuple[int, ...], workers: int, limit_s: float) -> Tiles:

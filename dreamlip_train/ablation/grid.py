@@ -1,4 +1,6 @@
-"""The grid of `dreamlip-train ablate`: the paper's ablations (its Tables 6 to 8) as changes to one recipe, and what each is expected to show."""
+"""The grid of `dreamlip-train ablate`: the paper's ablations (its Tables 6 to 8) as changes to one recipe,
+and what each is expected to show.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ CLAIMS = (
 
 
 def config_of(variant: Variant, *, train: str, val: str, seed: int, steps: int, batch_size: int) -> Config:
-    """The whole config of one run: the demo's towers and optimizer; sub-captions drawn uniformly; room for a long caption as one text."""
+    """The whole config of one run: the demo's towers and optimizer; sub-captions drawn uniformly;
+    room for a long caption as one text.
+    """
     config = demo()
     config.data = dataclasses.replace(
         config.data,

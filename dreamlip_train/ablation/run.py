@@ -224,9 +224,11 @@ def write_results(folder: Path, settings: dict[str, int], runs: dict[str, dict[i
 
 
 def judge(scores: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, Any]]:
-    """The paper's orderings against these runs: the mean difference over the seeds both have, paired by seed, its standard error, and a verdict.
+    """The paper's orderings against these runs: the mean difference over the seeds both have, paired by seed,
+    its standard error, and a verdict.
 
-    "holds" and "contradicted" need at least two seeds, a difference of two standard errors, and one larger than half a point; else "not resolved".
+    "holds" and "contradicted" need at least two seeds, a difference of two standard errors, and one larger than half a
+    point; else "not resolved".
     """
     verdicts = []
     for claim in CLAIMS:
@@ -252,7 +254,8 @@ def format_ablation(content: dict[str, Any]) -> str:
     told = {variant.name: variant for variant in VARIANTS}
     settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
     lines = [
-        f"Ablation on the built-in scenes: {settings}. Mean over the seeds, ± their standard deviation. Patches are selected at threshold {_SELECTION}.",
+        f"Ablation on the built-in scenes: {settings}. Mean over the seeds, ± their standard deviation. "
+        f"Patches are selected at threshold {_SELECTION}.",
         "",
     ]
     lines += ["| variant | what | seeds | " + " | ".join(SCORES.values()) + " |", "|" + "---|" * (len(SCORES) + 3)]
@@ -275,7 +278,8 @@ def format_ablation(content: dict[str, Any]) -> str:
     for claim in content["claims"]:
         error = "" if claim["standard_error"] is None else f" ± {claim['standard_error']:.1f}"
         lines.append(
-            f"| {claim['text']} | {claim['better']} | {claim['worse']} | {SCORES[claim['score']]} | {claim['difference']:+.1f}{error} | {claim['verdict']} |"
+            f"| {claim['text']} | {claim['better']} | {claim['worse']} | {SCORES[claim['score']]} | "
+            f"{claim['difference']:+.1f}{error} | {claim['verdict']} |"
         )
     return "\n".join(lines)
 

@@ -30,7 +30,8 @@ class CellError(ValueError):
 
 
 def as_row(record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """(cells under DreamLIP's names without the empty ones, what was repaired or left out), or (None, why the row can't be used).
+    """(cells under DreamLIP's names without the empty ones, what was repaired or left out), or (None,
+    why the row can't be used).
 
     Caption columns keep text, and lists of text; a list that was written as text is a list again. Bytes are UTF-8.
     """
@@ -105,7 +106,9 @@ def _caption(value: Any, notes: list[str], name: str) -> Any:
 
 
 def _written_list(text: str, notes: list[str], name: str) -> str | list[str]:
-    """The list of a caption such as "['A dog.', 'It runs.']", which to_csv makes of a list column; any other text as it is."""
+    """The list of a caption such as "['A dog.', 'It runs.']", which to_csv makes of a list column;
+    any other text as it is.
+    """
     bare = text.strip()
     if not (bare[:2] in ("['", '["') and bare[-2:] in ("']", '"]')) or len(bare) > LONGEST_CAPTION:
         return text

@@ -1,9 +1,11 @@
 """A record's caption columns, and their values as sub-captions.
 
-    record {"raw_caption": .., "longSV_captions": .., ..} -> caption_pool -> [SubCaption, ..] -> sampling.sample_sub_captions
+    record {"raw_caption": .., "longSV_captions": .., ..} -> caption_pool -> [SubCaption, ..] ->
+    sampling.sample_sub_captions
 
-Raw and short captions are one sub-caption each; a long caption is split into sentences. Dirty values (None, NaN, "", numbers,
-"nan", a caption stored as a list of single characters) give no sub-caption. What is read of one caption is bounded.
+Raw and short captions are one sub-caption each; a long caption is split into sentences.
+Dirty values (None, NaN, "", numbers, "nan", a caption stored as a list of single characters) give no sub-caption.
+What is read of one caption is bounded.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ CAPTION_COLUMNS = (
 
 Splitter = Literal["sentence", "official", "whole"]
 LONGEST_CAPTION = 20_000
-"""Characters that are read of one caption; a hundred times what a model sees of it. What is cut is counted where captions are counted."""
+"""Characters that are read of one caption; a hundred times what a model sees of it. What is cut is counted where
+captions are counted.
+"""
 
 _MISSING = frozenset({"", "nan", "none", "null"})
 
@@ -40,12 +44,16 @@ _OFFICIAL = re.compile(r"\n|</s>|[.]")
 
 
 def is_caption_column(name: str) -> bool:
-    """Whether a column holds captions by its name: raw_caption, and short..._captions and long..._captions of any captioner."""
+    """Whether a column holds captions by its name: raw_caption, and short..._captions and long..._captions of any
+    captioner.
+    """
     return name == RAW or (name.startswith(("short", "long")) and name.endswith("_captions"))
 
 
 def caption_columns(record: Mapping[str, Any]) -> list[str]:
-    """The caption columns of a record in the order of a pool: raw, shorts, longs; those of other captioners after DreamLIP's."""
+    """The caption columns of a record in the order of a pool: raw, shorts, longs; those of other captioners after
+    DreamLIP's.
+    """
     others = sorted(name for name in record if is_caption_column(name) and name not in CAPTION_COLUMNS)
     shorts = [*SHORT, *(name for name in others if is_whole(name))]
     longs = [*LONG, *(name for name in others if not is_whole(name))]
@@ -61,7 +69,9 @@ class SubCaption(NamedTuple):
 
 
 def is_character_split(value: Any) -> bool:
-    """Whether a caption was stored as a list of its characters: more than three items, none longer than one character."""
+    """Whether a caption was stored as a list of its characters: more than three items, none longer than one
+    character.
+    """
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)
@@ -81,10 +91,12 @@ def split_sub_captions(text: str | Sequence[str] | float | None, splitter: Split
     """The sub-captions of one caption value, in order; of its first ``LONGEST_CAPTION`` characters.
 
     Args:
-        text: a caption; or a list, which is taken as already split. None, NaN, numbers, blanks and lists of single characters give [].
-        splitter: "sentence" ends a piece at a newline, "</s>" or a sentence end, takes list markers off, and keeps abbreviations, decimals, ellipses
-            and quotations whole. "official" is ``re.split(r"\\n|</s>|[.]", text)``, stripped, empty pieces dropped. "whole" keeps the caption, or a
-            list's joined pieces, as one.
+        text: a caption; or a list, which is taken as already split. None, NaN, numbers, blanks and lists of single
+            characters give [].
+        splitter: "sentence" ends a piece at a newline, "</s>" or a sentence end, takes list markers off,
+            and keeps abbreviations, decimals, ellipses and quotations whole. "official" is
+            ``re.split(r"\\n|</s>|[.]", text)``, stripped, empty pieces dropped. "whole" keeps the caption,
+            or a list's joined pieces, as one.
     Raises:
         UserError: an unknown splitter.
     """
@@ -121,9 +133,11 @@ def _pieces(items: Sequence[Any]) -> list[str]:
 def caption_pool(
     record: Mapping[str, Any], sources: Sequence[str] = (), splitter: Splitter = "sentence"
 ) -> list[SubCaption]:
-    """Every sub-caption of a record: raw, then shorts, then the sentences of the long captions (or the columns named, in their order).
+    """Every sub-caption of a record: raw, then shorts, then the sentences of the long captions (or the columns named,
+    in their order).
 
-    A string in the raw or a short column is one sub-caption; in any other column it is split. A list is taken as already split.
+    A string in the raw or a short column is one sub-caption; in any other column it is split.
+    A list is taken as already split.
     """
     pool = []
     for source in sources or caption_columns(record):
@@ -140,7 +154,9 @@ def is_whole(source: str) -> bool:
 
 
 def _clean(value: Any) -> str:
-    """A caption's text with white space collapsed, or "" when it says nothing (not a string, blank, "nan", no letter or digit)."""
+    """A caption's text with white space collapsed, or "" when it says nothing (not a string, blank, "nan",
+    no letter or digit).
+    """
     if not isinstance(value, str):
         return ""
     text = " ".join(value.split())

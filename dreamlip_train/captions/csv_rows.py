@@ -1,7 +1,8 @@
 """Rows of a CSV or TSV file in which a stray quote costs its own line, and no other row becomes part of its caption.
 
-A quote that is opened and not closed joins lines until the next quote. A record of several lines is therefore only believed where none of its
-further lines is a row by itself; otherwise its first line is reported, and reading goes on with the second.
+A quote that is opened and not closed joins lines until the next quote. A record of several lines is therefore only
+believed where none of its further lines is a row by itself; otherwise its first line is reported,
+and reading goes on with the second.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Record = tuple[int, list[str] | None, str]
 
 
 class CsvRecords:
-    """The records of an open text file (newline=""); ``looks_like_row`` decides which single lines are rows by themselves."""
+    """The records of an open text file (newline=""); ``looks_like_row`` decides which single lines are rows by
+    themselves.
+    """
 
     def __init__(self, file: TextIO, delimiter: str, looks_like_row: Callable[[list[str]], bool]) -> None:
         self.file, self.delimiter, self.looks_like_row = file, delimiter, looks_like_row

@@ -22,7 +22,8 @@ def parquet_rows(
     """``table.read_rows`` of a parquet file.
 
     Raises:
-        UserError: it is not readable, lacks columns, or a caption or image column holds something else than text (it is named).
+        UserError: it is not readable, lacks columns, or a caption or image column holds something else than text (it is
+            named).
     """
     import pyarrow.parquet
 
@@ -74,7 +75,8 @@ def _text_columns(path: Path, schema: Any) -> list[str]:
         ours = ALIASES.get(field.name, field.name)
         if (ours == IMAGE_COLUMN or is_caption_column(ours)) and not _is_text(field.type, lists=ours != IMAGE_COLUMN):
             raise UserError(
-                f"--captions: the column {field.name!r} of {str(path)!r} holds {field.type}, not text; give a table without it, or convert it to text"
+                f"--captions: the column {field.name!r} of {str(path)!r} holds {field.type}, not text; "
+                "give a table without it, or convert it to text"
             )
         if _is_text(field.type, lists=True) or "binary" not in str(field.type):
             kept.append(field.name)

@@ -28,10 +28,12 @@ def sample_sub_captions(
         pool: from caption_pool.
         k: how many to draw.
         rng: the only source of randomness.
-        sampling: "uniform" draws from the whole pool (paper eq. 4). "raw_first" puts the raw caption first and draws k - 1 of the rest (the release).
+        sampling: "uniform" draws from the whole pool (paper eq. 4). "raw_first" puts the raw caption first and draws
+            k - 1 of the rest (the release).
         source_weights: relative weight of each sub-caption of a column; 1 where not named, 0 never draws it.
-        merged_num: before the draw each long caption is cut into runs of 1..merged_num consecutive sentences (uniform lengths from rng), and
-            a run is one sub-caption: every sentence is in exactly one, so none is said twice and the last is drawn as often as the first.
+        merged_num: before the draw each long caption is cut into runs of 1..merged_num consecutive sentences (uniform
+            lengths from rng), and a run is one sub-caption: every sentence is in exactly one, so none is said twice and
+            the last is drawn as often as the first.
     Raises:
         UserError: an unknown sampling.
     """
@@ -53,7 +55,9 @@ def sample_sub_captions(
 
 
 def _weighted_order(pool: list[SubCaption], weights: Mapping[str, float], rng: random.Random) -> list[SubCaption]:
-    """The order of successive weighted draws without replacement: sort by Exponential(weight) arrival times (Efraimidis and Spirakis, 2006)."""
+    """The order of successive weighted draws without replacement: sort by Exponential(weight) arrival times (Efraimidis
+    and Spirakis, 2006).
+    """
     arrivals = [
         (-math.log(1.0 - rng.random()) / w, i) for i, c in enumerate(pool) if (w := weights.get(c.source, 1.0)) > 0
     ]

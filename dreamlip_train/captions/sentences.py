@@ -1,8 +1,10 @@
 """A text to its sentences: linear in its length, whatever is in it.
 
-    text -> lines -> markers of lists and headings off -> candidate ends (``_ENDER``) -> those that end a sentence (``_ends_sentence``)
+    text -> lines -> markers of lists and headings off -> candidate ends (``_ENDER``) -> those that end a sentence
+    (``_ends_sentence``)
 
-An end inside a quotation or bracket does not count; abbreviations, initials and numbers before it are looked at through a window of a few words.
+An end inside a quotation or bracket does not count; abbreviations, initials and numbers before it are looked at through
+a window of a few words.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ _EMOJI = re.compile(r"(?: ?[\u2600-\u27bf\u2b50\u2b55\U0001f000-\U0001faff\ufe0f
 _QUOTED = re.compile(
     r"""
       (?<![^\s(\[“*]) "(?=\S) [^"]{1,500} (?<=\S)"
-    | “[^”]{1,500}” | «[^»]{1,500}» | 「[^」]{1,500}」 | 『[^』]{1,500}』 | （[^）]{1,500}） | \([^()]{1,500}\) | \[[^][]{1,500}\]
+    | “[^”]{1,500}” | «[^»]{1,500}» | 「[^」]{1,500}」 | 『[^』]{1,500}』 | （[^）]{1,500}）
+    | \([^()]{1,500}\) | \[[^][]{1,500}\]
     """,
     re.VERBOSE,
 )
@@ -42,7 +45,8 @@ _OPENERS = " \"'“‘«([*_¿¡"
 # A full stop after these never ends a sentence.
 _TITLES = frozenset(
     (
-        "mr mrs ms mx dr prof rev hon gen col capt cmdr lt sgt gov sen rep pres mt e.g i.e eg ie z.b vs cf viz approx est messrs mme mlle"
+        "mr mrs ms mx dr prof rev hon gen col capt cmdr lt sgt gov sen rep pres mt e.g i.e eg ie z.b vs cf viz approx "
+        "est messrs mme mlle"
     ).split()
 )
 # A full stop after these is inside the sentence when a number follows ("No. 5", "Fig. 2", "Hwy. 61").
@@ -50,7 +54,8 @@ _BEFORE_NUMBER = frozenset("no nos nr fig figs vol pp p pg ch sec apt hwy rte rm
 # These can end a sentence or not ("an Inc. logo", "by Apple Inc. The logo ..."): what follows decides.
 _MAYBE_LAST = frozenset(
     (
-        "etc inc ltd co corp jr sr st ave blvd rd dr hwy apt dept bldg ft in oz lb lbs kg km cm mm sq hr hrs min mins gal pt qt yd "
+        "etc inc ltd co corp jr sr st ave blvd rd dr hwy apt dept bldg ft in oz lb lbs kg km cm mm sq hr hrs min mins "
+        "gal pt qt yd "
         "jan feb mar apr jun jul aug sept sep oct nov dec al"
     ).split()
 )
@@ -58,15 +63,19 @@ _UNITS = frozenset("in ft oz lb lbs kg km cm mm sq hr hrs min mins gal pt qt yd"
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]$|^[A-Z]$")
 _STARTERS = frozenset(
     (
-        "a an the this that these those it its there here he she they we you his her their our in on at to from with behind above below beside "
-        "under near next over around inside outside across some several many most all both each another one two three four five six "
+        "a an the this that these those it its there here he she they we you his her their our in on at to from with "
+        "behind above below beside "
+        "under near next over around inside outside across some several many most all both each another one two three "
+        "four five six "
         "and but so as while when overall additionally also meanwhile however"
     ).split()
 )
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of ``text`` in order, white space collapsed, without the markers of lists, headings and quotations before them."""
+    """The sentences of ``text`` in order, white space collapsed, without the markers of lists, headings and quotations
+    before them.
+    """
     return [piece for line in _NEW_LINE.split(text) for piece in _split_line(" ".join(line.split())) if piece]
 
 

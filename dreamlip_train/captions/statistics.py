@@ -1,4 +1,6 @@
-"""What a set of samples holds, as mergeable counts: captions, sentences and tokens by source, and everything that is wrong, by reason."""
+"""What a set of samples holds, as mergeable counts: captions, sentences and tokens by source, and everything that is
+wrong, by reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rows of a caption table (CSV, TSV, parquet, JSON, JSON lines), one at a time: however large the file, and naming every row that cannot be read.
+"""Rows of a caption table (CSV, TSV, parquet, JSON, JSON lines), one at a time: however large the file,
+and naming every row that cannot be read.
 
 All cells pass cells.py, which says what is text.
 """
@@ -24,15 +25,17 @@ logger = logging.getLogger("dreamlip_train")
 SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
 
 Row = tuple[int, dict[str, Any] | None, str]
-"""(row number from 1, its cells or None, what is wrong with it or was repaired in its cells); empty cells are left out."""
+"""(row number from 1, its cells or None, what is wrong with it or was repaired in its cells);
+empty cells are left out.
+"""
 
 
 def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None) -> Iterator[Row]:
     """Every row of a table, columns under DreamLIP's CSV names (``ALIASES``).
 
     Args:
-        check: called with the path and the column names before any row is given; raises UserError for those it does not accept. None wants the image
-            column and a caption column.
+        check: called with the path and the column names before any row is given; raises UserError for those it does not
+            accept. None wants the image column and a caption column.
     Raises:
         UserError: no such file, an empty one, another format, or one without the expected columns.
     """
@@ -79,7 +82,8 @@ def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
     other = next((mark for mark in "\t;|," if mark != delimiter and cells and mark in cells[0]), None)
     if len(cells) == 1 and other:
         raise UserError(
-            f"--captions: {str(path)!r} is read as separated by {delimiter!r}, but its header {cells[0][:80]!r} has {other!r}; "
+            f"--captions: {str(path)!r} is read as separated by {delimiter!r}, but its header {cells[0][:80]!r} has "
+            f"{other!r}; "
             "name a tab-separated file .tsv, or convert it to CSV or parquet"
         )
     header = [ALIASES.get(name.strip(), name.strip()) for name in cells]
@@ -90,7 +94,9 @@ def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
 
 
 def _names_a_picture(cells: list[str], header: list[str]) -> bool:
-    """Whether a line that has as many cells as the header is a row by itself, not a caption's line with as many commas."""
+    """Whether a line that has as many cells as the header is a row by itself, not a caption's line with as many
+    commas.
+    """
     name = cells[header.index(IMAGE_COLUMN) if IMAGE_COLUMN in header else 0].strip()
     return re.search(r"[./\\0-9]", name) is not None and (not re.search(r"\s", name) or "." in name[-5:])
 
@@ -141,6 +147,7 @@ def check_columns(path: Path, names: list[str]) -> None:
     captions = [name for name in CAPTION_COLUMNS if name in names]
     if IMAGE_COLUMN not in names or not captions:
         raise UserError(
-            f"--captions: {str(path)!r} needs the column {IMAGE_COLUMN!r} and at least one of {', '.join(CAPTION_COLUMNS)}; "
+            f"--captions: {str(path)!r} needs the column {IMAGE_COLUMN!r} and at least one of "
+            f"{', '.join(CAPTION_COLUMNS)}; "
             f"it has {', '.join(map(repr, names))}"
         )

@@ -1,8 +1,11 @@
-"""``dreamlip-train export``: a trained model as the tools people use load it, each file loaded back by its consumer and compared before it counts.
+"""``dreamlip-train export``: a trained model as the tools people use load it, each file loaded back by its consumer and
+compared before it counts.
 
-open_clip-file  x.pt: {"state_dict"}, tensors only        open_clip.create_model("ViT-B-16", pretrained="x.pt"), SAN, clip_benchmark, DreamLIP's own evaluation
+open_clip-file  x.pt: {"state_dict"}, tensors only open_clip.create_model("ViT-B-16", pretrained="x.pt"), SAN,
+                clip_benchmark, DreamLIP's own evaluation
 open_clip-dir   open_clip_config.json + safetensors       open_clip.create_model("local-dir:DIR")
-hf-dir          transformers' CLIPModel, with tokenizer   CLIPModel / CLIPVisionModel.from_pretrained(DIR), LLaVA's vision tower
+hf-dir          transformers' CLIPModel, with tokenizer CLIPModel / CLIPVisionModel.from_pretrained(DIR),
+                LLaVA's vision tower
 """
 
 from __future__ import annotations
@@ -31,16 +34,19 @@ _TOLERANCE = 1e-5
 
 
 def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, model_name: str = "") -> dict[str, Any]:
-    """Write the towers of a run, checkpoint or open_clip file to ``output`` in format ``to``; train-only parameters stay behind.
+    """Write the towers of a run, checkpoint or open_clip file to ``output`` in format ``to``;
+    train-only parameters stay behind.
 
     Args:
         checkpoint: as ``load_for_eval``; DeepSpeed checkpoints of any ZeRO stage and number of ranks.
         output: a file for open_clip-file, else a new or empty folder.
         model_name: the open_clip name of the model in a weights file.
     Returns:
-        {"image", "text": the largest difference between features of this model and of the one loaded back, or None where transformers is not installed}.
+        {"image", "text": the largest difference between features of this model and of the one loaded back,
+        or None where transformers is not installed}.
     Raises:
-        UserError: the checkpoint can't be read, ``output`` exists, or the format can't hold this model (the property is named).
+        UserError: the checkpoint can't be read, ``output`` exists, or the format can't hold this model (the property is
+            named).
         RuntimeError: what was written does not give the same features when loaded; nothing is left at ``output``.
     """
     model, config = load_for_eval(checkpoint, model_name)
@@ -65,7 +71,8 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
         difference = _difference(model, config.model.name, partial, to)
         if difference["image"] is not None and not max(difference.values()) <= _TOLERANCE:
             raise RuntimeError(
-                f"--to {to}: loaded back, features differ by up to {max(difference.values()):.2g}; this is a defect, please report it with the config.toml"
+                f"--to {to}: loaded back, features differ by up to {max(difference.values()):.2g}; this is a defect, "
+                "please report it with the config.toml"
             )
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +85,9 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
 
 
 def _require_the_tables_model(model: ModelConfig) -> None:
-    """A weights file does not say what its model is: its consumer builds the model of that name in open_clip's table."""
+    """A weights file does not say what its model is: its consumer builds the model of that name in open_clip's
+    table.
+    """
     table = open_clip.get_model_config(model.name)
     if table is None:
         raise UserError(
@@ -134,7 +143,9 @@ def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None
 
 
 def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str, float | None]:
-    """How far the features of the written model, as its consumer computes them of a raw picture and raw texts, are from this one's."""
+    """How far the features of the written model, as its consumer computes them of a raw picture and raw texts,
+    are from this one's.
+    """
     theirs = consumer_features(path, to, name, model.image_size)
     if theirs is None:
         return {"image": None, "text": None}

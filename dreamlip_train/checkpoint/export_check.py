@@ -1,4 +1,5 @@
-"""What an exported model gives when it is loaded as docs/interoperability.md says: raw pictures and raw text in, features out.
+"""What an exported model gives when it is loaded as docs/interoperability.md says: raw pictures and raw text in,
+features out.
 
 It runs in a process of its own that has imported nothing of the trainer: no patched class, no tokenizer of ours.
 """
@@ -26,7 +27,8 @@ def probe_picture(size: int) -> np.ndarray:
 
 
 def consumer_features(path: Path, to: str, name: str, size: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Unit features [1,D] of the probe picture and [3,D] of the probe texts from the model at ``path``, in a fresh process.
+    """Unit features [1,D] of the probe picture and [3,D] of the probe texts from the model at ``path``,
+    in a fresh process.
 
     Args:
         to: the format it was written in.

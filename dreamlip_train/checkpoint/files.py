@@ -1,7 +1,8 @@
-"""Checkpoint folders as files: a manifest that lists every file with its size and hash, and has its own hash beside it, makes one whole.
+"""Checkpoint folders as files: a manifest that lists every file with its size and hash, and has its own hash beside it,
+makes one whole.
 
-``RUN/checkpoints/step-00001000/`` is written as ``step-00001000.partial`` and renamed when everything is on disk. DeepSpeed's own ``latest`` file
-appears before the other ranks have written; ours is for people and is never read.
+``RUN/checkpoints/step-00001000/`` is written as ``step-00001000.partial`` and renamed when everything is on disk.
+DeepSpeed's own ``latest`` file appears before the other ranks have written; ours is for people and is never read.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in ``folder``, newest first: those whose manifest lists only files that are there in full."""
+    """The whole checkpoints in ``folder``, newest first: those whose manifest lists only files that are there in
+    full.
+    """
     return [path for path in _candidates(folder) if problem_of(path) is None]
 
 
@@ -95,7 +98,8 @@ def _is_of_an_earlier_version(manifest: bytes) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path``, a run folder or a checkpoint folder, stands for; newer ones that are not whole are warned of.
+    """The checkpoint that ``path``, a run folder or a checkpoint folder, stands for;
+    newer ones that are not whole are warned of.
 
     Raises:
         UserError: there is none, or it is not whole.
@@ -111,7 +115,8 @@ def find_checkpoint(path: Path) -> Path:
             return candidate
         logger.warning("CHECKPOINT NOT WHOLE: %s: %s; an earlier one is used", candidate, why)
     raise UserError(
-        f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip file"
+        f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip "
+        "file"
     )
 
 
@@ -162,7 +167,8 @@ def refuse_foreign_pickles(checkpoint: Path) -> None:
             raise UserError(f"{path} is not a torch checkpoint file: {error}") from error
         if unknown:
             raise UserError(
-                f"{path} would call {', '.join(sorted(unknown))} when loaded, which no checkpoint of this trainer does: it was not loaded. "
+                f"{path} would call {', '.join(sorted(unknown))} when loaded, which no checkpoint of this trainer "
+                "does: it was not loaded. "
                 "Resume only runs of your own; start from others' weights with model.pretrained"
             )
 

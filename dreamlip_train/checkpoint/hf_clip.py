@@ -1,7 +1,8 @@
-"""open_clip's CLIP as transformers' CLIPModel: config, weights, tokenizer and image processor. And back. Pure translation; transformers itself is not needed.
+"""open_clip's CLIP as transformers' CLIPModel: config, weights, tokenizer and image processor. And back.
+Pure translation; transformers itself is not needed.
 
-What differs between the two: query, key and value are separate; projections are transposed; the activation must be said (transformers' default is QuickGELU);
-and transformers pools the class token only.
+What differs between the two: query, key and value are separate; projections are transposed;
+the activation must be said (transformers' default is QuickGELU); and transformers pools the class token only.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def clip_config(settings: dict[str, Any]) -> dict[str, Any]:
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     if vision.get("pool_type", "tok") != "tok":
         raise UserError(
-            f"--to hf-dir: the image tower pools by {vision['pool_type']!r}, transformers' CLIP only by the class token; use open_clip-dir"
+            f"--to hf-dir: the image tower pools by {vision['pool_type']!r}, transformers' CLIP only by the class "
+            "token; use open_clip-dir"
         )
     for name, allowed in (("no_ln_pre", False), ("ls_init_value", None), ("final_ln_after_pool", False)):
         if vision.get(name, allowed) != allowed:
@@ -149,7 +151,8 @@ def open_clip_config(config: dict[str, Any]) -> dict[str, Any]:
     vision, text = config.get("vision_config"), config.get("text_config")
     if config.get("model_type") != "clip" or not isinstance(vision, dict) or not isinstance(text, dict):
         raise UserError(
-            f"WEIGHTS: config.json is of a {config.get('model_type')!r} model with no two towers; give a transformers CLIPModel folder"
+            f"WEIGHTS: config.json is of a {config.get('model_type')!r} model with no two towers; "
+            "give a transformers CLIPModel folder"
         )
     # transformers leaves out what equals its own defaults.
     vision = {
@@ -169,7 +172,8 @@ def open_clip_config(config: dict[str, Any]) -> dict[str, Any]:
     activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
     if len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}:
         raise UserError(
-            f"WEIGHTS: the towers' activations are {sorted(activations)}; open_clip's CLIP has one for both, gelu or quick_gelu"
+            f"WEIGHTS: the towers' activations are {sorted(activations)}; open_clip's CLIP has one for both, "
+            "gelu or quick_gelu"
         )
     settings: dict[str, Any] = {
         "embed_dim": config.get("projection_dim", 512),

@@ -1,4 +1,5 @@
-"""``dreamlip-train import``: weights from elsewhere as an open_clip weights file, checked against the model they are said to be.
+"""``dreamlip-train import``: weights from elsewhere as an open_clip weights file, checked against the model they are
+said to be.
 
 open_clip's or DreamLIP's .pt or .safetensors     {"state_dict"} or bare tensors, with or without "module."
 OpenAI's .pt                                      TorchScript, read as data; its models have QuickGELU activations
@@ -27,10 +28,12 @@ _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def import_weights(source: str | Path, output: str | Path, model_name: str = "") -> str:
-    """Write ``output`` (a .pt of {"state_dict"}, fp32 tensors only, open_clip's keys); returns what to do with it, as text to read.
+    """Write ``output`` (a .pt of {"state_dict"}, fp32 tensors only, open_clip's keys);
+    returns what to do with it, as text to read.
 
     Raises:
-        UserError: nothing readable is there, it comes from another model than ``model_name`` (shapes or activation are named), or ``output`` exists.
+        UserError: nothing readable is there, it comes from another model than ``model_name`` (shapes or activation are
+            named), or ``output`` exists.
     """
     source, output = Path(source), Path(output)
     if output.exists():
@@ -61,7 +64,8 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
         partial.unlink(missing_ok=True)
     activation = "QuickGELU" if _settings(name).get("quick_gelu") else "GELU"
     return (
-        f"wrote {output}: {name}, {len(state)} tensors, {activation} activations. Train from it: --model.name {name} --model.pretrained {output}; "
+        f"wrote {output}: {name}, {len(state)} tensors, {activation} activations. Train from it: "
+        f"--model.name {name} --model.pretrained {output}; "
         f"evaluate it: dreamlip-train eval retrieval {output} --model {name} --val-shards ..."
     )
 
@@ -72,7 +76,8 @@ def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
     if is_torchscript(path):
         if not _settings(model_name).get("quick_gelu"):
             raise UserError(
-                f"--model: {str(path)!r} is a TorchScript archive, as OpenAI published its weights: those have QuickGELU activations and {model_name} "
+                f"--model: {str(path)!r} is a TorchScript archive, as OpenAI published its weights: "
+                f"those have QuickGELU activations and {model_name} "
                 f"has GELU; give {model_name}-quickgelu"
             )
         state = read_torchscript(path)
@@ -85,7 +90,8 @@ def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         raise UserError(
-            f'WEIGHTS: {str(path)!r} holds no weights; it must be {{"state_dict": {{name: tensor}}}} or {{name: tensor}}'
+            f"WEIGHTS: {str(path)!r} holds no weights; "
+            'it must be {"state_dict": {name: tensor}} or {name: tensor}'
         )
     return {name.removeprefix("module."): value.float() for name, value in state.items()}
 
@@ -139,13 +145,15 @@ def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:
         ]
         if differ:
             raise UserError(
-                f"--model: {str(folder)!r} is not {given}: {'; '.join(differ[:4])}. Leave --model out to have its name looked up"
+                f"--model: {str(folder)!r} is not {given}: {'; '.join(differ[:4])}. Leave --model out to have its "
+                "name looked up"
             )
         return given
     names = [name for name in known_models() if _comparable(_settings(name)) == wanted]
     if not names:
         raise UserError(
-            f"WEIGHTS: open_clip has no model built like {str(folder)!r}; describe it in model.config of a TOML file, its weights file as model.pretrained"
+            f"WEIGHTS: open_clip has no model built like {str(folder)!r}; describe it in model.config of a TOML file, "
+            "its weights file as model.pretrained"
         )
     return min(names, key=len)
 

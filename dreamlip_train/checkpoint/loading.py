@@ -25,7 +25,8 @@ from dreamlip_train.jobs.user_error import RunError, UserError
 def load(engine: Any, checkpoint: Path, seed: int = 0) -> TrainState:
     """Restore weights, optimizer and random state; return where the run stood. Collective.
 
-    On another number of ranks than the checkpoint's, ``engine`` must have been built with ``resized=True``, and the random states start anew.
+    On another number of ranks than the checkpoint's, ``engine`` must have been built with ``resized=True``,
+    and the random states start anew.
 
     Raises:
         UserError: a file holds more than a checkpoint's data, or no weights DeepSpeed can read.
@@ -41,7 +42,8 @@ def load(engine: Any, checkpoint: Path, seed: int = 0) -> TrainState:
     if loaded is None:
         raise UserError(f"{checkpoint} holds no weights DeepSpeed can read; give an earlier checkpoint")
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
-        # The checkpoint's weight decay and betas would silently win over the config's; ZeRO-3's universal loading gives all groups those of the first.
+        # The checkpoint's weight decay and betas would silently win over the config's;
+        # ZeRO-3's universal loading gives all groups those of the first.
         group.update(own)
     if source is not checkpoint:
         _own_step_counters(engine)

@@ -22,7 +22,9 @@ class SaveError(RunError):
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[list[str]]:
-    """A block that fails on all ranks if it fails on one: errors raised in it, or put into its list, become one SaveError everywhere."""
+    """A block that fails on all ranks if it fails on one: errors raised in it, or put into its list,
+    become one SaveError everywhere.
+    """
     # Texts, not exceptions: a kept exception keeps its frames, and with them the files that they have open.
     errors: list[str] = []
     try:
@@ -43,7 +45,8 @@ def describe_error(error: Exception) -> str:
 
 @contextlib.contextmanager
 def deaths_told_afterwards() -> Iterator[None]:
-    """A block in which the death of a child process (SIGCHLD) interrupts nothing; the handler is called when it is over.
+    """A block in which the death of a child process (SIGCHLD) interrupts nothing; the handler is called when it is
+    over.
 
     torch raises in the middle of whatever the main thread does when a loader worker dies. In a save that would cost the
     checkpoint, and look as if the disk had failed.

@@ -56,13 +56,15 @@ _FREE = {
 
 
 def starting_point(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to start from, or None for a new run; makes the run folder and clears away what a crash left in it. Collective.
+    """The checkpoint to start from, or None for a new run; makes the run folder and clears away what a crash left in
+    it. Collective.
 
     Args:
-        resume: "auto" takes the newest whole checkpoint; "never" starts over where there is none; else a checkpoint or a run.
+        resume: "auto" takes the newest whole checkpoint; "never" starts over where there is none;
+            else a checkpoint or a run.
     Raises:
-        UserError: ``resume`` is "never" and a whole checkpoint is there, or "auto" and checkpoints were there but none is
-            whole, or names a checkpoint that is not usable, or ranks see different folders.
+        UserError: ``resume`` is "never" and a whole checkpoint is there, or "auto" and checkpoints were there but none
+            is whole, or names a checkpoint that is not usable, or ranks see different folders.
     """
     checkpoints = run_dir / "checkpoints"
     other = find_checkpoint(Path(resume)) if resume not in ("auto", "never") else None
@@ -82,7 +84,8 @@ def starting_point(run_dir: Path, resume: str) -> Path | None:
         )
     if whole is None and resume == "auto" and existed(checkpoints):
         raise UserError(
-            f"--resume: {run_dir} had checkpoints, and none is whole now (see {checkpoints}). To start over from step 0 "
+            f"--resume: {run_dir} had checkpoints, and none is whole now (see {checkpoints}). "
+            "To start over from step 0 "
             "in this folder give --resume never; to go on from another checkpoint give its path"
         )
     if whole is None and resume == "never":
@@ -112,7 +115,9 @@ def _begin_again(run_dir: Path) -> list[str]:
 
 
 def restore_quarantine(checkpoint: Path, run_dir: Path) -> None:
-    """Add what the checkpoint's run had left out to the run folder's quarantine.jsonl, so that its epoch goes on with the same samples. Collective."""
+    """Add what the checkpoint's run had left out to the run folder's quarantine.jsonl, so that its epoch goes on with
+    the same samples. Collective.
+    """
 
     def add_missing() -> list[str]:
         source, target = checkpoint / QUARANTINE, run_dir / QUARANTINE
@@ -142,7 +147,8 @@ def _require_shared(run_dir: Path) -> None:
     blind = [rank for rank, sees in enumerate(seen) if not sees]
     if blind:
         raise UserError(
-            f"--run-dir: {run_dir} is not one folder for all ranks: ranks {blind} do not see what rank 0 writes; use shared storage"
+            f"--run-dir: {run_dir} is not one folder for all ranks: ranks {blind} do not see what rank 0 writes; "
+            "use shared storage"
         )
 
 
@@ -156,7 +162,8 @@ def _damaged(checkpoint: Path) -> list[str]:
 def _require_undamaged(checkpoint: Path) -> None:
     if damaged := _damaged(checkpoint):
         raise UserError(
-            f"--resume: {checkpoint / damaged[0]} is not what was written (its hash differs); give an earlier checkpoint"
+            f"--resume: {checkpoint / damaged[0]} is not what was written (its hash differs); "
+            "give an earlier checkpoint"
         )
 
 
@@ -167,7 +174,8 @@ def check_fits(checkpoint: Path, config: Config, data: str, accept_changes: bool
         data: fingerprint of the training shards; "" is not compared.
         accept_changes: let settings of the recipe differ.
     Raises:
-        UserError: another model, precision, ZeRO stage, global batch, data set or (without ``accept_changes``) recipe; it is named with both values.
+        UserError: another model, precision, ZeRO stage, global batch, data set or (without ``accept_changes``) recipe;
+            it is named with both values.
     """
     manifest = read_manifest(checkpoint)
     changed = differences(read_config(checkpoint / "config.toml"), config)
@@ -178,11 +186,13 @@ def check_fits(checkpoint: Path, config: Config, data: str, accept_changes: bool
             raise UserError(f"{said}; use its value, or another --run-dir")
         if field not in _FREE.get(section, ()) and not accept_changes:
             raise UserError(
-                f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on differently"
+                f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on "
+                "differently"
             )
     if data and manifest["data"] and data != manifest["data"]:
         raise UserError(
-            f"data.shards: {checkpoint} was trained on other data ({manifest['data']}) than these ({data}); give the same shards, or start another "
+            f"data.shards: {checkpoint} was trained on other data ({manifest['data']}) than these ({data}); "
+            "give the same shards, or start another "
             "run from its weights (--run-dir, model.pretrained)"
         )
     return changed

@@ -42,8 +42,8 @@ def save(
 ) -> Path:
     """Write ``folder``/step-NNNNNNNN on all ranks, then drop all but the newest checkpoint.keep_last. Collective.
 
-    While steps are being skipped for values that are not finite, the newest checkpoint of before them stays too. The run
-    folder's quarantine.jsonl, without which an epoch can't be repeated, is part of the checkpoint.
+    While steps are being skipped for values that are not finite, the newest checkpoint of before them stays too.
+    The run folder's quarantine.jsonl, without which an epoch can't be repeated, is part of the checkpoint.
 
     Args:
         data: the loader's fingerprint, which a resume compares.
@@ -111,11 +111,16 @@ def _phase_two(
         mine = describe(partial, names[rank::ranks])
     dist.all_gather_object(entries, mine)
     manifest = {
-        "format": 3, "step": progress.step, "world_size": ranks, "global_batch_size": config.train.global_batch_size, "data": data,
+        "format": 3,
+        "step": progress.step,
+        "world_size": ranks,
+        "global_batch_size": config.train.global_batch_size,
+        "data": data,
         "skipped_in_a_row": progress.skipped_in_a_row,
         "backends": progress.backends,
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(), "files": {k: v for part in entries for k, v in sorted(part.items())},
-    }  # fmt: skip
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "files": {k: v for part in entries for k, v in sorted(part.items())},
+    }
     with all_or_none():
         if rank == 0:
             commit(partial, final, manifest)
@@ -123,7 +128,9 @@ def _phase_two(
 
 @contextlib.contextmanager
 def _errors_kept(engine: Any, errors: list[str]) -> Iterator[None]:
-    """DeepSpeed's file writers, their errors kept in ``errors``: a rank that left its save_checkpoint early would leave the others in a barrier."""
+    """DeepSpeed's file writers, their errors kept in ``errors``: a rank that left its save_checkpoint early would leave
+    the others in a barrier.
+    """
 
     def careful(write: Callable[..., Any]) -> Callable[..., None]:
         def wrapper(*arguments: Any, **named: Any) -> None:

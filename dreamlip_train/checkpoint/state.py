@@ -14,8 +14,9 @@ from dreamlip_train.data.epoch_plan import ReaderLayout
 
 @dataclass
 class TrainState:
-    """Where a run stands: ``step`` steps done, ``position`` of them in epoch ``epoch`` by the readers in ``layouts``; what was skipped for non-finite
-    values; seconds trained; the backend that each op of the losses runs by."""
+    """Where a run stands: ``step`` steps done, ``position`` of them in epoch ``epoch`` by the readers in ``layouts``;
+    what was skipped for non-finite values; seconds trained; the backend that each op of the losses runs by.
+    """
 
     step: int = 0
     epoch: int = 0

@@ -1,7 +1,8 @@
-"""The tensors of a TorchScript archive, as OpenAI published CLIP's weights, read as data: none of the archive's code runs.
+"""The tensors of a TorchScript archive, as OpenAI published CLIP's weights, read as data:
+none of the archive's code runs.
 
-An archive is a zip file: ``NAME/data.pkl`` pickles the module as nested attributes whose tensors refer to the raw bytes in
-``NAME/data/N``; ``NAME/code/`` holds the program, which is not looked at. ``torch.jit.load`` would run a module's
+An archive is a zip file: ``NAME/data.pkl`` pickles the module as nested attributes whose tensors refer to the raw bytes
+in ``NAME/data/N``; ``NAME/code/`` holds the program, which is not looked at. ``torch.jit.load`` would run a module's
 ``__setstate__``.
 """
 

@@ -1,4 +1,6 @@
-"""A trained model for evaluation and export, from a run, a checkpoint of any ZeRO stage, or an open_clip weights file."""
+"""A trained model for evaluation and export, from a run, a checkpoint of any ZeRO stage, or an open_clip weights
+file.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from dreamlip_train.model.weight_average import read_average
 
 
 def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Config]:
-    """The model in fp32 on the CPU and the config it was trained with, from a run folder, a checkpoint folder or an open_clip weights file.
+    """The model in fp32 on the CPU and the config it was trained with, from a run folder, a checkpoint folder or an
+    open_clip weights file.
 
     The weights are the last ones or their average, as the run's eval.weights says.
 

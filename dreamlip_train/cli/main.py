@@ -16,7 +16,9 @@ from dreamlip_train.jobs.user_error import RunError, UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command. A UserError or RunError prints as one message and exits with 2; anything else keeps its traceback."""
+    """Run one command. A UserError or RunError prints as one message and exits with 2;
+    anything else keeps its traceback.
+    """
     arguments = _without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name need not be text that the terminal can show
@@ -38,7 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """The words without the ``--local_rank=N`` or ``--local_rank N`` that launchers put before them; LOCAL_RANK says the same."""
+    """The words without the ``--local_rank=N`` or ``--local_rank N`` that launchers put before them;
+    LOCAL_RANK says the same.
+    """
     while arguments and arguments[0].replace("-", "_").startswith("__local_rank"):
         arguments = arguments[1:] if "=" in arguments[0] else arguments[2:]
     return arguments

@@ -57,7 +57,9 @@ def prepare_urls(arguments: list[str], program: str) -> None:
 
 @dataclass
 class FolderOptions:
-    """Turn a caption table and a folder of images into shards and a manifest.json. A killed run goes on where it stopped."""
+    """Turn a caption table and a folder of images into shards and a manifest.json. A killed run goes on where it
+    stopped.
+    """
 
     captions: str
     """CSV, TSV, parquet, JSON or JSON lines with "Image Path" and DreamLIP's caption columns."""
@@ -89,10 +91,14 @@ def prepare_folder(arguments: list[str], program: str) -> None:
 
 @dataclass
 class JoinOptions:
-    """Join caption tables to existing image shards: new shards whose json carries every caption. A killed run goes on where it stopped."""
+    """Join caption tables to existing image shards: new shards whose json carries every caption.
+    A killed run goes on where it stopped.
+    """
 
     captions: str
-    """Tables (CSV, TSV, parquet, JSON, JSON lines): a file, folder or glob, several joined with "::"; the first that knows a caption gives it."""
+    """Tables (CSV, TSV, parquet, JSON, JSON lines): a file, folder or glob, several joined with "::";
+    the first that knows a caption gives it.
+    """
     shards: str
     """Image shards: a folder, glob or brace pattern. They are only read."""
     output: str
@@ -127,12 +133,16 @@ def prepare_join(arguments: list[str], program: str) -> None:
 
 @dataclass
 class ValidateOptions:
-    """Check existing shards and index them in manifest.json; exit with 1 when anything was found. The shards are not touched."""
+    """Check existing shards and index them in manifest.json; exit with 1 when anything was found.
+    The shards are not touched.
+    """
 
     pattern: tyro.conf.Positional[str]
     """Shards: a folder, a glob or a brace pattern."""
     fix: str = ""
-    """Also write repaired copies of the shards into this folder: without what can't be used, captions stored as characters put together again."""
+    """Also write repaired copies of the shards into this folder: without what can't be used, captions stored as
+    characters put together again.
+    """
     crop: int = 224
     """Count images whose shorter side is smaller than this."""
     allow_pipe: bool = False

@@ -24,10 +24,14 @@ class TrainOptions:
     """Train a recipe. Order of precedence: recipe, --config, flags, --deepspeed-config."""
 
     run_dir: str
-    """Folder of the run: config.toml, metrics.jsonl, log.txt, checkpoints/, and at the end summary.json and pictures."""
+    """Folder of the run: config.toml, metrics.jsonl, log.txt, checkpoints/, and at the end summary.json and
+    pictures.
+    """
     settings: Annotated[Config, tyro.conf.arg(name="")]
     resume: str = "auto"
-    """"auto" goes on from the newest whole checkpoint of the run folder, or starts. "never" insists on a new folder. A path starts from that checkpoint."""
+    """"auto" goes on from the newest whole checkpoint of the run folder, or starts. "never" insists on a new folder.
+    A path starts from that checkpoint.
+    """
     accept_changes: bool = False
     """Go on from a checkpoint although settings of the recipe (data draws, loss, optimizer) differ from its own."""
     config: str | None = None
@@ -41,7 +45,8 @@ def train(arguments: list[str], program: str) -> None:
     recipes = "\n".join(f"  {name:<20} {first_line(recipe)}" for name, recipe in RECIPES.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            f"usage: {program} RECIPE --run-dir DIR [options]\n\nrecipes:\n{recipes}\n\nEvery setting: {program} RECIPE --help"
+            f"usage: {program} RECIPE --run-dir DIR [options]\n\nrecipes:\n{recipes}\n\nEvery setting: "
+            f"{program} RECIPE --help"
         )
         sys.exit(0 if arguments else 2)
     name = arguments[0].replace("-", "_")

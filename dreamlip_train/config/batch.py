@@ -1,4 +1,6 @@
-"""The global batch over ranks: each rank's share of it, and the chunks of gradient caching that a share goes through the towers in."""
+"""The global batch over ranks: each rank's share of it, and the chunks of gradient caching that a share goes through
+the towers in.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ def images_per_rank(config: Config, ranks: int) -> int:
     """A rank's even share of train.global_batch_size.
 
     Raises:
-        UserError: ``ranks`` does not divide it (the nearest numbers that do are named), or gradient caching is needed and can't run.
+        UserError: ``ranks`` does not divide it (the nearest numbers that do are named), or gradient caching is needed
+            and can't run.
     """
     size = config.train.global_batch_size
     if size % ranks:
@@ -19,7 +22,10 @@ def images_per_rank(config: Config, ranks: int) -> int:
         worlds = " or ".join(str(number) for number in sorted({fewer, more}))
         below, above = size // ranks * ranks, (size // ranks + 1) * ranks
         sizes = " or ".join(str(number) for number in (below, above) if number)
-        what_to_do = f"{ranks} ranks can't share it evenly; run {worlds} ranks, or train.global_batch_size={sizes} (another recipe)"
+        what_to_do = (
+            f"{ranks} ranks can't share it evenly; run {worlds} ranks, "
+            f"or train.global_batch_size={sizes} (another recipe)"
+        )
         refuse("train.global_batch_size", size, what_to_do)
     if chunks_per_rank(config, ranks) > 1:
         _check_caching(config, size // ranks)

@@ -1,8 +1,10 @@
 """Named training recipes: each returns a whole Config, every number with its source.
 
-The paper (DreamLIP, ECCV 2024) gives the models, 224 px, context 77, 32 epochs, temperature 0.07 and K = 10, but no batch size, learning rate, decay or
-loss weights. Those are FLAIR's (CVPR 2025), trained on the same captions, so the large recipes are reconstructions. Batch sizes are global, and those of
-FLAIR's paper: its scripts have 1536 on YFCC15M and 1024 on the merged set. eps of the merged set is its script's. Gradient clipping is ours.
+The paper (DreamLIP, ECCV 2024) gives the models, 224 px, context 77, 32 epochs, temperature 0.07 and K = 10,
+but no batch size, learning rate, decay or loss weights. Those are FLAIR's (CVPR 2025), trained on the same captions,
+so the large recipes are reconstructions. Batch sizes are global, and those of FLAIR's paper:
+its scripts have 1536 on YFCC15M and 1024 on the merged set. eps of the merged set is its script's.
+Gradient clipping is ours.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ _PAPER_SOURCES = ("raw_caption", "shortSV_captions", "longSV_captions")
 
 def demo() -> Config:
     """A small ViT on the built-in scenes: minutes on two CPU cores."""
-    # Measured on the scenes: two layers learn faster than four, a fixed sine-cosine position embedding much faster than a learned one (which starts too weak
-    # to say where a colour is); the mean of the patches as the image's embedding ties every patch to the captions. The grouping loss sharpens that at a small
-    # weight; at 0.2 and more it falls to nearly 0 by itself, on any patches that tell the captions apart, and the selected ones are no longer the right ones;
-    # trained with a threshold of 1 / patches, the right patches weigh most (ablation in benchmarks/RESULTS.md); looked at with a sharper one, since
-    # 1 / P keeps nearly all of them. Vague raw and short captions, drawn as often as sentences, hide the objects behind the background. One MLLM's captions, as
-    # in the paper's main tables: the shortest wording, half the text to read.
+    # Measured on the scenes: two layers learn faster than four, a fixed sine-cosine position embedding much faster than
+    # a learned one (which starts too weak to say where a colour is); the mean of the patches as the image's embedding
+    # ties every patch to the captions. The grouping loss sharpens that at a small weight;
+    # at 0.2 and more it falls to nearly 0 by itself, on any patches that tell the captions apart,
+    # and the selected ones are no longer the right ones; trained with a threshold of 1 / patches,
+    # the right patches weigh most (ablation in benchmarks/RESULTS.md); looked at with a sharper one,
+    # since 1 / P keeps nearly all of them. Vague raw and short captions, drawn as often as sentences,
+    # hide the objects behind the background. One MLLM's captions, as in the paper's main tables:
+    # the shortest wording, half the text to read.
     vision = {
         "image_size": 64,
         "patch_size": 8,
@@ -115,19 +120,25 @@ def clip_cc3m_vitb16() -> Config:
 
 
 def laclip_cc3m_vitb16() -> Config:
-    """Baseline: one caption an image and step, drawn from raw, short and sentences (LaCLIP's text augmentation; Fan et al., 2023)."""
+    """Baseline: one caption an image and step, drawn from raw, short and sentences (LaCLIP's text augmentation;
+    Fan et al., 2023).
+    """
     return _without_grouping(cc3m_vitb16(), sources=_PAPER_SOURCES, k=1)
 
 
 def stablerep_cc3m_vitb16() -> Config:
-    """Baseline: K captions as positives of one softmax over all captions of the batch (StableRep's multi-positive loss; Tian et al., 2023)."""
+    """Baseline: K captions as positives of one softmax over all captions of the batch (StableRep's multi-positive loss;
+    Tian et al., 2023).
+    """
     config = _without_grouping(cc3m_vitb16(), sources=_PAPER_SOURCES, k=10)
     config.loss.negatives = "all"
     return config
 
 
 def sigmoid_cc3m_vitb16() -> Config:
-    """Baseline: every image-caption pair a question of its own, K positives an image (FLAIR's global loss; Xiao et al., 2025)."""
+    """Baseline: every image-caption pair a question of its own, K positives an image (FLAIR's global loss;
+    Xiao et al., 2025).
+    """
     config = _without_grouping(cc3m_vitb16(), sources=_PAPER_SOURCES, k=10)
     config.loss.pairs = "sigmoid"
     config.model.init_temperature, config.model.init_logit_bias = 0.1, -10.0  # SigLIP, and open_clip's --siglip

@@ -1,4 +1,6 @@
-"""Settings that had another name once: a flag, a TOML key or a run folder that still uses it is refused with the new name."""
+"""Settings that had another name once: a flag, a TOML key or a run folder that still uses it is refused with the new
+name.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ RENAMED = {
 
 
 def refuse_renamed_flags(arguments: list[str]) -> None:
-    """Raise UserError at the first ``--section.field`` (or ``--section.no-field``) among ``arguments`` that has another name now."""
+    """Raise UserError at the first ``--section.field`` (or ``--section.no-field``) among ``arguments`` that has another
+    name now.
+    """
     for word in arguments:
         flag = word.split("=")[0]
         name = flag.removeprefix("--").replace("-", "_").replace(".no_", ".")
@@ -39,11 +43,14 @@ def refuse_renamed_flags(arguments: list[str]) -> None:
 
 
 def refuse_renamed_keys(settings: dict[str, object], source: str) -> None:
-    """Raise UserError, blaming ``source``, at the first section.field of the nested ``settings`` that has another name now."""
+    """Raise UserError, blaming ``source``, at the first section.field of the nested ``settings`` that has another name
+    now.
+    """
     for section, fields in settings.items():
         for name in fields if isinstance(fields, dict) else ():
             if f"{section}.{name}" in RENAMED:
                 raise UserError(
-                    f"{source}: {section}.{name} is now {RENAMED[f'{section}.{name}']}; the file is of an earlier version: "
+                    f"{source}: {section}.{name} is now {RENAMED[f'{section}.{name}']}; the file is of an earlier "
+                    "version: "
                     "change its names, or start a new run"
                 )

@@ -1,4 +1,6 @@
-"""The settings of how a run trains, saves, logs and uses DeepSpeed: the sections optim, train, checkpoint, logging and deepspeed."""
+"""The settings of how a run trains, saves, logs and uses DeepSpeed: the sections optim, train, checkpoint,
+logging and deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ class OptimConfig:
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After warm-up: "cosine" or "linear" to the end of the run; "constant" with a linear cooldown over the last cooldown_steps; "wsd"
-    (warm-up, stable, decay), whose cooldown falls by 1 - sqrt."""
+    """After warm-up: "cosine" or "linear" to the end of the run; "constant" with a linear cooldown over the last
+    cooldown_steps; "wsd" (warm-up, stable, decay), whose cooldown falls by 1 - sqrt.
+    """
     cooldown_steps: int = 0
     """Last steps over which "constant" and "wsd" cool down."""
     final_lr_fraction: float = 0.0
@@ -48,8 +51,9 @@ class TrainConfig:
     global_batch_size: int = 256
     """Images per step of all ranks together, each other's negatives; a rank takes its even share."""
     chunk_size: int = 0
-    """Gradient caching: a rank whose share of the global batch is larger sends it through the towers in chunks of at most so many images, the loss still on
-    the whole batch. 0 takes the share at once."""
+    """Gradient caching: a rank whose share of the global batch is larger sends it through the towers in chunks of at
+    most so many images, the loss still on the whole batch. 0 takes the share at once.
+    """
     epochs: int = 32
     """Passes over the training shards; `steps` overrides it."""
     steps: int = 0
@@ -59,7 +63,9 @@ class TrainConfig:
     grad_checkpointing: bool = False
     """Recompute activations in backward."""
     pack_captions: bool = True
-    """Captions go through the text tower one after another in shared rows; False pads all to the longest of the step."""
+    """Captions go through the text tower one after another in shared rows; False pads all to the longest of the
+    step.
+    """
     compile: bool = False
     """torch.compile the towers; the first steps take minutes."""
     channels_last: bool = False
@@ -67,11 +73,15 @@ class TrainConfig:
     prefetch: bool = True
     """Make the next batch ready, and copy it to the device, while the current step computes."""
     ema_decay: float = 0.0
-    """Decay of an exponential moving average of the weights, such as 0.999, kept beside them and in checkpoints; 0 keeps none. Needs ZeRO 0 to 2."""
+    """Decay of an exponential moving average of the weights, such as 0.999, kept beside them and in checkpoints;
+    0 keeps none. Needs ZeRO 0 to 2.
+    """
     seed: int = 0
     """Seeds weights, shard order, caption draws and crops."""
     qualify: Literal["auto", "always", "never"] = "auto"
-    """Test and time the kernels on this machine's GPU before training, a minute or two: "auto" where that has not been done yet (docs/backends.md)."""
+    """Test and time the kernels on this machine's GPU before training, a minute or two:
+    "auto" where that has not been done yet (docs/backends.md).
+    """
     max_nonfinite_steps: int = 10
     """Stop after this many skipped steps in a row whose loss or gradients were not finite."""
 
@@ -95,7 +105,9 @@ class LoggingConfig:
     every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     wandb_project: str = ""
-    """Weights & Biases project to log to as well (needs the wandb package); empty logs to files and TensorBoard only."""
+    """Weights & Biases project to log to as well (needs the wandb package); empty logs to files and TensorBoard
+    only.
+    """
 
 
 @dataclass

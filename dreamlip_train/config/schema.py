@@ -1,4 +1,5 @@
-"""Every setting of a training run, once: dataclasses from which tyro makes the command line and a TOML file can set the base.
+"""Every setting of a training run, once: dataclasses from which tyro makes the command line and a TOML file can set the
+base.
 
 validation.py names the field of every impossible combination before anything is built.
 """
@@ -25,21 +26,28 @@ class DataConfig:
     """Where the samples come from and how sub-captions are drawn from them."""
 
     shards: str = ""
-    """Training shards: a glob ("data/*.tar"), a brace pattern ("cc3m-{0000..0575}.tar"), a folder with a manifest.json, or several joined with "::"."""
+    """Training shards: a glob ("data/*.tar"), a brace pattern ("cc3m-{0000..0575}.tar"), a folder with a manifest.json,
+    or several joined with "::".
+    """
     val_shards: str = ""
     """Held-out shards, same forms; empty means no evaluation during or after training."""
     num_sub_captions: int = 8
     """K: sub-captions drawn for each image and step. An image with fewer has masked slots, never repeats."""
     sampling: Literal["uniform", "raw_first"] = "uniform"
-    """"uniform": K draws without replacement from [raw, shorts, sentences] (paper eq. 4). "raw_first": the raw caption and K-1 draws from the rest (the
-    release)."""
+    """"uniform": K draws without replacement from [raw, shorts, sentences] (paper eq. 4). "raw_first":
+    the raw caption and K-1 draws from the rest (the release).
+    """
     caption_sources: tuple[str, ...] = ()
-    """Columns to draw from, such as ("raw_caption", "shortSV_captions", "longSV_captions"); empty means every caption column a sample has."""
+    """Columns to draw from, such as ("raw_caption", "shortSV_captions", "longSV_captions");
+    empty means every caption column a sample has.
+    """
     source_weights: dict[str, float] = field(default_factory=dict)
     """Relative weight of each column's sub-captions in the draw; a column not named weighs 1."""
     splitter: Literal["sentence", "official", "whole"] = "sentence"
-    """"sentence" keeps abbreviations and decimals whole; "official" is DreamLIP's re.split on newline, </s> and every full stop; "whole" takes a long caption
-    as one text, cut at the context's end (the paper's "long, direct")."""
+    """"sentence" keeps abbreviations and decimals whole; "official" is DreamLIP's re.split on newline,
+    </s> and every full stop; "whole" takes a long caption as one text, cut at the context's end (the paper's "long,
+    direct").
+    """
     merged_num: int = 1
     """Up to this many consecutive sentences are merged into one sub-caption (1 = single sentences)."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -69,13 +77,17 @@ class ModelConfig:
     name: str = "ViT-B-16"
     """An open_clip model name, or a label for the model that `config` describes."""
     config: dict[str, Any] = field(default_factory=dict)
-    """An open_clip model config ({"embed_dim", "vision_cfg", "text_cfg"}) used instead of the named one; set in recipes or a TOML file."""
+    """An open_clip model config ({"embed_dim", "vision_cfg", "text_cfg"}) used instead of the named one;
+    set in recipes or a TOML file.
+    """
     pretrained: str = ""
     """An open_clip weights file to start from."""
     context_length: int = 77
     """Tokens per caption; longer ones are truncated and keep their end token."""
     patch_projection: Literal["shared", "local"] = "shared"
-    """"shared": patch tokens pass ln_post and visual.proj like the class token. "local": a train-only projection of their own."""
+    """"shared": patch tokens pass ln_post and visual.proj like the class token. "local":
+    a train-only projection of their own.
+    """
     local_logit_scale: bool = True
     """Give the grouping loss its own learned temperature."""
     init_temperature: float = 0.07
@@ -93,7 +105,9 @@ class LossConfig:
     grouping_weight: float = 1.0
     """lambda_sub: weight of the sub-caption grouping loss; 0 skips the patch features."""
     pairs: Literal["softmax", "sigmoid"] = "softmax"
-    """"softmax": each image among captions, each caption among images. "sigmoid": every image-caption pair by itself (SigLIP with K positives)."""
+    """"softmax": each image among captions, each caption among images. "sigmoid": every image-caption pair by itself
+    (SigLIP with K positives).
+    """
     negatives: Literal["slot", "all"] = "slot"
     """"slot": K CLIP losses averaged. "all": one softmax over all N*K captions."""
     positives: Literal["mean", "logsum"] = "mean"
@@ -127,7 +141,9 @@ class EvalConfig:
     max_samples: int = 0
     """Evaluate on the first so many held-out samples; 0 means all."""
     threshold: float | None = None
-    """Threshold of the patch selection that localization and grouping.png show; None takes loss.threshold (1/P there keeps nearly every patch)."""
+    """Threshold of the patch selection that localization and grouping.png show; None takes loss.threshold (1/P there
+    keeps nearly every patch).
+    """
 
 
 @dataclass

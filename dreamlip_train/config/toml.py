@@ -1,4 +1,6 @@
-"""Config to TOML and back: a base file sets any field, an unknown key fails with the closest names, and the resolved config can be read again."""
+"""Config to TOML and back: a base file sets any field, an unknown key fails with the closest names,
+and the resolved config can be read again.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,8 @@ def _with_none(value: Any) -> Any:
 
 
 def format_config(config: Config) -> str:
-    """``config`` as TOML, every field of every section, from which ``read_config`` gives the same config again; None is written as "None".
+    """``config`` as TOML, every field of every section, from which ``read_config`` gives the same config again;
+    None is written as "None".
 
     Raises:
         UserError: a text can't be written (the field is named).

@@ -1,4 +1,6 @@
-"""What settings can't work, each refused by its name (section.field) with its value and what to do, before anything is built."""
+"""What settings can't work, each refused by its name (section.field) with its value and what to do,
+before anything is built.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Who reads which samples of an epoch: every sample once, whatever the number of ranks and loader workers, also when that number changes in mid-epoch.
+"""Who reads which samples of an epoch: every sample once, whatever the number of ranks and loader workers,
+also when that number changes in mid-epoch.
 
     the epoch's samples, shards permuted:   0 ............................................. total
     dealt in equal stretches to readers:    | rank 0 worker 0 | rank 0 worker 1 | rank 1 worker 0 | .. | remainder |
 
-Pure arithmetic: an epoch's plan follows from the number of its samples and the layouts that have read it so far; a resumed run remembers nothing else.
+Pure arithmetic: an epoch's plan follows from the number of its samples and the layouts that have read it so far;
+a resumed run remembers nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReaderLayout:
-    """``ranks`` x ``workers`` readers that take ``batch_size`` samples a rank and step, for ``steps`` steps of the epoch (or its rest)."""
+    """``ranks`` x ``workers`` readers that take ``batch_size`` samples a rank and step, for ``steps`` steps of the
+    epoch (or its rest).
+    """
 
     ranks: int
     workers: int
@@ -50,7 +54,8 @@ def plan_epoch(total: int, past: Sequence[ReaderLayout], now: ReaderLayout) -> t
     """How ``now`` reads what the ``past`` layouts left of an epoch of ``total`` samples.
 
     Returns:
-        (steps, streams): the steps that are left, and the pieces of each reader, reader ``rank * workers + worker``. What fills no step is nobody's.
+        (steps, streams): the steps that are left, and the pieces of each reader, reader ``rank * workers + worker``.
+        What fills no step is nobody's.
     """
     rest = [SampleRange(0, total, 0, total)]
     streams: list[list[SampleRange]] = []
@@ -78,7 +83,9 @@ def _deal(pieces: list[SampleRange], layout: ReaderLayout) -> tuple[int, list[li
 
 
 def _cut(pieces: list[SampleRange], begin: int, end: int) -> list[SampleRange]:
-    """Samples ``begin`` to ``end`` of the pieces one after another. A piece that nobody has begun is cut before it is shuffled, another one after it."""
+    """Samples ``begin`` to ``end`` of the pieces one after another. A piece that nobody has begun is cut before it is
+    shuffled, another one after it.
+    """
     cut, position = [], 0
     for piece in pieces:
         first, last = max(begin - position, 0), min(end - position, piece.take)

@@ -1,6 +1,8 @@
-"""From image bytes to uint8 tensors: the one place that opens pictures, the random crop of training, the center crop of evaluation.
+"""From image bytes to uint8 tensors: the one place that opens pictures, the random crop of training,
+the center crop of evaluation.
 
-What is decoded is the picture as people see it: EXIF orientation applied, transparency over white, 16-bit channels scaled to 8.
+What is decoded is the picture as people see it: EXIF orientation applied, transparency over white,
+16-bit channels scaled to 8.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""The formats that are read, whatever a file is called. Pillow knows 40 more, among them EPS, for which it runs Ghostscript."""
+"""The formats that are read, whatever a file is called. Pillow knows 40 more, among them EPS, for which it runs
+Ghostscript.
+"""
 # 300 MB decoded; a damaged or hostile header can claim gigabytes, and loader workers are killed for it.
 MAX_PIXELS = 100_000_000
 RATIOS = (3 / 4, 4 / 3)
@@ -37,7 +41,8 @@ def open_picture(data: bytes) -> Image.Image:
     """A picture of one of ``FORMATS`` of which only the header is read; every picture of this project is opened here.
 
     Raises:
-        ValueError: it is none of them, or has over ``MAX_PIXELS`` pixels.  OSError and others: Pillow's, for damaged headers.
+        ValueError: it is none of them, or has over ``MAX_PIXELS`` pixels.
+        OSError and others: Pillow's, for damaged headers.
     """
     picture = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(*picture.size)
@@ -45,7 +50,8 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """[3, H, W] uint8 RGB from the bytes of a picture. JPEGs are decoded strictly: damage that other decoders paint over is an error.
+    """[3, H, W] uint8 RGB from the bytes of a picture. JPEGs are decoded strictly: damage that other decoders paint
+    over is an error.
 
     Raises:
         ImageError: the bytes are damaged, no image of ``FORMATS``, or claim over 100 million pixels.
@@ -134,7 +140,9 @@ def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], rng: random.Random) -> Tensor:
-    """torchvision's bicubic RandomResizedCrop(size, scale) of a uint8 image, drawn from ``rng`` -> [3, size, size] uint8."""
+    """torchvision's bicubic RandomResizedCrop(size, scale) of a uint8 image, drawn from ``rng`` -> [3, size,
+    size] uint8.
+    """
     height, width = image.shape[-2:]
     top, left, crop_height, crop_width = _crop_box(height, width, scale, rng)
     return functional.resized_crop(
@@ -159,7 +167,8 @@ def _crop_box(height: int, width: int, scale: tuple[float, float], rng: random.R
 
 
 def resize_center_crop(image: Tensor, size: int, *, nearest: bool = False) -> Tensor:
-    """open_clip's evaluation geometry: shorter side to ``size`` (bicubic, or nearest for labels), then the center -> [C, size, size].
+    """open_clip's evaluation geometry: shorter side to ``size`` (bicubic, or nearest for labels),
+    then the center -> [C, size, size].
 
     Of a picture longer than 16 times its width only the middle is resized, which the crop alone can show.
     """

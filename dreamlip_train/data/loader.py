@@ -1,8 +1,10 @@
 """Shards in, batches out: K drawn sub-captions, a mask and a cropped image for each sample.
 
-    {"images" uint8 [n,3,H,W], "text" int64 [n,K,L], "text_mask" bool [n,K], "cut" captions that lost their ends, "keys", "shards"}
+    {"images" uint8 [n,3,H,W], "text" int64 [n,K,L], "text_mask" bool [n,K], "cut" captions that lost their ends,
+    "keys", "shards"}
 
-epoch_plan.py says who reads what, readers.py does it in the workers; here are the loader of a rank and its count of what could not be used.
+epoch_plan.py says who reads what, readers.py does it in the workers; here are the loader of a rank and its count of
+what could not be used.
 """
 
 from __future__ import annotations
@@ -63,8 +65,10 @@ def train_loader(
     readers = world_size * max(1, data.num_workers)
     if len(shards) < readers:
         raise UserError(
-            f"data.num_workers: {len(shards)} shards for {world_size} ranks x {max(1, data.num_workers)} workers = {readers} readers; "
-            f"use --data.num-workers {max(1, len(shards) // world_size)}, fewer ranks, or smaller shards (prepare --shard-size)"
+            f"data.num_workers: {len(shards)} shards for {world_size} ranks x {max(1, data.num_workers)} workers = "
+            f"{readers} readers; "
+            f"use --data.num-workers {max(1, len(shards) // world_size)}, fewer ranks, or smaller shards (prepare "
+            "--shard-size)"
         )
     quarantine = None if quarantine is None else Path(quarantine)
     ids = dict(zip(shards, shard_ids(shards), strict=True))
@@ -72,9 +76,18 @@ def train_loader(
     if counts.broken:
         _set_aside(counts, ids, data, quarantine if rank == 0 else None)
     return TrainLoader(
-        data=data, shards=list(counts.samples), counts=list(counts.samples.values()), ids=ids, image_size=image_size, tokenize=tokenize, batch_size=batch_size,
-        rank=rank, world_size=world_size, seed=seed, quarantine=quarantine,
-    )  # fmt: skip
+        data=data,
+        shards=list(counts.samples),
+        counts=list(counts.samples.values()),
+        ids=ids,
+        image_size=image_size,
+        tokenize=tokenize,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        quarantine=quarantine,
+    )
 
 
 def _shared_counts(shards: list[Shard], quarantine: Path | None) -> Counts:
@@ -100,7 +113,8 @@ def _set_aside(counts: Counts, ids: dict[str, str], data: DataConfig, quarantine
     names = "; ".join(f"{shard}: {why}" for shard, why in broken.items())
     if len(broken) > data.max_bad_fraction * total or not counts.samples:
         raise RunError(
-            f"data.max_bad_fraction: {len(broken)} of {total} shards can't be read to their ends (limit {data.max_bad_fraction:.0%}): {names}. "
+            f"data.max_bad_fraction: {len(broken)} of {total} shards can't be read to their ends (limit "
+            f"{data.max_bad_fraction:.0%}): {names}. "
             "Fetch them again, leave them out of data.shards, or raise the limit"
         )
     logger.warning("set aside: %d of %d shards, which can't be read to their ends: %s", len(broken), total, names)
@@ -115,7 +129,9 @@ def _set_aside(counts: Counts, ids: dict[str, str], data: DataConfig, quarantine
 
 @dataclass
 class TrainLoader:
-    """One rank's batches, epoch by epoch; ``steps_per_epoch`` is the same on every rank, ``bad`` counts what was left out."""
+    """One rank's batches, epoch by epoch; ``steps_per_epoch`` is the same on every rank, ``bad`` counts what was left
+    out.
+    """
 
     data: DataConfig
     shards: list[str]
@@ -137,24 +153,28 @@ class TrainLoader:
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"train.global_batch_size: {self.layout.global_batch} images per step, but "
-                f"{len(self.shards)} shards have {sum(self.counts)} samples; lower train.global_batch_size, or give more data"
+                f"{len(self.shards)} shards have {sum(self.counts)} samples; lower train.global_batch_size, "
+                "or give more data"
             )
 
     @property
     def fingerprint(self) -> str:
         """Tells data sets apart: the shards' names and sample counts, wherever they lie."""
         listed = [(os.path.basename(shard), count) for shard, count in zip(self.shards, self.counts, strict=True)]
-        return f"{len(listed)} shards, {sum(self.counts)} samples, {hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]}"
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+        return f"{len(listed)} shards, {sum(self.counts)} samples, {digest}"
 
     def after(self, steps: int) -> list[ReaderLayout]:
         """What ``epoch`` takes to go on after ``steps`` steps of these readers."""
         return [replace(self.layout, steps=steps)]
 
     def epoch(self, epoch: int, past: Sequence[ReaderLayout] = ()) -> Iterator[dict[str, Any]]:
-        """The batches that ``past`` left of an epoch: with the same readers exactly those an uninterrupted epoch gives from there, with others the
-        samples nobody has read yet (as many as bad samples were met on the way may come twice).
+        """The batches that ``past`` left of an epoch: with the same readers exactly those an uninterrupted epoch gives
+        from there, with others the samples nobody has read yet (as many as bad samples were met on the way may come
+        twice).
 
-        The workers start with this call, in this thread: only the main one hears at once that one of them was killed. The batches may be taken by another.
+        The workers start with this call, in this thread: only the main one hears at once that one of them was killed.
+        The batches may be taken by another.
         """
         begun = past[-1].steps if past and past[-1].same_readers(self.layout) else 0
         steps, streams = plan_epoch(sum(self.counts), past[:-1] if begun else past, self.layout)
@@ -210,7 +230,8 @@ class TrainLoader:
                         "no worker says which shard it reads"
                     ]
                     raise RunError(
-                        f"data.stall_seconds: no batch for {self.data.stall_seconds} s: {'; '.join(silent)}. Look at that file and its storage; "
+                        f"data.stall_seconds: no batch for {self.data.stall_seconds} s: {'; '.join(silent)}. "
+                        "Look at that file and its storage; "
                         "give the same command again to go on from the newest checkpoint"
                     ) from error
             except (OSError, EOFError) as error:  # a worker ended while its batch was on the way
@@ -230,12 +251,15 @@ class TrainLoader:
         if self.bad.seen >= _JUDGED_AFTER and self.bad.total > self.data.max_bad_fraction * self.bad.seen:
             raise RunError(
                 f"data.max_bad_fraction: {self.bad.total} of {self.bad.seen} samples could not be used (limit "
-                f"{self.data.max_bad_fraction:.0%}): {self.bad}. Look at them with `dreamlip-train prepare validate`, or raise the limit"
+                f"{self.data.max_bad_fraction:.0%}): {self.bad}. Look at them with `dreamlip-train prepare validate`, "
+                "or raise the limit"
             )
 
 
 def is_worker_error(error: BaseException) -> bool:
-    """Whether torch raised it because a loader worker died; its signal handler does so wherever the process happens to be."""
+    """Whether torch raised it because a loader worker died; its signal handler does so wherever the process happens to
+    be.
+    """
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
@@ -258,8 +282,16 @@ class _MakeReader:
         loader, workers = self.loader, len(self.streams)
         done, all_ = (batches_of_worker(steps, worker, workers) for steps in (self.begun, self.steps))
         reader = Reader(
-            EpochOrder(loader.shards, loader.counts, loader.seed, self.epoch), self.streams[worker], done * loader.batch_size,
-            data=loader.data, image_size=loader.image_size, tokenize=loader.tokenize, batch_size=loader.batch_size,
-            salt=f"{loader.seed}-{self.epoch}", known_bad=self.known_bad, ids=loader.ids, beat=beat,
-        )  # fmt: skip
+            EpochOrder(loader.shards, loader.counts, loader.seed, self.epoch),
+            self.streams[worker],
+            done * loader.batch_size,
+            data=loader.data,
+            image_size=loader.image_size,
+            tokenize=loader.tokenize,
+            batch_size=loader.batch_size,
+            salt=f"{loader.seed}-{self.epoch}",
+            known_bad=self.known_bad,
+            ids=loader.ids,
+            beat=beat,
+        )
         return reader, all_ - done

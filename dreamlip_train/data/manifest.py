@@ -1,4 +1,5 @@
-"""How many samples each shard holds: from manifest.json or sizes.json beside it, from what an earlier start has counted, else by reading it once.
+"""How many samples each shard holds: from manifest.json or sizes.json beside it, from what an earlier start has
+counted, else by reading it once.
 
 What can't be counted is named and set aside; nothing here stops at the first broken tar.
 """
@@ -35,7 +36,8 @@ def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
     """The counts of ``shards``, in their order.
 
     Args:
-        known: a JSON file in which what had to be counted is kept, for the next start; a local file counts as the same while its size and time are.
+        known: a JSON file in which what had to be counted is kept, for the next start;
+            a local file counts as the same while its size and time are.
     Raises:
         UserError: an index file beside the shards is damaged.
     """
@@ -55,7 +57,8 @@ def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
     missing = [shard for shard in uncounted if _mark(shard) not in kept]
     if missing:
         logger.warning(
-            "counting the samples of %d shards that no %s or sizes.json lists, such as %s; `dreamlip-train prepare validate` does it once for all",
+            "counting the samples of %d shards that no %s or sizes.json lists, such as %s; "
+            "`dreamlip-train prepare validate` does it once for all",
             len(missing),
             MANIFEST,
             missing[0],
@@ -114,7 +117,8 @@ def _index_of(shard: Shard) -> dict[str, int]:
             table |= {shard: int(entry["samples"] if name == MANIFEST else entry) for shard, entry in listed.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{path}: is not a shard index ({error}); delete it, or make it again with `dreamlip-train prepare validate`"
+                f"{path}: is not a shard index ({error}); delete it, or make it again with `dreamlip-train prepare "
+                "validate`"
             ) from error
     return table
 

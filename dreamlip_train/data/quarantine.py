@@ -54,7 +54,9 @@ def read_quarantine(path: Path | None, ids: Mapping[str, str]) -> set[tuple[str,
 
 
 def append_quarantine(path: Path | None, entries: list[dict[str, Any]]) -> None:
-    """Note what was left out: {"shard": its name within the set, "path", "key", "reason", "detail"} each; nothing where there is no file to note it in."""
+    """Note what was left out: {"shard": its name within the set, "path", "key", "reason", "detail"} each;
+    nothing where there is no file to note it in.
+    """
     if path is not None and entries:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -1,8 +1,10 @@
-"""The loader's worker side: a reader goes through its pieces of an epoch, decodes, crops and draws, and gives whole batches.
+"""The loader's worker side: a reader goes through its pieces of an epoch, decodes, crops and draws,
+and gives whole batches.
 
     shards -> the samples of its pieces -> shuffle buffer -> skip to the resume point -> decode, draw, crop -> batch
 
-Everything random is a pure function of the seed, the epoch, the stretch and the sample's key, so a resumed epoch repeats to the bit.
+Everything random is a pure function of the seed, the epoch, the stretch and the sample's key, so a resumed epoch
+repeats to the bit.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Heartbeats:
         """What each worker does that has been without a sample for so long."""
         now = time.time()
         return [
-            f"worker {worker} has read nothing from {self.names[worker].value.decode(errors='replace')} for {now - last:.0f} s"
+            f"worker {worker} has read nothing from {self.names[worker].value.decode(errors='replace')} for "
+            f"{now - last:.0f} s"
             for worker, last in enumerate(self.times)
             if last and now - last >= seconds
         ]
@@ -117,8 +120,8 @@ class Reader:
         captions = [caption for _, (_, _, drawn, _) in chosen for caption in drawn + [""] * (k - len(drawn))]
         tokens, cut = self.tokenize(captions)
         batch = {
-            # Channels last, as decoded: a transposition for each picture would cost a third of what cropping it does. default_collate writes them to
-            # shared memory at once.
+            # Channels last, as decoded: a transposition for each picture would cost a third of what cropping it does.
+            # default_collate writes them to shared memory at once.
             "images": default_collate([image.permute(1, 2, 0) for _, (_, image, _, _) in chosen]).permute(0, 3, 1, 2),
             "text": tokens.view(len(chosen), k, -1),
             "text_mask": torch.tensor([[slot < len(drawn) for slot in range(k)] for _, (_, _, drawn, _) in chosen]),
@@ -138,7 +141,9 @@ class Reader:
             yield from self._piece(piece, piece.skip + passed, piece.take - passed)
 
     def _piece(self, piece: SampleRange, skip: int, take: int) -> Iterator[tuple[str, Prepared]]:
-        """``take`` usable samples of a stretch after the first ``skip``, which are not decoded. A stretch cut short by bad samples begins again."""
+        """``take`` usable samples of a stretch after the first ``skip``, which are not decoded.
+        A stretch cut short by bad samples begins again.
+        """
         rng = random.Random(f"samples-{self.salt}-{piece.start}-{piece.stop}")
         while take > 0:
             usable = 0
@@ -166,7 +171,8 @@ class Reader:
                     found.add(entry)
                 names = [shard for shard, *_ in self.order.stretch(piece.start, piece.stop)]
                 raise NoUsableSampleError(
-                    f"data.shards: no usable sample in {', '.join(names)} (a reader's part): {found if self.bad else 'all are in the quarantine file'}"
+                    f"data.shards: no usable sample in {', '.join(names)} (a reader's part): "
+                    f"{found if self.bad else 'all are in the quarantine file'}"
                 )
 
     def _raw(self, piece: SampleRange) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -230,9 +236,11 @@ def shuffled(items: Iterator[Any], size: int, rng: random.Random) -> Iterator[An
 
 
 class ReaderDataset(IterableDataset):
-    """What a DataLoader runs in its workers: worker i makes the batches of reader (first + i) mod workers, for DataLoader begins at its worker 0.
+    """What a DataLoader runs in its workers: worker i makes the batches of reader (first + i) mod workers,
+    for DataLoader begins at its worker 0.
 
-    ``make(worker, beat)`` gives a reader and how many batches it has left. An error in what the user gave travels as an item {"error": message}.
+    ``make(worker, beat)`` gives a reader and how many batches it has left. An error in what the user gave travels as an
+    item {"error": message}.
     """
 
     def __init__(
@@ -262,7 +270,8 @@ class ReaderDataset(IterableDataset):
 def start_worker(worker: int, beats: Heartbeats) -> None:
     """A signal to the process group is for the training process: it finishes its step, saves, and ends its workers.
 
-    Its SIGTERM is the end then, also of a worker that sits in a read for ever, which the training process would otherwise wait for when it exits.
+    Its SIGTERM is the end then, also of a worker that sits in a read for ever, which the training process would
+    otherwise wait for when it exits.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,6 @@
-"""One raw sample to what a batch or an evaluation needs: its image decoded and cropped, its sub-captions drawn or split."""
+"""One raw sample to what a batch or an evaluation needs: its image decoded and cropped, its sub-captions drawn or
+split.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class BadSample(Exception):
 def prepare_sample(
     sample: dict[str, Any], data: DataConfig, image_size: int, salt: str
 ) -> tuple[str, Tensor, list[str], int]:
-    """A raw sample's key, crop [3, S, S] uint8, drawn sub-captions (at most K), and how many captions were too long to be read whole.
+    """A raw sample's key, crop [3, S, S] uint8, drawn sub-captions (at most K), and how many captions were too long to
+    be read whole.
 
     ``salt`` and the key seed every draw.
 

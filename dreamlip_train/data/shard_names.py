@@ -1,6 +1,8 @@
-"""From a pattern to shards: each final name is decided once, by an allow-list of schemes, and is opened only as what that decision says.
+"""From a pattern to shards: each final name is decided once, by an allow-list of schemes, and is opened only as what
+that decision says.
 
-    "a/*.tar::http://host/{0..9}.tar" -> parts at "::" -> braces expanded -> decide each name -> globs and folders of local ones -> [Shard, ..]
+    "a/*.tar::http://host/{0..9}.tar" -> parts at "::" -> braces expanded -> decide each name -> globs and folders of
+    local ones -> [Shard, ..]
 
 Nothing here hands a name to code that would interpret it again: a file that is called "pipe:rm x.tar" is a file.
 """
@@ -33,9 +35,11 @@ _CURL += "--connect-timeout 30 --retry 30 --retry-delay 2 --url".split()
 
 
 class Shard(str):
-    """A shard's name as it is shown and compared, with what it is: a local path ("file"), a URL ("http") or a shell command ("pipe").
+    """A shard's name as it is shown and compared, with what it is: a local path ("file"), a URL ("http") or a shell
+    command ("pipe").
 
-    Only ``list_shards`` makes one that is no local path; any other string that is read as a shard is a local path, whatever it looks like.
+    Only ``list_shards`` makes one that is no local path; any other string that is read as a shard is a local path,
+    whatever it looks like.
     """
 
     scheme: Scheme
@@ -47,15 +51,17 @@ class Shard(str):
 
 
 def list_shards(pattern: str, *, allow_pipe: bool = False, field: str = "data.shards") -> list[Shard]:
-    """The shards that a pattern names, sorted within each part: globs, braces, folders, URLs, several parts joined with "::".
+    """The shards that a pattern names, sorted within each part: globs, braces, folders, URLs, several parts joined with
+    "::".
 
     Raises:
-        UserError: the pattern is empty, matches nothing, names a shard twice, has a scheme that is not read, or is a "pipe:" (a shell command) that was
-            not permitted.
+        UserError: the pattern is empty, matches nothing, names a shard twice, has a scheme that is not read,
+            or is a "pipe:" (a shell command) that was not permitted.
     """
     if not pattern.strip():
         raise UserError(
-            f"{field}: is empty; give a folder, a glob such as 'shards/*.tar', or braces such as 'cc3m-{{0000..0575}}.tar'"
+            f"{field}: is empty; give a folder, a glob such as 'shards/*.tar', or braces such as "
+            f"'cc3m-{{0000..0575}}.tar'"
         )
     shards: list[Shard] = []
     for name in _expanded(pattern, field):
@@ -105,7 +111,8 @@ def _decided(name: str, allow_pipe: bool, field: str) -> Shard:
         return Shard(rest)
     if scheme.lower() not in ("http", "https"):
         raise UserError(
-            f"{field}: {name!r}: {scheme}:// is not read; copy it, mount it, or give 'pipe:COMMAND' with data.allow_pipe"
+            f"{field}: {name!r}: {scheme}:// is not read; copy it, mount it, or give 'pipe:COMMAND' with "
+            "data.allow_pipe"
         )
     if bare != name or any(c.isspace() or not c.isprintable() for c in bare):
         raise UserError(f"{field}: {name!r} has blanks in it; percent-encode a URL's blanks as %20")
@@ -135,7 +142,8 @@ def local_folder(shard: str) -> Path | None:
 
 
 def shard_ids(shards: Sequence[str]) -> list[str]:
-    """What each shard is called within its set, wherever the set lies: as much of the end of its path as tells all of them apart.
+    """What each shard is called within its set, wherever the set lies: as much of the end of its path as tells all of
+    them apart.
 
     >>> shard_ids(["/a/train/0.tar", "/a/val/0.tar"])
     ['train/0.tar', 'val/0.tar']

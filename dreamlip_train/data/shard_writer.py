@@ -10,7 +10,9 @@ from typing import Any
 
 
 class ShardWriter:
-    """Context manager: ``add`` raw samples, as ``shards.read_shard`` gives them; the same samples give the same bytes. An empty shard is not written."""
+    """Context manager: ``add`` raw samples, as ``shards.read_shard`` gives them; the same samples give the same bytes.
+    An empty shard is not written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.partial, self.samples = path, path.with_name(path.name + ".partial"), 0

@@ -1,4 +1,5 @@
-"""The raw samples of a shard, as bytes. Nothing here decodes anything, and nothing is read that is larger than it may be.
+"""The raw samples of a shard, as bytes. Nothing here decodes anything, and nothing is read that is larger than it may
+be.
 
     list_shards -> read_shard -> {"key", "jpg": bytes, "json": bytes, ..}
 
@@ -75,7 +76,9 @@ def read_shard(shard: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator
 
 
 def _members(stream: Any, limit: int) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of a tar, plain or compressed. A name that is not UTF-8 has its bytes as \\xNN."""
+    """(name, content) of the regular files of a tar, plain or compressed. A name that is not UTF-8 has its bytes as
+    \\xNN.
+    """
     with tarfile.open(fileobj=_plain(stream), mode="r|", bufsize=1 << 18) as tar:
         for member in tar:
             tar.members = []  # it would remember them all

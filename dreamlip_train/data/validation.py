@@ -20,8 +20,9 @@ def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> I
     """Held-out samples in file order, for evaluation.
 
     Yields:
-        {"key": str, "image": uint8 [3, S, S], "sentences": the sub-captions of data.eval_source or, where it is missing, of the first long
-        caption the sample has, "raw": str or None, "mask": uint8 [S, S] label map of the same geometry, or None}
+        {"key": str, "image": uint8 [3, S, S], "sentences": the sub-captions of data.eval_source or,
+        where it is missing, of the first long caption the sample has, "raw": str or None, "mask":
+        uint8 [S, S] label map of the same geometry, or None}
 
     Raises:
         UserError: data.val_shards is empty or matches nothing.
@@ -42,7 +43,9 @@ def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> I
 
 
 def check_held_out(data: DataConfig, *, image_size: int) -> None:
-    """Raise UserError unless data.val_shards has a sample with a sentence: said before a run, not at its first evaluation, which may be days later."""
+    """Raise UserError unless data.val_shards has a sample with a sentence: said before a run, not at its first
+    evaluation, which may be days later.
+    """
     read = 0
     for sample in val_samples(data, image_size=image_size):
         if sample["sentences"]:
@@ -55,10 +58,12 @@ def no_sentences(data: DataConfig, read: int) -> UserError:
     """The error of held-out shards in which nothing can be asked."""
     if read == 0:
         return UserError(
-            f"data.val_shards: no sample of {data.val_shards!r} could be read; `dreamlip-train prepare validate` says what is in it"
+            f"data.val_shards: no sample of {data.val_shards!r} could be read; `dreamlip-train prepare validate` says "
+            "what is in it"
         )
     return UserError(
-        f"data.val_shards: none of the samples of {data.val_shards!r} has a sentence in {data.eval_source!r} or another long caption "
+        f"data.val_shards: none of the samples of {data.val_shards!r} has a sentence in {data.eval_source!r} or "
+        "another long caption "
         f"({read} read); set data.eval_source to a column that has text"
     )
 

@@ -1,1 +1,3 @@
-"""Scores of a model: retrieval, localization, zero-shot, multi-label and segmentation, with the paper's numbers beside."""
+"""Scores of a model: retrieval, localization, zero-shot, multi-label and segmentation, with the paper's numbers
+beside.
+"""

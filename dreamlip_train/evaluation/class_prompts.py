@@ -1,4 +1,6 @@
-"""Text features of classes, from their names and prompt templates: what zero-shot labelling and segmentation compare images with."""
+"""Text features of classes, from their names and prompt templates: what zero-shot labelling and segmentation compare
+images with.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def read_classes(path: str | Path, *, repeated_allowed: bool = False) -> list[st
 
 
 def read_templates(given: str) -> tuple[str, ...]:
-    """Prompt templates with {c} for the class: "photo" is one, "imagenet" are CLIP's 80, anything else a file with one a line.
+    """Prompt templates with {c} for the class: "photo" is one, "imagenet" are CLIP's 80, anything else a file with one
+    a line.
 
     Raises:
         UserError: no such file, or a line without {c}.
@@ -61,7 +64,9 @@ def read_templates(given: str) -> tuple[str, ...]:
 def class_features(
     model: DreamLIP, classes: Sequence[str], templates: Sequence[str], device: torch.device | str, batch_size: int = 256
 ) -> Tensor:
-    """Unit rows [C, D]: the normalised mean, over a class's names and the templates, of the texts' unit embeddings (Radford et al., 2021)."""
+    """Unit rows [C, D]: the normalised mean, over a class's names and the templates, of the texts' unit embeddings
+    (Radford et al., 2021).
+    """
     texts, owner = [], []
     for index, line in enumerate(classes):
         prompts = [template.replace("{c}", name) for name in _names(line) for template in templates]

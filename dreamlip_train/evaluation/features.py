@@ -45,7 +45,9 @@ def encode_batch(
 def sub_caption_weights(
     patch_features: Tensor, text_features: Sequence[Tensor], threshold: float | None, normalization: Normalization
 ) -> list[Tensor]:
-    """The grouping's patch weights (docs/math.md section 3) of each sample's own sub-captions: patches [n, P, D], texts n x [K, D] -> n x [K, P]."""
+    """The grouping's patch weights (docs/math.md section 3) of each sample's own sub-captions:
+    patches [n, P, D], texts n x [K, D] -> n x [K, P].
+    """
     padded_nKD = nn.utils.rnn.pad_sequence(list(text_features), batch_first=True)
     weights_nKP = patch_weights(patch_features, padded_nKD, threshold=threshold, normalization=normalization)
     return [weights[: len(text)] for weights, text in zip(weights_nKP, text_features, strict=True)]
@@ -68,5 +70,6 @@ def require_finite(name: str, features: Tensor, keys: Sequence[str] | None = Non
     if bad:
         of = f"samples {sorted({keys[row] for row in bad})[:5]}" if keys else f"rows {bad[:5]}"
         raise UserError(
-            f"{name}: NaN or infinite values in {len(bad)} of {len(features)} rows, first in {of}; check the weights and those inputs"
+            f"{name}: NaN or infinite values in {len(bad)} of {len(features)} rows, first in {of}; "
+            "check the weights and those inputs"
         )

@@ -1,4 +1,5 @@
-"""Retrieval and patch localization of a model on held-out shards. Every number comes with the level that chance reaches.
+"""Retrieval and patch localization of a model on held-out shards. Every number comes with the level that chance
+reaches.
 
 Definitions and protocol: docs/evaluation.md. Shapes: P patches, D embedding width, K sub-captions of one image.
 """
@@ -48,7 +49,8 @@ def evaluate(
         Returns:
             {"retrieval": {"long_caption": R, "sentence": R}, "localization": localization(...) or None without
             masks or patch features,
-    "samples": int, "sentences": int, "skipped": {reason: count}} where R is retrieval(...) and "chance": retrieval_chance(...).
+    "samples": int, "sentences": int, "skipped": {reason: count}} where R is retrieval(...) and "chance":
+    retrieval_chance(...).
             A long caption is the normalized mean of its sentences' embeddings; a sentence is a query of its own.
         Raises:
             StoppedError: ``should_stop`` said so.

@@ -27,7 +27,8 @@ def mask_to_regions(mask: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
     """
     if mask.ndim != 2 or mask.shape[0] < grid[0] or mask.shape[1] < grid[1]:
         raise ValueError(
-            f"mask_to_regions: mask must be [H, W] with at least one pixel a patch of the {grid} grid, got {tuple(mask.shape)}"
+            f"mask_to_regions: mask must be [H, W] with at least one pixel a patch of the {grid} grid, "
+            f"got {tuple(mask.shape)}"
         )
     patch_size = (mask.shape[0] // grid[0], mask.shape[1] // grid[1])
     labels = torch.arange(1, count + 1, device=mask.device)
@@ -39,7 +40,8 @@ def mask_to_regions(mask: Tensor, count: int, grid: tuple[int, int]) -> Tensor:
 
 
 def localization(weights: Tensor, regions: Tensor) -> dict[str, Any]:
-    """How well the patches that sub-captions select agree with the regions they describe, in percent, with chance levels.
+    """How well the patches that sub-captions select agree with the regions they describe, in percent,
+    with chance levels.
 
     mass_inside: share of the weight that lies inside the region; chance, uniform weights, is the region's share of the
     patches.
@@ -57,11 +59,13 @@ def localization(weights: Tensor, regions: Tensor) -> dict[str, Any]:
     """
     if weights.shape != regions.shape or weights.ndim != 2 or regions.dtype != torch.bool:
         raise ValueError(
-            f"localization: weights [Q, P] and regions [Q, P] bool must agree, got {tuple(weights.shape)} and {tuple(regions.shape)} of {regions.dtype}"
+            f"localization: weights [Q, P] and regions [Q, P] bool must agree, got {tuple(weights.shape)} and "
+            f"{tuple(regions.shape)} of {regions.dtype}"
         )
     if not len(weights) or not bool(regions.any(dim=1).all()):
         raise ValueError(
-            "localization: needs at least one sub-caption, each with a region of at least one patch; leave out the others"
+            "localization: needs at least one sub-caption, each with a region of at least one patch; "
+            "leave out the others"
         )
     require_finite("localization: weights", weights)
     weights = weights.double()
@@ -81,7 +85,9 @@ def localization(weights: Tensor, regions: Tensor) -> dict[str, Any]:
 
 
 def _random_iou(selected: Tensor, regions: Tensor) -> Tensor:
-    """Expected IoU of each region with a random set of as many patches as were selected: [Q] float64 (hypergeometric overlap)."""
+    """Expected IoU of each region with a random set of as many patches as were selected:
+    [Q] float64 (hypergeometric overlap).
+    """
     patches = selected.shape[1]
     sizes, row_of = torch.unique(torch.stack([selected.sum(dim=1), regions.sum(dim=1)]), dim=1, return_inverse=True)
     chosen, region = sizes[:, :, None].double()  # [unique, 1] each

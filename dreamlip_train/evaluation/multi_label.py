@@ -59,7 +59,8 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
             index = position.get(tag, int(tag) if tag.isdecimal() and int(tag) < len(classes) else None)
             if index is None:
                 raise UserError(
-                    f"--annotations: {path.name} line {number}: the label {tag!r} is not among the {len(classes)} classes; "
+                    f"--annotations: {path.name} line {number}: the label {tag!r} is not among the {len(classes)} "
+                    "classes; "
                     "give the tag list that belongs to these annotations"
                 )
             labels.append(index)
@@ -72,7 +73,8 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
     missing = [name for (name, _), file in zip(found, files, strict=True) if file is None]
     if missing:
         raise UserError(
-            f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; fetch them"
+            f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; "
+            "fetch them"
         )
     return Labelled([file for file in files if file is not None], [labels for _, labels in found])
 
@@ -87,7 +89,8 @@ def _separated(tags: list[str], position: dict[str, int]) -> list[str]:
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """``AP = sum_t (R_t - R_{t-1}) P_t`` over the distinct scores t, descending; scikit-learn's definition, ties as one step.
+    """``AP = sum_t (R_t - R_{t-1}) P_t`` over the distinct scores t, descending; scikit-learn's definition,
+    ties as one step.
 
     Args:
         scores: [N, C] floats.
@@ -99,7 +102,8 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     """
     if scores.shape != targets.shape or scores.ndim != 2 or targets.dtype != torch.bool:
         raise ValueError(
-            f"average_precision: scores [N, C] and targets [N, C] bool, got {tuple(scores.shape)} and {tuple(targets.shape)} {targets.dtype}"
+            f"average_precision: scores [N, C] and targets [N, C] bool, got {tuple(scores.shape)} and "
+            f"{tuple(targets.shape)} {targets.dtype}"
         )
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("average_precision: scores hold NaN or infinite values; check the weights")
@@ -126,8 +130,9 @@ def evaluate_multi_label(
     """Average precision of cosine similarity for each class.
 
     Returns:
-        {"map": percent, the mean over the classes that have an image, "chance": percent, the mean share of images a class is in,
-        "per_class": {class: percent or None}, "images", "classes", "without_images": classes that no image has}.
+        {"map": percent, the mean over the classes that have an image, "chance": percent, the mean share of images a
+        class is in, "per_class": {class: percent or None}, "images", "classes", "without_images":
+        classes that no image has}.
     Raises:
         UserError: an image is damaged, or no class has an image.
     """

@@ -1,4 +1,6 @@
-"""The paper's tables (DreamLIP, ECCV 2024), to set our numbers beside; the files and their source are in paper_tables/."""
+"""The paper's tables (DreamLIP, ECCV 2024), to set our numbers beside; the files and their source are in
+paper_tables/.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,9 @@ def _recall(
 
 
 def _hit_probability(ahead: Tensor, tied_wrong: Tensor, tied_right: Tensor, k: int) -> Tensor:
-    """Probability, over random orders of the tied, that one of tied_right is among the first k after `ahead` others. float64, same shape."""
+    """Probability, over random orders of the tied, that one of tied_right is among the first k after `ahead` others.
+    float64, same shape.
+    """
     miss = torch.ones_like(ahead, dtype=torch.float64)
     for drawn in range(k):  # drawing without replacement from the tied, as far as the k - ahead places go
         still_wrong = (tied_wrong - drawn).clamp(min=0).double() / (tied_wrong + tied_right - drawn).clamp(min=1)

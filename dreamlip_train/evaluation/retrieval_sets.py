@@ -1,4 +1,5 @@
-"""Flickr30k, COCO and alike: images with several captions each, in the layouts they come in, and the recall of a model on them (the paper's Table 1).
+"""Flickr30k, COCO and alike: images with several captions each, in the layouts they come in, and the recall of a model
+on them (the paper's Table 1).
 
 Karpathy's json + image folder      {"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}
 COCO's captions json + image folder {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
@@ -66,12 +67,14 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = "tes
         found = _karpathy(content, folder, split)
     else:
         raise UserError(
-            f'--annotations: {str(path)!r} is neither Karpathy\'s json ("images" with "sentences") nor COCO\'s ("images" and "annotations")'
+            f"--annotations: {str(path)!r} is neither Karpathy's json "
+            '("images" with "sentences") nor COCO\'s ("images" and "annotations")'
         )
     missing = [pictured.name for pictured in found if not Path(pictured.name).is_file()]
     if missing:
         raise UserError(
-            f"--images: {len(missing)} of {len(found)} images are not there, such as {missing[0]}; fetch them, since recall over a part is another number"
+            f"--images: {len(missing)} of {len(found)} images are not there, such as {missing[0]}; fetch them, "
+            "since recall over a part is another number"
         )
     return iter(found)
 
@@ -96,7 +99,8 @@ def _coco(content: dict[str, Any], folder: Path, path: Path) -> list[RetrievalIt
     orphans = captions.keys() - {entry["id"] for entry in content["images"]}
     if orphans:
         raise UserError(
-            f"--annotations: {str(path)!r} has captions of {len(orphans)} images that it does not list, such as image_id {min(orphans)}"
+            f"--annotations: {str(path)!r} has captions of {len(orphans)} images that it does not list, "
+            f"such as image_id {min(orphans)}"
         )
     return [
         RetrievalItem(str(folder / entry["file_name"]), captions[entry["id"]])
@@ -118,7 +122,8 @@ def _webdataset(folder: Path, split: str) -> Iterator[RetrievalItem]:
                 for sample in read_shard(str(shard)):
                     if image_of(sample) is None or "txt" not in sample:
                         raise UserError(
-                            f"--annotations: {shard}: {sample['key']} has members {sorted(set(sample) - {'key'})}; it needs an image and a .txt"
+                            f"--annotations: {shard}: {sample['key']} has members {sorted(set(sample) - {'key'})}; "
+                            "it needs an image and a .txt"
                         )
                     lines = sample["txt"].decode("utf-8", errors="replace").splitlines()
                     yield RetrievalItem(

@@ -1,4 +1,5 @@
-"""Training-free semantic segmentation: each patch takes the class whose prompt it is most similar to (the weights learn nothing here).
+"""Training-free semantic segmentation: each patch takes the class whose prompt it is most similar to (the weights learn
+nothing here).
 
 Shapes: C classes, T windows, S side of the model's picture, g x g patches of a window.
 """
@@ -32,7 +33,8 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 @torch.no_grad()
 def similarity_map(model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: int, batch_size: int = 16) -> Tensor:
-    """Cosine similarity of every pixel's patch and every class, windows averaged where they overlap: [C, H, W] of an image [3, H, W] uint8.
+    """Cosine similarity of every pixel's patch and every class, windows averaged where they overlap:
+    [C, H, W] of an image [3, H, W] uint8.
 
     The image's sides must be at least model.image_size.
     """
@@ -57,7 +59,9 @@ def similarity_map(model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: i
 
 
 def predict(similarity: Tensor, size: tuple[int, int], background_threshold: float | None) -> Tensor:
-    """Class of each pixel of a [C, H, W] similarity map resized to ``size``; C where the softmax's largest probability is below the threshold."""
+    """Class of each pixel of a [C, H, W] similarity map resized to ``size``; C where the softmax's largest probability
+    is below the threshold.
+    """
     resized = F.interpolate(similarity[None], size=size, mode="bilinear", align_corners=False)[0]
     best = resized.argmax(dim=0)
     if background_threshold is not None:
@@ -107,7 +111,8 @@ def evaluate_segmentation(
     resize, stride = resize or side * 3 // 2, stride or side // 2
     if resize < side or not 0 < stride <= side:
         raise UserError(
-            f"--resize, --stride: got {resize} and {stride}; windows have {side} pixels: give resize >= {side} and 0 < stride <= {side}"
+            f"--resize, --stride: got {resize} and {stride}; windows have {side} pixels: "
+            f"give resize >= {side} and 0 < stride <= {side}"
         )
     names = [*layout.classes, *(["background"] if layout.background else [])]
     threshold = background_threshold if layout.background else None
@@ -152,7 +157,8 @@ def _pictures(pairs: Sequence[Segmented], layout: Layout) -> Iterator[tuple[Tens
         labels = torch.from_numpy(read_label_map(pair.labels, layout))
         if image.shape[-2:] != labels.shape:
             raise UserError(
-                f"--root: {pair.image} is {tuple(image.shape[-2:])} pixels, its label map {tuple(labels.shape)}; they belong to different images"
+                f"--root: {pair.image} is {tuple(image.shape[-2:])} pixels, its label map {tuple(labels.shape)}; "
+                "they belong to different images"
             )
         yield image, labels
 

@@ -18,31 +18,46 @@ from dreamlip_train.jobs.user_error import UserError
 IGNORED = 255
 
 _VOC = (
-    "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike, person, potted plant, sheep, sofa, "
+    "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike, person, "
+    "potted plant, sheep, sofa, "
     "train, tv monitor"
 )
 _CONTEXT = (
-    "aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat, ceiling, chair, cloth, computer, "
-    "cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, "
-    "platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, "
+    "aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat, "
+    "ceiling, chair, cloth, computer, "
+    "cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse, keyboard, light, motorbike, "
+    "mountain, mouse, person, plate, "
+    "platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, "
+    "truck, tv monitor, wall, water, "
     "window, wood"
 )
 _ADE = (
-    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table, mountain, plant, "
-    "curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, "
-    "railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, "
-    "stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, "
-    "bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, "
-    "chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, "
-    "buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, "
-    "bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, "
-    "hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag"
+    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
+    "table, mountain, plant, "
+    "curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, "
+    "rock, wardrobe, lamp, bathtub, "
+    "railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, "
+    "refrigerator, grandstand, path, "
+    "stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, "
+    "toilet, flower, book, hill, "
+    "bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, "
+    "towel, light, truck, tower, "
+    "chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land, "
+    "bannister, escalator, ottoman, bottle, "
+    "buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, "
+    "barrel, basket, waterfall, tent, "
+    "bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, "
+    "dishwasher, screen, blanket, sculpture, "
+    "hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, "
+    "radiator, glass, clock, flag"
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Folders below the root, the split file ("" takes every label map), and whether label 0 is scored as background (else not at all)."""
+    """Folders below the root, the split file ("" takes every label map), and whether label 0 is scored as background
+    (else not at all).
+    """
 
     images: str
     labels: str
@@ -116,7 +131,8 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
     missing = [path for pair in pairs for path in (pair.image, pair.labels) if not path.is_file()]
     if missing:
         raise UserError(
-            f"--root: {len(missing)} files of {len(pairs)} images are not there, such as {missing[0]}; mIoU over a part is another number"
+            f"--root: {len(missing)} files of {len(pairs)} images are not there, such as {missing[0]}; "
+            "mIoU over a part is another number"
         )
     return pairs
 
@@ -135,7 +151,8 @@ def read_label_map(path: Path, layout: Layout) -> np.ndarray:
     beyond = raw[(raw > count) & (raw != IGNORED)]
     if beyond.size:
         raise UserError(
-            f"--root: {path} has label {int(beyond[0])}, the layout has {count} classes; choose the --layout these labels were made for"
+            f"--root: {path} has label {int(beyond[0])}, the layout has {count} classes; "
+            "choose the --layout these labels were made for"
         )
     labels = raw - 1
     labels[raw == 0] = count if layout.background else IGNORED

@@ -1,4 +1,6 @@
-"""Zero-shot classification through clip_benchmark (the paper's Table 2): its data sets, class names, prompts and metrics; our checkpoint."""
+"""Zero-shot classification through clip_benchmark (the paper's Table 2): its data sets, class names,
+prompts and metrics; our checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ DATASETS = (
 
 
 class ClipAdapter(nn.Module):
-    """A DreamLIP model under the two names clip_benchmark calls: encode_image of uint8 [n,3,S,S], encode_text of tokens."""
+    """A DreamLIP model under the two names clip_benchmark calls: encode_image of uint8 [n,3,S,S],
+    encode_text of tokens.
+    """
 
     def __init__(self, model: DreamLIP) -> None:
         super().__init__()
@@ -84,9 +88,8 @@ def evaluate_zero_shot(
             try:
                 found[name] = _one(model, name, root, device, split, batch_size, workers)
             except Exception as error:  # clip_benchmark and the data sets' own readers raise anything
-                found[name] = {
-                    "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-                }
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                found[name] = {"error": f"{type(error).__name__}: {first_line}"}
             keep(found)
     return found
 
@@ -146,7 +149,8 @@ def _one(
             for images, labels in loader:
                 if labels.ndim == 1 and int(labels.max()) >= len(dataset.classes):
                     raise UserError(
-                        f"label {int(labels.max())} but {len(dataset.classes)} classes in {folder}; the class list is another's"
+                        f"label {int(labels.max())} but {len(dataset.classes)} classes in {folder}; "
+                        "the class list is another's"
                     )
                 counted += len(images)
                 yield images, labels
@@ -167,7 +171,8 @@ def _shards(folder: str, split: str) -> int:
 def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:
     """The table, chance and the paper's numbers beside ours."""
     lines = [
-        f"{'zero-shot, %':<22}{'acc@1':>8}{'(chance)':>10}{'acc@5':>8}{'per class':>11}{'images':>9}   paper: DreamLIP, ViT-B/16"
+        f"{'zero-shot, %':<22}{'acc@1':>8}{'(chance)':>10}{'acc@5':>8}{'per class':>11}{'images':>9}   paper: "
+        "DreamLIP, ViT-B/16"
     ]
     for name, row in found.items():
         if "error" in row:
@@ -179,7 +184,8 @@ def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:
             if "DreamLIP, ViT-B/16" in model
         )
         top, nothing = row.get("acc1", row.get("mean_average_precision", float("nan"))), float("nan")
-        cells = f"{top:>8.1f}{100 / row['classes']:>10.1f}{row.get('acc5', nothing):>8.1f}{row.get('mean_per_class_recall', nothing):>11.1f}"
+        recall = row.get("mean_per_class_recall", nothing)
+        cells = f"{top:>8.1f}{100 / row['classes']:>10.1f}{row.get('acc5', nothing):>8.1f}{recall:>11.1f}"
         lines.append(f"{name:<22}{cells}{row['images']:>9}   {paper}")
     scores = [row["acc1"] for row in found.values() if "acc1" in row]
     if len(scores) > 1:

@@ -10,7 +10,9 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is there whole."""
+    """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is
+    there whole.
+    """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

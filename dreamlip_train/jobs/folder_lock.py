@@ -19,8 +19,9 @@ _SILENT_SECONDS = 20.0
 class FolderLock:
     """Context manager: this process alone holds ``folder``/``name``.
 
-    The operating system holds the lock (POSIX record locks, which child processes do not inherit and NFS hands on to its
-    server). On file systems where such a lock does not reach other hosts, the holder's heartbeat on the file is watched.
+    The operating system holds the lock (POSIX record locks, which child processes do not inherit and NFS hands on to
+    its server). On file systems where such a lock does not reach other hosts, the holder's heartbeat on the file is
+    watched.
 
     Raises:
         UserError: another process holds it; its host and process number are named after ``argument``.
@@ -59,7 +60,8 @@ class FolderLock:
         self.file.close()
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
         raise UserError(
-            f"{self.argument}: {self.path.parent} is in use by {who}; wait for it to end, end it, or give another folder"
+            f"{self.argument}: {self.path.parent} is in use by {who}; wait for it to end, end it, "
+            "or give another folder"
         ) from error
 
     def _holder(self) -> dict[str, object]:

@@ -1,4 +1,6 @@
-"""A folder that belongs to one job: started again the job goes on in it, and another one is refused instead of mixing with it."""
+"""A folder that belongs to one job: started again the job goes on in it, and another one is refused instead of mixing
+with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A file of lines that a full disk does not end a program for: what could not be written is kept and written when there is room."""
+"""A file of lines that a full disk does not end a program for: what could not be written is kept and written when there
+is room.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ _KEPT_LINES = 100_000
 
 
 class LineFile:
-    """Appends whole lines to ``path``, each on disk (the operating system's cache) when ``write`` returns, or kept in memory.
+    """Appends whole lines to ``path``, each on disk (the operating system's cache) when ``write`` returns,
+    or kept in memory.
 
     ``say`` is called with a text when writing begins to fail and when everything is written again.
     """
@@ -47,7 +50,8 @@ class LineFile:
             if not self.failing:
                 self.failing = True
                 self.say(
-                    f"{self.path} CAN'T BE WRITTEN: {error.strerror}. The program goes on and writes it when there is room"
+                    f"{self.path} CAN'T BE WRITTEN: {error.strerror}. The program goes on and writes it when there is "
+                    "room"
                 )
             return
         if self.failing:

@@ -1,4 +1,6 @@
-"""The same map on one machine's processes or on a Ray cluster: an item is a task, and what it has done is marked by the files it leaves."""
+"""The same map on one machine's processes or on a Ray cluster: an item is a task, and what it has done is marked by the
+files it leaves.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ def map_tasks(
     processes: int = 0,
     gpus_if_any: int = 0,
 ) -> Iterator[Any]:
-    """``map(function, items)``: on forked processes in order, or with ``ray_address`` on that cluster in the order in which tasks end.
+    """``map(function, items)``: on forked processes in order, or with ``ray_address`` on that cluster in the order in
+    which tasks end.
 
-    On Ray a task whose worker dies is run again, up to 5 times, on any node: ``function`` must bear that, and its files must lie on storage that all
-    nodes share.
+    On Ray a task whose worker dies is run again, up to 5 times, on any node: ``function`` must bear that,
+    and its files must lie on storage that all nodes share.
 
     Args:
         ray_address: of a running cluster ("auto" finds the one of this machine); needs the ``ray`` extra.
@@ -50,7 +53,9 @@ def map_tasks(
 
 
 def _results(ray: Any, ended: list[Any]) -> list[Any]:
-    """What tasks returned; a user's error is raised as itself, without the traceback that Ray makes part of its message."""
+    """What tasks returned; a user's error is raised as itself, without the traceback that Ray makes part of its
+    message.
+    """
     try:
         return ray.get(ended)
     except ray.exceptions.RayTaskError as error:

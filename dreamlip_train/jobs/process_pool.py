@@ -1,4 +1,6 @@
-"""A map over forked processes that reads its input no further ahead than it must, and says what died where one of them was killed."""
+"""A map over forked processes that reads its input no further ahead than it must, and says what died where one of them
+was killed.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ _function: Callable[[Any], Any]
 
 
 def map_bounded(function: Callable[[Any], Any], items: Iterable[Any], processes: int = 0) -> Iterator[Any]:
-    """``map(function, items)``, in order, on forked processes (0: one per core); at most four items per process wait at any time.
+    """``map(function, items)``, in order, on forked processes (0: one per core); at most four items per process wait at
+    any time.
 
-    ``function`` need not be picklable (the processes are forks), items and results must be. When it raises, what the other processes have begun is finished
-    first: nobody is killed over a file.
+    ``function`` need not be picklable (the processes are forks), items and results must be.
+    When it raises, what the other processes have begun is finished first: nobody is killed over a file.
 
     Raises:
         RunError: a process died, as when the system kills it for its memory; the items that were under way are named.
@@ -61,7 +64,8 @@ def _died(waiting: deque[tuple[Any, Future[Any]]], processes: int) -> RunError:
     unfinished = [item for item, future in waiting if future.cancelled() or not future.done() or future.exception()]
     names = ", ".join(f"{_short(item)}" for item in unfinished[:processes])
     return RunError(
-        f"a worker process died, perhaps killed by the system for its memory, while at {names or 'its first item'}. What is finished is kept; give the same "
+        f"a worker process died, perhaps killed by the system for its memory, while at {names or 'its first item'}. "
+        "What is finished is kept; give the same "
         "command again, with more memory or fewer processes"
     )
 
@@ -76,8 +80,9 @@ def _short(item: Any) -> str:
 def _begin(parent: int) -> None:
     """A worker's signals, and its end with its parent's.
 
-    Ctrl-C is for the parent, which lets the workers finish. A handler of SIGTERM inherited from it (Ray installs one) is not for the worker. The queue it
-    waits at does not close when the parent is killed, for its brothers hold it open.
+    Ctrl-C is for the parent, which lets the workers finish. A handler of SIGTERM inherited from it (Ray installs one)
+    is not for the worker. The queue it waits at does not close when the parent is killed, for its brothers hold it
+    open.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

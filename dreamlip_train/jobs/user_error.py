@@ -1,4 +1,6 @@
-"""What a person must mend, as opposed to what we must: errors that the command line prints as one message, without a traceback."""
+"""What a person must mend, as opposed to what we must: errors that the command line prints as one message,
+without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Work that had to end for a cause outside of this program: a full disk, unreadable data, a dead worker, a loss that stays NaN.
+    """Work that had to end for a cause outside of this program: a full disk, unreadable data, a dead worker,
+    a loss that stays NaN.
 
     The message says what is kept and what to do. Raised with the message alone, as ``UserError``.
     """

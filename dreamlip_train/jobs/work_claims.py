@@ -1,4 +1,6 @@
-"""Files that say who works on what, so that processes on any machines of a shared file system divide the work without talking to each other."""
+"""Files that say who works on what, so that processes on any machines of a shared file system divide the work without
+talking to each other.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pathlib import Path
 
 
 class Claims:
-    """Claims in ``folder`` in the name of ``owner`` (this process by default). One that has not been renewed for ``stale_seconds`` is anybody's."""
+    """Claims in ``folder`` in the name of ``owner`` (this process by default). One that has not been renewed for
+    ``stale_seconds`` is anybody's.
+    """
 
     def __init__(self, folder: Path, stale_seconds: float, owner: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +36,9 @@ class Claims:
         return True
 
     def _take_over(self, path: Path) -> bool:
-        """Replace a free claim. Several may find it free: they look again one at a time, and the second finds the first one's."""
+        """Replace a free claim. Several may find it free: they look again one at a time, and the second finds the first
+        one's.
+        """
         lock = path.with_suffix(".takeover")
         try:
             os.close(os.open(lock, os.O_CREAT | os.O_EXCL))

@@ -1,1 +1,3 @@
-"""Images and captions in, features out: the towers, the tokenizer, packed captions, and what a step costs in operations."""
+"""Images and captions in, features out: the towers, the tokenizer, packed captions, and what a step costs in
+operations.
+"""

@@ -1,4 +1,6 @@
-"""The model that settings describe: open_clip's towers from its table or a config, those that can't be trained here refused by name."""
+"""The model that settings describe: open_clip's towers from its table or a config, those that can't be trained here
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def build_model(model: ModelConfig, seed: int) -> DreamLIP:
     """The model ``model`` describes, its new weights a function of ``seed`` alone, in fp32 on the CPU.
 
     Raises:
-        UserError: the name is unknown, the image tower has no patch tokens, the text tower is not a causal CLIP one, or ``pretrained`` does not fit.
+        UserError: the name is unknown, the image tower has no patch tokens, the text tower is not a causal CLIP one,
+            or ``pretrained`` does not fit.
     """
     settings = _tower_settings(model)
     with torch.random.fork_rng(devices=[]):
@@ -68,7 +71,8 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
     settings = copy.deepcopy(model.config) or open_clip.get_model_config(model.name)
     if settings is None:
         raise UserError(
-            f"model.name: open_clip knows no {model.name!r}; `open_clip.list_models()` lists the names, or describe the towers in model.config"
+            f"model.name: open_clip knows no {model.name!r}; `open_clip.list_models()` lists the names, "
+            "or describe the towers in model.config"
         )
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in settings]
     if missing:
@@ -82,7 +86,8 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
     if without_patches or vision.get("final_ln_after_pool"):
         field = (without_patches or ["final_ln_after_pool"])[0]
         raise UserError(
-            f"model.name: the image tower of {model.name!r} gives no patch tokens after its norm (vision_cfg.{field}={vision[field]!r}); use a plain ViT"
+            f"model.name: the image tower of {model.name!r} gives no patch tokens after its norm "
+            f"(vision_cfg.{field}={vision[field]!r}); use a plain ViT"
         )
     if (
         settings.pop("custom_text", False)
@@ -91,11 +96,13 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
         or text.get("hf_tokenizer_name")
     ):
         raise UserError(
-            f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; use a plain CLIP configuration such as ViT-B-16"
+            f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; "
+            "use a plain CLIP configuration such as ViT-B-16"
         )
     if model.config and text.get("context_length", model.context_length) != model.context_length:
         raise UserError(
-            f"model.context_length: got {model.context_length}, but model.config's text_cfg.context_length is {text['context_length']}; give one of them"
+            f"model.context_length: got {model.context_length}, but model.config's text_cfg.context_length is "
+            f"{text['context_length']}; give one of them"
         )
     text["context_length"] = model.context_length
     return settings
@@ -105,15 +112,18 @@ def _check_towers(clip: open_clip.CLIP, name: str) -> None:
     visual, vocabulary = clip.visual, open_clip.SimpleTokenizer().vocab_size
     if not isinstance(visual, VisionTransformer) or visual.proj is None or visual.pool_type not in ("tok", "avg"):
         raise UserError(
-            f"model.name: the image tower of {name!r} gives no projected patch tokens; use a ViT whose vision_cfg.pool_type is 'tok' or 'avg'"
+            f"model.name: the image tower of {name!r} gives no projected patch tokens; use a ViT whose "
+            "vision_cfg.pool_type is 'tok' or 'avg'"
         )
     if visual.image_size[0] != visual.image_size[1]:
         raise UserError(f"model.config: vision_cfg.image_size must be square, got {visual.image_size}")
     if clip.attn_mask is None or clip.text_pool_type != "argmax":
         raise UserError(
-            f"model.name: the text tower of {name!r} must be causal and pooled at its end token (no_causal_mask=False, pool_type='argmax')"
+            f"model.name: the text tower of {name!r} must be causal and pooled at its end token "
+            "(no_causal_mask=False, pool_type='argmax')"
         )
     if clip.vocab_size < vocabulary:
         raise UserError(
-            f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; leave it out"
+            f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; "
+            "leave it out"
         )

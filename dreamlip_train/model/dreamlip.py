@@ -1,7 +1,8 @@
-"""The two open_clip towers, giving what DreamLIP's losses need: image, patch and sub-caption features and the logit scales.
+"""The two open_clip towers, giving what DreamLIP's losses need: image, patch and sub-caption features and the logit
+scales.
 
-Shapes: n images, K sub-caption slots, L tokens, P patches, D embedding width. The towers are open_clip's own ``CLIP`` with its own parameter names, so
-that ``open_clip_state_dict`` is a file any open_clip program loads.
+Shapes: n images, K sub-caption slots, L tokens, P patches, D embedding width. The towers are open_clip's own ``CLIP``
+with its own parameter names, so that ``open_clip_state_dict`` is a file any open_clip program loads.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ LOGIT_SCALARS = ("logit_scale", "logit_scale_local", "logit_bias")
 class BoundedBelowLog100(torch.autograd.Function):
     """``x.clamp(0, ln 100)`` whose gradient is stopped only where it would push x further out.
 
-    A plain clamp has no gradient outside, so a scale that overshoots stays there; writing the clamped value into the parameter, as open_clip does, is lost
-    under ZeRO, whose optimizer owns an fp32 copy. With the inward gradient kept the parameter comes back by itself, at every ZeRO stage.
+    A plain clamp has no gradient outside, so a scale that overshoots stays there; writing the clamped value into the
+    parameter, as open_clip does, is lost under ZeRO, whose optimizer owns an fp32 copy.
+    With the inward gradient kept the parameter comes back by itself, at every ZeRO stage.
     """
 
     @staticmethod
@@ -51,8 +53,9 @@ class DreamLIP(nn.Module):
     """open_clip's towers with patch features and K sub-captions an image.
 
     ``forward(images [n,3,H,W], text [n,K,L], or the same captions packed)`` returns a dict:
-    image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected, not normalised (None with ``patches=False``);
-    logit_scale, logit_scale_local and logit_bias, scalars (None where the model has none). All fp32, the patches in the towers' dtype: they are the bulk.
+    image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected,
+    not normalised (None with ``patches=False``); logit_scale, logit_scale_local and logit_bias, scalars (None where the
+    model has none). All fp32, the patches in the towers' dtype: they are the bulk.
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class DreamLIP(nn.Module):
     ) -> None:
         super().__init__()
         self.clip = clip
-        # An attribute, not state: checkpoints do not change, and open_clip's own encode_image(normalize=True) is never called here.
+        # An attribute, not state: checkpoints do not change, and open_clip's own encode_image(normalize=True) is never
+        # called here.
         self.clip.visual.output_tokens = True
         for block in self.clip.transformer.resblocks:
             if (
@@ -77,7 +81,8 @@ class DreamLIP(nn.Module):
         self.local_proj = nn.Parameter(clip.visual.proj.detach().clone()) if local_projection else None
         # One element, not zero-dimensional: DeepSpeed cannot broadcast 0-dim parameters.
         self.logit_scale_local = nn.Parameter(clip.logit_scale.detach().clone()) if local_logit_scale else None
-        # Here and not in open_clip's CLIP, which has one too: a bias changes no ranking, and weights without it load everywhere.
+        # Here and not in open_clip's CLIP, which has one too: a bias changes no ranking, and weights without it load
+        # everywhere.
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
         self.channels_last = False
         # Not buffers: a bf16 engine would round buffers to bf16, and training would see other pixels than evaluation.
@@ -129,7 +134,9 @@ class DreamLIP(nn.Module):
         }
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit image features [n,D] and projected patch features [n,P,D] of images [n,3,H,W] (uint8, or float in [0,1])."""
+        """Unit image features [n,D] and projected patch features [n,P,D] of images [n,3,H,W] (uint8,
+        or float in [0,1]).
+        """
         image_features, patch_features = self._image_features(images, patches=True)
         return image_features, patch_features.float()
 
@@ -188,7 +195,8 @@ class DreamLIP(nn.Module):
 def crop_to_longest(tokens: Tensor) -> Tensor:
     """``tokens`` [..., L] without the columns after every row's end token.
 
-    Exact for a causal tower that pools at the end token: no later position reaches it. Reads the tokens on the host: call it before they go to a GPU.
+    Exact for a causal tower that pools at the end token: no later position reaches it. Reads the tokens on the host:
+    call it before they go to a GPU.
     """
     longest = int(tokens.argmax(dim=-1).max()) + 1 if tokens.numel() else 1
     return tokens[..., :longest]

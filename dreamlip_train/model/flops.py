@@ -1,6 +1,8 @@
-"""Model FLOPs: what a step's images and tokens cost the towers, and the peak of the device they run on, for TFLOP/s and MFU.
+"""Model FLOPs: what a step's images and tokens cost the towers, and the peak of the device they run on,
+for TFLOP/s and MFU.
 
-As usual a multiply-add is 2 FLOPs, backward costs twice the forward, recomputation and padding are not counted, and neither is the loss (under 1 % of a step).
+As usual a multiply-add is 2 FLOPs, backward costs twice the forward, recomputation and padding are not counted,
+and neither is the loss (under 1 % of a step).
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreamlip_train.model.dreamlip import DreamLIP
 
-# Dense bf16 tensor-core TFLOP/s by words of the device's name, from the makers' data sheets; the first whose words are all there counts.
+# Dense bf16 tensor-core TFLOP/s by words of the device's name, from the makers' data sheets;
+# the first whose words are all there counts.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,

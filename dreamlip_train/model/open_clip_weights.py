@@ -16,7 +16,8 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
     """Copy an open_clip weights file into ``clip``, position embeddings resized to its picture size and context length.
 
     Raises:
-        UserError: the file cannot be read, holds more than tensors, or comes from another model (the first keys and shapes that differ are named).
+        UserError: the file cannot be read, holds more than tensors, or comes from another model (the first keys and
+            shapes that differ are named).
     """
     if not Path(path).is_file():
         raise UserError(f"model.pretrained: no file {path!r}; give an open_clip weights file")
@@ -31,7 +32,8 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise UserError(
-            f"model.pretrained: {path!r} comes from another model: {shown}. Give the model.name or model.config it was trained with"
+            f"model.pretrained: {path!r} comes from another model: {shown}. Give the model.name or model.config it "
+            "was trained with"
         )
     for key in ("logit_scale", "logit_bias"):
         if key in state:
@@ -42,7 +44,9 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
 
 
 def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:
-    """``model``'s towers under exactly open_clip.CLIP's keys: fp32 on the CPU, logit_scale 0-dim and within its bound, nothing train-only."""
+    """``model``'s towers under exactly open_clip.CLIP's keys: fp32 on the CPU, logit_scale 0-dim and within its bound,
+    nothing train-only.
+    """
     state = {key: value.detach().float().cpu() for key, value in model.clip.state_dict().items()}
     state["logit_scale"] = state["logit_scale"].reshape(()).clamp(0.0, MAX_LOGIT_SCALE)
     return state

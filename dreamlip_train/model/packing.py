@@ -1,7 +1,8 @@
-"""A step's captions packed one after another into rows of one length: the text tower's work follows the real tokens, and its shapes stay.
+"""A step's captions packed one after another into rows of one length: the text tower's work follows the real tokens,
+and its shapes stay.
 
-The tower is causal and pools at the end token: with attention kept within each caption and positions counted from its start, a caption's feature is the one
-it has alone in a padded row.
+The tower is causal and pools at the end token: with attention kept within each caption and positions counted from its
+start, a caption's feature is the one it has alone in a padded row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ ALIGNMENT = 16  # row lengths are multiples of it: tensor cores and attention ke
 class PackedCaptions:
     """B captions in R rows of L positions; what is left of a row is caption -1, which only sees itself.
 
-    tokens [R,L]; positions [R,L], within the caption; captions [R,L], whose token it is; ends [B], index of each caption's end token into R*L. All int64.
+    tokens [R,L]; positions [R,L], within the caption; captions [R,L], whose token it is;
+    ends [B], index of each caption's end token into R*L. All int64.
     """
 
     tokens: Tensor
@@ -37,10 +39,12 @@ class PackedCaptions:
 
 
 def pack_captions(tokens: Tensor) -> PackedCaptions:
-    """The captions of token rows [..., C], longest first into rows of C rounded up to 16; on sub-captions 97 to 99 % of the positions hold a token.
+    """The captions of token rows [..., C], longest first into rows of C rounded up to 16;
+    on sub-captions 97 to 99 % of the positions hold a token.
 
     Args:
-        tokens: on the CPU, the end token the largest of its row (CLIP's has the highest id); what stands after it is dropped.
+        tokens: on the CPU, the end token the largest of its row (CLIP's has the highest id);
+            what stands after it is dropped.
     """
     flat = tokens.flatten(0, -2).numpy()
     count, context = flat.shape
@@ -66,7 +70,9 @@ def pack_captions(tokens: Tensor) -> PackedCaptions:
 
 
 def _layouts(counts: list[int], length: int) -> Iterator[tuple[list[int], int]]:
-    """(sizes of a row's captions in order, how many such rows), for ``counts[size]`` captions of each size: always the longest that still fit."""
+    """(sizes of a row's captions in order, how many such rows), for ``counts[size]`` captions of each size:
+    always the longest that still fit.
+    """
     while any(counts):
         layout, left = [], length
         for size in range(len(counts) - 1, 0, -1):
@@ -80,9 +86,11 @@ def _layouts(counts: list[int], length: int) -> Iterator[tuple[list[int], int]]:
 
 
 class RowAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention of x with itself, whose additive mask may differ by row, [R,1,L,L], without a copy of it for each head.
+    """nn.MultiheadAttention of x with itself, whose additive mask may differ by row, [R,1,L,L], without a copy of it
+    for each head.
 
-    Called as open_clip's blocks do. That key and value are x is taken for granted: under ZeRO-3 they arrive as three views of it.
+    Called as open_clip's blocks do. That key and value are x is taken for granted: under ZeRO-3 they arrive as three
+    views of it.
     """
 
     def forward(
@@ -98,6 +106,8 @@ class RowAttention(nn.MultiheadAttention):
 
 
 def row_mask(captions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [R,1,L,L] of ``PackedCaptions.captions``: 0 where a token sees another of its caption at or before it, else -inf."""
+    """Additive attention mask [R,1,L,L] of ``PackedCaptions.captions``: 0 where a token sees another of its caption at
+    or before it, else -inf.
+    """
     seen = (captions[:, :, None] == captions[:, None, :]).tril()
     return torch.zeros((), dtype=dtype, device=captions.device).where(seen, -torch.inf)[:, None]

@@ -1,4 +1,6 @@
-"""CLIP's tokens, as open_clip's SimpleTokenizer gives them, at the rate a loader needs: with K captions an image text costs as much as pixels."""
+"""CLIP's tokens, as open_clip's SimpleTokenizer gives them, at the rate a loader needs:
+with K captions an image text costs as much as pixels.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _MOST_CHARACTERS = 64  # read of a text for each token of the context; the rest 
 
 
 class CaptionTokenizer(open_clip.SimpleTokenizer):
-    """open_clip's SimpleTokenizer, several times faster: each word's ids are looked up once, and printable ASCII without entities is not repaired.
+    """open_clip's SimpleTokenizer, several times faster: each word's ids are looked up once, and printable ASCII
+    without entities is not repaired.
 
     ``tokenizer(texts)`` -> int64 [B, context_length]; texts that are too long are cut and keep their end token.
     """

@@ -15,7 +15,9 @@ FILE = "ema.pt"
 
 
 class WeightAverage:
-    """``average = d * average + (1 - d) * weights`` after each step, d = min(decay, (1 + step) / (10 + step)): early weights are forgotten sooner."""
+    """``average = d * average + (1 - d) * weights`` after each step, d = min(decay, (1 + step) / (10 + step)):
+    early weights are forgotten sooner.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -46,7 +46,8 @@ class TensorBoard:
             if not self.failing:
                 self.failing = True
                 self.say(
-                    f"{self.folder} CAN'T BE WRITTEN: {error.strerror}. Training goes on and writes it when there is room"
+                    f"{self.folder} CAN'T BE WRITTEN: {error.strerror}. Training goes on and writes it when there is "
+                    "room"
                 )
             return
         self.waiting.clear()
@@ -59,7 +60,8 @@ class TensorBoard:
 
 
 def start_wandb(run_dir: Path, project: str, config: Any) -> Any:
-    """A W&B run with the settings of ``config``; the same run folder resumes it, another one of the same name is another run.
+    """A W&B run with the settings of ``config``; the same run folder resumes it, another one of the same name is
+    another run.
 
     Raises:
         UserError: wandb is not installed.

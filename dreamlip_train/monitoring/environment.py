@@ -1,4 +1,6 @@
-"""``dreamlip-train doctor``: versions, devices, kernel backends, and whether shards can be read, as text to paste into a report."""
+"""``dreamlip-train doctor``: versions, devices, kernel backends, and whether shards can be read, as text to paste into
+a report.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def versions() -> dict[str, str]:
 
 
 def qualify_kernels() -> None:
-    """Test and time the kernels on this machine's device, with what is being tried on standard error; ``examine`` then shows the verdict.
+    """Test and time the kernels on this machine's device, with what is being tried on standard error;
+    ``examine`` then shows the verdict.
 
     Raises:
         RunError: the device cannot be used.
@@ -45,7 +48,8 @@ def qualify_kernels() -> None:
 
 
 def examine(pattern: str = "") -> str:
-    """What this machine offers a run, as text; with ``pattern`` also the findings of ``prepare validate`` on those shards.
+    """What this machine offers a run, as text; with ``pattern`` also the findings of ``prepare validate`` on those
+    shards.
 
     Raises:
         UserError: ``pattern`` matches no shard.
@@ -67,7 +71,8 @@ def _devices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         lines.append(
-            f"cuda:{index}: {found.name}, {found.total_memory / 1e9:.0f} GB, compute capability {found.major}.{found.minor}"
+            f"cuda:{index}: {found.name}, {found.total_memory / 1e9:.0f} GB, compute capability "
+            f"{found.major}.{found.minor}"
         )
     if not torch.cuda.is_available():
         built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"

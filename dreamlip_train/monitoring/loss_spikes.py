@@ -18,7 +18,9 @@ class LossSpikes:
         self.last: deque[float] = deque(maxlen=_WINDOW)
 
     def check(self, loss: float) -> float | None:
-        """The median of the losses before this one if it is a spike: above it by 8 robust standard deviations and by 5 %. None otherwise."""
+        """The median of the losses before this one if it is a spike: above it by 8 robust standard deviations and by 5
+        %. None otherwise.
+        """
         if not math.isfinite(loss):
             return None
         median = None

@@ -1,4 +1,6 @@
-"""What a run says while it runs: a progress bar or plain lines, a log of every rank, ``metrics.jsonl``, TensorBoard files and W&B. Rank 0 alone prints."""
+"""What a run says while it runs: a progress bar or plain lines, a log of every rank, ``metrics.jsonl``,
+TensorBoard files and W&B. Rank 0 alone prints.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from dreamlip_train.monitoring.dashboards import TensorBoard, start_wandb
 
 
 class RunLog:
-    """Opens (appends to) the files of ``run_dir``: ``log.txt`` for rank 0, ``logs/rank-NNNN.txt`` for another, which prints nothing and keeps no metrics.
+    """Opens (appends to) the files of ``run_dir``: ``log.txt`` for rank 0, ``logs/rank-NNNN.txt`` for another,
+    which prints nothing and keeps no metrics.
 
     A full disk ends no run: what could not be written is kept, and written when there is room.
 

@@ -21,7 +21,8 @@ _MANY_CUT = 0.02  # of the captions
 class StepMetrics:
     """Logs steps of a run; every rank has one.
 
-    image_flops, token_flops: of an image and of a caption token. peak_flops: of the device per second, None where unknown.
+    image_flops, token_flops: of an image and of a caption token. peak_flops: of the device per second,
+    None where unknown.
     """
 
     log: RunLog
@@ -44,7 +45,8 @@ class StepMetrics:
         self.watch.cut += batch["cut"]
 
     def row(self, about: dict[str, Any], losses: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Log one step. Losses are global, images and tokens those of all ranks, the wait the longest of any; the rest is rank 0's.
+        """Log one step. Losses are global, images and tokens those of all ranks, the wait the longest of any;
+        the rest is rank 0's.
 
         Args:
             about: step, epoch, lr, grad_norm, skipped_steps.
@@ -92,7 +94,8 @@ class StepMetrics:
         each = ", ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in parts.items())
         mfu = f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
         return (
-            f"step {row['step']}/{self.total_steps}  loss {row['loss']:.3f} ({each})  {row['images_per_s']:.0f} images/s"
+            f"step {row['step']}/{self.total_steps}  loss {row['loss']:.3f} ({each})  {row['images_per_s']:.0f} "
+            "images/s"
             f"{mfu}  waiting for data {row['data_wait']:.0%}  {duration(seconds_left)} left"
         )
 
@@ -101,7 +104,8 @@ class StepMetrics:
         if not self.warned_of_cut and cut > _MANY_CUT * captions:
             self.warned_of_cut = True
             self.log.message(
-                f"{cut} of the last {captions} captions are longer than model.context_length={self.context_length} tokens "
+                f"{cut} of the last {captions} captions are longer than model.context_length={self.context_length} "
+                "tokens "
                 "and lose their ends; raise it, or draw shorter ones (data.merged_num, data.splitter)"
             )
 

@@ -1,6 +1,8 @@
-"""Signals that ask a run to stop: the first is remembered and acted on after the step, the same one again leaves at once.
+"""Signals that ask a run to stop: the first is remembered and acted on after the step, the same one again leaves at
+once.
 
-SIGTERM (pre-emption, ``scancel``, ``torchrun``), SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 (SLURM's ``--signal=USR1@300``, submitit).
+SIGTERM (pre-emption, ``scancel``, ``torchrun``), SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 (SLURM's ``--signal=USR1@300``,
+submitit).
 """
 
 from __future__ import annotations

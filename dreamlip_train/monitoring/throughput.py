@@ -1,4 +1,6 @@
-"""How fast a run is: images, tokens and the time spent waiting for data between two log lines, and the memory it takes."""
+"""How fast a run is: images, tokens and the time spent waiting for data between two log lines, and the memory it
+takes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _WINDOWS_BEFORE_ADVICE = 3
 
 
 class Stopwatch:
-    """Counts images, tokens and captions cut at the context's end, and splits the time since the last ``window`` into waiting for data and the rest."""
+    """Counts images, tokens and captions cut at the context's end, and splits the time since the last ``window`` into
+    waiting for data and the rest.
+    """
 
     def __init__(self) -> None:
         self.slow_windows = self.windows = 0

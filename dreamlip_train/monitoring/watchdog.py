@@ -10,7 +10,8 @@ _QUIET_SECONDS = 120.0
 
 
 class Watchdog:
-    """Context manager. ``now(doing)`` at every change of activity; after two minutes in one, and then after each doubling, ``say`` gets a line.
+    """Context manager. ``now(doing)`` at every change of activity; after two minutes in one, and then after each
+    doubling, ``say`` gets a line.
 
     ``details`` adds lines, such as which loader worker has been silent.
     """

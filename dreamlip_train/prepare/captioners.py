@@ -1,4 +1,6 @@
-"""Multimodal models that describe pictures: what they are asked and how an answer becomes a caption; one run here through transformers."""
+"""Multimodal models that describe pictures: what they are asked and how an answer becomes a caption;
+one run here through transformers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ Answer = dict[str, str] | Exception
 
 
 def caption_text(text: Any, cut: bool) -> str:
-    """A model's answer as a caption: white space collapsed, and without its last sentence if the token limit ``cut`` that one off.
+    """A model's answer as a caption: white space collapsed, and without its last sentence if the token limit ``cut``
+    that one off.
 
     Raises:
         ValueError: it says nothing.

@@ -1,4 +1,6 @@
-"""A multimodal model behind an OpenAI-compatible server: patient with trouble that passes, bounded in time and bytes."""
+"""A multimodal model behind an OpenAI-compatible server: patient with trouble that passes, bounded in time and
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,9 @@ def _retry_after(headers: Any) -> float:
 
 
 def _data_url(image: bytes) -> str:
-    """The picture for a server, once it decodes: JPEG, PNG, WebP and GIF as they are, what servers can't read as PNG."""
+    """The picture for a server, once it decodes: JPEG, PNG, WebP and GIF as they are, what servers can't read as
+    PNG.
+    """
     from PIL import Image
 
     kind = media_type(image)

@@ -1,6 +1,7 @@
 """Users' files to shards: a caption table and a folder of images become tar shards and a manifest.json.
 
-    rows, numbered -> shards of ``shard_size`` rows each -> KEY.jpg + KEY.json (+ KEY.mask.png) in NNNNN.tar -> manifest.json
+    rows, numbered -> shards of ``shard_size`` rows each -> KEY.jpg + KEY.json (+ KEY.mask.png) in NNNNN.tar ->
+    manifest.json
 
 Rows of a shard are fixed by their numbers, a shard appears under its name when it is whole, and its counts lie beside
 it: a run that was killed goes on with the shards that are missing, and the result is the same.
@@ -46,8 +47,8 @@ def prepare_folder(
     """Write ``output``/NNNNN.tar and manifest.json from a caption table and a folder of images; return the manifest.
 
     Args:
-        captions: CSV, TSV or parquet with the column "Image Path" (a URL, or a path below ``images``) and DreamLIP's caption columns;
-            further columns are carried into each sample's json.
+        captions: CSV, TSV or parquet with the column "Image Path" (a URL, or a path below ``images``) and DreamLIP's
+            caption columns; further columns are carried into each sample's json.
         images: folder, searched in depth (image_index.py says how a row finds its image).
         masks: folder of label maps STEM.png: value j is the region that sentence j of each long caption describes.
         shard_size: rows a shard.

@@ -96,7 +96,8 @@ def _kept_from_full_disks(output: Path) -> Iterator[None]:
     except OSError as error:
         free = shutil.disk_usage(output).free / 1e9
         raise RunError(
-            f"--output: {error} ({free:.2f} GB free). Finished shards are kept; make room and give the same command again"
+            f"--output: {error} ({free:.2f} GB free). Finished shards are kept; make room and give the same command "
+            "again"
         ) from error
 
 
@@ -143,7 +144,8 @@ def _match_all(
         examples = report["examples"]
         raise UserError(
             f"--on {on}: none of {report['samples']} samples matches any of {report['rows']} rows. Samples have "
-            f"{examples['samples']}, the tables' column {column!r} has {examples['rows']}; choose --on or --table-column "
+            f"{examples['samples']}, the tables' column {column!r} has {examples['rows']}; "
+            "choose --on or --table-column "
             "so that the two agree"
         )
     report |= {"rows_by_source": dict(sources), "bad": bad.bad}

@@ -13,7 +13,8 @@ ROWS_PER_GROUP = 20_000
 
 
 def match(state: Path, memory_limit: str = "3GB") -> dict[str, Any]:
-    """Join ``state``/tables/*.parquet and ``state``/shards/*.parquet by value into ``state``/joined.parquet (shard, position, captions; sorted); the report.
+    """Join ``state``/tables/*.parquet and ``state``/shards/*.parquet by value into ``state``/joined.parquet (shard,
+    position, captions; sorted); the report.
 
     Small keys are joined first; the captions are fetched for what matched and sorted in bounded memory.
     """
@@ -42,15 +43,19 @@ def _match(state: Path, spill: Path, memory_limit: str) -> dict[str, Any]:
         db.execute(f"CREATE VIEW captions AS SELECT * FROM read_parquet('{_quoted(state / 'tables')}/*.parquet')")
         db.execute(f"CREATE VIEW samples AS SELECT * FROM read_parquet('{_quoted(state / 'shards')}/*.parquet')")
         db.execute(
-            "CREATE TEMP TABLE firsts AS SELECT value, source, min(row) AS row, count(*) AS times FROM captions GROUP BY value, source"
+            "CREATE TEMP TABLE firsts AS SELECT value, source, min(row) AS row, count(*) AS times FROM captions GROUP "
+            "BY value, source"
         )
         db.execute(
-            "CREATE TEMP TABLE matched AS SELECT s.shard, s.position, f.source, f.row FROM samples s JOIN firsts f USING (value)"
+            "CREATE TEMP TABLE matched AS SELECT s.shard, s.position, f.source, f.row FROM samples s JOIN firsts f "
+            "USING (value)"
         )
         partial_path = state / "joined.parquet.partial"
         db.execute(
-            "COPY (SELECT m.shard, m.position, m.source, c.captions FROM matched m JOIN captions c ON m.source = c.source AND m.row = c.row "
-            f"ORDER BY m.shard, m.position, m.source) TO '{_quoted(partial_path)}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROWS_PER_GROUP})"
+            "COPY (SELECT m.shard, m.position, m.source, c.captions FROM matched m JOIN captions c ON m.source = "
+            "c.source AND m.row = c.row "
+            f"ORDER BY m.shard, m.position, m.source) TO '{_quoted(partial_path)}' (FORMAT parquet, COMPRESSION zstd, "
+            f"ROW_GROUP_SIZE {ROWS_PER_GROUP})"
         )
         report = {
             "rows": _one(db, "SELECT count(*) FROM captions"),
@@ -60,7 +65,8 @@ def _match(state: Path, spill: Path, memory_limit: str) -> dict[str, Any]:
             "samples_matched": _one(db, "SELECT count(*) FROM (SELECT DISTINCT shard, position FROM matched)"),
             "samples_sharing_a_value": _one(
                 db,
-                "SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM samples GROUP BY value HAVING n > 1)",
+                "SELECT coalesce(sum(n), 0)::BIGINT FROM (SELECT count(*) AS n FROM samples GROUP BY value HAVING n > "
+                "1)",
             ),
             "examples": {
                 "rows": [

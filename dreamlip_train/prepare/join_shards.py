@@ -78,7 +78,9 @@ def _value(sample: dict[str, Any], on: str) -> str:
 def rewrite_shard(
     task: tuple[int, str], *, joined: Path, output: Path, state: Path, matched_only: bool
 ) -> tuple[str, dict[str, int], dict[str, Any]]:
-    """Write the shard's copy, its json records with the captions in, unless it is there; returns (name, manifest entry, counts)."""
+    """Write the shard's copy, its json records with the captions in, unless it is there;
+    returns (name, manifest entry, counts).
+    """
     number, shard = task
     name = os.path.basename(shard)
     final, known = output / name, state / f"{name}.json"
@@ -119,7 +121,9 @@ def _record(sample: dict[str, Any], counts: Statistics, shard: str) -> dict[str,
 
 
 def _captions_of(joined: Path, shard: int) -> dict[int, list[dict[str, Any]]]:
-    """{position: the captions of each table} of one shard, from the few row groups of the sorted file that can hold it."""
+    """{position: the captions of each table} of one shard, from the few row groups of the sorted file that can hold
+    it.
+    """
     import pyarrow.compute
     import pyarrow.parquet
 

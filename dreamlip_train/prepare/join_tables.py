@@ -1,4 +1,6 @@
-"""The tables' side of ``prepare join``: each becomes parquet with a row number, the compared value and the captions as json."""
+"""The tables' side of ``prepare join``: each becomes parquet with a row number, the compared value and the captions as
+json.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,10 @@ def _check(column: str, columns: dict[str, str]) -> Callable[[Path, list[str]], 
     def check(table: Path, names: list[str]) -> None:
         if column not in names or not wanted & set(names):
             raise UserError(
-                f"--captions: {str(table)!r} needs the column {column!r} and at least one of {', '.join(sorted(wanted))}; "
-                f"it has {', '.join(map(repr, names))}. --table-column names the compared one, --columns OURS THEIRS maps captions"
+                f"--captions: {str(table)!r} needs the column {column!r} and at least one of "
+                f"{', '.join(sorted(wanted))}; "
+                f"it has {', '.join(map(repr, names))}. --table-column names the compared one, "
+                "--columns OURS THEIRS maps captions"
             )
 
     return check
@@ -70,7 +74,9 @@ def _check(column: str, columns: dict[str, str]) -> Callable[[Path, list[str]], 
 def stage_table(
     task: tuple[int, Path], *, state: Path, on: str, column: str, columns: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """One caption table to parquet: row number, compared value, captions as json. Returns (what was wrong, rows by source)."""
+    """One caption table to parquet: row number, compared value, captions as json. Returns (what was wrong,
+    rows by source).
+    """
     import pyarrow
     import pyarrow.parquet
 

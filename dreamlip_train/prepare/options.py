@@ -17,13 +17,19 @@ class RecaptionOptions:
     output: str
     """Folder for the new shards, which keep their names."""
     model: str
-    """A Hugging Face image-text-to-text model (a folder or a name), or with --endpoint the name under which the server serves one."""
+    """A Hugging Face image-text-to-text model (a folder or a name), or with --endpoint the name under which the server
+    serves one.
+    """
     trust_remote_code: bool = False
-    """Run the Python files that a --model folder brings along ("auto_map" in its config). They can do anything you can."""
+    """Run the Python files that a --model folder brings along ("auto_map" in its config).
+    They can do anything you can.
+    """
     name: str = "LLA"
     """Captions go to the columns short{name}_captions and long{name}_captions: IB, SV, LLA, or your own."""
     endpoint: str = ""
-    """Base URL of an OpenAI-compatible server, such as vLLM's http://host:8000/v1; empty runs the model here. OPENAI_API_KEY is its key."""
+    """Base URL of an OpenAI-compatible server, such as vLLM's http://host:8000/v1; empty runs the model here.
+    OPENAI_API_KEY is its key.
+    """
     long_prompt: str = "Describe the image in details"
     """Asks for the long caption; empty leaves it out."""
     short_prompt: str = "Describe the image in short."

@@ -88,7 +88,8 @@ def recaption_shards(options: RecaptionOptions) -> Counter[str]:
     except OSError as error:
         free = shutil.disk_usage(output).free / 1e9
         raise RunError(
-            f"--output: {error} ({free:.2f} GB free). Finished captions are kept; make room and give the same command again"
+            f"--output: {error} ({free:.2f} GB free). Finished captions are kept; make room and give the same command "
+            "again"
         ) from error
     _write_manifest(output, paths)
     return total
@@ -215,7 +216,8 @@ class _Task:
                 if '"error"' in line
             )
             raise RunError(
-                f"--max-bad-fraction: {counts['failed']} of {asked} pictures could not be captioned, the last because of {last}. The reasons are in {path}; "
+                f"--max-bad-fraction: {counts['failed']} of {asked} pictures could not be captioned, "
+                f"the last because of {last}. The reasons are in {path}; "
                 "finished captions are kept, and the same command goes on"
             )
 

@@ -1,6 +1,7 @@
 """Paints one scene of the demo world: textured, shaded objects with soft shadows on a photograph-like background.
 
-Colours are float32 RGB in [0, 1], images [S, S, 3], coverage maps [S, S] in [0, 1]; lengths are in pixels unless they say "radii".
+Colours are float32 RGB in [0, 1], images [S, S, 3], coverage maps [S, S] in [0, 1]; lengths are in pixels unless they
+say "radii".
 """
 
 from __future__ import annotations
@@ -192,7 +193,9 @@ def textured(
 def place(
     image: Array, surface: Array, cover: Array, center: tuple[float, float], radius: float, light: float
 ) -> Array:
-    """The image with a shaded surface and its soft shadow laid over it; light is the direction the light comes from, in radians."""
+    """The image with a shaded surface and its soft shadow laid over it; light is the direction the light comes from,
+    in radians.
+    """
     size = image.shape[0]
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     dx, dy = math.cos(light), math.sin(light)

@@ -1,4 +1,5 @@
-"""The demo's world: pictures of several objects, each with a shape, colour, texture, size and place, and captions in DreamLIP's columns.
+"""The demo's world: pictures of several objects, each with a shape, colour, texture, size and place,
+and captions in DreamLIP's columns.
 
 A scene is a pure function of (seed, split, index). Sentence j of each long caption describes the object that is value j
 of the mask.
@@ -265,7 +266,8 @@ def prepare_scenes(output: str | Path, num_train: int = 6000, num_val: int = 200
             | {"captions": str(folder / "captions.csv")}
         )
     print(
-        f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output} ({time.monotonic() - started:.0f} s)"
+        f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output} "
+        f"({time.monotonic() - started:.0f} s)"
     )
     return summary
 

@@ -9,7 +9,8 @@ _DEFAULT_PORTS = (":80", ":443")
 
 
 def normal_url(value: str) -> str:
-    """``value`` without what differs between copies of one URL: scheme, escaping (percent and HTML), case of the host, default port, fragment, blanks.
+    """``value`` without what differs between copies of one URL: scheme, escaping (percent and HTML), case of the host,
+    default port, fragment, blanks.
 
     >>> normal_url(" HTTP://Example.com:80/a%20b.jpg?x=1&amp;y=2#top ")
     'example.com/a b.jpg?x=1&y=2'

@@ -1,4 +1,6 @@
-"""``prepare validate``: reads existing shards whole, says what a trainer would trip over, indexes them in manifest.json, and writes repaired copies."""
+"""``prepare validate``: reads existing shards whole, says what a trainer would trip over, indexes them in
+manifest.json, and writes repaired copies.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ def validate_shards(
     crop: int = 0,
     fix: str = "",
 ) -> dict[str, Any]:
-    """Check every sample of the shards, write a manifest.json into each of their folders (``index``), and return the whole as one manifest.
+    """Check every sample of the shards, write a manifest.json into each of their folders (``index``),
+    and return the whole as one manifest.
 
-    The shards are not touched. A manifest's "samples" of a shard counts all that have an image, for the trainer to compare with what it
-    reads; "captions" describe the usable ones, "bad" names the rest.
+    The shards are not touched. A manifest's "samples" of a shard counts all that have an image, for the trainer to
+    compare with what it reads; "captions" describe the usable ones, "bad" names the rest.
 
     Args:
         crop: count images whose shorter side is smaller; 0 does not.

@@ -21,7 +21,8 @@ Histograms = dict[str, dict[str, Counter[int]]]
 def caption_histograms(
     pattern: str, count_tokens: CountTokens, *, max_shards: int = 0, splitter: Splitter = "sentence"
 ) -> Histograms:
-    """{source: {"sub_captions": how many a caption has, "tokens": of the whole caption, "sub_caption_tokens"}}, each a Counter.
+    """{source: {"sub_captions": how many a caption has, "tokens": of the whole caption, "sub_caption_tokens"}},
+    each a Counter.
 
     Raises:
         UserError: no shard matches, or none has a caption.
@@ -78,7 +79,8 @@ def format_histograms(histograms: Histograms) -> str:
     for source, kinds in histograms.items():
         lengths = kinds["sub_caption_tokens"]
         lines.append(
-            f"{source:<20}{kinds['sub_captions'].total():>10}{mean(kinds['sub_captions']):>14.2f}{mean(kinds['tokens']):>9.1f}{mean(lengths):>31.1f}"
+            f"{source:<20}{kinds['sub_captions'].total():>10}{mean(kinds['sub_captions']):>14.2f}"
+            f"{mean(kinds['tokens']):>9.1f}{mean(lengths):>31.1f}"
             + "".join(f"{percentile(lengths, p):>6}" for p in _PERCENTILES)
         )
     over = sum(
@@ -90,7 +92,9 @@ def format_histograms(histograms: Histograms) -> str:
 
 
 def plot_histograms(histograms: Histograms, png: str | Path) -> None:
-    """Two panels: the share of captions with each number of sub-captions, and with each number of tokens, one line a source."""
+    """Two panels: the share of captions with each number of sub-captions, and with each number of tokens,
+    one line a source.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,7 +132,9 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
 
 
 def _shares(histogram: Counter[int], width: int) -> list[tuple[float, float]]:
-    """(middle of the bin, percent), from an empty bin before to 99 % of the counted: a few outliers would squeeze the rest."""
+    """(middle of the bin, percent), from an empty bin before to 99 % of the counted:
+    a few outliers would squeeze the rest.
+    """
     binned: Counter[int] = Counter()
     for value, count in histogram.items():
         binned[value // width] += count

@@ -199,7 +199,8 @@ def plot_grouping(
     threshold: float | None = None,
     normalization: Normalization = "minmax",
 ) -> None:
-    """A row for each of the first samples with sentences: the picture, then for each sub-caption the patches its text selects.
+    """A row for each of the first samples with sentences: the picture, then for each sub-caption the patches its text
+    selects.
 
     Selected patches show the picture in full colour in proportion to their weight (the largest weight of a sub-caption
     is fully lit), everything else is dimmed. A sample's mask, where it has one, is drawn as an outline.
@@ -219,7 +220,8 @@ def plot_grouping(
         _, patch_nPD, text_KD = encode_batch(model, shown, next(model.parameters()).device)
         if patch_nPD is None:
             raise UserError(
-                "plot_grouping: the model gives no patch features, so nothing is selected; train with loss.grouping_weight > 0"
+                "plot_grouping: the model gives no patch features, so nothing is selected; "
+                "train with loss.grouping_weight > 0"
             )
         weights_KP = [weights.cpu() for weights in sub_caption_weights(patch_nPD, text_KD, threshold, normalization)]
     with plt.rc_context(STYLE | {"axes.grid": False}):
@@ -255,7 +257,9 @@ def _draw_rows(shown: list[dict[str, Any]], weights: list[Tensor], grid: tuple[i
 
 
 def _draw_sample(axes: list[Axes], sample: dict[str, Any], weights_KP: Tensor, grid: tuple[int, int]) -> None:
-    """The picture with all outlines and the raw caption, then a spotlight for each sub-caption; one colour a sub-caption."""
+    """The picture with all outlines and the raw caption, then a spotlight for each sub-caption;
+    one colour a sub-caption.
+    """
     side = sample["image"].shape[1]
     zoom = max(1, round(_SHOWN_PIXELS / side))
     picture_HWC = _enlarged(sample["image"], zoom)
@@ -294,7 +298,9 @@ def _show(axis: Axes, picture_HWC: np.ndarray, caption: str, color: str) -> None
 
 
 def _outline(axis: Axes, region_HW: Tensor, zoom: int, color: str) -> None:
-    """The region's border, closed also where the region touches the edge of the picture; white under the colour, to show on any ground."""
+    """The region's border, closed also where the region touches the edge of the picture;
+    white under the colour, to show on any ground.
+    """
     padded = nn.functional.pad(region_HW.float(), (1, 1, 1, 1)).numpy()
     across, down = ((np.arange(size) - 0.5) * zoom - 0.5 for size in padded.shape[::-1])
     for ink, width in (("white", 2.4), (color, 1.3)):
@@ -310,7 +316,9 @@ def _enlarged(image_CHW: Tensor, zoom: int) -> np.ndarray:
 
 
 def _spotlight(picture_HWC: np.ndarray, weights_P: Tensor, grid: tuple[int, int], patch_pixels: int) -> np.ndarray:
-    """The picture, lit patch by patch in proportion to weight over a dimmed grey copy of itself; border pixels of no patch stay dim."""
+    """The picture, lit patch by patch in proportion to weight over a dimmed grey copy of itself;
+    border pixels of no patch stay dim.
+    """
     height, width, _ = picture_HWC.shape
     light = (
         (weights_P / weights_P.max()).reshape(grid).numpy().repeat(patch_pixels, axis=0).repeat(patch_pixels, axis=1)

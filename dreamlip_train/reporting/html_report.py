@@ -32,15 +32,22 @@ from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examp
 _STYLE = """
 :root { --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --good: #0b7a5b; --bad: #b3331f; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 2rem 1.25rem 4rem; color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
+body { margin: 0 auto; max-width: 1080px; padding: 2rem 1.25rem 4rem; color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem;
+  border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 p { margin: .4rem 0; }
 .muted { color: var(--muted); } .scroll { overflow-x: auto; }
-.facts { display: flex; flex-wrap: wrap; gap: .8rem 2.2rem; margin: 1.2rem 0; } .facts div b { display: block; font-size: 1.5rem; line-height: 1.2; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .28rem .9rem .28rem 0; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; border-bottom: 1px solid var(--line); } tr.paper td { color: var(--muted); }
-img { max-width: 100%; } .example { display: grid; grid-template-columns: minmax(12rem, 20rem) 1fr; gap: .4rem 1.2rem; margin: 1rem 0; align-items: start; }
-.strip { display: flex; gap: .5rem; flex-wrap: wrap; } figure { margin: 0; width: 104px; font-size: .78rem; color: var(--muted); }
+.facts { display: flex; flex-wrap: wrap; gap: .8rem 2.2rem; margin: 1.2rem 0; } .facts div b { display: block;
+  font-size: 1.5rem; line-height: 1.2; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } th, td { padding: .28rem .9rem .28rem 0;
+  text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; border-bottom: 1px solid var(--line); }
+  tr.paper td { color: var(--muted); }
+img { max-width: 100%; } .example { display: grid; grid-template-columns: minmax(12rem, 20rem) 1fr;
+  gap: .4rem 1.2rem; margin: 1rem 0; align-items: start; }
+.strip { display: flex; gap: .5rem; flex-wrap: wrap; } figure { margin: 0; width: 104px; font-size: .78rem;
+  color: var(--muted); }
 figure img { width: 104px; height: 104px; border: 3px solid transparent; border-radius: 4px; display: block; }
 figure.own img { border-color: var(--good); } figure.truth img { border-color: var(--bad); } 
 details { margin: .6rem 0; } pre { overflow-x: auto; font-size: .8rem; }
@@ -128,7 +135,8 @@ def _header(run: Path, config: Config, summary: dict[str, Any]) -> str:
     cells = "".join(f"<div><b>{value}</b><span class='muted'>{name}</span></div>" for name, value in facts.items())
     losses = f"contrastive {config.loss.mpcl_weight:g} + grouping {config.loss.grouping_weight:g}"
     return (
-        f"<header><h1>{html.escape(run.absolute().name)}</h1><p class='muted'>DreamLIP, {html.escape(config.model.name)}, losses: {losses}</p>"
+        f"<header><h1>{html.escape(run.absolute().name)}</h1><p class='muted'>DreamLIP, "
+        f"{html.escape(config.model.name)}, losses: {losses}</p>"
         f'<div class="facts">{cells}</div></header>'
     )
 
@@ -216,7 +224,8 @@ def _grouping(model: Any, config: Config) -> str:
         picture = Path(folder) / "grouping.png"
         plot_grouping(model, samples, picture, **config.selection())
         return (
-            "<p class='muted'>Held-out pictures; the patches each sub-caption selects are lit, outlines are the regions it describes.</p>"
+            "<p class='muted'>Held-out pictures; the patches each sub-caption selects are lit, "
+            "outlines are the regions it describes.</p>"
             + _png(picture, "Held-out pictures with the patches that each sub-caption selects")
         )
 
@@ -278,8 +287,8 @@ def _data(config: Config) -> str:
         text += _table(["captions of the training shards", "captions", "sentences each", "tokens each"], cells)
     sources = ", ".join(config.data.caption_sources) or "every caption column"
     return (
-        text
-        + f"<p>Drawn from {html.escape(sources)}: {config.data.num_sub_captions} sub-captions an image, {config.data.sampling}.</p>"
+        text + f"<p>Drawn from {html.escape(sources)}: {config.data.num_sub_captions} sub-captions per image, "
+        f"{config.data.sampling}.</p>"
     )
 
 
@@ -299,7 +308,8 @@ def _table(head: list[str], rows: list[list[str]], paper: bool = False) -> str:
     lines = "".join(
         f"<tr{' class=paper' if paper else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr></thead><tbody>{lines}</tbody></table></div>'
+    first = "".join(f"<th>{cell}</th>" for cell in head)
+    return f'<div class="scroll"><table><thead><tr>{first}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _png(path: Path, alt: str) -> str:

@@ -16,7 +16,9 @@ from dreamlip_train.evaluation.features import encode_batch, eval_mode
 
 @dataclass(frozen=True)
 class Example:
-    """A long caption, its picture [3, S, S] uint8, the rank (1 is best) its picture got, and the pictures found first, best first."""
+    """A long caption, its picture [3, S, S] uint8, the rank (1 is best) its picture got, and the pictures found first,
+    best first.
+    """
 
     caption: str
     picture: Tensor
@@ -35,7 +37,9 @@ def retrieval_examples(
     batch_size: int = 64,
     max_samples: int = 2000,
 ) -> tuple[list[Example], list[Example]]:
-    """(right, wrong) captions of the first ``max_samples`` held-out samples: those most surely found, and those whose picture ranks lowest."""
+    """(right, wrong) captions of the first ``max_samples`` held-out samples: those most surely found,
+    and those whose picture ranks lowest.
+    """
     samples: list[dict[str, Any]] = []
     image_rows, text_rows = [], []
     with eval_mode(model), torch.no_grad():

@@ -1,4 +1,6 @@
-"""The DeepSpeed config of a run: each of its settings from one field of ours, the user's additions checked and merged last."""
+"""The DeepSpeed config of a run: each of its settings from one field of ours, the user's additions checked and merged
+last.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,34 @@ from dreamlip_train.jobs.user_error import UserError
 
 # DeepSpeed accepts unknown top-level keys silently, so a typing error would be a setting that never acts.
 _DEEPSPEED_KEYS = (
-    "activation_checkpointing", "aio", "amp", "autotuning", "check_overflow", "checkpoint", "comms_logger", "communication_data_type",
-    "csv_monitor", "data_types", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "gradient_allreduce_op",
-    "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients", "sparse_gradients", "steps_per_print", "tensorboard",
-    "torch_autocast", "wall_clock_breakdown", "wandb", "zero_force_ds_cpu_optimizer", "zero_optimization",
-)  # fmt: skip
+    "activation_checkpointing",
+    "aio",
+    "amp",
+    "autotuning",
+    "check_overflow",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "data_types",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "log_level",
+    "memory_breakdown",
+    "prescale_gradients",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "torch_autocast",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
 _SET_ELSEWHERE = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.global_batch_size",
@@ -40,8 +65,8 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": -(-images // chunks),
         "gradient_accumulation_steps": chunks,
         "gradient_clipping": config.optim.grad_clip_norm,
-        # DeepSpeed's 5e8 elements would be one 2 GB buffer, and a model of this size would be reduced in one piece after
-        # backward instead of during it.
+        # DeepSpeed's 5e8 elements would be one 2 GB buffer, and a model of this size would be reduced in one piece
+        # after backward instead of during it.
         "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": 25_000_000},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -55,7 +80,9 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def check_deepspeed_config(extra: dict[str, Any]) -> None:
-    """Raise UserError where ``deepspeed.config`` has a key DeepSpeed does not know, or one that another field already sets."""
+    """Raise UserError where ``deepspeed.config`` has a key DeepSpeed does not know, or one that another field already
+    sets.
+    """
     for key in extra:
         if key in _SET_ELSEWHERE:
             raise UserError(f"deepspeed.config: {key!r} is set by {_SET_ELSEWHERE[key]}; take it out")

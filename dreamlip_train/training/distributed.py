@@ -40,20 +40,23 @@ def init_distributed() -> torch.device:
 
 
 def world_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT has to be set, beside what is.
+    """What of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT has to be set,
+    beside what is.
 
     A launcher (torchrun, deepspeed) sets them. Where none did, ``srun`` with several tasks is a world of its tasks, and
     plain ``python`` a world of one on a free port.
 
     Raises:
-        UserError: they contradict each other, or SLURM gave several tasks to a process that it did not start as one of them.
+        UserError: they contradict each other, or SLURM gave several tasks to a process that it did not start as one of
+            them.
     """
     given = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE")}
     if any(given.values()):
         rank, size = (int(value) if value.isdecimal() else -1 for value in given.values())
         if not 0 <= rank < size:
             raise UserError(
-                f"RANK={given['RANK']!r}, WORLD_SIZE={given['WORLD_SIZE']!r}: a launcher sets both, 0 <= RANK < WORLD_SIZE; "
+                f"RANK={given['RANK']!r}, WORLD_SIZE={given['WORLD_SIZE']!r}: a launcher sets both, "
+                "0 <= RANK < WORLD_SIZE; "
                 "start with torchrun, deepspeed or srun, or unset both for a single process"
             )
         address = {} if environment.get("MASTER_ADDR") else {"MASTER_ADDR": "127.0.0.1"}
@@ -66,7 +69,8 @@ def world_of(environment: Mapping[str, str]) -> dict[str, str]:
         return _world_of_srun(environment)
     if int(environment.get("SLURM_NTASKS") or 1) > 1 and not environment.get("SLURM_STEP_NUM_TASKS"):
         raise UserError(
-            f"SLURM_NTASKS={environment['SLURM_NTASKS']}, but this process was not started by srun, so that each task would be "
+            f"SLURM_NTASKS={environment['SLURM_NTASKS']}, but this process was not started by srun, "
+            "so that each task would be "
             "a run of its own; start it with srun or a launcher, or give RANK=0 WORLD_SIZE=1 for a single process"
         )
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -116,7 +120,8 @@ def _device(local_rank: int) -> torch.device:
     index = 0 if count == 1 and "SLURM_LOCALID" in os.environ else local_rank
     if index >= count:
         raise UserError(
-            f"LOCAL_RANK={local_rank}, but this machine shows {count} GPUs; start at most as many ranks per machine as it has"
+            f"LOCAL_RANK={local_rank}, but this machine shows {count} GPUs; start at most as many ranks per machine "
+            "as it has"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -125,7 +130,8 @@ def _device(local_rank: int) -> torch.device:
 def _share_cores(on_gpu: bool) -> None:
     """On the CPU give each rank of this machine an even share of its cores, unless the user set OMP_NUM_THREADS.
 
-    torchrun sets OMP_NUM_THREADS=1 by itself, the deepspeed launcher leaves every rank all cores: both are wrong for ranks that compute on the CPU.
+    torchrun sets OMP_NUM_THREADS=1 by itself, the deepspeed launcher leaves every rank all cores:
+    both are wrong for ranks that compute on the CPU.
     """
     set_by_user = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if not on_gpu and not set_by_user:

@@ -40,8 +40,8 @@ def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resiz
     model.channels_last = train.channels_last
     if train.compile:
         model.compile_towers()
-    # lr=0 here, the real rate before each step: DeepSpeed's bf16 ZeRO-0 optimizer takes one step with zero gradients to allocate its state, and that step
-    # would decay the weights and start Adam's bias correction at 2.
+    # lr=0 here, the real rate before each step: DeepSpeed's bf16 ZeRO-0 optimizer takes one step with zero gradients to
+    # allocate its state, and that step would decay the weights and start Adam's bias correction at 2.
     optimizer = torch.optim.AdamW(
         parameter_groups(model, optim),
         lr=0.0,
@@ -61,7 +61,9 @@ def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resiz
 
 @contextlib.contextmanager
 def evaluation_model(engine: Any, model: ModelConfig, average: WeightAverage | None = None) -> Iterator[DreamLIP]:
-    """The weights in evaluation mode, without gradients. Collective under ZeRO-3, where a rank holds slices: there it is a whole copy built from ``model``."""
+    """The weights in evaluation mode, without gradients. Collective under ZeRO-3, where a rank holds slices:
+    there it is a whole copy built from ``model``.
+    """
     import deepspeed
 
     if engine.zero_optimization_stage() == 3:

@@ -1,10 +1,13 @@
-"""Gradient caching: the loss on the whole batch, the towers on a chunk of it at a time (Gao et al., 2021, with K captions and patches).
+"""Gradient caching: the loss on the whole batch, the towers on a chunk of it at a time (Gao et al., 2021,
+with K captions and patches).
 
-    pass 1   every chunk through the towers without a graph -> features of the whole batch -> contrastive loss -> its gradient at the features
+    pass 1   every chunk through the towers without a graph -> features of the whole batch -> contrastive loss -> its
+             gradient at the features
     pass 2   every chunk again, now with a graph: <features, their gradients> + its part of the grouping loss, backward
 
-Memory is one chunk's activations and the batch's features. The gradient is that of the one-pass step: the random states of pass 1 are replayed, so that
-patch dropout drops the same patches. The contrast within an image needs nobody else's patches; one over the batch would need all of them at once.
+Memory is one chunk's activations and the batch's features. The gradient is that of the one-pass step:
+the random states of pass 1 are replayed, so that patch dropout drops the same patches.
+The contrast within an image needs nobody else's patches; one over the batch would need all of them at once.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ _ROWS = ("image_features", "text_features")
 
 
 def split_batch(batch: dict[str, Any], chunks: int) -> list[dict[str, Any]]:
-    """``batch`` in ``chunks`` parts of as many images, the first ones of one more where that does not divide, in order."""
+    """``batch`` in ``chunks`` parts of as many images, the first ones of one more where that does not divide,
+    in order.
+    """
     parts = {key: batch[key].tensor_split(chunks) for key in ("images", "text", "text_mask")}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 

@@ -56,7 +56,8 @@ class Loop:
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
 
     def run(self) -> bool:
-        """Train to the last step, or to a signal; True when all steps are done. The loader's workers are ended whatever happens.
+        """Train to the last step, or to a signal; True when all steps are done. The loader's workers are ended whatever
+        happens.
 
         A checkpoint of the last step is saved in both cases.
 
@@ -113,13 +114,17 @@ class Loop:
         return move_batch(batch, device, pack)
 
     def _is_due(self, every_steps: int, *, at_the_end: bool) -> bool:
-        """Whether what happens ``every_steps`` steps (0: never) happens after this one; the last step has a rule of its own."""
+        """Whether what happens ``every_steps`` steps (0: never) happens after this one;
+        the last step has a rule of its own.
+        """
         if self.state.step == self.total_steps:
             return at_the_end
         return every_steps > 0 and self.state.step % every_steps == 0
 
     def _agree(self, result: StepResult) -> tuple[float, bool, bool]:
-        """(the global loss, whether any rank was asked to stop, whether the clock of rank 0 says to save), alike on every rank."""
+        """(the global loss, whether any rank was asked to stop, whether the clock of rank 0 says to save),
+        alike on every rank.
+        """
         minutes = self.config.checkpoint.every_minutes
         due = bool(minutes) and dist.get_rank() == 0 and time.monotonic() - self.saved_at >= 60 * minutes
         flags = torch.tensor([0.0, float(self.stop.name is not None), float(due)], device=self.engine.device)
@@ -152,7 +157,8 @@ class Loop:
     def _require_saved(self, why: str) -> None:
         if self.saved_step != self.state.step:
             raise RunError(
-                f"{why} at step {self.state.step}, but that checkpoint could not be written (see log.txt); the newest is "
+                f"{why} at step {self.state.step}, but that checkpoint could not be written (see log.txt); "
+                "the newest is "
                 f"of step {self.saved_step}. Make room and give the same command again"
             )
 

@@ -52,7 +52,9 @@ def _scale(name: str, model: DreamLIP, optim: OptimConfig) -> float:
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
-    """Rate of step ``step`` (the first is 0): linear to ``lr`` over ``warmup_steps`` steps, then ``schedule`` to ``final_lr_fraction * lr``."""
+    """Rate of step ``step`` (the first is 0): linear to ``lr`` over ``warmup_steps`` steps, then ``schedule`` to
+    ``final_lr_fraction * lr``.
+    """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     length = total_steps - optim.warmup_steps

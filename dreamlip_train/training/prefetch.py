@@ -1,4 +1,6 @@
-"""The next batch travels to the device while the current step computes: a thread makes it ready, on a CUDA device on a stream of its own."""
+"""The next batch travels to the device while the current step computes: a thread makes it ready, on a CUDA device on a
+stream of its own.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def training_batches(
     *,
     prefetch: bool,
 ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """``(batch, move(batch))`` from where ``state`` stands, epoch after epoch, until it has ``total_steps`` steps; the caller advances it.
+    """``(batch, move(batch))`` from where ``state`` stands, epoch after epoch, until it has ``total_steps`` steps;
+    the caller advances it.
 
     The time spent waiting for each batch goes onto ``watch``.
     """
@@ -57,7 +60,8 @@ def _moved(
         return
     batches = prefetched(loaded, move, device)
     try:
-        for batch in batches:  # noqa: UP028 - `yield from` would close it, and wait for its thread, before the loader hears of it
+        # `yield from` would close it, and wait for its thread, before the loader hears of it.
+        for batch in batches:  # noqa: UP028
             yield batch
     finally:
         loader.leave()
@@ -65,7 +69,9 @@ def _moved(
 
 
 def prefetched(batches: Iterator[Any], move: Callable[[Any], Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """``(batch, move(batch))`` for each of ``batches``, in order, one ahead of what was asked for; errors come where their batch would have."""
+    """``(batch, move(batch))`` for each of ``batches``, in order, one ahead of what was asked for;
+    errors come where their batch would have.
+    """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None

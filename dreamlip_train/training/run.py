@@ -1,4 +1,6 @@
-"""A training run from config to report: what must fit is checked first, then the engine is built, the loop runs, and the report is written."""
+"""A training run from config to report: what must fit is checked first, then the engine is built, the loop runs,
+and the report is written.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,14 @@ from dreamlip_train.training.summary import final_report
 def train(
     config: Config, run_dir: str | Path, start: str = "auto", accept_changes: bool = False
 ) -> dict[str, Any] | None:
-    """Train what ``config`` describes in ``run_dir`` and return summary.json's content (None on ranks other than 0, and when a signal ended the run).
+    """Train what ``config`` describes in ``run_dir`` and return summary.json's content (None on ranks other than 0,
+    and when a signal ended the run).
 
     A SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any rank ends the run on all of them after the step, with a checkpoint.
 
     Args:
-        start: "auto" resumes from the newest whole checkpoint of the run folder, or starts; "never" starts over where no checkpoint is whole;
-            a path starts from that checkpoint or run.
+        start: "auto" resumes from the newest whole checkpoint of the run folder, or starts;
+            "never" starts over where no checkpoint is whole; a path starts from that checkpoint or run.
         accept_changes: go on from a checkpoint although settings of the recipe differ from its own.
     Raises:
         UserError: a setting, the data or a checkpoint does not fit (the field is named).
@@ -58,7 +61,8 @@ def train(
     check_deepspeed_config(config.deepspeed.config)  # refuses what DeepSpeed would ignore, before anything is built
     if not config.data.shards:
         raise UserError(
-            "data.shards: is empty; give the training shards, such as --data.shards 'shards/*.tar' (`dreamlip-train prepare` makes them)"
+            "data.shards: is empty; give the training shards, such as --data.shards 'shards/*.tar' (`dreamlip-train "
+            "prepare` makes them)"
         )
     with StopRequest() as stop:
         device = init_distributed()
@@ -227,8 +231,10 @@ def _header(
     captions = batch * data.num_sub_captions
     return (
         f"{ranks} x {name}, ZeRO-{config.deepspeed.zero_stage}, {config.train.precision}; backends {used}; "
-        f"{batch} images per step ({share}), learning rate {config.optim.lr:g}, {data.num_sub_captions} sub-captions each, up to "
-        f"{captions * config.model.context_length:,} tokens; {total_steps} steps of {loader.steps_per_epoch} per epoch ({loader.fingerprint}); "
+        f"{batch} images per step ({share}), learning rate {config.optim.lr:g}, {data.num_sub_captions} sub-captions "
+        "each, up to "
+        f"{captions * config.model.context_length:,} tokens; {total_steps} steps of {loader.steps_per_epoch} per "
+        f"epoch ({loader.fingerprint}); "
         f"checkpoints in {run_dir / 'checkpoints'}"
     )
 
@@ -239,7 +245,8 @@ def _resumed(start_from: Path, state: TrainState, loader: TrainLoader, written_b
         text += f", which {written_by} ranks wrote (now {ranks}; random states start anew)"
     if state.layouts and not state.layouts[-1].same_readers(loader.layout):
         text += (
-            f"; epoch {state.epoch} goes on with its {loader.steps_per_epoch - state.position} x {loader.layout.global_batch} samples that nobody has "
+            f"; epoch {state.epoch} goes on with its {loader.steps_per_epoch - state.position} x "
+            f"{loader.layout.global_batch} samples that nobody has "
             "read, dealt out anew (bad samples on the way may let as many others come twice)"
         )
     return text

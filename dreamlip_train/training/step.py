@@ -19,7 +19,9 @@ from dreamlip_train.model.packing import PackedCaptions, pack_captions
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did: ``losses`` by name (fp32 scalars on the device), whether the weights moved, the gradient norm, the logit scales and bias."""
+    """What one step did: ``losses`` by name (fp32 scalars on the device), whether the weights moved, the gradient norm,
+    the logit scales and bias.
+    """
 
     losses: dict[str, Tensor]
     applied: bool
@@ -28,7 +30,9 @@ class StepResult:
 
 
 def move_batch(batch: dict[str, Any], device: torch.device, pack: bool = True) -> dict[str, Any]:
-    """``batch`` on ``device``, its captions packed into rows before they travel, or without ``pack`` cropped to the longest of them."""
+    """``batch`` on ``device``, its captions packed into rows before they travel, or without ``pack`` cropped to the
+    longest of them.
+    """
     batch = {**batch, "text": pack_captions(batch["text"]) if pack else crop_to_longest(batch["text"])}
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, (Tensor, PackedCaptions)) else value
@@ -39,7 +43,9 @@ def move_batch(batch: dict[str, Any], device: torch.device, pack: bool = True) -
 def train_step(
     engine: Any, loss_fn: Callable[..., dict[str, Tensor]], batch: dict[str, Any], lr: float, *, patches: bool = True
 ) -> StepResult:
-    """One optimizer step on a batch of ``move_batch``; a step whose loss or gradients are not finite on any rank leaves the weights as they were."""
+    """One optimizer step on a batch of ``move_batch``; a step whose loss or gradients are not finite on any rank leaves
+    the weights as they were.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     features = engine(batch["images"], batch["text"], patches)
@@ -61,7 +67,9 @@ def train_step(
 
 
 def finite_everywhere(loss: Tensor) -> bool:
-    """Whether ``loss`` is finite on every rank. All ranks must agree before backward: a rank that skips alone hangs the others' reductions."""
+    """Whether ``loss`` is finite on every rank. All ranks must agree before backward:
+    a rank that skips alone hangs the others' reductions.
+    """
     broken = (~torch.isfinite(loss.detach())).float()
     if dist.get_world_size() > 1:
         dist.all_reduce(broken, op=dist.ReduceOp.MAX)

@@ -26,7 +26,8 @@ def final_report(
     device: torch.device,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Evaluate on data.val_shards where given, write summary.json (``facts`` and the numbers), print the table, draw the pictures.
+    """Evaluate on data.val_shards where given, write summary.json (``facts`` and the numbers), print the table,
+    draw the pictures.
 
     A picture that can't be drawn is a line in the log: no number is lost to it.
     """

@@ -1,4 +1,6 @@
-"""Steps that were skipped because a value was not finite, and loss spikes: their samples are kept, and too many skips end the run."""
+"""Steps that were skipped because a value was not finite, and loss spikes: their samples are kept,
+and too many skips end the run.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _SKIPPED_SAMPLES_KEPT = 1000
 
 
 class UnusualSteps:
-    """Writes ``skipped.jsonl`` and ``spikes.jsonl`` of a run folder, and counts skips in ``state``. Every rank has one."""
+    """Writes ``skipped.jsonl`` and ``spikes.jsonl`` of a run folder, and counts skips in ``state``.
+    Every rank has one.
+    """
 
     def __init__(self, run_dir: Path, state: TrainState, log: RunLog, max_nonfinite_steps: int) -> None:
         self.run_dir, self.state, self.log, self.max_nonfinite_steps = run_dir, state, log, max_nonfinite_steps

@@ -1,4 +1,6 @@
-"""Ahead-of-time compilation of every shipped Triton configuration, without a GPU: the code is read for tensor cores, spills and shared memory."""
+"""Ahead-of-time compilation of every shipped Triton configuration, without a GPU: the code is read for tensor cores,
+spills and shared memory.
+"""
 
 import re
 import shutil
@@ -36,7 +38,8 @@ SCRIPT = """
     def build(module, kernel, variant, constants, warps, stages, **types):
         function = getattr(module, kernel)
         names = [name for name in function.arg_names if name not in constants]
-        full = {name: types.get(name) or pointers.get(name) or ("*fp32" if name.endswith("_ptr") else "i32") for name in names}
+        default = lambda name: "*fp32" if name.endswith("_ptr") else "i32"  # noqa: E731
+        full = {name: types.get(name) or pointers.get(name) or default(name) for name in names}
         full = {name: full.get(name, "constexpr") for name in function.arg_names}
         # As in a run on features of this width: what may vary is not specialized on, and operands are padded to 16.
         varying = {p.name for p in function.params if p.do_not_specialize}
@@ -55,7 +58,8 @@ SCRIPT = """
         print(path, built.metadata.shared)
 
     for kernel, masked, exact in (
-        ("exp_sums", 0, 0), ("exp_sums", 1, 0), ("gradient_tile", 0, 0), ("gradient_tile", 1, 0), ("gradient_tile", 1, 1)
+        ("exp_sums", 0, 0), ("exp_sums", 1, 0),
+        ("gradient_tile", 0, 0), ("gradient_tile", 1, 0), ("gradient_tile", 1, 1)
     ):
         m, c, d, warps, stages = blocks_for(kernel, size, arch, width)
         masks = dict(HAS_X_MASK=bool(masked), HAS_Y_MASK=bool(masked))
@@ -63,7 +67,8 @@ SCRIPT = """
         operands = dict(x=f"tensordesc<{dtype}[{m},{d}]>", y=f"tensordesc<{dtype}[1,{c},{d}]>") if descriptor else {}
         module = logsumexp_kernels if kernel == "exp_sums" else logsumexp_gradient_kernels
         constants |= dict(MASK_COLUMNS=bool(masked)) if kernel == "exp_sums" else dict(EXACT=bool(exact))
-        build(module, kernel, "exact" if exact else "masked" if masked else "plain", constants, warps, stages, **operands)
+        variant = "exact" if exact else "masked" if masked else "plain"
+        build(module, kernel, variant, constants, warps, stages, **operands)
     rows, columns, depth, warps, stages = ONLINE[size]
     constants = dict(HAS_MASKS=True, PRECISION=precision, BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, BLOCK_PARTS=16)
     build(logsumexp_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
@@ -87,14 +92,17 @@ GROUPING = """
         names = getattr(module, kernel).arg_names
         stored = ("x_ptr", "t_ptr", "up_ptr", "out_ptr", "dx_ptr", "dt_ptr")
         signature = {name: f"*{dtype}" if name in stored else "*fp32" for name in names if name.endswith("_ptr")}
-        signature |= {name: "i32" for name in names if name in ("K", "P", "D") or name.startswith("stride")} | {"threshold": "fp32", "mask_ptr": "*i1"}
+        signature |= {name: "i32" for name in names if name in ("K", "P", "D") or name.startswith("stride")}
+        signature |= {"threshold": "fp32", "mask_ptr": "*i1"}
         full = {name: signature.get(name, "constexpr") for name in names}
         # As in a run on contiguous features of a width in multiples of 16.
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr") or name == "D" or name.startswith("stride")}
+        by_sixteen = [i for i, name in enumerate(names) if name.endswith("_ptr") or name == "D" or name[:6] == "stride"]
+        aligned = {(i,): [["tt.divisibility", 16]] for i in by_sixteen}
         constants = dict(NORMALIZATION=0, HAS_MASK=True, PRECISION="tf32x3" if dtype == "fp32" else "tf32")
         constants |= dict(KP=kp, BLOCK_P=block_p, BLOCK_D=block_d)
         source = ASTSource(getattr(module, kernel), signature=full, constexprs=constants, attrs=aligned)
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+        options = dict(num_warps=warps, num_stages=stages)
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         path = f"{folder}/{kernel}.cubin"
         open(path, "wb").write(built.asm["cubin"])
         print(path, built.metadata.shared)
@@ -102,7 +110,9 @@ GROUPING = """
 
 
 def compiled(script, tmp_path, *arguments):
-    """(file, code as text, bytes of shared memory) of every kernel the script compiles, in a process without the interpreter."""
+    """(file, code as text, bytes of shared memory) of every kernel the script compiles, in a process without the
+    interpreter.
+    """
     import os
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
@@ -178,7 +188,9 @@ def test_shipped_configurations(arch, dtype, width, tmp_path):
     + [pytest.param(arch, 32, dtype, marks=SLOW) for arch in (80, 90) for dtype in ("bf16", "fp16", "fp32")],
 )
 def test_grouping_configurations(arch, kp, dtype, tmp_path):
-    """M is 16 or 32, below what wgmma takes with these tiles: mma.sync is the tensor-core instruction, and fast enough (performance is memory's)."""
+    """M is 16 or 32, below what wgmma takes with these tiles: mma.sync is the tensor-core instruction,
+    and fast enough (performance is memory's).
+    """
     built = list(compiled(GROUPING, tmp_path, arch, tmp_path, kp, dtype))
     assert len(built) == 2
     for path, code, shared in built:
@@ -191,7 +203,9 @@ NVCC = shutil.which("nvcc")
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=SLOW) for arch in (86, 89, 90, 120))])
 def test_cuda_kernels(arch, tmp_path):
-    """Registers, spills and tensor-core instructions of csrc/*.cuh as nvcc builds it; float16 differs from bfloat16 in one instruction."""
+    """Registers, spills and tensor-core instructions of csrc/*.cuh as nvcc builds it;
+    float16 differs from bfloat16 in one instruction.
+    """
     cubin = tmp_path / "kernels.cubin"
     flags = [
         "-O3",

@@ -1,4 +1,6 @@
-"""bidirectional_logsumexp and the contrastive loss against the float64 oracle, and the promises of the tiled backend."""
+"""bidirectional_logsumexp and the contrastive loss against the float64 oracle, and the promises of the tiled
+backend.
+"""
 
 import subprocess
 import sys
@@ -139,7 +141,10 @@ def test_pair_losses(masked):
     image, text = clip_like(13, 3, 8)
     mask = torch.rand(13, 3, generator=torch.Generator().manual_seed(2)) > 0.4 if masked else None
     op = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, text_mask=mask, reduction="none")  # noqa: E731
-    oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s, text_mask=mask, reduction="none")  # noqa: E731
+
+    def oracle(i, t, s):
+        return reference.multi_positive_contrastive_loss(i, t, s, text_mask=mask, reduction="none")
+
     assert_no_worse_than_torch("pairs", *three_ways(op, oracle, (image, text, torch.tensor(14.3))))
     if masked:
         assert (
@@ -236,7 +241,8 @@ MEMORY_SCRIPT = """
         image = torch.nn.functional.normalize(torch.randn(n, 128), dim=-1).requires_grad_()
         text = torch.nn.functional.normalize(torch.randn(n, 8, 128), dim=-1).requires_grad_()
         before = peak()
-        loss = dk.multi_positive_contrastive_loss(image, text, torch.tensor(14.3, requires_grad=True), negatives={negatives!r})
+        scale = torch.tensor(14.3, requires_grad=True)
+        loss = dk.multi_positive_contrastive_loss(image, text, scale, negatives={negatives!r})
         torch.autograd.grad(loss, (image, text))
         return peak() - before
     step(64)  # the first call loads libraries

@@ -1,6 +1,7 @@
 """backend="cuda" of bidirectional_logsumexp as a whole, without a GPU: its launches go to the emulated kernels.
 
-float32 inputs outside "fp16" are multiplied as float32; with it in float16, where the bar is the oracle on rounded inputs.
+float32 inputs outside "fp16" are multiplied as float32; with it in float16, where the bar is the oracle on rounded
+inputs.
 """
 
 import itertools
@@ -40,7 +41,9 @@ EPS = {torch.float32: 2**-9, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 
 def close(op, oracle, make, rounded=None):
-    """Largest error over two draws, at most twice the float64 oracle's on inputs as the kernels round them, and G's own rounding."""
+    """Largest error over two draws, at most twice the float64 oracle's on inputs as the kernels round them,
+    and G's own rounding.
+    """
     draws = [make(seed) for seed in range(2)]
     got = [value_and_grads(op, inputs) for inputs in draws]
     gold = [value_and_grads(oracle, [v.double() for v in inputs]) for inputs in draws]

@@ -76,12 +76,17 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n, d, part", [(8192, 128, 16), pytest.param(32768, 512, 1, marks=pytest.mark.slow)])
 def test_memory_by_count(counted, monkeypatch, n, d, part, dtype, masked):
-    """Beyond inputs and gradients at most 1 GB at N=32768, K=8, D=512 with 512 MB to work in, or a sixteenth of each."""
+    """Beyond inputs and gradients at most 1 GB at N=32768, K=8, D=512 with 512 MB to work in, or a sixteenth of
+    each.
+    """
     monkeypatch.setattr(settings, "workspace_bytes", 2**29 // part)
     image, text = (v.requires_grad_() for v in clip_like(n, 8, d, dtype))
     scale = torch.tensor(14.3, requires_grad=True)
     mask = torch.ones(n, 8, dtype=torch.bool) if masked else None
-    loss = lambda: dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")  # noqa: E731
+
+    def loss():
+        return dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")
+
     grads, most = most_allocated(lambda: torch.autograd.grad(loss(), (image, text, scale)))
     assert grads[1].is_contiguous(), "the gradient of a [N, K, D] tensor, not of the kernels' [K, N, D] view of it"
     extra = most - sum(g.numel() * g.element_size() for g in grads)
@@ -249,7 +254,8 @@ COMPILED = """
     for dtype in (torch.bfloat16, torch.float32):
         for masked in (False, True):
             keys.clear()
-            counts.append([step(96, dtype, masked), step(160, dtype, masked), step(320, dtype, masked, k=5), step(97, dtype, masked)])
+            first, second = step(96, dtype, masked), step(160, dtype, masked)
+            counts.append([first, second, step(320, dtype, masked, k=5), step(97, dtype, masked)])
     print(json.dumps(counts))
 """
 

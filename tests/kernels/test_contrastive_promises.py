@@ -1,4 +1,6 @@
-"""What every backend of bidirectional_logsumexp promises, on the CPU; test_contrastive_gpu.py runs the same on a device."""
+"""What every backend of bidirectional_logsumexp promises, on the CPU; test_contrastive_gpu.py runs the same on a
+device.
+"""
 
 import contrast_promises as promises
 import pytest

@@ -1,4 +1,6 @@
-"""What the torch backend of the contrast does beside being right: pairs kept from forward to backward, 16-bit products."""
+"""What the torch backend of the contrast does beside being right: pairs kept from forward to backward,
+16-bit products.
+"""
 
 import time
 

@@ -62,7 +62,10 @@ def close(name, op, oracle, draws):
 def compare(make, scale, op=None, **masks):
     """``make(seed)`` -> x, y."""
     op = op or (lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks))
-    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))  # noqa: E731
+
+    def oracle(x, y, s):
+        return reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))
+
     close("row, col, dx, dy, dscale", op, oracle, [(*make(seed), torch.tensor(scale)) for seed in range(4)])
 
 
@@ -251,9 +254,23 @@ def test_positives_may_lie_anywhere(diagonal):
             logits = torch.zeros_like(positives).to(dtype)  # of columns without a positive: anything
             logits[:, there] = (scale * (x[(diagonal + columns)[there]] * y[:, there]).sum(-1)).to(dtype)
             got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(
-                *inputs, None, None, *sums[:2], logits, None, *sums[2:], upstream_pos, diagonal, 0, 40,
-                True, True, "fp16", backend, True,
-            )  # fmt: skip
+                *inputs,
+                None,
+                None,
+                *sums[:2],
+                logits,
+                None,
+                *sums[2:],
+                upstream_pos,
+                diagonal,
+                0,
+                40,
+                True,
+                True,
+                "fp16",
+                backend,
+                True,
+            )
             for g, expected in zip(got, gold, strict=True):
                 assert (g - expected).abs().max() <= rounding * expected.abs().max(), (backend, d_pos is None)
 

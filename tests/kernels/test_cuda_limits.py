@@ -1,4 +1,6 @@
-"""What a device must have for the CUDA kernels is asked before anything runs: its capability, its shared memory. No GPU is needed to ask."""
+"""What a device must have for the CUDA kernels is asked before anything runs: its capability, its shared memory.
+No GPU is needed to ask.
+"""
 
 import itertools
 from types import SimpleNamespace

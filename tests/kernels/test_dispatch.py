@@ -1,4 +1,6 @@
-"""Backend choice: an explicit request works or raises, "auto" says once what it took and why, explain() tells it all."""
+"""Backend choice: an explicit request works or raises, "auto" says once what it took and why, explain() tells it
+all.
+"""
 
 import logging
 import subprocess
@@ -42,7 +44,9 @@ def test_a_torch_too_old_for_triton_is_named(monkeypatch):
 
 
 def test_a_backend_may_refuse_sizes(monkeypatch):
-    """A tile that does not fit a processor's shared memory is known before the launch, and "auto" goes on to the next."""
+    """A tile that does not fit a processor's shared memory is known before the launch, and "auto" goes on to the
+    next.
+    """
     small = lambda case: f"P={case.sizes['P']} is too many" if case.sizes.get("P", 0) > 100 else None  # noqa: E731
     monkeypatch.setitem(dispatch._BACKENDS, "group_patches", {"small": small, **dispatch._BACKENDS["group_patches"]})
     x = torch.zeros(1)
@@ -74,7 +78,8 @@ def test_import_needs_torch_alone_and_no_time_of_its_own():
     script = (
         "import sys, time, torch; before = set(sys.modules); start = time.perf_counter(); import dreamlip_kernels;"
         "print(time.perf_counter() - start);"
-        "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(sorted(m for m in new if m not in sys.stdlib_module_names))"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(sorted(m for m in new if m not in "
+        "sys.stdlib_module_names))"
     )
     started = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()

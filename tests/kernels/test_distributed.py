@@ -1,4 +1,6 @@
-"""Losses over 2, 3 and 4 gloo ranks equal the single-process float64 oracle: values, all gradients, the scale's included."""
+"""Losses over 2, 3 and 4 gloo ranks equal the single-process float64 oracle: values, all gradients,
+the scale's included.
+"""
 
 import datetime
 import math
@@ -64,7 +66,8 @@ def spawn(worker, world, *args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    # Forked from a process that has imported torch and nothing else has happened in: this one may have a process group of other tests.
+    # Forked from a process that has imported torch and nothing else has happened in:
+    # this one may have a process group of other tests.
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
     mp.start_processes(worker, args=(world, port, *args), nprocs=world, start_method="forkserver")
 
@@ -88,7 +91,8 @@ def equality_worker(rank, world, port):
         torch.testing.assert_close(loss / world, expected_loss, atol=1e-12, rtol=1e-12, msg=f"{case}: loss")
         scale = grads[3].clone()
         dist.all_reduce(scale)
-        # Averaging over ranks, as DDP and ZeRO do, gives the global gradient of parameters: a feature's is then 1/W of what its rank has.
+        # Averaging over ranks, as DDP and ZeRO do, gives the global gradient of parameters:
+        # a feature's is then 1/W of what its rank has.
         for name, got, expected in zip(("image", "text", "patches"), grads, expected_grads, strict=False):
             torch.testing.assert_close(got / world, expected[own], atol=1e-12, rtol=1e-10, msg=f"{case}: d{name}")
         torch.testing.assert_close(scale / world, expected_grads[3], atol=1e-12, rtol=1e-10, msg=f"{case}: dscale")
@@ -127,7 +131,9 @@ def test_a_frozen_side_over_ranks():
 
 
 def triton_worker(rank, world, port):
-    """The Triton kernels inside, in their interpreter: float32 images and captions computed in float16, the other ranks' positives not theirs."""
+    """The Triton kernels inside, in their interpreter: float32 images and captions computed in float16,
+    the other ranks' positives not theirs.
+    """
     join(rank, world, port)
     n, k, d = 16, 2, 24
     image, text = clip_like(n * world, k, d, noise=1.5)
@@ -206,7 +212,9 @@ def test_unequal_batches_raise_on_every_rank(mode):
 
 
 def remembering_worker(rank, world, port):
-    """Shapes are compared when they are new, each step of known ones issues its own collectives alone; a rank with new ones alone says so."""
+    """Shapes are compared when they are new, each step of known ones issues its own collectives alone;
+    a rank with new ones alone says so.
+    """
     join(rank, world, port)
     compared = []
     for name in ("_by_store", "_by_collective"):

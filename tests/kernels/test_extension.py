@@ -1,4 +1,6 @@
-"""The compiled kernels: which code runs on which CPU, bits that do not depend on threads, and what is said where they cannot run."""
+"""The compiled kernels: which code runs on which CPU, bits that do not depend on threads, and what is said where they
+cannot run.
+"""
 
 import os
 import subprocess
@@ -117,7 +119,8 @@ def test_a_build_for_another_torch_is_not_used():
     change = "import torch; torch.__version__ = '2.99.0'"
     printed = run(
         change
-        + "\nimport dreamlip_kernels as dk\nprint(dk.explain())\nprint(dk.group_patches(torch.randn(1,4,8), torch.randn(1,2,8)).shape)"
+        + "\nimport dreamlip_kernels as dk\nprint(dk.explain())"
+        + "\nprint(dk.group_patches(torch.randn(1,4,8), torch.randn(1,2,8)).shape)"
     )
     assert (
         "built against torch 2.11.0" in printed

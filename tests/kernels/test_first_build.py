@@ -54,7 +54,9 @@ def wait_for(condition, seconds=90):
 
 
 def test_a_killed_build_keeps_nobody_waiting(source, tmp_path):
-    """torch's mark of a build, the file `lock`, stayed behind, and every later first use waited for ever, in silence."""
+    """torch's mark of a build, the file `lock`, stayed behind, and every later first use waited for ever,
+    in silence.
+    """
     file, name = source
     killed = start(file, name, CXX=slow_compiler(tmp_path))
     marks = lambda: list((tmp_path / "extensions").rglob("lock"))  # noqa: E731
@@ -94,7 +96,8 @@ def test_processes_at_once_build_once(source, tmp_path):
     "output, line",
     [
         (
-            "Error building extension 'x': [1/2] c++ -c a.cpp\na.cpp:3:1: error: expected ';'\n1 error\nninja: build stopped.",
+            "Error building extension 'x': [1/2] c++ -c a.cpp\na.cpp:3:1: error: expected ';'\n1 error\nninja: "
+            "build stopped.",
             "a.cpp:3:1: error: expected ';'",
         ),
         ("a.cpp:1:10: fatal error: torch/all.h: No such file\nninja: build stopped.", None),

@@ -12,8 +12,8 @@ from dreamlip_kernels.ops.group_patches import group_patches_torch
 from dreamlip_kernels.ops.group_patches.group_patches import NORMALIZATIONS
 
 BACKENDS = ["torch", "cpp"]
-# (N, P, K, D): one of everything; tiny; B/32's and B/16's grids, with and without a class token; the widths of real towers;
-# a width and a number of captions that fill no vector and no block.
+# (N, P, K, D): one of everything; tiny; B/32's and B/16's grids, with and without a class token;
+# the widths of real towers; a width and a number of captions that fill no vector and no block.
 SHAPES = [(1, 1, 1, 8), (3, 49, 3, 96), (4, 196, 8, 512), (2, 197, 1, 768), (5, 16, 8, 8), (2, 25, 13, 37)]
 
 
@@ -191,7 +191,9 @@ def test_opcheck_and_compile(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fakes_have_the_strides_of_what_is_computed(backend):
-    """Inductor lays memory out by the fake's strides, and opcheck does not compare them for inputs that are not contiguous."""
+    """Inductor lays memory out by the fake's strides, and opcheck does not compare them for inputs that are not
+    contiguous.
+    """
     patches, texts = region_like(3, 9, 2, 8)
     forward, backward = (
         getattr(torch.ops.dreamlip_kernels, f"group_patches{name}").default for name in ("", "_backward")
@@ -276,14 +278,19 @@ def test_nan_captions_behind_a_mask_have_no_effect(contrast):
     mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
     broken = texts.masked_fill(~mask[..., None], torch.nan)
     for module in (dk, reference):
-        op = lambda x, t, m=module: m.subcaption_grouping_loss(x, t, 5.0, text_mask=mask, contrast=contrast)  # noqa: E731
+
+        def op(x, t, m=module):
+            return m.subcaption_grouping_loss(x, t, 5.0, text_mask=mask, contrast=contrast)
+
         same = value_and_grads(op, (patches, texts))
         for got, expected in zip(value_and_grads(op, (patches, broken)), same, strict=True):
             torch.testing.assert_close(got, expected)
 
 
 def test_a_large_mean_gradient_leaves_the_sum_right():
-    """float32: the softmax's gradients about a mean of 24 lost the captions' gradient (four times the allowed error), for their sum is near zero."""
+    """float32: the softmax's gradients about a mean of 24 lost the captions' gradient (four times the allowed error),
+    for their sum is near zero.
+    """
     patches, texts = region_like(2, 197, 1, 768, normalization="softmax", threshold=0.0)
     options = dict(normalization="softmax", threshold=0.0)
     op = lambda x, t: dk.group_patches(x, t, backend="torch", **options)  # noqa: E731

@@ -22,7 +22,8 @@ SCRIPT = """
 
     class Recorder:
         def __init__(self, kernel):
-            self.name, self.bind = kernel.__name__, create_function_from_signature(kernel.signature, kernel.params, backend)
+            self.name = kernel.__name__
+            self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
 
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
@@ -31,7 +32,8 @@ SCRIPT = """
             return launch
 
     module.pool_forward, module.pool_backward = Recorder(module.pool_forward), Recorder(module.pool_backward)
-    for n, p, k, d in ((1, 1, 1, 512), (4, 196, 8, 512), (2, 197, 1, 768), (5, 16, 8, 64), (3, 256, 16, 1024), (64, 49, 3, 512)):
+    shapes = ((1, 1, 1, 512), (4, 196, 8, 512), (2, 197, 1, 768), (5, 16, 8, 64), (3, 256, 16, 1024), (64, 49, 3, 512))
+    for n, p, k, d in shapes:
         x, t = torch.randn(n, p, d).bfloat16(), torch.randn(n, k, d).bfloat16()
         for threshold in (None, 0.3):
             _, s, inv = module.forward(x, t, threshold, "minmax", None)
@@ -41,7 +43,9 @@ SCRIPT = """
 
 
 def test_one_kernel_serves_every_number_of_patches_and_captions():
-    """Six shapes with and without a threshold made ten kernels of each: K and P of 1 and of multiples of 16 had their own."""
+    """Six shapes with and without a threshold made ten kernels of each: K and P of 1 and of multiples of 16 had their
+    own.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)

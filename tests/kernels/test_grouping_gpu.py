@@ -1,4 +1,6 @@
-"""The grouping's kernels on a CUDA device: every dtype against the oracle, repeats to the bit, memory, and graph capture. `make gpu` runs these."""
+"""The grouping's kernels on a CUDA device: every dtype against the oracle, repeats to the bit, memory,
+and graph capture. `make gpu` runs these.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The grouping's Triton kernels, run by Triton's interpreter on the CPU, against the oracle under the same rule as the other backends."""
+"""The grouping's Triton kernels, run by Triton's interpreter on the CPU, against the oracle under the same rule as the
+other backends.
+"""
 
 import pytest
 import torch
@@ -53,9 +55,11 @@ def test_group_patches(n, p, k, d, dtype, normalization):
     ],
 )
 def test_small_weights_on_tensor_cores(tensor_cores, dtype, normalization, masked):  # noqa: F811
-    """197 patches with norms near 100: float16 lost the low half of weights of 1e-5, and float32 the sum of the gradients about a large mean.
+    """197 patches with norms near 100: float16 lost the low half of weights of 1e-5, and float32 the sum of the
+    gradients about a large mean.
 
-    An H100 showed both; with its roundings here they fail here too. The upstream gradient is the region's own direction.
+    An H100 showed both; with its roundings here they fail here too. The upstream gradient is the region's own
+    direction.
     """
     options = dict(normalization=normalization, threshold=0.0 if normalization == "softmax" else None)
     patches, texts = region_like(2, 197, 1, 768, dtype, **options)

@@ -1,6 +1,8 @@
-"""The contrast's CUDA kernels without a GPU: csrc/logsumexp.cuh compiled for the CPU, every thread a fiber, against float64.
+"""The contrast's CUDA kernels without a GPU: csrc/logsumexp.cuh compiled for the CPU, every thread a fiber,
+against float64.
 
-It shows that indices, fragments, waits and barriers fit together; what only a device can show is in test_contrastive_gpu.py.
+It shows that indices, fragments, waits and barriers fit together; what only a device can show is in
+test_contrastive_gpu.py.
 """
 
 import shutil
@@ -79,7 +81,9 @@ def test_exp_sums(ops, m, c, k, d, dtype, masked):
     ],
 )
 def test_finish(ops, m, c, k, d, dtype, masked, scale):
-    """Logarithms of parts that are in range are those of their sum, whatever the features; else the features are read again."""
+    """Logarithms of parts that are in range are those of their sum, whatever the features;
+    else the features are read again.
+    """
     x, y, x_mask, y_mask, exponent, z = case(m, c, k, d, dtype, masked, scale)
     if scale == 0:
         z = z.nan_to_num(0.0, neginf=-torch.inf)

@@ -183,7 +183,9 @@ def test_the_meta_device(features, contrast):
 
 
 def test_each_op_has_a_backend_of_its_own(features, monkeypatch):
-    """``backend="cpp"`` was refused, for the contrast has none of that name: the compiled pooling could not be chosen."""
+    """``backend="cpp"`` was refused, for the contrast has none of that name: the compiled pooling could not be
+    chosen.
+    """
     taken = []
     real = dispatch.select
     monkeypatch.setattr(

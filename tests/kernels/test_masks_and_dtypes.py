@@ -58,7 +58,9 @@ def test_image_mask(loss, captions_too):
 @each_loss
 @pytest.mark.parametrize("wide", ["image", "text"])
 def test_two_dtypes_meet_in_the_wider(loss, wide):
-    """float32 images with bfloat16 captions, as autocast gives them: ClipLoss takes them. Gradients come back in each one's dtype."""
+    """float32 images with bfloat16 captions, as autocast gives them: ClipLoss takes them.
+    Gradients come back in each one's dtype.
+    """
     image, patches, text = case()
     narrow = torch.bfloat16
     image, patches, text = (

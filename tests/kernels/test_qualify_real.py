@@ -1,4 +1,6 @@
-"""Qualification of the real backends: of the grouping's C++ kernels against torch code here, of all that a GPU has there."""
+"""Qualification of the real backends: of the grouping's C++ kernels against torch code here, of all that a GPU has
+there.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""`qualify --tune`: the fastest tile of a short list goes into the verdict, and the kernels take it before their table's."""
+"""`qualify --tune`: the fastest tile of a short list goes into the verdict, and the kernels take it before their
+table's.
+"""
 
 import dataclasses
 from types import SimpleNamespace

@@ -59,7 +59,9 @@ def test_against_the_oracle(small_tiles, n, k, d, dtype, masked):
 
 @pytest.mark.parametrize("scale, bias", [(0.01, 0.0), (100.0, -10.0), (1000.0, 50.0), (-5.0, 3.0)])
 def test_any_finite_input_is_right(small_tiles, scale, bias):
-    """Confident positives, whose loss is a small difference of large numbers to code that adds softplus and subtracts z; and opposed vectors."""
+    """Confident positives, whose loss is a small difference of large numbers to code that adds softplus and subtracts
+    z; and opposed vectors.
+    """
     image, text = clip_like(40, 3, 64, torch.float64, noise=0.1)
     text[:5] = -text[:5]
     inputs = (image, text, torch.tensor(scale, dtype=torch.float64), torch.tensor(bias, dtype=torch.float64))
@@ -154,7 +156,9 @@ def test_bad_input_is_named(change, message):
     "frozen", [(), ("image",), ("text",), ("image", "text"), ("scale",), ("image", "text", "scale", "bias")]
 )
 def test_what_is_frozen_costs_nothing(monkeypatch, frozen):
-    """Matrix products of a step: three, two with a frozen side, one at inference; and the other gradients are the same."""
+    """Matrix products of a step: three, two with a frozen side, one at inference; and the other gradients are the
+    same.
+    """
     names = ("image", "text", "scale", "bias")
     inputs = dict(zip(names, case(40, 4, 16), strict=True))
     all_needed = {name: v.clone().requires_grad_() for name, v in inputs.items()}

@@ -1,4 +1,6 @@
-"""The sigmoid loss's Triton kernel compiled ahead of time, without a GPU: tensor cores, asynchronous loads, no spills, two programs on a processor."""
+"""The sigmoid loss's Triton kernel compiled ahead of time, without a GPU: tensor cores, asynchronous loads, no spills,
+two programs on a processor.
+"""
 
 import os
 import re
@@ -26,13 +28,16 @@ SCRIPT = """
     m, c, d, warps, stages = blocks_for(4 if dtype == "fp32" else 2, arch // 10)
     descriptor = arch >= 90
     x, y = (f"tensordesc<{dtype}[{rows},{d}]>" if descriptor else f"*{dtype}" for rows in (m, c))
-    signature = dict(x=x, y=y, x_mask_ptr="*i1", y_mask_ptr="*i1", scale_ptr="*fp32", g_ptr=f"*{dtype}", sums_ptr="*fp32")
-    constants = dict(HAS_X_MASK=True, HAS_Y_MASK=True, GRADIENT=True, BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, DESCRIPTOR=descriptor)
+    signature = dict(x=x, y=y, x_mask_ptr="*i1", y_mask_ptr="*i1")
+    signature |= dict(scale_ptr="*fp32", g_ptr=f"*{dtype}", sums_ptr="*fp32")
+    constants = dict(HAS_X_MASK=True, HAS_Y_MASK=True, GRADIENT=True)
+    constants |= dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, DESCRIPTOR=descriptor)
     constants["PRECISION"] = "tf32x3" if dtype == "fp32" else "tf32"
     names = sigmoid_tile.arg_names
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in names}
     aligned = ("D", "stride_x", "stride_y", "stride_g")
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*") or name in aligned}
+    by_sixteen = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in aligned]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in by_sixteen}
     source = ASTSource(sigmoid_tile, signature=signature, constexprs=constants, attrs=attrs)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
     open(path, "wb").write(built.asm["cubin"])

@@ -1,4 +1,6 @@
-"""The sigmoid loss's backends on a CUDA device against the oracle in float64, and the same bits each time. `make gpu` runs these."""
+"""The sigmoid loss's backends on a CUDA device against the oracle in float64, and the same bits each time.
+`make gpu` runs these.
+"""
 
 import pytest
 import torch

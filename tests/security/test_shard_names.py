@@ -53,7 +53,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_runs_a_command(name):
-    """The test for "pipe:" came before "file://" was taken off and braces expanded; webdataset's gopen then ran what came out."""
+    """The test for "pipe:" came before "file://" was taken off and braces expanded; webdataset's gopen then ran what
+    came out.
+    """
     try:
         for shard in list_shards(name):
             assert shard.scheme != "pipe"

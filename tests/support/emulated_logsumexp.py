@@ -1,4 +1,5 @@
-"""csrc/logsumexp.cuh on the CPU: the ops of csrc/logsumexp.cu with every thread of a block a fiber (tests/csrc/emulate.h).
+"""csrc/logsumexp.cuh on the CPU: the ops of csrc/logsumexp.cu with every thread of a block a fiber
+(tests/csrc/emulate.h).
 
 What tests/kernels/test_logsumexp_emulated.py runs the kernels by; it needs g++ and CUDA's headers, no nvcc and no GPU.
 """

@@ -1,6 +1,8 @@
-"""Run by test_faults.py: a run killed with SIGKILL at random moments and started again each time, against the run that nobody disturbed.
+"""Run by test_faults.py: a run killed with SIGKILL at random moments and started again each time,
+against the run that nobody disturbed.
 
-The parent imports everything and computes nothing, so that each start is a fork and takes a second instead of ten. Usage: killed.py FOLDER KILLS
+The parent imports everything and computes nothing, so that each start is a fork and takes a second instead of ten.
+Usage: killed.py FOLDER KILLS
 """
 
 import json

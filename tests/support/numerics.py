@@ -4,7 +4,9 @@ import torch
 
 
 def assert_no_worse_than_torch(name, got, low, gold):
-    """gold: the oracle in float64 on the rounded inputs; low: the oracle at the tested dtype; each a tensor or a tuple of them."""
+    """gold: the oracle in float64 on the rounded inputs; low: the oracle at the tested dtype;
+    each a tensor or a tuple of them.
+    """
     if isinstance(gold, (tuple, list)):
         assert len(got) == len(low) == len(gold), f"{name}: {len(got)} values for {len(gold)}"
         for i, (g, lo, go) in enumerate(zip(got, low, gold, strict=True)):
@@ -48,5 +50,7 @@ def three_ways(op, oracle, inputs):
 
 
 def worst_of(draws):
-    """One (got, low, gold) from several: a single number left over where large terms cancel says little, the worst of several does."""
+    """One (got, low, gold) from several: a single number left over where large terms cancel says little,
+    the worst of several does.
+    """
     return tuple([torch.stack(values) for values in zip(*way, strict=True)] for way in zip(*draws, strict=True))

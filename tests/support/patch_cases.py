@@ -7,7 +7,9 @@ from dreamlip_kernels import reference
 
 
 def region_like(n, p, k, d, dtype=torch.float32, threshold=None, normalization="minmax", first_seed=0):
-    """Patches [n, p, d] near k region directions and captions [n, k, d] near the same; no similarity lies on the threshold."""
+    """Patches [n, p, d] near k region directions and captions [n, k, d] near the same;
+    no similarity lies on the threshold.
+    """
     for seed in range(first_seed, first_seed + 100):
         gen = torch.Generator().manual_seed(seed)
         regions = torch.randn(n, k, d, generator=gen)
@@ -30,7 +32,9 @@ def _margin(patches, texts, threshold, normalization):
 
 
 def compare(name, op, oracle, inputs):
-    """For 16-bit inputs the bar is the float32 oracle, rounded at the end: at 16 bits the oracle itself flips patches."""
+    """For 16-bit inputs the bar is the float32 oracle, rounded at the end: at 16 bits the oracle itself flips
+    patches.
+    """
     if inputs[0].dtype in (torch.float32, torch.float64):
         return assert_no_worse_than_torch(name, *three_ways(op, oracle, inputs))
     dtype = inputs[0].dtype

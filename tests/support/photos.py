@@ -1,4 +1,6 @@
-"""A small data set of real photographs: scikit-image's bundled pictures as JPEG files, with captions in DreamLIP's CSV columns."""
+"""A small data set of real photographs: scikit-image's bundled pictures as JPEG files, with captions in DreamLIP's CSV
+columns.
+"""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Pictures of coloured squares and a model that sees nothing but colour: every right answer of an evaluation is known in advance."""
+"""Pictures of coloured squares and a model that sees nothing but colour: every right answer of an evaluation is known
+in advance.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ PLACES = {"the upper left": (0, 0), "the upper right": (0, 32), "the lower left"
 
 
 def planted_sample(seed: int, objects: int = 3) -> dict:
-    """A sample as held_out.val_samples yields it: `objects` squares of different colours on grey, one to a quarter of the picture."""
+    """A sample as held_out.val_samples yields it: `objects` squares of different colours on grey,
+    one to a quarter of the picture.
+    """
     rng = random.Random(seed)
     image = (torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 12 + 122).to(torch.uint8)
     mask = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
@@ -35,7 +39,9 @@ def planted_sample(seed: int, objects: int = 3) -> dict:
 
 
 class PlantedModel(nn.Module):
-    """Patch and text features are colours relative to grey; an image's feature is the sum of its patches'. The interface is DreamLIP's."""
+    """Patch and text features are colours relative to grey; an image's feature is the sum of its patches'.
+    The interface is DreamLIP's.
+    """
 
     image_size, grid = SIDE, GRID
 

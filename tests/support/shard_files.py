@@ -39,7 +39,9 @@ def sample(key: str, seed: int = 0, **captions) -> list[tuple[str, bytes]]:
 
 
 def write_shards(folder: Path, counts: list[int], index: bool = True) -> Path:
-    """NNNNN.tar of the given sample counts, keys unique over all of them, with a manifest.json unless ``index`` is False."""
+    """NNNNN.tar of the given sample counts, keys unique over all of them, with a manifest.json unless ``index`` is
+    False.
+    """
     number = 0
     for shard, count in enumerate(counts):
         members = []

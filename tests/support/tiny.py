@@ -1,4 +1,6 @@
-"""A model of 1.7 million parameters, batches that are a function of the step, and a DeepSpeed engine in this process: what the trainer's tests share."""
+"""A model of 1.7 million parameters, batches that are a function of the step, and a DeepSpeed engine in this process:
+what the trainer's tests share.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def run_steps(engine, config: Config, first: int, last: int, rank: int = 0, worl
 
 
 def clean_environment() -> dict[str, str]:
-    """For a subprocess: this repository importable, and without the process group that earlier tests formed in this process."""
+    """For a subprocess: this repository importable, and without the process group that earlier tests formed in this
+    process.
+    """
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in group}
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]

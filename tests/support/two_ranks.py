@@ -1,4 +1,5 @@
-"""Run by test_two_ranks.py under torchrun, 2 ranks: what needs a second rank to be true, into facts.json in the folder given.
+"""Run by test_two_ranks.py under torchrun, 2 ranks: what needs a second rank to be true, into facts.json in the folder
+given.
 
 The folder holds ``zero-S/step-00000003`` for the stages of ``RESIZED``, written by one process.
 """
@@ -41,7 +42,9 @@ def weights(engine, config) -> list[torch.Tensor]:
 
 
 def skips_what_one_rank_cannot_use(engine, config) -> list[bool]:
-    """NaN loss on rank 1, then an infinite gradient on rank 1: neither step may move a weight of any rank, and the next one must."""
+    """NaN loss on rank 1, then an infinite gradient on rank 1: neither step may move a weight of any rank,
+    and the next one must.
+    """
     before, moved = weights(engine, config), []
     good = move_batch(batch(5, dist.get_rank(), 2), engine.device)
     bad = {**good, "images": good["images"].float() / 255}

@@ -1,11 +1,14 @@
-"""Triton kernels of group_patches: one program per image, patches read in chunks; the second pass over them hits the L2 cache.
+"""Triton kernels of group_patches: one program per image, patches read in chunks; the second pass over them hits the L2
+cache.
 
-    pool_forward   pass 1: similarities and norms -> statistics of each row -> pass 2, columns by columns: pooled = weights @ patches
-    pool_backward  pass 1: gradients of the weights -> row sums -> gradients of the similarities -> pass 2, columns by columns: dx, dt
+    pool_forward   pass 1: similarities and norms -> statistics of each row -> pass 2, columns by columns:
+                   pooled = weights @ patches
+    pool_backward  pass 1: gradients of the weights -> row sums -> gradients of the similarities -> pass 2,
+                   columns by columns: dx, dt
 
-One image's sub-captions and patches meet nobody else's, so every sum has one owner: no atomics, the same bits each time.
-Products take the raw 16-bit values and norms multiply afterwards in float32. Weights and their gradients enter the second
-product as a high and a low part, since one rounding to 16 bits would cost more than the output's.
+One image's sub-captions and patches meet nobody else's, so every sum has one owner: no atomics, the same bits each
+time. Products take the raw 16-bit values and norms multiply afterwards in float32. Weights and their gradients enter
+the second product as a high and a low part, since one rounding to 16 bits would cost more than the output's.
 
 K sub-captions (KP: a power of two, at least 16), P patches, D width. A chunk is BLOCK_P patches and BLOCK_D columns.
 NORMALIZATION is 0 for "minmax", 1 for "softmax", 2 for "none". Equations are those of docs/math.md section 3.
@@ -47,8 +50,8 @@ def _two_dots(weights, features, acc, PRECISION: tl.constexpr):
         acc = tl.dot(high, features, acc)
         acc = tl.dot((weights - high.to(tl.float32)).to(tl.bfloat16), features, acc)
     else:
-        # float16 cannot hold the low part of a weight over a norm, about 1e-5. TF32 holds every float16 and has float32's
-        # exponent. The high part is what the tensor core reads of the weights: their upper 19 bits.
+        # float16 cannot hold the low part of a weight over a norm, about 1e-5. TF32 holds every float16 and has
+        # float32's exponent. The high part is what the tensor core reads of the weights: their upper 19 bits.
         high = (weights.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         wide = features.to(tl.float32)
         acc = tl.dot(high, wide, acc, input_precision="tf32")
@@ -101,7 +104,9 @@ def _row_statistics(
     s_ptr, mask_ptr, n, K, P, threshold, offs_k,
     NORMALIZATION: tl.constexpr, HAS_MASK: tl.constexpr, KP: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Of each row of similarities [KP]: lo, hi, scale, 1 / total, uniform, what a score must reach, a patch's uniform weight."""
+    """Of each row of similarities [KP]: lo, hi, scale, 1 / total, uniform, what a score must reach,
+    a patch's uniform weight.
+    """
     keep_k = offs_k < K
     lo = tl.full((KP,), float("inf"), tl.float32)
     hi = tl.full((KP,), float("-inf"), tl.float32)
@@ -146,7 +151,9 @@ def _row_statistics(
 
 @triton.jit
 def _weights(w, rows, valid, NORMALIZATION: tl.constexpr):
-    """-> weights a [KP, BLOCK_P] (eq. 11), the score u and whether it was kept; ``rows`` is what _row_statistics gave."""
+    """-> weights a [KP, BLOCK_P] (eq. 11), the score u and whether it was kept; ``rows`` is what _row_statistics
+    gave.
+    """
     lo, hi, scale, inv_total, uniform, cut, even = rows
     u, compared = _scores(w, lo, hi, scale, NORMALIZATION)
     kept = _kept(u, compared, cut, valid)
@@ -162,7 +169,9 @@ def pool_forward(
     NORMALIZATION: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     KP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out [N, K, D], s [N, K, P] and inv [N, P] of one image. A threshold below -1e30 is 1 / (number of valid patches)."""
+    """out [N, K, D], s [N, K, P] and inv [N, P] of one image. A threshold below -1e30 is 1 / (number of valid
+    patches).
+    """
     n = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, KP)
     keep_k = offs_k < K
@@ -209,7 +218,9 @@ def _mean_weight_gradient(
     NORMALIZATION: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     KP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of the weights, da, in dw_rows -> their mean under the weights as a rounded value and the rest, [KP] each."""
+    """Stores the gradients of the weights, da, in dw_rows -> their mean under the weights as a rounded value and the
+    rest, [KP] each.
+    """
     keep_k = offs_k < K
     mean = tl.zeros((KP,), tl.float32)
     for first in range(0, P, BLOCK_P):
@@ -224,7 +235,8 @@ def _mean_weight_gradient(
         mean += tl.sum(a * da, 1)
         tl.store(dw_rows + offs_p[None, :], da, mask=keep_k[:, None] & (offs_p < P)[None, :])
     tl.debug_barrier()
-    # A large mean is rounded, every patch would get that error, and what is summed over them is near zero: so the mean of what is left.
+    # A large mean is rounded, every patch would get that error, and what is summed over them is near zero:
+    # so the mean of what is left.
     rest = tl.zeros((KP,), tl.float32)
     for first in range(0, P, BLOCK_P):
         offs_p = first + tl.arange(0, BLOCK_P)

@@ -1,6 +1,8 @@
-"""Torch backend of group_patches: a bounded number of images at a time, the normalized patches never stored, only [N, K, P].
+"""Torch backend of group_patches: a bounded number of images at a time, the normalized patches never stored, only [N,
+K, P].
 
-    similarities -> pooling_weights -> weighted sum of raw patches over their norms; backward the same way back, eq. 13-15
+    similarities -> pooling_weights -> weighted sum of raw patches over their norms; backward the same way back, eq.
+    13-15
 
 N images, K sub-captions, P patches, D width. Equations are those of docs/math.md section 3.
 """
@@ -60,7 +62,8 @@ def _similarity_gradient(w: Tensor, weights: PoolingWeights, da: Tensor, normali
     """The gradient of similarities w [n, K, P] from the weights' own, eq. 13-14."""
     a, kept, total, uniform = weights
     centered = da - (a * da).sum(-1, keepdim=True)
-    # A large mean is rounded, every patch would get that error, and what is summed over them is near zero: so once more.
+    # A large mean is rounded, every patch would get that error, and what is summed over them is near zero:
+    # so once more.
     centered = centered - (a * centered).sum(-1, keepdim=True)
     if normalization == "softmax":
         dw = a * centered
@@ -94,7 +97,8 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 def _weighted(weights: Tensor, features: Tensor) -> Tensor:
     """``weights @ features.float()``: weights [n, r, s] float32, features [n, s, D] an operand.
 
-    16-bit features meet the weights' high and low parts. A power of two per image lifts both to where float16 has its full precision.
+    16-bit features meet the weights' high and low parts. A power of two per image lifts both to where float16 has its
+    full precision.
     """
     if features.element_size() != 2:
         return weights @ features
@@ -111,7 +115,9 @@ def without_masked(patches: Tensor, patch_mask: Tensor | None) -> Tensor:
 
 
 def similarities(patches: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines of patches [n, P, D] and texts [n, K, D], both operands -> [n, K, P], eq. 9; and inverse patch norms [n, P]."""
+    """Cosines of patches [n, P, D] and texts [n, K, D], both operands -> [n, K, P], eq. 9;
+    and inverse patch norms [n, P].
+    """
     inv_norm = inverse_norm(patches)
     return _product(texts, patches.mT) * inverse_norm(texts)[..., None] * inv_norm[:, None], inv_norm
 

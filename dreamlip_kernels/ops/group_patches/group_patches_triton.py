@@ -1,4 +1,6 @@
-"""Triton backend of group_patches: launches of the kernels in group_patches_kernels.py. K up to 32 (backends/dispatch.py asks first)."""
+"""Triton backend of group_patches: launches of the kernels in group_patches_kernels.py.
+K up to 32 (backends/dispatch.py asks first).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from .group_patches_kernels import pool_backward, pool_forward
 
 _DEFAULT_THRESHOLD = -1e38  # the kernels read anything below -1e30 as 1 / (number of valid patches)
 
-# (BLOCK_P, BLOCK_D, warps, stages) by (KP, dtype): without spills on sm_80 and sm_90 (tests/kernels/test_compile_only.py);
-# not tuned on a device yet.
+# (BLOCK_P, BLOCK_D, warps, stages) by (KP, dtype): without spills on sm_80 and sm_90
+# (tests/kernels/test_compile_only.py); not tuned on a device yet.
 BLOCKS = {
     (16, torch.bfloat16): (32, 128, 8, 3),
     (16, torch.float16): (32, 64, 4, 3),

@@ -1,6 +1,7 @@
 """The CUDA C++ backend of bidirectional_logsumexp: csrc/logsumexp.cu, and torch code around it. It needs no Triton.
 
-    forward   sums (a band of rows x one column tile, both sums of exp2(z - offset) in one pass) -> finish (their logarithms;
+    forward   sums (a band of rows x one column tile, both sums of exp2(z - offset) in one pass) -> finish (their
+              logarithms;
               running maxima where a sum left float32's range)
     backward  for each chunk of pairs: gradient (z again, one exp2 a pair, 16-bit G) -> dx += G y, dy += G.T x (cuBLAS)
 
@@ -52,7 +53,9 @@ def _call(operands: Operands, rectangle: Rectangle) -> _Call:
 
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row [K, M], col [K, C], with ``paired`` the logits of the pairs (j, j) [K, C]; nothing kept (``keep`` is the torch backend's)."""
+    """row [K, M], col [K, C], with ``paired`` the logits of the pairs (j, j) [K, C];
+    nothing kept (``keep`` is the torch backend's).
+    """
     m, c, k, _ = rectangle.sizes
     empty = rectangle.scale.new_empty
     row, col, pos, kept = empty(k, m), empty(k, c), empty((k, c) if paired else (0, 0)), empty(0, 0, 0)
@@ -71,7 +74,9 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
 
 
 def _partial_sums(call: _Call) -> tuple[Tensor, Tensor]:
-    """Sums of exp2(z - offset), [K, tiles, M] over columns and [bands, K, C] over rows; tiles is 1 where the workspace is small."""
+    """Sums of exp2(z - offset), [K, tiles, M] over columns and [bands, K, C] over rows;
+    tiles is 1 where the workspace is small.
+    """
     m, (k, c, _) = len(call.x), call.y.shape
     tiles, row_tiles = _cdiv(c, TILE), _cdiv(m, TILE)
     bands = min(row_tiles, max(BANDS, _cdiv(BLOCKS, tiles * k)))
@@ -107,8 +112,9 @@ def backward(
 
 
 class _Vectors(NamedTuple):
-    """rows [3, K, M] and cols [3, K, C] of csrc's Coefficients, the gradients of the positives' logits own [K, pairs] or None,
-    the flag that says whether G is made exactly, and the power of two that it is in units of."""
+    """rows [3, K, M] and cols [3, K, C] of csrc's Coefficients, the gradients of the positives' logits own [K,
+    pairs] or None, the flag that says whether G is made exactly, and the power of two that it is in units of.
+    """
 
     rows: Tensor
     cols: Tensor
@@ -156,7 +162,9 @@ class _Passes:
         return _Vectors(*vectors, own, left.to(torch.int32), unit)
 
     def _own(self, sides: list[tuple[Tensor, Tensor]], upstream: Upstream) -> Tensor:
-        """The whole gradient of each diagonal pair's logit: its share of both softmaxes and, of a positive, its own upstream."""
+        """The whole gradient of each diagonal pair's logit: its share of both softmaxes and, of a positive,
+        its own upstream.
+        """
         (row, d_row), (col, d_col) = (
             [v[:, part] for v in side] for side, part in zip(sides, (self.own_rows, self.own_cols), strict=True)
         )

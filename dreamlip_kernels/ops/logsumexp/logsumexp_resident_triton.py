@@ -1,8 +1,9 @@
 """exp_sums for Hopper, in Gluon: a tile of columns stays in shared memory while the rows stream past it.
 
-A program of the Triton kernel loads both operands of every tile, 64 bytes a cycle for each processor at the full rate of
-its tensor cores: more than L2 delivers. Here one producer warp loads ``y`` once and then boxes of ``x``; two groups of
-four warps take alternate row tiles, so that one group's exponentials run while the other's matrix products do.
+A program of the Triton kernel loads both operands of every tile, 64 bytes a cycle for each processor at the full rate
+of its tensor cores: more than L2 delivers. Here one producer warp loads ``y`` once and then boxes of ``x``;
+two groups of four warps take alternate row tiles, so that one group's exponentials run while the other's matrix
+products do.
 
 M rows, C columns, K slots, D width.
 """
@@ -40,7 +41,9 @@ def takes(x: Tensor, y: Tensor, arch: int) -> bool:
 
 
 def _slots(y: Tensor) -> tuple[list[int], int, int] | None:
-    """y [K, C, D] as one matrix: its shape, and how many rows and columns of it lie between slots; None if it is none."""
+    """y [K, C, D] as one matrix: its shape, and how many rows and columns of it lie between slots;
+    None if it is none.
+    """
     (k, c, d), (stride_k, stride_c, _) = y.shape, y.stride()
     if k == 1:
         return [c, d], 0, 0
@@ -63,7 +66,8 @@ def launch(
     rows: Tensor,
     columns: Tensor,
 ) -> None:
-    """Write the sums of exp2(z - offset) of the column tiles first_tile..: rows [K, tiles, M], columns [bands * 8, K, C].
+    """Write the sums of exp2(z - offset) of the column tiles first_tile..: rows [K, tiles, M], columns [bands * 8, K,
+    C].
 
     ``band_rows`` is a multiple of BLOCK_M; the masks [M] and [K, C] are dense.
     """
@@ -126,8 +130,8 @@ def _produce(x, y, xs, ys, full, empty, y_full, first_c, first_d, first_m, tiles
 
 @gluon.jit
 def _consume(
-    which, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row_ptr, col_ptr, col_stride, first_m, first_c,
-    stop_c, tiles, M, DEPTHS: gl.constexpr, HAS_X_MASK: gl.constexpr, MASK_COLUMNS: gl.constexpr,
+    which, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row_ptr, col_ptr, col_stride, first_m,
+    first_c, stop_c, tiles, M, DEPTHS: gl.constexpr, HAS_X_MASK: gl.constexpr, MASK_COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """The row tiles which, which + 2, ..: their logits, both sums of exp2(z - offset)."""
     STAGES: gl.constexpr = xs.shape[0]
@@ -159,7 +163,8 @@ def _consume(
         e = gl.exp2(acc * slope - gl.expand_dims(gl.where(keep_m, offset, float("inf")), 1))
         gl.store(row_ptr + offs_m, gl.sum(e, 1), mask=offs_m < M)
         columns += gl.sum(gl.reshape(e, (BLOCK_M // 16, 2, 8, BLOCK_C)), 1)
-    # Over a thread's own rows, then over lanes. The four warps' sums are written apart: no exchange through shared memory.
+    # Over a thread's own rows, then over lanes. The four warps' sums are written apart:
+    # no exchange through shared memory.
     sums = gl.sum(gl.sum(gl.reshape(columns, (BLOCK_M // 64, 4, 8, BLOCK_C)), 0), 1)
     layout_wc: gl.constexpr = sums.type.layout
     warps = gl.arange(0, 4, layout=gl.SliceLayout(1, layout_wc))
@@ -221,12 +226,12 @@ def exp_sums_resident(
     col_second = col + 4 * col_stride
     gl.warp_specialize(
         [
-            (_consume, (0, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row, col, col_stride, first_m,
-                        first_c, C, tiles, M, DEPTHS, HAS_X_MASK, MASK_COLUMNS)),
-            (_consume, (1, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row, col_second, col_stride,
+            (_consume, (0, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row, col, col_stride,
                         first_m, first_c, C, tiles, M, DEPTHS, HAS_X_MASK, MASK_COLUMNS)),
-            (_produce, (x, y, xs, ys, full, empty, y_full, slot * rows_between + first_c, slot * columns_between, first_m,
-                        tiles, DEPTHS)),
+            (_consume, (1, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row, col_second,
+                        col_stride, first_m, first_c, C, tiles, M, DEPTHS, HAS_X_MASK, MASK_COLUMNS)),
+            (_produce, (x, y, xs, ys, full, empty, y_full, slot * rows_between + first_c, slot * columns_between,
+                        first_m, tiles, DEPTHS)),
         ],
         [4, 1],
         [232, 24],

@@ -18,8 +18,9 @@ from ..products import accumulate, matmul, multiplies_sixteen_bit
 from ..rectangle import Rectangle, Upstream, paired_slices
 from ..tiles import tiles
 
-# Plain sums of exp(z) are taken where no offset is needed: terms are at most 2^106 for unit vectors, and sums within these
-# bounds are right to float32. Others are computed again from true maxima (docs/math.md, section 5).
+# Plain sums of exp(z) are taken where no offset is needed: terms are at most 2^106 for unit vectors,
+# and sums within these bounds are right to float32. Others are computed again from true maxima (docs/math.md,
+# section 5).
 LARGEST_TERM, SMALLEST_SUM, LARGEST_SUM = 106 * math.log(2), -82 * math.log(2), 126 * math.log(2)
 GRADIENT_EXPONENT = 13  # 16-bit g is scaled to coefficients below 2^14: a row's and a column's together stay in float16
 
@@ -66,7 +67,9 @@ class _Operands:
 
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row [K, M], col [K, C], if ``paired`` pos [K, C] else [0, 0], if ``keep`` what backward reads, [K, M, C], else empty."""
+    """row [K, M], col [K, C], if ``paired`` pos [K, C] else [0, 0], if ``keep`` what backward reads, [K, M, C],
+    else empty.
+    """
     operands = _Operands(rectangle)
     kept = operands.scale.new_empty(0, 0, 0)
     if keep:

@@ -51,7 +51,9 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
 
 
 class _SumsKernel(NamedTuple):
-    """A kernel for both sums: its tile, how many sums over rows a band writes, rows of a band at most, and its launch."""
+    """A kernel for both sums: its tile, how many sums over rows a band writes, rows of a band at most,
+    and its launch.
+    """
 
     block_m: int
     block_c: int
@@ -136,7 +138,9 @@ def _gluon() -> ModuleType | None:
 
 
 class _Side(NamedTuple):
-    """The rows or the columns of a rectangle, as finish_sums reads them: the slots' strides are 0 for what all share."""
+    """The rows or the columns of a rectangle, as finish_sums reads them: the slots' strides are 0 for what all
+    share.
+    """
 
     features: Tensor
     stride_k: int

@@ -1,4 +1,5 @@
-"""What surrounds the products in backward, as Triton kernels: the coefficients of G before them, scales and positives after.
+"""What surrounds the products in backward, as Triton kernels: the coefficients of G before them, scales and positives
+after.
 
 M rows, C columns, K slots, D width.
 """

@@ -1,7 +1,8 @@
-"""The registered op under the sigmoid loss (docs/math.md eq. 19): the sum over all pairs and, from the same visit of each tile, its gradients.
+"""The registered op under the sigmoid loss (docs/math.md eq. 19): the sum over all pairs and, from the same visit of
+each tile, its gradients.
 
-There is no normalizer, so a pair's gradient is known as soon as its logit is: three products per pair in place of four, two where one side is frozen,
-one at inference. M rows (images), C columns (captions), K captions per image, D width.
+There is no normalizer, so a pair's gradient is known as soon as its logit is: three products per pair in place of four,
+two where one side is frozen, one at inference. M rows (images), C columns (captions), K captions per image, D width.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def sigmoid_pairs_op(
     float32: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``-logsigmoid(sign * (scale * x @ y.T + bias)).sum()``, sign +1 at (first + c // k, c) and -1 elsewhere, without what masks drop.
+    """``-logsigmoid(sign * (scale * x @ y.T + bias)).sum()``, sign +1 at (first + c // k, c) and -1 elsewhere,
+    without what masks drop.
 
-    -> the sum, and its gradients dx [M, D], dy [C, D] (each [0] where it is not needed), dscale and dbias (0 without ``needs_scale``), all in scale's dtype.
+    -> the sum, and its gradients dx [M, D], dy [C, D] (each [0] where it is not needed), dscale and dbias (0 without
+    ``needs_scale``), all in scale's dtype.
     """
     with torch.autocast(x.device.type, enabled=False):
         pairs = Pairs(x, y, scale, bias, x_mask, y_mask, first, k, float32)

@@ -1,4 +1,5 @@
-"""The Triton kernel of sigmoid_pairs: a tile of logits becomes its losses' sum and, for matrix products to come, its gradient G.
+"""The Triton kernel of sigmoid_pairs: a tile of logits becomes its losses' sum and, for matrix products to come,
+its gradient G.
 
 M rows (images), C columns (captions), K captions per image, D width.
 """
@@ -24,7 +25,8 @@ def _tile(v, stride, first, count, d, D, BLOCK: tl.constexpr, BLOCK_D: tl.conste
 def _softplus_and_sigmoid(u):
     """log(1 + exp(u)), to 2e-7 of itself where it is small too, and 1 / (1 + exp(-u))."""
     e = tl.exp(-tl.abs(u))
-    # log(1 + e) / e on [0, 1], a Chebyshev fit: small values, of confident negatives, are most of what is added up, and log(1 + e) would lose them.
+    # log(1 + e) / e on [0, 1], a Chebyshev fit: small values, of confident negatives, are most of what is added up,
+    # and log(1 + e) would lose them.
     series = 0.044214192777872086 - e * 0.008574675768613815
     series = -0.10785368084907532 + e * series
     series = 0.17757023870944977 + e * series
@@ -40,11 +42,14 @@ def sigmoid_tile(
     x, y, x_mask_ptr, y_mask_ptr, scale_ptr, g_ptr, sums_ptr,
     M, C, D, stride_x, stride_y, first, k, first_row, first_col, rows, cols, stride_g, first_sum, sums,
     HAS_X_MASK: tl.constexpr, HAS_Y_MASK: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a chunk of rows x cols pairs: sums [2, sums] of the losses and of the gradients, G [rows, cols] in units of 2^-15.
+    """One tile of a chunk of rows x cols pairs: sums [2, sums] of the losses and of the gradients, G [rows,
+    cols] in units of 2^-15.
 
-    Of the negatives alone: a positive, at (first + c // k, c), adds nothing and has a G of 0. scale_ptr holds the slope and the bias.
+    Of the negatives alone: a positive, at (first + c // k, c), adds nothing and has a G of 0.
+    scale_ptr holds the slope and the bias.
     """
     tiles_c = tl.cdiv(cols, BLOCK_C)
     tile_m, tile_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
@@ -56,7 +61,8 @@ def sigmoid_tile(
         acc = tl.dot(x_tile, y_tile.T, acc, input_precision=PRECISION)
     offs_m, offs_c = first_m + tl.arange(0, BLOCK_M), first_c + tl.arange(0, BLOCK_C)
     u = acc * tl.load(scale_ptr) + tl.load(scale_ptr + 1)
-    # Each of these is a mask spread over the tile, whose registers only the tiles at an edge or on the diagonal should need.
+    # Each of these is a mask spread over the tile, whose registers only the tiles at an edge or on the diagonal should
+    # need.
     stop_m, stop_c = first_row + rows, first_col + cols
     if HAS_X_MASK or first_m + BLOCK_M > stop_m:
         keep_m = offs_m < stop_m

@@ -1,6 +1,7 @@
 """Torch backend of sigmoid_pairs: one tile of logits at a time, visited once.
 
-    u = -sign * z of a tile -> its softplus, summed -> g = sigmoid(u) with the sign of each pair -> dx += g y, dy += g.T x
+    u = -sign * z of a tile -> its softplus, summed -> g = sigmoid(u) with the sign of each pair -> dx += g y,
+    dy += g.T x
 
 M rows, C columns, K captions per image, D width.
 """
@@ -30,7 +31,9 @@ class Pairs(NamedTuple):
     float32: str = "torch"  # how 16-bit kernels multiply float32 features, see backends/settings.py
 
     def positives(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Rows and columns of a tile's positives, counted from its corner: one stretch of columns, for images and captions are in the same order."""
+        """Rows and columns of a tile's positives, counted from its corner: one stretch of columns,
+        for images and captions are in the same order.
+        """
         start = max(cols.start, (rows.start - self.first) * self.k)
         stop = max(start, min(cols.stop, (rows.stop - self.first) * self.k))
         column = torch.arange(start, stop, device=self.x.device)

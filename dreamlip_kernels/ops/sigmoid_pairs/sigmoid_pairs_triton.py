@@ -1,7 +1,9 @@
-"""Triton backend of sigmoid_pairs: for each chunk of pairs one kernel (loss, G) and two matrix products, dx += G y and dy += G.T x.
+"""Triton backend of sigmoid_pairs: for each chunk of pairs one kernel (loss, G) and two matrix products,
+dx += G y and dy += G.T x.
 
-Operands are 16-bit: bfloat16 and float16 as they are, float32 as float16 after a power-of-two scaling, or as three TF32 products where
-``torch.get_float32_matmul_precision()`` and ``configure`` say so. Sums are float32. M rows, C columns, K captions per image, D width.
+Operands are 16-bit: bfloat16 and float16 as they are, float32 as float16 after a power-of-two scaling,
+or as three TF32 products where ``torch.get_float32_matmul_precision()`` and ``configure`` say so. Sums are float32.
+M rows, C columns, K captions per image, D width.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from ..products import accumulate
 from .sigmoid_pairs_kernels import sigmoid_tile
 from .sigmoid_pairs_torch import Pairs, kept
 
-# By bytes of an operand's element and compute capability's major: without spills, two or three programs on a processor, so that one's exponentials run
-# beside another's products (tests/kernels/test_sigmoid_compiled.py). None timed.
+# By bytes of an operand's element and compute capability's major: without spills, two or three programs on a processor,
+# so that one's exponentials run beside another's products (tests/kernels/test_sigmoid_compiled.py). None timed.
 BLOCKS = {
     (2, 8): Blocks(64, 128, 32, 4, 3),
     (2, 9): Blocks(128, 64, 64, 4, 3),
@@ -52,7 +54,9 @@ def _operand(v: Tensor, mask: Tensor | None, exact_float32: bool) -> _Operand:
 
 
 def _chunks(m: int, c: int, element_bytes: int) -> tuple[int, int]:
-    """Rows and columns of G held at once: all rows, and as many columns as the workspace has room for; all of both where they fit."""
+    """Rows and columns of G held at once: all rows, and as many columns as the workspace has room for;
+    all of both where they fit.
+    """
     room = max(2**14, settings.workspace_bytes // element_bytes)
     rows = min(m, max(128, room // 128))
     cols = min(c, max(128, room // rows // 128 * 128))
@@ -102,7 +106,9 @@ def forward(pairs: Pairs, needs_x: bool, needs_y: bool, needs_scale: bool) -> tu
 
 
 def _negatives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor, gradient: bool) -> Tensor:
-    """dx += G y and dy += G.T x for those that are not empty, in units of what their operands were divided by -> [2]: the losses' sum and G's."""
+    """dx += G y and dy += G.T x for those that are not empty, in units of what their operands were divided by -> [2]:
+    the losses' sum and G's.
+    """
     m, c = len(x.v), len(y.v)
     arguments, blocks = _launch_arguments(x.v, y.v)
     x_mask, y_mask = dense(pairs.x_mask), dense(pairs.y_mask)
@@ -136,7 +142,9 @@ def _negatives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor, g
 
 
 def _positives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds the positives' parts to dx and dy, in float32 -> the sums of their losses, of their gradients, and over all pairs of g x . y."""
+    """Adds the positives' parts to dx and dy, in float32 -> the sums of their losses, of their gradients,
+    and over all pairs of g x . y.
+    """
     k, first = pairs.k, pairs.first
     start, stop = max(0, -first), max(0, -first, min(len(y.v) // k, len(x.v) - first))  # images with captions here
     images, columns = slice(start + first, stop + first), slice(start * k, stop * k)

@@ -2,9 +2,9 @@
 the float64 oracle.
 
 Bounds are relative to the largest value. Sums are float32 sums of products of the operands as they are, so row and col
-are right to a few float32 roundings; gradients carry one rounding of G to the operands' type, and the error of a logit is
-that of its exponential. float32 features are rounded to float16 first, as the oracle's then are, or multiplied as three
-TF32 products.
+are right to a few float32 roundings; gradients carry one rounding of G to the operands' type, and the error of a logit
+is that of its exponential. float32 features are rounded to float16 first, as the oracle's then are,
+or multiplied as three TF32 products.
 """
 
 import pytest
@@ -40,7 +40,9 @@ def rounded(kind, v):
 
 
 def within(kind, got, gold, terms):
-    """row, col, dx, dy, dscale are finite where gold is, and as near as KINDS says; ``terms``: the sizes of dscale's, summed."""
+    """row, col, dx, dy, dscale are finite where gold is, and as near as KINDS says; ``terms``:
+    the sizes of dscale's, summed.
+    """
     _, _, logits, gradients, scales = KINDS[kind]
     exponents = logits * max(v[torch.isfinite(v)].abs().max().item() for v in gold[:2])
     bounds = dict(row=logits, col=logits, dx=gradients + exponents, dy=gradients + exponents, dscale=scales + exponents)

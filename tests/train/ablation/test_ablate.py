@@ -1,4 +1,6 @@
-"""The ablation: every variant is a config that can run, the verdicts follow from the numbers, and a real run of one variant goes through and is kept."""
+"""The ablation: every variant is a config that can run, the verdicts follow from the numbers, and a real run of one
+variant goes through and is kept.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Sentence splitting and the draw of sub-captions: nothing cut wrongly, nothing repeated, every sentence equally often."""
+"""Sentence splitting and the draw of sub-captions: nothing cut wrongly, nothing repeated, every sentence equally
+often.
+"""
 
 import math
 import random
@@ -140,7 +142,9 @@ def test_unknown_modes_are_named(call):
 
 
 def test_columns_of_another_captioner_are_drawn_and_counted():
-    """After ``recaption --name Qwen`` on shards without other captions training found none, and validate called all unusable."""
+    """After ``recaption --name Qwen`` on shards without other captions training found none, and validate called all
+    unusable.
+    """
     record = {
         "longQwen_captions": "A dog runs. It barks.",
         "shortQwen_captions": "A dog.",

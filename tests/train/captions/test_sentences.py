@@ -64,7 +64,9 @@ def test_pieces_are_a_readers(case):
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_a_megabyte_of_anything_is_read_at_once(text, tokenizer):
-    """16 kB of dots took hours: the text before and after each end was copied, and the same run was sought from each of its characters."""
+    """16 kB of dots took hours: the text before and after each end was copied, and the same run was sought from each of
+    its characters.
+    """
     began = time.process_time()
     record = {RAW: text, "longSV_captions": text, "longIB_captions": text.split(" ")}
     pool = caption_pool(record)

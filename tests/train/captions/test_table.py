@@ -1,4 +1,6 @@
-"""Tables as they come: a stray quote, a damaged page or a strange value costs its own row, and nothing ends in a traceback."""
+"""Tables as they come: a stray quote, a damaged page or a strange value costs its own row, and nothing ends in a
+traceback.
+"""
 
 import csv
 import json
@@ -161,9 +163,33 @@ def test_a_damaged_page_costs_its_row_group(tmp_path):
 
 
 PIECES = [
-    b'"', b"\n", b"\r", b",", b"\t", b"\0", b"\xff\xfe", b"\\ud800", b"\\u0000", b"http://[abc]/", b"\xe2\x80\xa8", b"{", b"[", b"]", b"}",
-    b"null", b"NaN", b"1e999", b"true", b"['a', 'b']", b"\xef\xbb\xbf", b"9" * 5000, b"[" * 5000, b"''", b";", b"\xf0\x9f",
-]  # fmt: skip
+    b'"',
+    b"\n",
+    b"\r",
+    b",",
+    b"\t",
+    b"\0",
+    b"\xff\xfe",
+    b"\\ud800",
+    b"\\u0000",
+    b"http://[abc]/",
+    b"\xe2\x80\xa8",
+    b"{",
+    b"[",
+    b"]",
+    b"}",
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"true",
+    b"['a', 'b']",
+    b"\xef\xbb\xbf",
+    b"9" * 5000,
+    b"[" * 5000,
+    b"''",
+    b";",
+    b"\xf0\x9f",
+]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

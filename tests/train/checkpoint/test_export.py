@@ -1,4 +1,6 @@
-"""export: each format loaded by the program it is for, features compared; what a format can't hold is refused by name."""
+"""export: each format loaded by the program it is for, features compared; what a format can't hold is refused by
+name.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Weights from open_clip, from a folder of open_clip or transformers, come in unchanged; another model, activation or file is named."""
+"""Weights from open_clip, from a folder of open_clip or transformers, come in unchanged;
+another model, activation or file is named.
+"""
 
 import json
 
@@ -15,7 +17,9 @@ NAME = "ViT-S-32-alt"
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The same weights as a file with DDP's prefix, a bare safetensors file, an open_clip folder and a transformers folder."""
+    """The same weights as a file with DDP's prefix, a bare safetensors file, an open_clip folder and a transformers
+    folder.
+    """
     from safetensors.torch import save_file
 
     from dreamlip_train.checkpoint.export import export_checkpoint

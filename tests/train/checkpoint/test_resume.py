@@ -1,4 +1,6 @@
-"""Where a run starts: the newest checkpoint that is whole, undamaged and of the same run, and a refusal by name of anything else."""
+"""Where a run starts: the newest checkpoint that is whole, undamaged and of the same run, and a refusal by name of
+anything else.
+"""
 
 import json
 import shutil
@@ -97,7 +99,8 @@ def test_never_and_foreign_checkpoints_do_not_mix_with_a_run(run, saved):
             "optim",
             "lr",
             0.5,
-            "optim.lr: .* was written with 0.0005, this run has 0.5; use its value, another --run-dir, or --accept-changes",
+            "optim.lr: .* was written with 0.0005, this run has 0.5; use its value, another --run-dir, "
+            "or --accept-changes",
         ),
         ("data", "num_sub_captions", 2, "data.num_sub_captions: .*--accept-changes"),
         ("loss", "negatives", "all", "loss.negatives: .*--accept-changes"),

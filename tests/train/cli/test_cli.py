@@ -1,4 +1,6 @@
-"""The command line as users type it: help, closest names, precedence of recipe, file and flags, launchers' extra words."""
+"""The command line as users type it: help, closest names, precedence of recipe, file and flags, launchers' extra
+words.
+"""
 
 import subprocess
 import sys
@@ -103,7 +105,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, trained)
     base = tmp_path / "base.toml"
     base.write_text("[optim]\nlr = 0.25\nwarmup_steps = 7\n[data]\nshards = 'a.tar'\n")
     (tmp_path / "ds.json").write_text('{"wall_clock_breakdown": true}')
-    words = f"train demo --run-dir r --resume never --config {base} --optim.lr 0.5 --data.num_sub_captions=3 --deepspeed-config {tmp_path / 'ds.json'}"
+    words = f"train demo --run-dir r --resume never --config {base} --optim.lr 0.5"
+    words += f" --data.num_sub_captions=3 --deepspeed-config {tmp_path / 'ds.json'}"
     cli.main(words.split())
     [(config, run_dir, resume, accept_changes)] = trained
     assert (config.optim.lr, config.optim.warmup_steps, config.data.shards, config.data.num_sub_captions) == (

@@ -123,7 +123,9 @@ def test_ranks_take_the_same_number_of_steps_in_every_epoch(tmp_path):
 
 
 def test_nothing_but_the_remainder_is_left_out(tmp_path):
-    """Shards of unequal size, readers that share one: an epoch is floor(samples / global batch) steps on every rank, no sample twice."""
+    """Shards of unequal size, readers that share one: an epoch is floor(samples / global batch) steps on every rank,
+    no sample twice.
+    """
     counts = [9, 40, 12, 33, 8, 8, 21]
     write_shards(tmp_path, counts)
     for world_size, workers in ((1, 2), (2, 3), (3, 1)):
@@ -287,7 +289,8 @@ def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path):
     write_index(tmp_path, [256])
     with pytest.raises(
         RuntimeError,
-        match=r"data.max_bad_fraction: .* of .* samples could not be used \(limit 5%\): .* x no captions, such as .*00000.tar",
+        match=r"data.max_bad_fraction: .* of .* samples could not be used \(limit 5%\): "
+        r".* x no captions, such as .*00000.tar",
     ):
         for epoch in range(3):
             list(loader(tmp_path).epoch(epoch))
@@ -355,9 +358,10 @@ def test_held_out_samples(tmp_path):
     members = [
         *sample("0", 0, raw_caption="web text", longIB_captions="From IB. Two."),
         *sample("1", 1, longSV_captions=["listed one", "listed two"], longIB_captions="From IB."),
-        ("2.jpg", b"broken"), ("2.json", b"{}"),
+        ("2.jpg", b"broken"),
+        ("2.json", b"{}"),
         *sample("3", 3, raw_caption="no long caption"),
-    ]  # fmt: skip
+    ]
     write_tar(tmp_path / "00000.tar", members)
     config = DataConfig(val_shards=str(tmp_path))
     found = list(val_samples(config, image_size=16))

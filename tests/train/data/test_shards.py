@@ -1,4 +1,6 @@
-"""Hostile and broken tars: every oddity costs its own sample, sizes are capped before reading, and counts survive broken neighbors."""
+"""Hostile and broken tars: every oddity costs its own sample, sizes are capped before reading, and counts survive
+broken neighbors.
+"""
 
 import gzip
 import io

@@ -1,4 +1,6 @@
-"""Evaluation: retrieval against a brute-force ranking, localization on planted masks, and the driver on a model that is right by construction."""
+"""Evaluation: retrieval against a brute-force ranking, localization on planted masks, and the driver on a model that is
+right by construction.
+"""
 
 import itertools
 import math

@@ -1,4 +1,6 @@
-"""Average precision is scikit-learn's, class features are the mean over prompts, and lists that do not fit are named."""
+"""Average precision is scikit-learn's, class features are the mean over prompts, and lists that do not fit are
+named.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Flickr30k's and COCO's layouts give the same numbers as the dense computation; what is missing is named before anything is computed."""
+"""Flickr30k's and COCO's layouts give the same numbers as the dense computation; what is missing is named before
+anything is computed.
+"""
 
 import json
 

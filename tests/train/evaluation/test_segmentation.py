@@ -1,4 +1,6 @@
-"""Segmentation: made masks whose answer is known, every layout's convention of labels, windows that cover the image, and errors that name the file."""
+"""Segmentation: made masks whose answer is known, every layout's convention of labels, windows that cover the image,
+and errors that name the file.
+"""
 
 import json
 
@@ -27,7 +29,9 @@ THREE = Layout("images", "labels", "", ("red", "green", "blue"))
 
 
 class ByColor(nn.Module):
-    """A stand-in whose patch features are the patch's mean colour and whose class features are the pure colours: segmentation by eye."""
+    """A stand-in whose patch features are the patch's mean colour and whose class features are the pure colours:
+    segmentation by eye.
+    """
 
     image_size, grid = 32, (4, 4)
 
@@ -55,7 +59,9 @@ def write_pair(root, stem, labels, image=None, layout=THREE):
 
 
 def quarters(height=48, width=80):
-    """Label 0 in the upper left, 1 upper right, 2 lower left, 3 lower right; the borders on patch borders of a 48-pixel picture."""
+    """Label 0 in the upper left, 1 upper right, 2 lower left, 3 lower right; the borders on patch borders of a 48-pixel
+    picture.
+    """
     labels = np.zeros((height, width), np.uint8)
     labels[: height // 2, width // 2 :] = 1
     labels[height // 2 :, : width // 2] = 2

@@ -1,4 +1,6 @@
-"""Zero-shot classification through clip_benchmark on a webdataset folder made here: its own program gives the same accuracy for the exported file."""
+"""Zero-shot classification through clip_benchmark on a webdataset folder made here: its own program gives the same
+accuracy for the exported file.
+"""
 
 import json
 import subprocess

@@ -130,7 +130,9 @@ def test_join_gives_what_it_gives_without_ray(cluster, tmp_path):
 
 
 def test_recaption_survives_a_killed_worker(cluster, tmp_path):
-    """The worker that has just written answers is killed; its shard is done by another, which asks for none of them again."""
+    """The worker that has just written answers is killed; its shard is done by another, which asks for none of them
+    again.
+    """
     shards = make_shards(tmp_path / "in", 4, 6)
 
     def slowly(attempt, image):

@@ -1,4 +1,6 @@
-"""Packed captions: every token once and in place, the features and gradients of the padded tower, hardly a position wasted."""
+"""Packed captions: every token once and in place, the features and gradients of the padded tower,
+hardly a position wasted.
+"""
 
 import pytest
 import torch

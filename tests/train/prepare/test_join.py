@@ -1,4 +1,6 @@
-"""prepare join: captions meet the pictures they belong to, whatever the tables look like; killed runs go on; originals stay as they are."""
+"""prepare join: captions meet the pictures they belong to, whatever the tables look like; killed runs go on;
+originals stay as they are.
+"""
 
 import csv
 import hashlib
@@ -345,7 +347,8 @@ def test_a_disk_that_fills_up_in_the_join_itself_says_what_to_do(tmp_path, shard
     for name in ("joined.parquet", "report.json"):
         (tmp_path / "out" / ".join" / name).unlink()
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    code = f"import resource; from dreamlip_train import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); cli.main({words!r})"
+    code = "import resource; from dreamlip_train import cli; "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); cli.main({words!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
     )
@@ -363,7 +366,8 @@ def test_a_full_disk_names_what_to_do_and_keeps_what_is_done(tmp_path, shards):
     """In a process of its own, which may write no file over 60 kB: the tables fit, a shard does not."""
     table = write_csv(tmp_path / "c.csv", rows(range(30)))
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    code = f"import resource; from dreamlip_train import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)); cli.main({words!r})"
+    code = "import resource; from dreamlip_train import cli; "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)); cli.main({words!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
     )

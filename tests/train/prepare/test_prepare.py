@@ -1,4 +1,6 @@
-"""prepare: users' files to shards, restartable, every bad row counted and named; existing shards validated and indexed."""
+"""prepare: users' files to shards, restartable, every bad row counted and named; existing shards validated and
+indexed.
+"""
 
 import csv
 import json
@@ -206,15 +208,24 @@ def test_another_job_does_not_touch_what_is_there(tmp_path, images):
 
 
 BAD_INPUT = {
-    "columns": (lambda d: table(d, [{"url": "x"}], header=["url", "text"]), "needs the column 'Image Path' and at least one of raw.* it has 'url', 'text'"),
-    "delimiter": (lambda d: (d / "c.csv").write_text("Image Path;raw_caption\n0.jpg;a\n") and d / "c.csv", "read as separated by .,., but its header"),
+    "columns": (
+        lambda d: table(d, [{"url": "x"}], header=["url", "text"]),
+        "needs the column 'Image Path' and at least one of raw.* it has 'url', 'text'",
+    ),
+    "delimiter": (
+        lambda d: (d / "c.csv").write_text("Image Path;raw_caption\n0.jpg;a\n") and d / "c.csv",
+        "read as separated by .,., but its header",
+    ),
     "empty": (lambda d: (d / "c.csv").write_text("") or d / "c.csv", "is empty"),
     "missing": (lambda d: d / "none.csv", "--captions: no file"),
-    "format": (lambda d: (d / "c.xls").write_text("x") and d / "c.xls", "is none of .csv, .tsv, .parquet, .json, .jsonl"),
+    "format": (
+        lambda d: (d / "c.xls").write_text("x") and d / "c.xls",
+        "is none of .csv, .tsv, .parquet, .json, .jsonl",
+    ),
     "not parquet": (lambda d: (d / "c.parquet").write_text("x") and d / "c.parquet", "not a readable parquet"),
     "no row": (lambda d: table(d, []), "gave a sample: it has no rows"),
     "no usable row": (lambda d: table(d, [row("missing.jpg")]), "1 x image not found, such as row 1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
@@ -249,20 +260,29 @@ def test_validate_indexes_existing_shards_without_touching_them(tmp_path):
 
 def test_validate_names_what_a_trainer_would_trip_over(tmp_path):
     content = [
-        *sample("good", 1), *sample("chars", 2, raw_caption="x", longSV_captions=list("A dog runs")),
-        ("broken.jpg", b"\xff\xd8 x"), ("broken.json", b'{"raw_caption": "a"}'),
-        ("json.jpg", jpeg(3)), ("json.json", b"{"), *sample("empty", 4, raw_caption=""),
+        *sample("good", 1),
+        *sample("chars", 2, raw_caption="x", longSV_captions=list("A dog runs")),
+        ("broken.jpg", b"\xff\xd8 x"),
+        ("broken.json", b'{"raw_caption": "a"}'),
+        ("json.jpg", jpeg(3)),
+        ("json.json", b"{"),
+        *sample("empty", 4, raw_caption=""),
         ("alone.json", b"{}"),
-    ]  # fmt: skip
+    ]
     write_tar(tmp_path / "a.tar", content)
     write_tar(tmp_path / "b.tar", sample("good", 5))
     (tmp_path / "c.tar").write_text("<html>404</html>")
     manifest = validate_shards(str(tmp_path))
     assert manifest["samples"] == 3
     for reason, name in {
-        "caption stored as characters": "chars: longSV_captions", "damaged image": "broken", "unreadable captions": "json", "no captions": "empty",
-        "no image": "alone", "duplicate key": "good", "shard could not be read to its end": "c.tar",
-    }.items():  # fmt: skip
+        "caption stored as characters": "chars: longSV_captions",
+        "damaged image": "broken",
+        "unreadable captions": "json",
+        "no captions": "empty",
+        "no image": "alone",
+        "duplicate key": "good",
+        "shard could not be read to its end": "c.tar",
+    }.items():
         entry = manifest["bad"][reason]
         assert entry["count"] == 1 and name in entry["examples"][0], reason
 

@@ -1,4 +1,6 @@
-"""recaption: a tiny LLaVA and a real HTTP server, one that fails, stalls and talks nonsense; nothing finished is lost or asked for twice."""
+"""recaption: a tiny LLaVA and a real HTTP server, one that fails, stalls and talks nonsense;
+nothing finished is lost or asked for twice.
+"""
 
 import hashlib
 import json

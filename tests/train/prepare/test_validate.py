@@ -1,4 +1,6 @@
-"""prepare validate and stats: findings with examples and an exit code, repaired copies, and the numbers of a user's own captions."""
+"""prepare validate and stats: findings with examples and an exit code, repaired copies, and the numbers of a user's own
+captions.
+"""
 
 import hashlib
 import json
@@ -56,9 +58,17 @@ def dirty(tmp_path):
 
 
 EXPECTED = {
-    "caption stored as characters": 1, "lists and strings in one column": 1, "empty raw_caption": 1, "empty shortIB_captions": 1,
-    "image smaller than 224 pixels": 1, "damaged image": 1, "duplicate key": 2, "no image": 1, "unreadable captions": 1, "no captions": 1,
-}  # fmt: skip
+    "caption stored as characters": 1,
+    "lists and strings in one column": 1,
+    "empty raw_caption": 1,
+    "empty shortIB_captions": 1,
+    "image smaller than 224 pixels": 1,
+    "damaged image": 1,
+    "duplicate key": 2,
+    "no image": 1,
+    "unreadable captions": 1,
+    "no captions": 1,
+}
 
 
 def test_everything_a_trainer_would_trip_over_is_found(dirty, capsys):

@@ -22,10 +22,21 @@ def pixels(path):
 
 def metrics(path, steps, loss=lambda s: 5 - s / 100):
     rows = [
-        {"step": s, "epoch": 0, "loss": loss(s), "contrastive_loss": loss(s) - 1, "grouping_loss": 1.0, "logit_scale": 14.3, "lr": 1e-3,
-         "grad_norm": 1.0, "images_per_s": 100 + s, "data_wait": 0.1, "memory": 1.0}
+        {
+            "step": s,
+            "epoch": 0,
+            "loss": loss(s),
+            "contrastive_loss": loss(s) - 1,
+            "grouping_loss": 1.0,
+            "logit_scale": 14.3,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "images_per_s": 100 + s,
+            "data_wait": 0.1,
+            "memory": 1.0,
+        }
         for s in steps
-    ]  # fmt: skip
+    ]
     scores = {way: {"r_at_1": 12.0, "r_at_5": 30.0, "r_at_10": 50.0} for way in ("t2i", "i2t")}
     rows.append({"step": steps[-1], "retrieval": {"long_caption": scores, "sentence": scores}})
     path.write_text("\n".join(json.dumps(row) for row in rows) + '\n{"step": 99, "los')  # a crash cut the last line
@@ -82,7 +93,9 @@ def test_runs_are_compared_in_one_picture(tmp_path, capsys):
 
 
 def test_user_text_is_never_mathematics(tmp_path):
-    r"""A caption with "$\frac{$" once ended a run at its last picture; "_name" is left out of a legend by matplotlib."""
+    r"""A caption with "$\frac{$" once ended a run at its last picture; "_name" is left out of a legend by
+    matplotlib.
+    """
     hostile = r"costs $\frac{$ and $x_{$"
     plot_runs({hostile: metrics(tmp_path / "a.jsonl", [1, 2])}, tmp_path / "runs.png")
     kinds = {kind: Counter({3: 2}) for kind in ("sub_captions", "tokens", "sub_caption_tokens")}

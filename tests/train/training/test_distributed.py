@@ -20,8 +20,13 @@ SRUN = {
 def test_srun_works_out_of_the_box():
     world = world_of(SRUN)
     assert world == {
-        "RANK": "4", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711",
-    }  # fmt: skip
+        "RANK": "4",
+        "WORLD_SIZE": "6",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "24711",
+    }
     assert world_of(SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "5"})["MASTER_ADDR"] == "head"
 
 

@@ -1,4 +1,6 @@
-"""The DeepSpeed engine against plain torch, at every ZeRO stage and precision, and what happens to values that are not finite."""
+"""The DeepSpeed engine against plain torch, at every ZeRO stage and precision, and what happens to values that are not
+finite.
+"""
 
 import math
 
@@ -32,7 +34,9 @@ def test_16_bit_precisions_stay_near_fp32(stage, precision, torch_losses):
 
 
 def test_bf16_without_zero_takes_no_hidden_first_step():
-    """DeepSpeed's bf16 ZeRO-0 optimizer steps once with zero gradients to allocate its state: weights decayed once more, Adam's bias correction began at 2."""
+    """DeepSpeed's bf16 ZeRO-0 optimizer steps once with zero gradients to allocate its state:
+    weights decayed once more, Adam's bias correction began at 2.
+    """
     first_losses = []
     for stage in (0, 1):
         config = tiny_config(stage, "bf16")

@@ -81,7 +81,9 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run, tmp_path, number):
-    """To loader workers too, as a terminal sends Ctrl-C and a scheduler SIGTERM. A worker that died of it would take the run along."""
+    """To loader workers too, as a terminal sends Ctrl-C and a scheduler SIGTERM. A worker that died of it would take
+    the run along.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", *long_run(tmp_path)],
         env=clean_environment(),
@@ -115,7 +117,8 @@ def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2, said.decode()[-2000:]
     assert re.search(
-        r"data.num_workers: DataLoader worker (\(pid.*\d+|is gone in the middle of a batch).*lower data.num_workers or data.shuffle_buffer",
+        r"data.num_workers: DataLoader worker (\(pid.*\d+|is gone in the middle of a batch).*lower data.num_workers "
+        r"or data.shuffle_buffer",
         said.decode(),
     ), said.decode()[-2000:]
 
@@ -285,7 +288,9 @@ def test_a_crash_keeps_its_traceback_in_the_log(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", [1, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))])
 def test_the_logit_scale_stays_within_bounds_and_does_not_wind_up(stage):
-    """Pushed up by its gradient for a while and for three times as long, then down: it never leaves [1, 100], and comes back as soon both times."""
+    """Pushed up by its gradient for a while and for three times as long, then down: it never leaves [1, 100],
+    and comes back as soon both times.
+    """
     way_back = []
     for pushes in (15, 40):
         config = tiny_config(stage)

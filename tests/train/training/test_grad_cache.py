@@ -1,4 +1,6 @@
-"""Gradient caching: the one-pass step's losses and weights at any chunk, on one rank and on two; patch dropout replayed; what it can't do refused."""
+"""Gradient caching: the one-pass step's losses and weights at any chunk, on one rank and on two;
+patch dropout replayed; what it can't do refused.
+"""
 
 import copy
 import math
@@ -45,7 +47,8 @@ def run(stage: int, chunk: int, options: dict, steps: int = 10, rank: int = 0, w
             result = train_step(engine, loss_fn, move_batch(data, engine.device), lr, patches=patches)
         assert result.applied
         losses.append({name: float(value) for name, value in result.losses.items()} | {"grad_norm": result.grad_norm})
-    # A key's bias shifts all logits of a softmax alike: its gradient is rounding, which Adam makes into steps of full size.
+    # A key's bias shifts all logits of a softmax alike: its gradient is rounding, which Adam makes into steps of full
+    # size.
     return losses, [
         p.detach().clone() for name, p in engine.module.named_parameters() if not name.endswith("in_proj_bias")
     ]
@@ -108,9 +111,11 @@ def test_patch_dropout_drops_the_same_patches_in_both_passes():
     torch.manual_seed(5)
     outs = [model(chunk["images"], chunk["text"], False) for chunk in chunks]
     loss = loss_fn(
-        torch.cat([out["image_features"] for out in outs]), torch.cat([out["text_features"] for out in outs]), outs[0]["logit_scale"],
+        torch.cat([out["image_features"] for out in outs]),
+        torch.cat([out["text_features"] for out in outs]),
+        outs[0]["logit_scale"],
         text_mask=torch.cat([chunk["text_mask"] for chunk in chunks]),
-    )  # fmt: skip
+    )
     norm = float(
         torch.linalg.vector_norm(
             torch.stack(

@@ -1,4 +1,6 @@
-"""The kernels of a run: qualified by one rank of a machine while the others wait, the same on every rank, kept when it resumes."""
+"""The kernels of a run: qualified by one rank of a machine while the others wait, the same on every rank,
+kept when it resumes.
+"""
 
 import multiprocessing
 import os

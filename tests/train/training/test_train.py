@@ -1,4 +1,6 @@
-"""Whole runs on the built-in scenes: from the command line to the report, interrupted and resumed, launched on two ranks, and failing."""
+"""Whole runs on the built-in scenes: from the command line to the report, interrupted and resumed,
+launched on two ranks, and failing.
+"""
 
 import json
 import re
@@ -110,10 +112,15 @@ def test_a_run_leaves_what_the_documentation_lists(run):
     assert 0 <= logged[6]["data_wait"] <= 1
     first_line = (run / "log.txt").read_text().splitlines()[0]
     for part in (
-        "1 x CPU", "ZeRO-1", "bidirectional_logsumexp=torch (auto, the first in order)",
-        "8 images per step (8 per rank), learning rate 0.002", "3 sub-captions each",
-        "up to 384 tokens", "6 steps of 8 per epoch (4 shards, 64 samples", "checkpoints in",
-    ):  # fmt: skip
+        "1 x CPU",
+        "ZeRO-1",
+        "bidirectional_logsumexp=torch (auto, the first in order)",
+        "8 images per step (8 per rank), learning rate 0.002",
+        "3 sub-captions each",
+        "up to 384 tokens",
+        "6 steps of 8 per epoch (4 shards, 64 samples",
+        "checkpoints in",
+    ):
         assert part in first_line, first_line
     evaluated = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "retrieval" in row]
     assert [row["step"] for row in evaluated] == [4, 6]
@@ -197,9 +204,10 @@ def test_eval_reads_the_run_folder(run, command, capsys, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["retrieval"] == summary["retrieval"]
 
 
-SECTIONS = "Training|Retrieval|Patch localisation|Where sub-captions look|Retrieval, right and wrong|Data|Settings and versions".split(
-    "|"
-)
+SECTIONS = [
+    *("Training", "Retrieval", "Patch localisation", "Where sub-captions look", "Retrieval, right and wrong", "Data"),
+    "Settings and versions",
+]
 
 
 def test_the_report_is_one_whole_page(run, tmp_path, capsys):
@@ -301,8 +309,8 @@ def test_the_deepspeed_launcher_goes_on_with_two_ranks(scenes, run, tmp_path):
     assert rows(again)[4]["loss"] == pytest.approx(rows(run)[4]["loss"], abs=1.0)
     said = (again / "log.txt").read_text()
     assert (
-        "at step 3, which 1 ranks wrote (now 2; random states start anew); epoch 0 goes on with its 5 x 8 samples that nobody has read"
-        in said
+        "at step 3, which 1 ranks wrote (now 2; random states start anew); epoch 0 goes on with its 5 x 8 samples "
+        "that nobody has read" in said
     )
     other = (again / "logs" / "rank-0001.txt").read_text()
     assert "2 x CPU" in other and "step 6/6" in other
@@ -321,10 +329,13 @@ def test_two_nodes_of_a_hostfile(scenes, tmp_path):
     nodes = [
         subprocess.Popen(
             [*launcher[:-1], "--node_rank", str(node), "--module", "dreamlip_train", *words],
-            env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for node in range(2)
-    ]  # fmt: skip
+    ]
     said = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2

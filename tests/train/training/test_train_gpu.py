@@ -1,4 +1,6 @@
-"""What of the trainer is another on a CUDA device: attention within packed rows, compiled towers, batches that travel on a stream of their own."""
+"""What of the trainer is another on a CUDA device: attention within packed rows, compiled towers,
+batches that travel on a stream of their own.
+"""
 
 import pytest
 import torch
@@ -58,7 +60,9 @@ def test_the_compiled_tower_gives_what_the_uncompiled_one_gives():
 
 
 def test_prefetched_batches_arrive_whole_while_the_device_computes():
-    """Each batch is read only after long work of the step's stream, when the next ones have long been copied: memory given away too early shows."""
+    """Each batch is read only after long work of the step's stream, when the next ones have long been copied:
+    memory given away too early shows.
+    """
     given = [
         torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         for i in range(30)

@@ -1,4 +1,6 @@
-"""Two ranks against one process: every ZeRO stage, values that are not finite on one rank, a full disk on one rank, and resuming on another number of ranks."""
+"""Two ranks against one process: every ZeRO stage, values that are not finite on one rank, a full disk on one rank,
+and resuming on another number of ranks.
+"""
 
 import json
 import subprocess
@@ -81,7 +83,9 @@ def test_two_ranks_go_on_from_one(facts, one_process, stage, precision):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_process_goes_on_from_two_ranks(facts, one_process, stage):
-    """With DeepSpeed's two errors of ZeRO-3 repaired: one Adam step counter for all parameters, one weight decay for all groups."""
+    """With DeepSpeed's two errors of ZeRO-3 repaired: one Adam step counter for all parameters, one weight decay for
+    all groups.
+    """
     folder, _ = one_process
     config = tiny_config(stage)
     engine = build_engine(build_model(config.model, 7), config, init_distributed(), resized=True)
