@@ -1,8 +1,10 @@
 """What qualification found on a device, and what "auto" makes of it.
 
-    JSON (the cache folder, or measured/ in this package) -> Record -> plan: from so many similarities on, these backends in this order
+    JSON (the cache folder, or measured/ in this package) -> Record -> plan: from so many similarities on,
+    these backends in this order
 
-A similarity is one dot product of width D that the op computes: M * C * K of ``bidirectional_logsumexp``, N * P * K of ``group_patches``.
+A similarity is one dot product of width D that the op computes: M * C * K of ``bidirectional_logsumexp``,
+N * P * K of ``group_patches``.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ FORMAT = 1
 # A backend takes torch's place where it needs at most this share of its time: less is within what clocks and caches do.
 FASTER = 0.95
 MEASURED = Path(__file__).parent / "measured"
-# (width, ((from so many similarities, backends in order), ...)), ...: plain tuples, since torch.compile reads them while it traces.
+# (width, ((from so many similarities, backends in order), ...)), ...: plain tuples, since torch.compile reads them
+# while it traces.
 Plan = tuple[tuple[int, tuple[tuple[int, tuple[str, ...]], ...]], ...]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Forward and backward of one call with masks, in milliseconds: the backend, torch code, and what the run's copy and matrix rates allow at best."""
+    """Forward and backward of one call with masks, in milliseconds: the backend, torch code, and what the run's copy
+    and matrix rates allow at best.
+    """
 
     shape: str
     width: int
@@ -138,7 +143,9 @@ _plans: dict[tuple[torch.device, str, str], Plan] = {}  # made once: every call 
 
 
 def record(device: torch.device) -> Record | None:
-    """The verdict on ``device``: measured here, else one shipped with this package for the same device, kernels and Triton."""
+    """The verdict on ``device``: measured here, else one shipped with this package for the same device,
+    kernels and Triton.
+    """
     device = indexed(device)
     if device not in _records:
         _records[device] = _stored(device) or _shipped(device)
@@ -161,14 +168,18 @@ def forget() -> None:
 
 
 def dtype_class(op: str, dtype: torch.dtype, float32: str) -> str:
-    """The dtype as verdicts name it: float32 features that are multiplied as float16 (``float32_products``) meet code of their own."""
+    """The dtype as verdicts name it: float32 features that are multiplied as float16 (``float32_products``) meet code
+    of their own.
+    """
     name = str(dtype).removeprefix("torch.")
     exact = float32 == "torch" and torch.get_float32_matmul_precision() == "highest"
     return name if exact or name != "float32" or op == "group_patches" else "float32 as float16"
 
 
 def plan(op: str, device: torch.device, dtype: torch.dtype, float32: str) -> Plan:
-    """What the verdict says of ``op``: by width and similarities, the backends in the order of their times, torch code among them. Empty without one."""
+    """What the verdict says of ``op``: by width and similarities, the backends in the order of their times,
+    torch code among them. Empty without one.
+    """
     about = (indexed(device), op, dtype_class(op, dtype, float32))
     if about not in _plans:
         found = record(device)
@@ -177,7 +188,9 @@ def plan(op: str, device: torch.device, dtype: torch.dtype, float32: str) -> Pla
 
 
 def make_plan(found: Record, op: str, dtype: str) -> Plan:
-    """``plan`` of a record. At each shape that was timed: what is right and beats torch code, fastest first, then torch code."""
+    """``plan`` of a record. At each shape that was timed: what is right and beats torch code, fastest first,
+    then torch code.
+    """
     about = [v for v in found.verdicts if (v.op, v.dtype) == (op, dtype)]
     if not about:
         return ()
@@ -196,7 +209,9 @@ def make_plan(found: Record, op: str, dtype: str) -> Plan:
 
 
 def order(found: Plan, width: int, similarities: int) -> tuple[str, ...]:
-    """The backends in the order of a plan, at the nearest width and the largest size not above the call's, else the smallest."""
+    """The backends in the order of a plan, at the nearest width and the largest size not above the call's,
+    else the smallest.
+    """
     near, steps = found[0]  # loops that torch.compile can trace, where min(key=...) is not one
     for other, its_steps in found:
         if abs(other - width) < abs(near - width):
@@ -226,7 +241,9 @@ def _stored(device: torch.device) -> Record | None:
 
 
 def _shipped(device: torch.device) -> Record | None:
-    """A verdict that the maintainers measured: of this device's name and capability, these kernel sources and this Triton."""
+    """A verdict that the maintainers measured: of this device's name and capability, these kernel sources and this
+    Triton.
+    """
     mine = identity.identity(device)
     for path in sorted(MEASURED.glob("*.json")):
         found = Record.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))

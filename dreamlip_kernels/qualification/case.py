@@ -17,7 +17,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 class Case(NamedTuple):
-    """One comparison: ``op`` and ``oracle`` map the same inputs to a tuple of outputs; ``draw(seed)`` makes the inputs, all of which need gradients."""
+    """One comparison: ``op`` and ``oracle`` map the same inputs to a tuple of outputs;
+    ``draw(seed)`` makes the inputs, all of which need gradients.
+    """
 
     name: str
     op: Callable[..., Outputs]
@@ -26,7 +28,9 @@ class Case(NamedTuple):
     capture: bool = False
     """Whether it is also captured in a CUDA graph."""
     resolution: float = 0.0
-    """What rounding alone moves an output, or a gradient that is one number, by: such a sum of terms that cancel may come out better than that by chance."""
+    """What rounding alone moves an output, or a gradient that is one number, by: such a sum of terms that cancel may
+    come out better than that by chance.
+    """
 
     def upstream(self, inputs: Outputs) -> Outputs:
         """A random gradient for each output, of values that every dtype holds."""

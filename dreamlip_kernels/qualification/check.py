@@ -1,4 +1,6 @@
-"""Whether a backend is right in a case: float64 as gold, at most twice eager's error, the same bits three times, as right from a CUDA graph, no stray write."""
+"""Whether a backend is right in a case: float64 as gold, at most twice eager's error, the same bits three times,
+as right from a CUDA graph, no stray write.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Wrong(Exception):
 def check(case: Case, subject: ModuleType, dtype: str) -> float:
     """The largest error as a share of what is allowed, at most 1.
 
-    Several draws together decide: a gradient that is one number, left over where large terms cancel, may come out right by chance.
+    Several draws together decide: a gradient that is one number, left over where large terms cancel,
+    may come out right by chance.
 
     Raises:
         Wrong: an error too large, a value nobody wrote, other bits at a repeat, or a write beyond an end.
@@ -78,7 +81,9 @@ def _captured(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
 
 
 def _share(name: str, draws: list[list[torch.Tensor]], slack: float, floor: float) -> float:
-    """Of one output over all draws: the largest error by what is allowed, 2 * eager's + slack * the largest value + floor."""
+    """Of one output over all draws: the largest error by what is allowed, 2 * eager's + slack * the largest value +
+    floor.
+    """
     error = eager = largest = 0.0
     for got, low, gold in ([v.double() for v in draw] for draw in draws):
         if got.shape != gold.shape:

@@ -1,4 +1,5 @@
-"""What the backends of bidirectional_logsumexp are tried with: ragged sizes, masks of any strides, scales, and sums that leave float32's range.
+"""What the backends of bidirectional_logsumexp are tried with: ragged sizes, masks of any strides, scales,
+and sums that leave float32's range.
 
 N images, K sub-captions, M rows, C columns, D width.
 """
@@ -96,7 +97,9 @@ def _loss_case(backend, dtype, device, name, shape, scale) -> Case:
 
 
 def eager(case: Case, inputs: tuple[Tensor, ...], upstream: Outputs, dtype: str) -> Outputs:
-    """What plain torch gives at the features' own dtype. Where float32 features may be multiplied as float16, torch may multiply them as TF32."""
+    """What plain torch gives at the features' own dtype. Where float32 features may be multiplied as float16,
+    torch may multiply them as TF32.
+    """
     if dtype != "float32 as float16":
         return case.values(case.oracle, inputs, upstream)
     if not inputs[0].is_cuda:  # where torch has no such products: on features rounded to as many bits
@@ -110,12 +113,16 @@ def eager(case: Case, inputs: tuple[Tensor, ...], upstream: Outputs, dtype: str)
 
 
 def resolution(dtype: str, scale: float, d: int) -> float:
-    """How far rounding moves a logit of unit features: float32's ulp of the largest one, or the features' rounding to 11 bits, which adds up as sqrt(D)."""
+    """How far rounding moves a logit of unit features: float32's ulp of the largest one, or the features' rounding to
+    11 bits, which adds up as sqrt(D).
+    """
     return {"float32": 2**-23 * scale, "float32 as float16": 2**-11 * scale / d**0.5}.get(dtype, 0.0)
 
 
 def slack(dtype: str) -> float:
-    """Beyond twice eager's error, this share of the largest value: the coefficients of a gradient are rounded to 11 bits, as TF32 rounds."""
+    """Beyond twice eager's error, this share of the largest value: the coefficients of a gradient are rounded to 11
+    bits, as TF32 rounds.
+    """
     return 2**-9 if dtype == "float32 as float16" else 1e-5
 
 

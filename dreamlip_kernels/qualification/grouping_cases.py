@@ -1,4 +1,5 @@
-"""What the backends of group_patches are tried with: ragged sizes, strided patches and masks, every normalization, images without a patch.
+"""What the backends of group_patches are tried with: ragged sizes, strided patches and masks, every normalization,
+images without a patch.
 
 N images, K sub-captions, P patches, D width.
 """
@@ -67,7 +68,9 @@ def _case(backend, dtype, device, shape, normalization="minmax", threshold=None,
 
 
 def eager(case: Case, inputs: tuple[Tensor, ...], upstream: Outputs, dtype: str) -> Outputs:
-    """Plain torch in float32, rounded to the features' dtype at the end: at 16 bits eager code itself takes other patches."""
+    """Plain torch in float32, rounded to the features' dtype at the end: at 16 bits eager code itself takes other
+    patches.
+    """
     values = case.values(case.oracle, [v.float() for v in inputs], upstream)
     return tuple(v.to(inputs[0].dtype) for v in values)
 
@@ -100,7 +103,9 @@ def speeds(backend: str, dtype: str, device: torch.device, widths: tuple[int, ..
 
 
 def region_like(shape, dtype, threshold, normalization, first_seed, mask) -> tuple[Tensor, Tensor]:
-    """Patches [n, p, d] near k region directions and captions [n, k, d] near the same; no similarity lies on the threshold."""
+    """Patches [n, p, d] near k region directions and captions [n, k, d] near the same;
+    no similarity lies on the threshold.
+    """
     n, p, k, d = shape
     for seed in range(1000 * first_seed, 1000 * first_seed + 200):
         gen = torch.Generator().manual_seed(seed)

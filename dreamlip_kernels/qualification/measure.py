@@ -1,6 +1,7 @@
 """Finds out, once on each device, which backends are right and faster there.
 
-correctness of every op, backend and dtype class, in processes side by side -> speed of what is right, one after another -> a verdict on disk
+correctness of every op, backend and dtype class, in processes side by side -> speed of what is right,
+one after another -> a verdict on disk
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ logger = logging.getLogger("dreamlip_kernels")
 SUBJECTS = (contrast_cases, grouping_cases, sigmoid_cases)
 WIDTHS = (512, 768)
 LIMIT_S = {"cuda": 60.0, "cpu": 120.0}  # between two signs of life: a case, with its kernels compiled
-# The kernels of a case are compiled one after another: cases of other kinds go to other processes. Every width has four kinds.
+# The kernels of a case are compiled one after another: cases of other kinds go to other processes.
+# Every width has four kinds.
 PARTS = 4
 GIGABYTES_PER_WORKER = 2
 # The interpreter takes seconds for what a GPU does in microseconds: one small width, for correctness alone.
@@ -39,11 +41,14 @@ def qualify(
     tune: bool = False,
     reuse: bool = False,
 ) -> Record:
-    """Test and time every backend on ``device``, store the verdict that ``backend="auto"`` reads from then on, and return it.
+    """Test and time every backend on ``device``, store the verdict that ``backend="auto"`` reads from then on,
+    and return it.
 
-    Correctness first: ragged sizes, masks, every dtype and scale, forward and backward, against float64, with at most twice the error of eager code; three
-    runs equal to the bit; no write beyond a buffer; captured in a CUDA graph. Then speed against torch code. All of it runs in child processes: a crash, a
-    hang or a lack of memory there is a verdict, and this process goes on. One process of a machine works at a time. docs/backends.md.
+    Correctness first: ragged sizes, masks, every dtype and scale, forward and backward, against float64,
+    with at most twice the error of eager code; three runs equal to the bit; no write beyond a buffer;
+    captured in a CUDA graph. Then speed against torch code. All of it runs in child processes:
+    a crash, a hang or a lack of memory there is a verdict, and this process goes on.
+    One process of a machine works at a time. docs/backends.md.
 
     Args:
         device: the device to qualify; None is the current CUDA device, or the CPU where there is none.

@@ -1,4 +1,5 @@
-"""What the backends of sigmoid_pairs are tried with: ragged sizes, masks of images and captions, scales with and without a bias.
+"""What the backends of sigmoid_pairs are tried with: ragged sizes, masks of images and captions, scales with and
+without a bias.
 
 N images, K sub-captions, D width.
 """

@@ -1,6 +1,8 @@
-"""The process that may die: reads jobs, a JSON object a line, tries backends, and writes what it found, a JSON object a line.
+"""The process that may die: reads jobs, a JSON object a line, tries backends, and writes what it found,
+a JSON object a line.
 
-An illegal access poisons a CUDA context, a wrong barrier waits for ever, a wrong pointer ends the process: the supervisor sees to that.
+An illegal access poisons a CUDA context, a wrong barrier waits for ever, a wrong pointer ends the process:
+the supervisor sees to that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Which kernels the losses of a run use: qualified before the first collective, the same on every rank, kept when the run resumes."""
+"""Which kernels the losses of a run use: qualified before the first collective, the same on every rank,
+kept when the run resumes.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,11 @@ def _field_of(op: str, loss: LossConfig) -> str:
 
 
 def qualify_device(when: str, device: torch.device) -> str:
-    """Test and time the kernels on this machine's devices where ``when`` asks for it; what a log should say of it, or "".
+    """Test and time the kernels on this machine's devices where ``when`` asks for it;
+    what a log should say of it, or "".
 
-    The first rank of each machine works, and the others wait for its word in the process group's store: no collective waits, which could time out.
+    The first rank of each machine works, and the others wait for its word in the process group's store:
+    no collective waits, which could time out.
 
     Args:
         when: "auto" where a CUDA device has no verdict yet, "always", or "never".
@@ -74,7 +78,9 @@ def qualify_device(when: str, device: torch.device) -> str:
 
 
 class Choice(NamedTuple):
-    """The backend of each op for a whole run; why, as a log's header says it; and how it differs from what was asked or kept, a line each."""
+    """The backend of each op for a whole run; why, as a log's header says it; and how it differs from what was asked or
+    kept, a line each.
+    """
 
     backends: dict[str, str]
     reasons: str
@@ -119,7 +125,9 @@ def choose_backends(config: Config, model: DreamLIP, device: torch.device, image
 
 
 def release_backends() -> None:
-    """Give this process back what "auto" takes by itself: the end of a run that ``choose_backends`` pinned backends for."""
+    """Give this process back what "auto" takes by itself: the end of a run that ``choose_backends`` pinned backends
+    for.
+    """
     for op in dispatch.ops():
         dispatch.pin(op, None)
 

@@ -1,4 +1,6 @@
-"""Qualification proves itself on backends that are right, slow, wrong, and that end their process: each has the verdict it must have."""
+"""Qualification proves itself on backends that are right, slow, wrong, and that end their process:
+each has the verdict it must have.
+"""
 
 import json
 import os
@@ -52,7 +54,8 @@ def test_every_kind_of_backend_has_its_verdict(fakes):
         assert f"backend='{backend}', float32 features" in found[backend].report
     assert "in twice" in found["crash"].report and "in twice" in found["hang"].report, "the report says where"
 
-    # What auto makes of it: at a size, the fastest of what is right and beats torch code; with what cannot run left out.
+    # What auto makes of it: at a size, the fastest of what is right and beats torch code;
+    # with what cannot run left out.
     x = torch.ones(1)
     assert dispatch.select("twice", x, N=10, D=8) == "right"
     assert dispatch.select("twice", x, N=3, D=8) == "right", "below the smallest size timed, its order"
@@ -78,7 +81,9 @@ def test_every_kind_of_backend_has_its_verdict(fakes):
 
 
 def test_the_opposed_case_leaves_float32s_range():
-    """It is there for the exact kernels, which only run where a sum is below 2^-82 with the largest possible term at 2^106."""
+    """It is there for the exact kernels, which only run where a sum is below 2^-82 with the largest possible term at
+    2^106.
+    """
     cases = contrast_cases.cases("torch", "float32", CPU, (512,))
     case = next(case for case in cases if "opposed" in case.name)
     for seed in range(3):
@@ -270,7 +275,9 @@ def test_a_status_says_from_which_size_on_and_names_widths_only_where_they_diffe
 
 
 def test_a_number_left_over_where_terms_cancel_may_be_off_by_what_rounding_moves_a_logit():
-    """On an H100 a mean of 5,555 float32 losses was refused for an error of 2.7e-6 at scale 100, a fifth of an ulp of a logit: eager's was luck."""
+    """On an H100 a mean of 5,555 float32 losses was refused for an error of 2.7e-6 at scale 100, a fifth of an ulp of a
+    logit: eager's was luck.
+    """
     gold = torch.tensor(0.0486, dtype=torch.float64)
     draws = [[gold + 2.7e-6, gold + 1.21e-7, gold]]
     with pytest.raises(check.Wrong, match="error 2.7e-06, allowed 7.28e-07"):

@@ -1,4 +1,6 @@
-"""A device whose backends are right, slow, wrong, crashing and so on, for the tests of qualification; run as a script it is the worker that meets them."""
+"""A device whose backends are right, slow, wrong, crashing and so on, for the tests of qualification;
+run as a script it is the worker that meets them.
+"""
 
 import os
 import signal
