@@ -3,7 +3,7 @@ batches, two loader processes.
 
 pytest benchmarks/bench_pipeline.py --benchmark-only
 
-today   what open_clip's training does to a sample: PIL, torchvision's float transforms and normalisation,
+today   what open_clip's training does to a sample: PIL, torchvision's float transforms and normalization,
         SimpleTokenizer
 ours    dreamlip_train's loader: strict JPEG decoding, bicubic crops of uint8 pixels, CaptionTokenizer, exact resume
 """

@@ -181,7 +181,7 @@ def test_optimizer_step(run, trained, fused):
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_patch_embedding(run, trained, layout):
-    """train.channels_last, by itself: pixels as the loader has them, normalised, through the first layer,
+    """train.channels_last, by itself: pixels as the loader has them, normalized, through the first layer,
     forward and backward.
     """
     images = batch()["images"].contiguous(memory_format=torch.channels_last).to(DEVICE)

@@ -81,22 +81,22 @@ def run(benchmark, request):
     """
 
     def measure(step, floor=None, rounds=10 if DEVICE == "cuda" else 3, images=None, warmup=2, extra=None):
-        def synchronised():
+        def synchronized():
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
         benchmark.extra_info.update(extra or {})
         try:
-            synchronised()
+            synchronized()
         except torch.cuda.OutOfMemoryError:
             pytest.skip("does not fit in this device's memory")
         begin = time.monotonic()
-        benchmark.extra_info["peak_mb"] = _peak_bytes(synchronised) / 2**20
+        benchmark.extra_info["peak_mb"] = _peak_bytes(synchronized) / 2**20
         seconds = time.monotonic() - begin
         if DEVICE == "cuda" and seconds > 0.3:  # a slow case has been warm for long, and a lent machine's time ends
             rounds, warmup = min(rounds, max(3, int(3 / seconds))), 0
-        benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=warmup)
+        benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=warmup)
         median = benchmark.stats.stats.median if benchmark.stats else None  # none with --benchmark-disable
         if floor is not None and median:
             benchmark.extra_info["fraction_of_floor"] = floor / median

@@ -44,14 +44,14 @@ def multi_positive_contrastive_loss(
     positives="logsum" (with negatives="all") sums an image's positives inside the logarithm of the image-to-text term.
 
     Args:
-        image_features: [N, D], normalised by the caller; float32, bfloat16, float16 or float64.
+        image_features: [N, D], normalized by the caller; float32, bfloat16, float16 or float64.
         text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         logit_scale: the multiplier, 1 / temperature: pass ``logit_scale.exp()``.
         image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are
             missing.
         text_mask: [N, K] bool, True where a sub-caption is present; missing ones are neither positive nor negative.
         reduction: "mean", or "none" for the [N, K] pair losses with masked entries 0 (positives="mean" only).
-        group: process group; None is the world group where one is initialised. N is then this rank's share,
+        group: process group; None is the world group where one is initialized. N is then this rank's share,
             equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
             single-process loss.
         backend: as in ``bidirectional_logsumexp``.

@@ -44,7 +44,7 @@ def group_patches(
     zero and take no gradient.
 
     Args:
-        patch_features: [N, P, D], need not be normalised; float32, bfloat16, float16 or float64, any strides.
+        patch_features: [N, P, D], need not be normalized; float32, bfloat16, float16 or float64, any strides.
         text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         threshold: sigma; None means 1 / (number of valid patches of the image).
         normalization: "minmax", "softmax" or "none", see above.
@@ -52,7 +52,7 @@ def group_patches(
         backend: "auto" or one that ``explain()`` lists.
 
     Returns:
-        [N, K, D] in the inputs' dtype, not normalised.
+        [N, K, D] in the inputs' dtype, not normalized.
 
     Raises:
         ValueError: shapes, dtypes, devices or options disagree.  RuntimeError: the requested backend cannot run here.

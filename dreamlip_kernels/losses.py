@@ -27,7 +27,7 @@ def _check_world(name: str, rank: int, world_size: int, use_horovod: bool, group
         raise ValueError(
             f"{name}: rank={rank}, world_size={world_size} were given, but torch.distributed says rank {actual_rank} "
             f"of {actual_size}; "
-            "initialise the process group first"
+            "initialize the process group first"
         )
 
 

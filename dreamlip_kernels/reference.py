@@ -1,7 +1,7 @@
 """The oracle: every op and loss of this package in plain torch, for any dtype. The specification;
 a definition changes here first.
 
-Nothing here is fast and everything is materialised. It computes in the dtype it is given, so float64 inputs give the
+Nothing here is fast and everything is materialized. It computes in the dtype it is given, so float64 inputs give the
 gold values of the tests and 16-bit inputs show what eager code of that dtype loses.
 
 N images, K sub-captions an image, D width, P patches, M rows, C columns. Equation numbers are those of docs/math.md.

@@ -47,7 +47,7 @@ def multi_positive_sigmoid_loss(
     al., 2025). Differentiable once in features, scale and bias; what needs no gradient costs none.
 
     Args:
-        image_features: [N, D], normalised by the caller; float32, bfloat16, float16 or float64.
+        image_features: [N, D], normalized by the caller; float32, bfloat16, float16 or float64.
         text_features: [N, K, D], same device; of two dtypes torch's promotion decides.
         logit_scale: the multiplier: pass ``logit_scale.exp()``.
         logit_bias: added to every logit, a float or a tensor of one value; SigLIP starts it at -10,
@@ -55,7 +55,7 @@ def multi_positive_sigmoid_loss(
         image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are
             missing.
         text_mask: [N, K] bool, True where a sub-caption is present; the mean is over those.
-        group: process group; None is the world group where one is initialised. N is then this rank's share,
+        group: process group; None is the world group where one is initialized. N is then this rank's share,
             equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
             single-process loss.
         backend: "auto" or one that ``explain()`` lists for sigmoid_pairs.

@@ -16,7 +16,7 @@ Group = Optional["dist.ProcessGroup"]
 
 
 def rank_and_size(group: Group = None) -> tuple[int, int]:
-    """(rank, world size) of the group; ``None`` is the world group, or (0, 1) without an initialised process group."""
+    """(rank, world size) of the group; ``None`` is the world group, or (0, 1) without an initialized process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)

@@ -86,14 +86,14 @@ CLAIMS = (
     ),
     Claim("long-short", "long-sampled", "long", "short captions help beside sentences"),
     Claim("full", "long-short", "long", "the grouping loss helps retrieval"),
-    Claim("full", "long-short", "pointing", "the grouping loss helps localisation"),
+    Claim("full", "long-short", "pointing", "the grouping loss helps localization"),
     Claim("k2", "k1", "long", "K = 2 beats 1"),
     Claim("long-short", "k2", "long", "K = 4 beats 2"),
     Claim("k8", "long-short", "long", "K = 8 beats 4"),
     Claim("two-sources", "full", "long", "two caption sources beat one"),
     Claim("three-sources", "two-sources", "long", "three caption sources beat two"),
-    Claim("class-token-full", "class-token", "pointing", "the grouping loss helps localisation, with a class token"),
-    Claim("contrast-batch", "full", "pointing", "contrast with the whole batch localises better than within the image"),
+    Claim("class-token-full", "class-token", "pointing", "the grouping loss helps localization, with a class token"),
+    Claim("contrast-batch", "full", "pointing", "contrast with the whole batch localizes better than within the image"),
 )
 
 

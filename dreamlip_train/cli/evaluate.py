@@ -202,10 +202,10 @@ def multilabel(arguments: list[str], program: str) -> None:
     from dreamlip_train.evaluation.multi_label import evaluate_multi_label, format_multi_label, read_labels
 
     classes, templates = read_classes(options.classes, repeated_allowed=True), read_templates(options.templates)
-    labelled = read_labels(options.annotations, classes, options.images)
+    labeled = read_labels(options.annotations, classes, options.images)
 
     def score(model: Any, _: Any, device: Any) -> dict[str, Any]:
-        return evaluate_multi_label(model, labelled, classes, templates, device, options.batch_size)
+        return evaluate_multi_label(model, labeled, classes, templates, device, options.batch_size)
 
     _run(options, score, format_multi_label)
 

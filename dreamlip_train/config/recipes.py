@@ -33,7 +33,7 @@ _PAPER_SOURCES = ("raw_caption", "shortSV_captions", "longSV_captions")
 def demo() -> Config:
     """A small ViT on the built-in scenes: minutes on two CPU cores."""
     # Measured on the scenes: two layers learn faster than four, a fixed sine-cosine position embedding much faster than
-    # a learned one (which starts too weak to say where a colour is); the mean of the patches as the image's embedding
+    # a learned one (which starts too weak to say where a color is); the mean of the patches as the image's embedding
     # ties every patch to the captions. The grouping loss sharpens that at a small weight;
     # at 0.2 and more it falls to nearly 0 by itself, on any patches that tell the captions apart,
     # and the selected ones are no longer the right ones; trained with a threshold of 1 / patches,

@@ -102,7 +102,7 @@ def _check_size(width: int, height: int) -> None:
 
 def _rgb(picture: Image.Image) -> Image.Image:
     """8-bit RGB, over white where it is transparent."""
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow would clip it at 255
+    if picture.mode.startswith("I"):  # 16-bit gray; Pillow would clip it at 255
         return Image.fromarray(np.rint(np.asarray(picture, np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
             "RGB"
         )

@@ -64,7 +64,7 @@ def read_templates(given: str) -> tuple[str, ...]:
 def class_features(
     model: DreamLIP, classes: Sequence[str], templates: Sequence[str], device: torch.device | str, batch_size: int = 256
 ) -> Tensor:
-    """Unit rows [C, D]: the normalised mean, over a class's names and the templates, of the texts' unit embeddings
+    """Unit rows [C, D]: the normalized mean, over a class's names and the templates, of the texts' unit embeddings
     (Radford et al., 2021).
     """
     texts, owner = [], []

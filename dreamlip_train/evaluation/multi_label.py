@@ -27,14 +27,14 @@ _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Image files and, for each, the positions of its classes."""
 
     images: list[Path]
     labels: list[list[int]]
 
 
-def read_labels(annotations: str | Path, classes: Sequence[str], images: str | Path) -> Labelled:
+def read_labels(annotations: str | Path, classes: Sequence[str], images: str | Path) -> Labeled:
     """The images and labels of an annotation file.
 
     Raises:
@@ -76,7 +76,7 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
             f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; "
             "fetch them"
         )
-    return Labelled([file for file in files if file is not None], [labels for _, labels in found])
+    return Labeled([file for file in files if file is not None], [labels for _, labels in found])
 
 
 def _separated(tags: list[str], position: dict[str, int]) -> list[str]:
@@ -121,7 +121,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 def evaluate_multi_label(
     model: DreamLIP,
-    labelled: Labelled,
+    labeled: Labeled,
     classes: Sequence[str],
     templates: Sequence[str],
     device: torch.device | str,
@@ -139,15 +139,15 @@ def evaluate_multi_label(
     rows = []
     with eval_mode(model), torch.no_grad(), Progress("multilabel") as progress:
         text_CD = class_features(model, classes, templates, device)
-        for start in range(0, len(labelled.images), batch_size):
-            files = labelled.images[start : start + batch_size]
+        for start in range(0, len(labeled.images), batch_size):
+            files = labeled.images[start : start + batch_size]
             image_nD, _ = model.encode_images(
                 torch.stack([_picture(file, model.image_size) for file in files]).to(device)
             )
             rows.append((image_nD.float() @ text_CD.T).cpu())
-            progress.update(f"{start + len(files)} of {len(labelled.images)} images")
-    targets = torch.zeros(len(labelled.images), len(classes), dtype=torch.bool)
-    for row, labels in enumerate(labelled.labels):
+            progress.update(f"{start + len(files)} of {len(labeled.images)} images")
+    targets = torch.zeros(len(labeled.images), len(classes), dtype=torch.bool)
+    for row, labels in enumerate(labeled.labels):
         targets[row, labels] = True
     precision = 100 * average_precision(torch.cat(rows), targets)
     known = targets.any(dim=0)
@@ -160,7 +160,7 @@ def evaluate_multi_label(
             name: float(value) if has else None
             for name, value, has in zip(_distinct(classes), precision, known.tolist(), strict=True)
         },
-        "images": len(labelled.images),
+        "images": len(labeled.images),
         "classes": len(classes),
         "without_images": int((~known).sum()),
     }

@@ -41,7 +41,7 @@ class RetrievalItem:
 
 
 def read_set(annotations: str | Path, images: str | Path = "", split: str = "test") -> Iterator[RetrievalItem]:
-    """The images of a retrieval set, with all their captions; the layout is recognised.
+    """The images of a retrieval set, with all their captions; the layout is recognized.
 
     Args:
         annotations: a json file, or a clip_benchmark folder.

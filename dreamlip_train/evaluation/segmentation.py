@@ -71,13 +71,13 @@ def predict(similarity: Tensor, size: tuple[int, int], background_threshold: flo
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[classes, classes] int64 counts, row the label, column the prediction; pixels labelled 255 are left out."""
+    """[classes, classes] int64 counts, row the label, column the prediction; pixels labeled 255 are left out."""
     scored = labels != IGNORED
     return torch.bincount(labels[scored] * classes + predicted[scored], minlength=classes**2).view(classes, classes)
 
 
 def intersection_over_union(counts: Tensor) -> Tensor:
-    """[classes] float64; NaN for a class that is neither labelled nor predicted anywhere."""
+    """[classes] float64; NaN for a class that is neither labeled nor predicted anywhere."""
     counts = counts.double()
     hits = counts.diagonal()
     return hits / (counts.sum(dim=0) + counts.sum(dim=1) - hits)

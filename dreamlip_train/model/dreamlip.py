@@ -54,7 +54,7 @@ class DreamLIP(nn.Module):
 
     ``forward(images [n,3,H,W], text [n,K,L], or the same captions packed)`` returns a dict:
     image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected,
-    not normalised (None with ``patches=False``); logit_scale, logit_scale_local and logit_bias, scalars (None where the
+    not normalized (None with ``patches=False``); logit_scale, logit_scale_local and logit_bias, scalars (None where the
     model has none). All fp32, the patches in the towers' dtype: they are the bulk.
     """
 

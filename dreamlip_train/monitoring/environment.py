@@ -22,7 +22,7 @@ _PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", 
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose behaviour a run depends on; those not installed are left out."""
+    """Versions of Python and of the packages whose behavior a run depends on; those not installed are left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

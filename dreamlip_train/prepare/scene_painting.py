@@ -1,6 +1,6 @@
 """Paints one scene of the demo world: textured, shaded objects with soft shadows on a photograph-like background.
 
-Colours are float32 RGB in [0, 1], images [S, S, 3], coverage maps [S, S] in [0, 1]; lengths are in pixels unless they
+Colors are float32 RGB in [0, 1], images [S, S, 3], coverage maps [S, S] in [0, 1]; lengths are in pixels unless they
 say "radii".
 """
 
@@ -157,9 +157,9 @@ def background(kind: str, size: int, rng: np.random.Generator) -> Array:
 def textured(
     color: str, texture: str, center: tuple[float, float], radius: float, size: int, rng: np.random.Generator
 ) -> Array:
-    """[size, size, 3] surface of an object: its colour and pattern, in coordinates of its own centre and radius."""
+    """[size, size, 3] surface of an object: its color and pattern, in coordinates of its own center and radius."""
     main = np.array(COLORS[color], np.float32) / 255 + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
-    # The second tone stays in the colour's family, so that the colour's name remains true of the whole object.
+    # The second tone stays in the color's family, so that the color's name remains true of the whole object.
     other = main + 0.62 * (1 - main) if main.mean() < 0.45 else main * 0.38
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     x, y = (x - center[0]) / radius, (y - center[1]) / radius

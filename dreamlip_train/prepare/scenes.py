@@ -1,4 +1,4 @@
-"""The demo's world: pictures of several objects, each with a shape, colour, texture, size and place,
+"""The demo's world: pictures of several objects, each with a shape, color, texture, size and place,
 and captions in DreamLIP's columns.
 
 A scene is a pure function of (seed, split, index). Sentence j of each long caption describes the object that is value j
@@ -161,7 +161,7 @@ _NUMBER_WORDS = {3: "three", 4: "four", 5: "five"}
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene: what it is, and its centre, radius (pixels) and rotation (radians)."""
+    """One object of a scene: what it is, and its center, radius (pixels) and rotation (radians)."""
 
     shape: str
     color: str
@@ -183,7 +183,7 @@ class Scene:
 
 
 def compose_scene(rng: np.random.Generator, image_size: int = 96) -> Scene:
-    """3-5 objects in different ninths of the picture, none touching another, no two of the same colour."""
+    """3-5 objects in different ninths of the picture, none touching another, no two of the same color."""
     count = int(rng.integers(3, 6))
     colors = rng.choice(list(painting.COLORS), count, replace=False)
     background = str(rng.choice(painting.BACKGROUNDS))
@@ -287,7 +287,7 @@ def _compose_object(rng: np.random.Generator, color: str, cell: int, image_size:
     size = str(rng.choice(list(RADII)))
     radius = RADII[size] * float(rng.uniform(0.94, 1.06))
     row, column = divmod(cell, 3)
-    # A large object would leave the picture from the middle of an outer ninth: pull its centre in.
+    # A large object would leave the picture from the middle of an outer ninth: pull its center in.
     margin = radius * 1.12 + 1
     x, y = (float(np.clip(16 + 32 * c + rng.uniform(-4, 4), margin, 96 - margin)) for c in (column, row))
     shape, texture = str(rng.choice(painting.SHAPES)), str(rng.choice(painting.TEXTURES))

@@ -202,7 +202,7 @@ def plot_grouping(
     """A row for each of the first samples with sentences: the picture, then for each sub-caption the patches its text
     selects.
 
-    Selected patches show the picture in full colour in proportion to their weight (the largest weight of a sub-caption
+    Selected patches show the picture in full color in proportion to their weight (the largest weight of a sub-caption
     is fully lit), everything else is dimmed. A sample's mask, where it has one, is drawn as an outline.
 
     Args:
@@ -258,7 +258,7 @@ def _draw_rows(shown: list[dict[str, Any]], weights: list[Tensor], grid: tuple[i
 
 def _draw_sample(axes: list[Axes], sample: dict[str, Any], weights_KP: Tensor, grid: tuple[int, int]) -> None:
     """The picture with all outlines and the raw caption, then a spotlight for each sub-caption;
-    one colour a sub-caption.
+    one color a sub-caption.
     """
     side = sample["image"].shape[1]
     zoom = max(1, round(_SHOWN_PIXELS / side))
@@ -299,7 +299,7 @@ def _show(axis: Axes, picture_HWC: np.ndarray, caption: str, color: str) -> None
 
 def _outline(axis: Axes, region_HW: Tensor, zoom: int, color: str) -> None:
     """The region's border, closed also where the region touches the edge of the picture;
-    white under the colour, to show on any ground.
+    white under the color, to show on any ground.
     """
     padded = nn.functional.pad(region_HW.float(), (1, 1, 1, 1)).numpy()
     across, down = ((np.arange(size) - 0.5) * zoom - 0.5 for size in padded.shape[::-1])
@@ -316,7 +316,7 @@ def _enlarged(image_CHW: Tensor, zoom: int) -> np.ndarray:
 
 
 def _spotlight(picture_HWC: np.ndarray, weights_P: Tensor, grid: tuple[int, int], patch_pixels: int) -> np.ndarray:
-    """The picture, lit patch by patch in proportion to weight over a dimmed grey copy of itself;
+    """The picture, lit patch by patch in proportion to weight over a dimmed gray copy of itself;
     border pixels of no patch stay dim.
     """
     height, width, _ = picture_HWC.shape

@@ -78,7 +78,7 @@ def write_report(run: str | Path, output: str | Path = "", *, examples: int = 6)
         _section("Training", lambda: _curves(run)),
         _section("Retrieval", lambda: _retrieval(summary)),
         *([_section("Evaluations", lambda: evaluations)] if evaluations else []),
-        _section("Patch localisation", lambda: _localization(summary)),
+        _section("Patch localization", lambda: _localization(summary)),
         _section("Where sub-captions look", lambda: _grouping(model, config)),
         _section("Retrieval, right and wrong", lambda: _examples(model, config, device, examples)),
         _section("Data", lambda: _data(config)),

@@ -67,13 +67,13 @@ def test_tiles_meet_without_seams(small_tiles, m, c, k, d):
     )
 
 
-@pytest.mark.parametrize("case", ["anti-aligned at scale 100", "not normalised", "scale 1000", "scale 0"])
+@pytest.mark.parametrize("case", ["anti-aligned at scale 100", "not normalized", "scale 1000", "scale 0"])
 def test_any_finite_input_is_right(case):
     x, y = clip_like(24, 2, 32)
     scale = {"scale 1000": 1000.0, "anti-aligned at scale 100": 100.0, "scale 0": 0.0}.get(case, 3.0)
     if case.startswith("anti"):
         y = -x[:, None].expand(-1, 2, -1).roll(1, 0)
-    if case == "not normalised":
+    if case == "not normalized":
         x, y = 40 * x, 7 * y
     y, s = y.transpose(0, 1), torch.tensor(scale)
     if case == "scale 0":  # dx is exactly 0 there, so only the rest can be compared

@@ -85,14 +85,14 @@ def test_three_products_where_the_pairs_fit_and_four_where_not(products_made, mo
         assert len(products_made) == 2
 
 
-@pytest.mark.parametrize("case", ["opposed", "not normalised", "a whole slot masked"])
+@pytest.mark.parametrize("case", ["opposed", "not normalized", "a whole slot masked"])
 def test_sums_out_of_range_are_computed_again(small_tiles, case):
     """Where exp(z - offset) can't hold a row, forward and backward both leave what was kept."""
     x, y = clip_like(24, 2, 32)
     y, y_mask, scale = y.transpose(0, 1).contiguous(), None, 100.0
     if case == "opposed":
         y = -x[None].expand(2, -1, -1).roll(1, 1).contiguous()
-    if case == "not normalised":
+    if case == "not normalized":
         x, y, scale = 40 * x, 7 * y, 3.0
     if case == "a whole slot masked":
         y_mask = torch.tensor([[True], [False]]).expand(2, 24)

@@ -110,7 +110,7 @@ def test_masks(slot, scale, dtype, held):
     compare(make, scale, op, **masks)
 
 
-@pytest.mark.parametrize("case", ["opposed at scale 100", "not normalised", "scale 1000", "large and small"])
+@pytest.mark.parametrize("case", ["opposed at scale 100", "not normalized", "scale 1000", "large and small"])
 def test_the_flagged_fallback_is_right(case, monkeypatch):
     """Sums that leave float32's range at the fixed offset: the flag sends everything to the exact kernels, of which few
     programs make all tiles.
@@ -125,7 +125,7 @@ def test_the_flagged_fallback_is_right(case, monkeypatch):
         y = y.transpose(0, 1)
         if case.startswith("opposed"):
             y = -x[None].expand(2, -1, -1).roll(1, 1).contiguous()
-        if case == "not normalised":
+        if case == "not normalized":
             x, y = 40 * x, 7 * y
         if case == "large and small":
             x, y = 3e4 * x, 1e-4 * y

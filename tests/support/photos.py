@@ -68,19 +68,19 @@ PHOTOS = {
             "A motorcycle stands in a workshop.",
             "Its front wheel points to the left.",
             "Tools and boxes fill the shelves behind it.",
-            "The floor is grey concrete.",
+            "The floor is gray concrete.",
         ],
     ),
     "color.png": (
         "color test image",
-        "Coloured shapes for testing.",
-        ["Patches of bright colour fill the picture.", "Some of them blend into each other."],
+        "Colored shapes for testing.",
+        ["Patches of bright color fill the picture.", "Some of them blend into each other."],
     ),
     "ihc.png": (
         "IHC stain",
         "A stained slice of tissue under a microscope.",
         [
-            "Brown and blue stains colour a slice of tissue.",
+            "Brown and blue stains color a slice of tissue.",
             "Small dark dots are cell nuclei.",
             "White gaps run between the cells.",
         ],

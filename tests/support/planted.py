@@ -1,4 +1,4 @@
-"""Pictures of coloured squares and a model that sees nothing but colour: every right answer of an evaluation is known
+"""Pictures of colored squares and a model that sees nothing but color: every right answer of an evaluation is known
 in advance.
 """
 
@@ -22,7 +22,7 @@ PLACES = {"the upper left": (0, 0), "the upper right": (0, 32), "the lower left"
 
 
 def planted_sample(seed: int, objects: int = 3) -> dict:
-    """A sample as held_out.val_samples yields it: `objects` squares of different colours on grey,
+    """A sample as held_out.val_samples yields it: `objects` squares of different colors on gray,
     one to a quarter of the picture.
     """
     rng = random.Random(seed)
@@ -39,7 +39,7 @@ def planted_sample(seed: int, objects: int = 3) -> dict:
 
 
 class PlantedModel(nn.Module):
-    """Patch and text features are colours relative to grey; an image's feature is the sum of its patches'.
+    """Patch and text features are colors relative to gray; an image's feature is the sum of its patches'.
     The interface is DreamLIP's.
     """
 

@@ -1,4 +1,4 @@
-"""A LLaVA of a few thousand weights, randomly initialised, saved as transformers loads any other:
+"""A LLaVA of a few thousand weights, randomly initialized, saved as transformers loads any other:
 config, weights, tokenizer, image processor, template.
 """
 

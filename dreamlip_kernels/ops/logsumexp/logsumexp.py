@@ -32,7 +32,7 @@ def bidirectional_logsumexp(
     docs/math.md, eq. 1-4. Differentiable once in x, y and scale.
 
     Args:
-        x: [M, D], float32, bfloat16, float16 or float64, any strides; need not be normalised.
+        x: [M, D], float32, bfloat16, float16 or float64, any strides; need not be normalized.
         y: [K, C, D], same device, any strides; of two dtypes torch's promotion decides.
         scale: the logit multiplier, a float or a tensor of one value.
         y_mask: [K, C] bool; False drops a column: -inf in ``col``, no part in ``row``, no gradient.

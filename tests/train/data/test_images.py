@@ -156,7 +156,7 @@ def test_what_is_transparent_is_white(mode):
     assert (half.int() - 127).abs().max() <= 1
 
 
-def test_transparent_color_of_rgb_and_grey_pngs_is_white():
+def test_transparent_color_of_rgb_and_gray_pngs_is_white():
     for mode, color in (("RGB", (0, 0, 0)), ("L", 0)):
         got = decode_image(encoded(Image.new(mode, (4, 4), color), "PNG", transparency=color))
         assert (got == 255).all(), mode

@@ -125,7 +125,7 @@ def planted(monkeypatch):
     return samples
 
 
-def test_a_model_that_sees_colour_localises_and_a_mirrored_one_does_not(planted):
+def test_a_model_that_sees_color_localizes_and_a_mirrored_one_does_not(planted):
     settings = EvalConfig(batch_size=7)
     report = evaluate(PlantedModel(), DataConfig(), settings, "cpu", threshold=0.6)
     located = report["localization"]

@@ -69,18 +69,15 @@ def lists(tmp_path):
 
 def test_the_map_of_a_model(lists, model):
     classes = read_classes(lists / "tags.txt")
-    labelled = read_labels(lists / "annots.txt", classes, lists / "imgs")
-    assert labelled == read_labels(lists / "numbered.txt", classes, lists / "imgs")
+    labeled = read_labels(lists / "annots.txt", classes, lists / "imgs")
+    assert labeled == read_labels(lists / "numbered.txt", classes, lists / "imgs")
     templates = ("a photo of a {c}.", "one {c}")
-    found = evaluate_multi_label(model, labelled, classes, templates, "cpu", batch_size=5)
+    found = evaluate_multi_label(model, labeled, classes, templates, "cpu", batch_size=5)
     from dreamlip_train.data.images import decode_image, resize_center_crop
 
     with torch.no_grad():
         images = torch.cat(
-            [
-                model.encode_images(resize_center_crop(decode_image(p.read_bytes()), 32)[None])[0]
-                for p in labelled.images
-            ]
+            [model.encode_images(resize_center_crop(decode_image(p.read_bytes()), 32)[None])[0] for p in labeled.images]
         )
         rows = []
         for line in CLASSES:
@@ -90,7 +87,7 @@ def test_the_map_of_a_model(lists, model):
         torch.testing.assert_close(
             class_features(model, classes, templates, "cpu", batch_size=3), text, atol=1e-6, rtol=1e-5
         )
-    targets = np.array([[c in labels for c in range(3)] for labels in labelled.labels])
+    targets = np.array([[c in labels for c in range(3)] for labels in labeled.labels])
     expected = [100 * average_precision_score(targets[:, c], (images @ text.T).numpy()[:, c]) for c in range(3)]
     assert [found["per_class"][name] for name in CLASSES] == [
         *(pytest.approx(value, abs=1e-6) for value in expected),

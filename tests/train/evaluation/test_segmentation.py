@@ -29,7 +29,7 @@ THREE = Layout("images", "labels", "", ("red", "green", "blue"))
 
 
 class ByColor(nn.Module):
-    """A stand-in whose patch features are the patch's mean colour and whose class features are the pure colours:
+    """A stand-in whose patch features are the patch's mean color and whose class features are the pure colors:
     segmentation by eye.
     """
 
@@ -47,7 +47,7 @@ class ByColor(nn.Module):
 
 
 def write_pair(root, stem, labels, image=None, layout=THREE):
-    """``labels`` [H, W] as a PNG, and the picture of their colours (or ``image``)."""
+    """``labels`` [H, W] as a PNG, and the picture of their colors (or ``image``)."""
     for folder in (layout.images, layout.labels):
         (root / folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(labels.astype(np.uint8)).save(root / layout.labels / f"{stem}.png")
@@ -69,7 +69,7 @@ def quarters(height=48, width=80):
     return labels
 
 
-def test_a_picture_of_pure_colours_is_segmented_right(tmp_path):
+def test_a_picture_of_pure_colors_is_segmented_right(tmp_path):
     write_pair(tmp_path, "a", quarters())
     write_pair(tmp_path, "b", quarters(96, 64))
     found = evaluate_segmentation(
@@ -93,7 +93,7 @@ def test_swapped_classes_score_zero(tmp_path):
 def test_background_is_where_no_class_is_likely(tmp_path):
     layout = Layout("images", "labels", "", THREE.classes, background=True)
     labels, image = quarters(96, 160), np.zeros((96, 160, 3), np.uint8)
-    image[labels == 0] = 128  # grey: equally like every class
+    image[labels == 0] = 128  # gray: equally like every class
     for c in range(3):
         image[labels == c + 1, c] = 255
     write_pair(tmp_path, "a", labels, image)

@@ -126,7 +126,7 @@ def test_an_ambiguous_name_is_not_guessed(tmp_path, images):
 
 def test_dirty_tables_are_read(tmp_path, images):
     """A byte-order mark, quotes, newlines inside a cell, NULs, bytes that are no UTF-8, further columns."""
-    header = "\ufeff" + ",".join(["Image Path", *CAPTION_COLUMNS, "licence"]) + "\r\n"
+    header = "\ufeff" + ",".join(["Image Path", *CAPTION_COLUMNS, "license"]) + "\r\n"
     cells = ["0.jpg", '"a ""quoted"" word"', "", '"First line.\nSecond line."', "", "", "", "", "CC0"]
     data = header.encode() + ",".join(cells).encode() + b"\r\n" + b"1.jpg,caf\xe9\0 scene,,,,,,,\r\n"
     path = tmp_path / "captions.csv"
@@ -137,7 +137,7 @@ def test_dirty_tables_are_read(tmp_path, images):
     assert (
         first["raw_caption"] == 'a "quoted" word'
         and first["longIB_captions"] == "First line.\nSecond line."
-        and first["licence"] == "CC0"
+        and first["license"] == "CC0"
     )
     assert second["raw_caption"].startswith("caf") and "\0" not in second["raw_caption"]
 

@@ -59,7 +59,7 @@ def test_sentence_j_describes_mask_value_j_in_every_wording(world):
             )
 
 
-def test_the_named_colour_is_in_the_picture(world):
+def test_the_named_color_is_in_the_picture(world):
     """Over all objects, the pixels of 'red' are redder than those of 'blue'."""
     folder, _ = world
     seen = {"red": [], "blue": [], "green": []}

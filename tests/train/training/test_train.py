@@ -205,7 +205,7 @@ def test_eval_reads_the_run_folder(run, command, capsys, tmp_path):
 
 
 SECTIONS = [
-    *("Training", "Retrieval", "Patch localisation", "Where sub-captions look", "Retrieval, right and wrong", "Data"),
+    *("Training", "Retrieval", "Patch localization", "Where sub-captions look", "Retrieval, right and wrong", "Data"),
     "Settings and versions",
 ]
 
