@@ -63,29 +63,12 @@ DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint3
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same for float32: c [16, 8] += a [16, 8] b [8, 8], each number as two of TF32's;
-// what is left out is below 2^-20 of a product.
+// c [16, 8] += a [16, 8] b [8, 8] of float32, of which the upper 19 bits count.
 DREAMLIP_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
-  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    a_high[i] = a[i] & 0xffffe000u;
-    a_low[i] = __float_as_uint(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    b_high[i] = b[i] & 0xffffe000u;
-    b_low[i] = __float_as_uint(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
-  }
-  multiply_tf32(c, a_low, b_high);
-  multiply_tf32(c, a_high, b_low);
-  multiply_tf32(c, a_high, b_high);
 }
 
 // 2^x, denormal results as 0.
@@ -104,6 +87,41 @@ DREAMLIP_DEVICE void sync_block() { __syncthreads(); }
 #endif
 
 namespace dreamlip {
+
+DREAMLIP_DEVICE float float_of(uint32_t word) {
+  union {
+    uint32_t word;
+    float value;
+  } both = {word};
+  return both.value;
+}
+DREAMLIP_DEVICE uint32_t word_of(float value) {
+  union {
+    float value;
+    uint32_t word;
+  } both = {value};
+  return both.word;
+}
+
+// float32 as two of TF32's. With a nearest high part the low one has either sign, and errors do not add up;
+// a cut one takes fewer registers.
+template <bool kNearest> DREAMLIP_DEVICE void split_tf32(uint32_t word, uint32_t& high, uint32_t& low) {
+  high = (kNearest ? word + 0x1000u : word) & 0xffffe000u;
+  low = word_of(float_of(word) - float_of(high));
+}
+// c [16, 8] += a [16, 8] b [8, 8] of float32, as three products of TF32: what is left out is below 2^-20 of a product,
+// with nearest parts 2^-22.
+template <bool kNearest = false>
+DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split_tf32<kNearest>(a[i], a_high[i], a_low[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) split_tf32<kNearest>(b[i], b_high[i], b_low[i]);
+  multiply_tf32(c, a_low, b_high);
+  multiply_tf32(c, a_high, b_low);
+  multiply_tf32(c, a_high, b_high);
+}
 
 // A row's patches shared out to the 32 lanes of a warp.
 struct WarpLanes {

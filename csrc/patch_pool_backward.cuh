@@ -14,7 +14,9 @@ template <class T, int KT> struct PoolBackward {
   const PoolShape& s;
   const Pool& pool;
   const Ring<T, KT>& ring;
-  float *inv, *radial;  // [P] in shared memory: inverse patch norms, coefficients of the patches in their own gradients
+  // [P] in shared memory: inverse patch norms, and after rows() the units of the patches' coefficients;
+  // coefficients of the patches in their own gradients.
+  float *inv, *radial;
 
   // Pass 1 of one image: the gradients of the weights [K, P] into shared memory.
   DREAMLIP_DEVICE void weight_gradients(int image) const {
@@ -39,7 +41,7 @@ template <class T, int KT> struct PoolBackward {
   }
 
   // The rows between the passes. sims(k): gradients of the weights -> of the similarities, whose coefficients dt needs.
-  // weights(k): in the end the coefficients of the upstream rows, weights over norms.
+  // In the end weights(k) and sims(k) are the coefficients of the upstream and text rows in dx, over the patch's unit.
   DREAMLIP_DEVICE void rows(const bool* valid, const float* similarity, int thread) const {
     const int kind = s.options.normalization;
     for (int k = pool.warp; k < s.K; k += kWarps) {
@@ -50,10 +52,9 @@ template <class T, int KT> struct PoolBackward {
       sync_warp();
       const float along = weights_backward(WarpLanes{pool.lane}, row, w, valid, s.P, kind, dw);
       if (pool.lane == 0) pool.along()[k] = along;
-      for (int p = pool.lane; p < s.P; p += 32) {
-        along_patch[p] += dw[p] * w[p];  // what text k adds to the gradient along the patch
-        pool.put_coef(k, p, dw[p] * inv[p]);
-      }
+      // What text k adds to the gradient along the patch.
+      for (int p = pool.lane; p < s.P; p += 32) along_patch[p] += dw[p] * w[p];
+      pool.put_coefs(k, inv);
     }
     sync_block();
     for (int p = thread; p < s.P; p += kThreads) {
@@ -65,16 +66,29 @@ template <class T, int KT> struct PoolBackward {
     for (int k = pool.warp; k < s.K; k += kWarps) {
       const float* w = similarity + k * s.P;
       const Row<float> row = read(w, valid);
-      for (int p = pool.lane; p < s.P; p += 32)
+      for (int p = pool.lane; p < s.P; p += 32) {
         pool.weights(k)[p] = weight(row, kind, w[p], is_valid(valid, p)) * inv[p];
+        pool.sims(k)[p] *= inv[p] * pool.inv_text()[k];
+      }
+    }
+    sync_block();
+    for (int p = thread; p < s.P; p += kThreads) {
+      float largest = 0;
+      for (int k = 0; k < s.K; ++k) largest = fmaxf(largest, fmaxf(fabsf(pool.weights(k)[p]), fabsf(pool.sims(k)[p])));
+      const Unit of_patch(largest);
+      inv[p] = of_patch.value;
+      for (int k = 0; k < s.K; ++k) {
+        pool.weights(k)[p] *= of_patch.inverse;
+        pool.sims(k)[p] *= of_patch.inverse;
+      }
     }
   }
 
-  // The coefficient of row `row` of (upstream | texts) in the gradient of patch p.
+  // The coefficient of row `row` of (upstream | texts) in the gradient of patch p, over the patch's unit.
   DREAMLIP_DEVICE float coefficient(int row, int p) const {
     const int k = row % kTexts;
     if (k >= s.K || p >= s.P) return 0;
-    return row < kTexts ? pool.weights(k)[p] : pool.sims(k)[p] * inv[p] * pool.inv_text()[k];
+    return row < kTexts ? pool.weights(k)[p] : pool.sims(k)[p];
   }
 
   // Coefficients [16 patches from p0, rows of (upstream | texts)] as A fragments of the product: high and low parts.
@@ -113,30 +127,26 @@ template <class T, int KT> struct PoolBackward {
     uint32_t high[kParts][4], low[kParts][4];
     fragments(row_box * s.tall + r0, high, low);
     const int r = r0 + pool.lane / 4;
-    float radial_of[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      radial_of[half] = r + 8 * half < rows ? radial[row_box * s.tall + r + 8 * half] : 0;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int column = tile * 8 + 2 * (pool.lane % 4);
-      float d[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Pair<T> x = {{from_float<T>(0), from_float<T>(0)}};
-        if (r + 8 * half < rows) x = *reinterpret_cast<const Pair<T>*>(pool.cell(box, r + 8 * half, column));
-        d[2 * half] = -radial_of[half] * to_float(x.values[0]);
-        d[2 * half + 1] = -radial_of[half] * to_float(x.values[1]);
-      }
+      float d[4] = {};
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         uint32_t b[2];
         load_part(b, part, cb * Pool::kColumns + tile * 8);
-        multiply(d, high[part], b, T{});
-        if constexpr (Pool::kSplit) multiply(d, low[part], b, T{});
+        Pool::product(d, high[part], b);
+        if constexpr (Pool::kSplit) Pool::product(d, low[part], b);
       }
-      dx[tile][0] = Pair<T>{{from_float<T>(d[0]), from_float<T>(d[1])}};
-      dx[tile][1] = Pair<T>{{from_float<T>(d[2]), from_float<T>(d[3])}};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (r + 8 * half >= rows) continue;
+        const int p = row_box * s.tall + r + 8 * half;
+        const Pair<T> x = *reinterpret_cast<const Pair<T>*>(pool.cell(box, r + 8 * half, column));
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          dx[tile][half].values[e] = from_float<T>(d[2 * half + e] * inv[p] - radial[p] * to_float(x.values[e]));
+      }
     }
   }
 

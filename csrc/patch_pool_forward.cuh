@@ -43,12 +43,13 @@ template <class T, int KT> struct PoolForward {
   // The rows between the passes: similarities [K, P] to memory, and weights over norms as coefficients of the patches.
   DREAMLIP_DEVICE void rows(const bool* valid, float* similarity) const {
     for (int k = pool.warp; k < s.K; k += kWarps) {
-      const float* w = pool.sims(k);
+      float* w = pool.sims(k);
       const Row<float> row = read_row(WarpLanes{pool.lane}, w, valid, s.P, s.options);
       for (int p = pool.lane; p < s.P; p += 32) {
-        pool.put_coef(k, p, weight(row, s.options.normalization, w[p], is_valid(valid, p)) * inv[p]);
         similarity[k * s.P + p] = w[p];
+        w[p] = weight(row, s.options.normalization, w[p], is_valid(valid, p));
       }
+      pool.put_coefs(k, inv);
     }
   }
 

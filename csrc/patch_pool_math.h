@@ -136,6 +136,12 @@ DREAMLIP_HD T weights_backward(Lanes lanes, const Row<T>& row, const T* w, const
   for (int p = lanes.lane; p < patches; p += lanes.width)
     mean += Sum(weight(row, normalization, w[p], is_valid(valid, p))) * da[p];
   mean = lanes.sum(mean);
+  // A large mean is rounded, every patch would get that error, and what is summed over them is near zero: so the mean
+  // of what is left, kept apart.
+  Sum rest = 0;
+  for (int p = lanes.lane; p < patches; p += lanes.width)
+    rest += Sum(weight(row, normalization, w[p], is_valid(valid, p))) * T(da[p] - mean);
+  rest = lanes.sum(rest);
   Sum sum = 0, along = 0;
   T lowest = 0;
   // With "minmax" the dw of a row add up to zero, so that sum dw w = sum dw (w - lo), which does not cancel.
@@ -145,7 +151,7 @@ DREAMLIP_HD T weights_backward(Lanes lanes, const Row<T>& row, const T* w, const
     T compared;
     const T u = score(row, normalization, w[p], compared);
     const T slope = normalization == kSoftmax ? u * row.inv_total : row.inv_total;
-    const T dw = in && keeps(row, u, compared) ? slope * T(da[p] - mean) : T(0);
+    const T dw = in && keeps(row, u, compared) ? slope * T(T(da[p] - mean) - rest) : T(0);
     da[p] = dw;
     sum += dw;
     along += Sum(dw) * (w[p] - origin);

@@ -6,6 +6,20 @@
 
 namespace dreamlip {
 
+// The power of two that numbers up to `largest` are divided by before they are split into two of 16 bits:
+// float16 has its full precision only from 2^-14 on, and a low part lies 2^11 below its number.
+struct Unit {
+  float value, inverse;
+
+  DREAMLIP_DEVICE explicit Unit(float largest) {
+    constexpr int kExponent = 12;                // of the largest over its unit
+    int exponent = int(word_of(largest) >> 23);  // biased by 127; both powers must be normal numbers
+    exponent = exponent < kExponent + 1 ? kExponent + 1 : exponent > 253 ? 253 : exponent;
+    value = float_of(uint32_t(exponent - kExponent) << 23);
+    inverse = float_of(uint32_t(254 + kExponent - exponent) << 23);
+  }
+};
+
 template <class T, int KT> struct PatchPool {
   static constexpr int kTexts = 8 * KT;
   static constexpr int kColumns = kRowBytes / sizeof(T);  // of a box
@@ -29,6 +43,13 @@ template <class T, int KT> struct PatchPool {
   }
   DREAMLIP_DEVICE float* along() const { return reinterpret_cast<float*>(memory + layout.along); }
   DREAMLIP_DEVICE float* inv_text() const { return along() + kTexts; }
+  DREAMLIP_DEVICE float* unit() const { return along() + 2 * kTexts; }
+
+  // c [16 rows, 8] += a b: fragments of T.
+  DREAMLIP_DEVICE static void product(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kSplit) multiply(c, a, b, T{});
+    else multiply<true>(c, a, b, T{});
+  }
 
   // Where chunk c (8 columns) of a box's row r lies; a row beyond the image's patches reads as zeros.
   DREAMLIP_DEVICE char* chunk(char* box, int r, int c) const { return box + r * kRowBytes + ((c ^ (r & 7)) << 4); }
@@ -101,7 +122,7 @@ template <class T, int KT> struct PatchPool {
           square[tile][1] += squares<T>(a[1]) + squares<T>(a[3]);
         }
 #pragma unroll
-        for (int j = 0; j < KT; ++j) multiply(acc[tile][j], a, b[j], T{});
+        for (int j = 0; j < KT; ++j) product(acc[tile][j], a, b[j]);
       }
     }
   }
@@ -123,11 +144,20 @@ template <class T, int KT> struct PatchPool {
       }
   }
 
-  // A coefficient of text k and patch p; of 16 bits as its high and low parts.
-  DREAMLIP_DEVICE void put_coef(int k, int p, float value) const {
-    const T high = from_float<T>(value);
-    coef(k)[p] = high;
-    if (kSplit) coef(kTexts + k)[p] = from_float<T>(value - to_float(high));
+  // Text k's coefficients of the patches, sims(k)[p] * inv[p], over the row's unit; of 16 bits as high and low parts.
+  // A warp's work; a lane reads the similarities that it wrote itself.
+  DREAMLIP_DEVICE void put_coefs(int k, const float* inv) const {
+    const float* value = sims(k);
+    float largest = 0;
+    for (int p = lane; p < s.P; p += 32) largest = fmaxf(largest, fabsf(value[p] * inv[p]));
+    const Unit of_row(WarpLanes{lane}.max(largest));
+    if (lane == 0) unit()[k] = of_row.value;
+    for (int p = lane; p < s.P; p += 32) {
+      const float scaled = value[p] * inv[p] * of_row.inverse;
+      const T high = from_float<T>(scaled);
+      coef(k)[p] = high;
+      if (kSplit) coef(kTexts + k)[p] = from_float<T>(scaled - to_float(high));
+    }
   }
 
   // Where column `column` (even) of a box's row r lies.
@@ -140,6 +170,7 @@ template <class T, int KT> struct PatchPool {
   DREAMLIP_DEVICE void pool(char* box, int rows, int row_box, float (&acc)[4]) const {
     if (warp >= kColumns / 8) return;
     for (int step = 0; step * kStep < rows; ++step) {
+      float sum[4] = {};  // a tensor core cuts what it adds to a large sum: the long sum is float32's own
       uint32_t b[2];
       if constexpr (kSplit) {
         load_transposed(b, chunk_or_zero(box, step * kStep + (lane & 15), rows, warp));
@@ -158,8 +189,10 @@ template <class T, int KT> struct PatchPool {
         const T* from = coef(k) + row_box * s.tall + step * kStep + (lane >> 4) * kChunk;
         if (!kSplit && k >= kTexts) from = reinterpret_cast<const T*>(memory + layout.zero);
         load_matrices(a, from);
-        multiply(acc, a, b, T{});
+        product(sum, a, b);
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[i] += sum[i];
     }
   }
 
@@ -171,8 +204,9 @@ template <class T, int KT> struct PatchPool {
     for (int j = 0; j < KT; ++j) {
       const int k = 8 * j + lane / 4;
       if (k >= s.K) continue;
-      if (KT == 1) f(k, d, acc[0] + acc[2], acc[1] + acc[3]);  // high parts and low parts
-      else f(k, d, acc[2 * j], acc[2 * j + 1]);
+      const float u = unit()[k];
+      if (KT == 1) f(k, d, (acc[0] + acc[2]) * u, (acc[1] + acc[3]) * u);  // high parts and low parts
+      else f(k, d, acc[2 * j] * u, acc[2 * j + 1] * u);
     }
   }
 };

@@ -88,7 +88,7 @@ def patch_pool_shared_bytes(p: int, k: int, d: int, element_bytes: int) -> int:
     ring = 2 * up(min(p, 32) * 128)
     rows = up(2 * texts * (-(-d * element_bytes // 128) * 128 + 16))
     coefficients = up(parts * texts * (p16 * element_bytes + 16))
-    return ring + 128 + rows + coefficients + up(texts * p16 * 4) + up((texts + 2) * p16 * 4) + up(8 * texts)
+    return ring + 128 + rows + coefficients + up(texts * p16 * 4) + up((texts + 2) * p16 * 4) + up(12 * texts)
 
 
 def build_info() -> dict[str, Any] | None:

@@ -187,6 +187,14 @@ DREAMLIP_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) { emulated
 DREAMLIP_DEVICE void load_matrices(uint32_t (&r)[2], const void* row) { emulated::load<2, false>(r, row); }
 DREAMLIP_DEVICE void load_transposed(uint32_t (&r)[2], const void* row) { emulated::load<2, true>(r, row); }
 
+namespace emulated {
+// As tensor cores round: toward zero.
+inline float cut(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::abs(double(nearest)) > std::abs(x) ? std::nextafterf(nearest, 0.f) : nearest;
+}
+}  // namespace emulated
+
 template <class T> DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
   struct Fragments {
     uint32_t a[4], b[2];
@@ -202,32 +210,33 @@ template <class T> DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (
     };
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 2 * (lane % 4) + i % 2;
-      float sum = c[i];
+      double sum = c[i];
       for (int k = 0; k < 16; ++k) {
         const float x = value(of(row % 8 * 4 + k % 8 / 2).a[(row >= 8) + 2 * (k >= 8)], k % 2);
         const float y = value(of(column * 4 + k % 8 / 2).b[k >= 8], k % 2);
-        sum += x * y;
+        sum += double(x) * y;
       }
-      c[i] = sum;
+      c[i] = emulated::cut(sum);
     }
   });
 }
 
-// float32: [16, 8] by [8, 8], in float32 where a device has three products of TF32.
-DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+DREAMLIP_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments {
     float a[4], b[2];
   } mine;
-  std::memcpy(mine.a, a, 16);
-  std::memcpy(mine.b, b, 8);
+  for (int i = 0; i < 6; ++i) {
+    const uint32_t word = (i < 4 ? a[i] : b[i - 4]) & 0xffffe000u;  // the rest is not read
+    std::memcpy(i < 4 ? mine.a + i : mine.b + i - 4, &word, 4);
+  }
   emulated::exchange(mine, [&](auto of) {
     const int lane = emulated::block->current % 32;
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 2 * (lane % 4) + i % 2;
-      float sum = c[i];
+      double sum = c[i];
       for (int k = 0; k < 8; ++k)
-        sum += of(row % 8 * 4 + k % 4).a[(row >= 8) + 2 * (k >= 4)] * of(column * 4 + k % 4).b[k >= 4];
-      c[i] = sum;
+        sum += double(of(row % 8 * 4 + k % 4).a[(row >= 8) + 2 * (k >= 4)]) * of(column * 4 + k % 4).b[k >= 4];
+      c[i] = emulated::cut(sum);
     }
   });
 }
