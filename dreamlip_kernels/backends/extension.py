@@ -1,4 +1,5 @@
-"""The compiled kernels of csrc/: found where pip built them, or compiled once at their first use; why they can't run, where they can't.
+"""The compiled kernels of csrc/: found where pip built them, or compiled once at their first use;
+why they can't run, where they can't.
 
 Importing this package loads what was built and never compiles; the state, once decided, is kept.
 """
@@ -34,7 +35,9 @@ def sources() -> Path | None:
 
 
 def why_not(device: str, build: bool = False) -> str | None:
-    """Why the compiled kernels cannot run on ``device`` ("cpu" or "cuda"), or None; with ``build`` they are compiled if that is all that is missing."""
+    """Why the compiled kernels cannot run on ``device`` ("cpu" or "cuda"), or None; with ``build`` they are compiled if
+    that is all that is missing.
+    """
     if build and not _state:
         if torch.compiler.is_compiling():
             return "it is not compiled yet, and can't be inside torch.compile: call the op once before"
@@ -117,14 +120,16 @@ def _find() -> None:
         except ImportError as error:  # symbols of another torch
             reason = str(error).splitlines()[0]
             _state["why"] = (
-                f"the extension was built against another torch than {torch.__version__} ({reason}); install the package again"
+                f"the extension was built against another torch than {torch.__version__} ({reason}); "
+                "install the package again"
             )
             return
         built_for = module.build_info()["torch"]
         _state["cuda"] = module.build_info()["cuda"]  # a value, which torch.compile can trace
         if built_for.split("+")[0] != torch.__version__.split("+")[0]:
             _state["why"] = (
-                f"the extension was built against torch {built_for}, this is {torch.__version__}; install the package again"
+                f"the extension was built against torch {built_for}, this is {torch.__version__}; "
+                "install the package again"
             )
             return
         _state["module"] = module

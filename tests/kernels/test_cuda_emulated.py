@@ -1,6 +1,8 @@
-"""The CUDA kernels without a GPU: csrc/patch_pool.cuh compiled for the CPU, every thread a fiber, against the oracle (tests/csrc/emulate.h).
+"""The CUDA kernels without a GPU: csrc/patch_pool.cuh compiled for the CPU, every thread a fiber,
+against the oracle (tests/csrc/emulate.h).
 
-It shows that indices, fragments, waits and barriers fit together; what only a device can show is in tests/kernels/test_grouping_gpu.py.
+It shows that indices, fragments, waits and barriers fit together; what only a device can show is in
+tests/kernels/test_grouping_gpu.py.
 """
 
 import ctypes
