@@ -9,8 +9,8 @@
 namespace dreamlip {
 
 // All of them: x [M, D], y [K, C, D], one dtype of bfloat16, float16 and float32, D and every stride multiples of 16
-// bytes, as their addresses are; x_mask [M] and y_mask [K, C] bool, dense, or none; scale and multiplier: see Exponent, one
-// float32 each. Rows and columns are counted in tiles of 128.
+// bytes, as their addresses are; x_mask [M] and y_mask [K, C] bool, dense, or none; scale and multiplier: see Exponent,
+// one float32 each. Rows and columns are counted in tiles of 128.
 
 // row [K, tiles, M]: sums over each tile of columns from first_tile; col [bands, K, C]: over bands of band_rows rows.
 void logsumexp_sums_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
