@@ -115,6 +115,33 @@ def test_the_trainer_uses_public_names_of_the_kernels(path):
         )
 
 
+# To be split, with their sizes of today: these may shrink, and no other file or function may join them.
+LARGE_FILES = {
+    "dreamlip_kernels/losses.py": 337,
+    "dreamlip_kernels/ops/group_patches/group_patches_kernels.py": 360,
+    "dreamlip_train/prepare/recaption.py": 310,
+    "dreamlip_train/prepare/scenes.py": 329,
+    "dreamlip_train/reporting/curves.py": 328,
+    "dreamlip_train/reporting/html_report.py": 324,
+}
+LARGE_FUNCTIONS = {
+    "_gradient_of": 92,
+    "_one": 68,
+    "subcaption_grouping_loss": 64,
+    "pool_backward": 63,
+    "finish_sums": 63,
+    "exp_sums": 61,
+}
+
+
 @each_file
-def test_a_file_holds_one_idea(path):
-    assert len(path.read_text().splitlines()) <= 400, "split it"
+def test_a_file_holds_one_idea_and_a_function_one_step(path):
+    """At most 300 lines and 60, docstrings apart."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= LARGE_FILES.get(str(path.relative_to(ROOT)), 300), "split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = node.body[0] if ast.get_docstring(node) is not None else None
+            lines = node.end_lineno - node.lineno + 1
+            lines -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+            assert lines <= LARGE_FUNCTIONS.get(node.name, 60), f"{node.name} has {lines} lines: split it"
