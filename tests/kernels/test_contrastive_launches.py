@@ -113,6 +113,7 @@ _SILENT = (
     "alias",
     "_unsafe_view",
     "scalar_tensor",
+    "promote_types",
 )
 
 
