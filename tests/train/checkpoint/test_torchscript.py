@@ -1,5 +1,7 @@
 """TorchScript archives are read for their tensors; nothing in them runs."""
 
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -22,11 +24,27 @@ class Tower(nn.Module):
         return self.inner(x) * self.scale
 
 
-def test_it_gives_what_torch_gives(tmp_path):
-    module = torch.jit.script(Tower())
-    module.save(tmp_path / "x.pt")
-    assert is_torchscript(tmp_path / "x.pt")
-    tensors, expected = read_torchscript(tmp_path / "x.pt"), module.state_dict()
+SAVE = """
+import runpy, sys, torch
+module = torch.jit.script(runpy.run_path(sys.argv[1])["Tower"]())
+module.save(sys.argv[2])
+torch.save(dict(module.state_dict()), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """A scripted Tower's archive and its tensors, from a process of its own: torch's compiler keeps state in this one."""
+    folder = tmp_path_factory.mktemp("tower")
+    archive, tensors = folder / "x.pt", folder / "tensors.pt"
+    subprocess.run([sys.executable, "-c", SAVE, __file__, str(archive), str(tensors)], check=True)
+    return archive, torch.load(tensors, weights_only=True)
+
+
+def test_it_gives_what_torch_gives(tower):
+    archive, expected = tower
+    assert is_torchscript(archive)
+    tensors = read_torchscript(archive)
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():
         assert tensors[name].dtype == value.dtype and torch.equal(tensors[name], value), name
@@ -88,8 +106,7 @@ CALLS = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00exit\x85R."
         (lambda name, content: b"\x80\x02}." if name.endswith("data.pkl") else content, "holds a dict, not a module"),
     ],
 )
-def test_damaged_archives_are_named(tmp_path, change, message):
-    torch.jit.script(Tower()).save(tmp_path / "x.pt")
-    repacked(tmp_path / "x.pt", tmp_path / "y.pt", change)
+def test_damaged_archives_are_named(tower, tmp_path, change, message):
+    repacked(tower[0], tmp_path / "y.pt", change)
     with pytest.raises(UserError, match=f"WEIGHTS: .*y.pt.*{message}"):
         read_torchscript(tmp_path / "y.pt")
