@@ -34,7 +34,7 @@ torch.save(dict(module.state_dict()), sys.argv[3])
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    """A scripted Tower's archive and its tensors, from a process of its own: torch's compiler keeps state in this one."""
+    """A scripted Tower's archive and its tensors, from a process of its own: torch's compiler keeps state here."""
     folder = tmp_path_factory.mktemp("tower")
     archive, tensors = folder / "x.pt", folder / "tensors.pt"
     subprocess.run([sys.executable, "-c", SAVE, __file__, str(archive), str(tensors)], check=True)
