@@ -109,15 +109,17 @@ template <bool kNearest> DREAMLIP_DEVICE void split_tf32(uint32_t word, uint32_t
   high = (kNearest ? word + 0x1000u : word) & 0xffffe000u;
   low = word_of(float_of(word) - float_of(high));
 }
-// c [16, 8] += a [16, 8] b [8, 8] of float32, as three products of TF32: what is left out is below 2^-20 of a product,
-// with nearest parts 2^-22.
+// c [16, 8] += a [16, 8] b [8, 8] of float32, as three products of TF32: what is left out is below 2^-21 of a product.
+// a's high parts are nearest, b's are cut (nearest ones spill in exp_sums on sm_80); low parts are rounded, or errors
+// of one sign would add up.
 template <bool kNearest = false>
 DREAMLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  constexpr uint32_t kHalf = kNearest ? 0u : 0x1000u;
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) split_tf32<kNearest>(a[i], a_high[i], a_low[i]);
+  for (int i = 0; i < 4; ++i) split_tf32<true>(a[i], a_high[i], a_low[i]), a_low[i] += kHalf;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) split_tf32<kNearest>(b[i], b_high[i], b_low[i]);
+  for (int i = 0; i < 2; ++i) split_tf32<kNearest>(b[i], b_high[i], b_low[i]), b_low[i] += kHalf;
   multiply_tf32(c, a_low, b_high);
   multiply_tf32(c, a_high, b_low);
   multiply_tf32(c, a_high, b_high);
