@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dreamlip_train.captions.table import IMAGE_COLUMN
-from dreamlip_train.prepare.join import match, stage_table
+from dreamlip_train.prepare.join.join import match, stage_table
 
 WORDS = (
     "a the red green small large dog cat tree on in at near behind with sunny street water people standing sitting "

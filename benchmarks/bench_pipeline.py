@@ -36,7 +36,7 @@ def shards(tmp_path_factory):
     """A folder of shards, read once so that no disk is measured."""
     for package in ("webdataset", "simplejpeg", "open_clip", "skimage"):
         pytest.importorskip(package, reason=f"{package} is not installed: the train and dev extras have it")
-    from dreamlip_train.data.shard_writer import ShardWriter
+    from dreamlip_train.data.shards.shard_writer import ShardWriter
 
     folder, rng = tmp_path_factory.mktemp("pipeline"), random.Random(0)
     pictures = list(itertools.islice(_photographs(rng), PICTURES))

@@ -145,7 +145,7 @@ def test_gradient_caching(run, model, chunks):
     from dreamlip_train.config.schema import Config, ModelConfig
     from dreamlip_train.model.build import build_model
     from dreamlip_train.training.distributed import init_distributed
-    from dreamlip_train.training.engine import build_engine
+    from dreamlip_train.training.engine.engine import build_engine
     from dreamlip_train.training.grad_cache import cached_train_step, split_batch
     from dreamlip_train.training.step import train_step
 

@@ -119,8 +119,8 @@ def test_the_trainer_uses_public_names_of_the_kernels(path):
 LARGE_FILES = {
     "dreamlip_kernels/losses.py": 337,
     "dreamlip_kernels/ops/group_patches/group_patches_kernels.py": 360,
-    "dreamlip_train/prepare/recaption.py": 310,
-    "dreamlip_train/prepare/scenes.py": 329,
+    "dreamlip_train/prepare/recaption/recaption.py": 310,
+    "dreamlip_train/prepare/scenes/scenes.py": 329,
     "dreamlip_train/reporting/curves.py": 328,
     "dreamlip_train/reporting/html_report.py": 324,
 }

@@ -117,7 +117,7 @@ def _prepare_data(data: Path, num_train: int, num_val: int) -> tuple[str, str]:
     """The scenes as shards: (training, held out)."""
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare.folder import prepare_folder
-    from dreamlip_train.prepare.scenes import prepare_scenes
+    from dreamlip_train.prepare.scenes.scenes import prepare_scenes
 
     if not (data / "shards" / "val" / "manifest.json").is_file():
         prepare_scenes(data / "scenes", num_train, num_val)

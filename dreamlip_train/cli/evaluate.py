@@ -130,7 +130,7 @@ class RetrievalSetOptions(EvalOptions):
 def retrieval_set(arguments: list[str], program: str) -> None:
     """Recall on Flickr30k or COCO: CHECKPOINT --annotations FILE --images DIR"""
     options = _parse(RetrievalSetOptions, arguments, program)
-    from dreamlip_train.evaluation.retrieval_sets import evaluate_retrieval, format_retrieval, read_set
+    from dreamlip_train.evaluation.retrieval.retrieval_sets import evaluate_retrieval, format_retrieval, read_set
 
     items = read_set(options.annotations, options.images, options.split)
 
@@ -159,7 +159,7 @@ class ZeroShotOptions(EvalOptions):
 def zeroshot(arguments: list[str], program: str) -> None:
     """Accuracy on ImageNet and ten other sets through clip_benchmark: CHECKPOINT --root DIR [--datasets NAME ...]"""
     options = _parse(ZeroShotOptions, arguments, program)
-    from dreamlip_train.evaluation.zero_shot import DATASETS, evaluate_zero_shot, format_zero_shot
+    from dreamlip_train.evaluation.classification.zero_shot import DATASETS, evaluate_zero_shot, format_zero_shot
 
     def score(model: Any, _: Any, device: Any) -> dict[str, Any]:
         return evaluate_zero_shot(
@@ -198,8 +198,12 @@ class MultiLabelOptions(EvalOptions):
 def multilabel(arguments: list[str], program: str) -> None:
     """mAP on OpenImages, ImageNet-Multi or HICO lists: CHECKPOINT --annotations FILE --classes FILE --images DIR"""
     options = _parse(MultiLabelOptions, arguments, program)
-    from dreamlip_train.evaluation.class_prompts import read_classes, read_templates
-    from dreamlip_train.evaluation.multi_label import evaluate_multi_label, format_multi_label, read_labels
+    from dreamlip_train.evaluation.classification.class_prompts import read_classes, read_templates
+    from dreamlip_train.evaluation.classification.multi_label import (
+        evaluate_multi_label,
+        format_multi_label,
+        read_labels,
+    )
 
     classes, templates = read_classes(options.classes, repeated_allowed=True), read_templates(options.templates)
     labeled = read_labels(options.annotations, classes, options.images)
@@ -235,9 +239,9 @@ class SegmentationOptions(EvalOptions):
 def segment(arguments: list[str], program: str) -> None:
     """mIoU on VOC, Pascal Context or ADE without training: CHECKPOINT --root DIR --layout NAME"""
     options = _parse(SegmentationOptions, arguments, program)
-    from dreamlip_train.evaluation.class_prompts import read_templates
-    from dreamlip_train.evaluation.segmentation import evaluate_segmentation, format_segmentation
-    from dreamlip_train.evaluation.segmentation_sets import layout_named, read_segmentation
+    from dreamlip_train.evaluation.classification.class_prompts import read_templates
+    from dreamlip_train.evaluation.segmentation.segmentation import evaluate_segmentation, format_segmentation
+    from dreamlip_train.evaluation.segmentation.segmentation_sets import layout_named, read_segmentation
 
     layout = layout_named(options.layout, options.classes)
     pairs, templates = read_segmentation(options.root, layout), read_templates(options.templates)

@@ -30,7 +30,7 @@ class ScenesOptions:
 def prepare_scenes(arguments: list[str], program: str) -> None:
     """Render the built-in demo world: --output DIR"""
     options = tyro.cli(ScenesOptions, args=arguments, prog=program)
-    from dreamlip_train.prepare import scenes
+    from dreamlip_train.prepare.scenes import scenes
 
     scenes.prepare_scenes(options.output, options.num_train, options.num_val, options.seed)
 
@@ -121,7 +121,7 @@ def prepare_join(arguments: list[str], program: str) -> None:
     """Caption tables x existing image shards: --captions TABLES --shards PATTERN --on url --output DIR"""
     options = tyro.cli(JoinOptions, args=arguments, prog=program)
     from dreamlip_train.captions.statistics import format_summary
-    from dreamlip_train.prepare.join import format_join, join_captions
+    from dreamlip_train.prepare.join.join import format_join, join_captions
 
     given = dataclasses.asdict(options)
     manifest = join_captions(
@@ -206,7 +206,7 @@ class _RecaptionCommand(RecaptionOptions):
 def recaption(arguments: list[str], program: str) -> None:
     """New captions from a multimodal model: PATTERN --output DIR --model MODEL [--endpoint URL]"""
     options = tyro.cli(_RecaptionCommand, args=arguments, prog=program)
-    from dreamlip_train.prepare.recaption import format_counts, recaption_shards
+    from dreamlip_train.prepare.recaption.recaption import format_counts, recaption_shards
 
     print(format_counts(recaption_shards(options)))
 

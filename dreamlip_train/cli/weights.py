@@ -31,7 +31,7 @@ def export(arguments: list[str], program: str) -> None:
     PATH
     """
     options = tyro.cli(ExportOptions, args=arguments, prog=program)
-    from dreamlip_train.checkpoint.export import export_checkpoint
+    from dreamlip_train.checkpoint.interoperability.export import export_checkpoint
 
     difference = export_checkpoint(options.checkpoint, options.output, options.to, options.model)
     if difference["image"] is None:
@@ -62,6 +62,6 @@ class ImportOptions:
 def import_(arguments: list[str], program: str) -> None:
     """open_clip's, DreamLIP's or transformers' weights as a starting point: WEIGHTS --model NAME --output FILE"""
     options = tyro.cli(ImportOptions, args=arguments, prog=program)
-    from dreamlip_train.checkpoint.import_weights import import_weights
+    from dreamlip_train.checkpoint.interoperability.import_weights import import_weights
 
     print(import_weights(options.weights, options.output, options.model))

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.epoch_plan import ReaderLayout, batches_of_worker, plan_epoch
-from dreamlip_train.data.manifest import Counts, count_samples
 from dreamlip_train.data.quarantine import BadCounts, append_quarantine, read_quarantine
-from dreamlip_train.data.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
-from dreamlip_train.data.shard_names import Shard, list_shards, shard_ids
+from dreamlip_train.data.shards.manifest import Counts, count_samples
+from dreamlip_train.data.shards.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
+from dreamlip_train.data.shards.shard_names import Shard, list_shards, shard_ids
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 logger = logging.getLogger("dreamlip_train")

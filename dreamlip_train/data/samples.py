@@ -15,7 +15,7 @@ from dreamlip_train.captions.columns import caption_columns, caption_pool, is_to
 from dreamlip_train.captions.sampling import sample_sub_captions
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.images import ImageError, decode_image, decode_labels, random_resized_crop, resize_center_crop
-from dreamlip_train.data.shards import Oversized, image_of, record_of
+from dreamlip_train.data.shards.shards import Oversized, image_of, record_of
 
 
 class BadSample(Exception):

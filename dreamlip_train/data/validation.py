@@ -9,8 +9,8 @@ from typing import Any
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.quarantine import BadCounts
 from dreamlip_train.data.samples import BadSample, val_sample
-from dreamlip_train.data.shard_names import list_shards
-from dreamlip_train.data.shards import ShardError, read_shard
+from dreamlip_train.data.shards.shard_names import list_shards
+from dreamlip_train.data.shards.shards import ShardError, read_shard
 from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")

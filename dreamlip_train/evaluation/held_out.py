@@ -16,8 +16,8 @@ from torch import nn
 from dreamlip_train.config.schema import DataConfig, EvalConfig, Normalization
 from dreamlip_train.data.validation import no_sentences, val_samples
 from dreamlip_train.evaluation.features import encode_batch, eval_mode, sub_caption_weights
-from dreamlip_train.evaluation.localization import localization, mask_to_regions
-from dreamlip_train.evaluation.recall import retrieval, retrieval_chance
+from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
+from dreamlip_train.evaluation.segmentation.localization import localization, mask_to_regions
 
 
 class StoppedError(Exception):

@@ -21,8 +21,8 @@ from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns, format_summary
 from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.data.images import ImageError, decode_image
-from dreamlip_train.data.manifest import MANIFEST
-from dreamlip_train.data.shard_writer import add_member
+from dreamlip_train.data.shards.manifest import MANIFEST
+from dreamlip_train.data.shards.shard_writer import add_member
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.process_pool import map_bounded

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from dreamlip_train.data.shards import IMAGE_EXTENSIONS
+from dreamlip_train.data.shards.shards import IMAGE_EXTENSIONS
 
 
 class ImageIndex:

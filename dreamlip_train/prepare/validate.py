@@ -15,10 +15,10 @@ from typing import Any
 from dreamlip_train.captions.columns import CAPTION_COLUMNS, caption_pool, is_caption_column, split_sub_captions
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.data.images import ImageError, decode_image
-from dreamlip_train.data.manifest import MANIFEST
-from dreamlip_train.data.shard_names import list_shards, local_folder
-from dreamlip_train.data.shard_writer import ShardWriter
-from dreamlip_train.data.shards import ShardError, image_of, read_shard, record_of
+from dreamlip_train.data.shards.manifest import MANIFEST
+from dreamlip_train.data.shards.shard_names import list_shards, local_folder
+from dreamlip_train.data.shards.shard_writer import ShardWriter
+from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dreamlip_train.captions.columns import CAPTION_COLUMNS, Splitter, caption_pool
 from dreamlip_train.captions.statistics import CountTokens, percentile
-from dreamlip_train.data.shard_names import list_shards
-from dreamlip_train.data.shards import ShardError, read_shard, record_of
+from dreamlip_train.data.shards.shard_names import list_shards
+from dreamlip_train.data.shards.shards import ShardError, read_shard, record_of
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError

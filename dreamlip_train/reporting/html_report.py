@@ -18,14 +18,14 @@ from torch import Tensor
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
-from dreamlip_train.data.shard_names import list_shards
+from dreamlip_train.data.shards.shard_names import list_shards
 from dreamlip_train.data.validation import val_samples
+from dreamlip_train.evaluation.classification.multi_label import format_multi_label
+from dreamlip_train.evaluation.classification.zero_shot import format_zero_shot
 from dreamlip_train.evaluation.held_out import format_report
-from dreamlip_train.evaluation.multi_label import format_multi_label
 from dreamlip_train.evaluation.paper import paper_table
-from dreamlip_train.evaluation.retrieval_sets import format_retrieval
-from dreamlip_train.evaluation.segmentation import format_segmentation
-from dreamlip_train.evaluation.zero_shot import format_zero_shot
+from dreamlip_train.evaluation.retrieval.retrieval_sets import format_retrieval
+from dreamlip_train.evaluation.segmentation.segmentation import format_segmentation
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
 

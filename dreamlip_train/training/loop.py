@@ -25,9 +25,9 @@ from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.step_metrics import StepMetrics
 from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
-from dreamlip_train.training.engine import evaluation_model
+from dreamlip_train.training.engine.engine import evaluation_model
+from dreamlip_train.training.engine.optimizer import learning_rate
 from dreamlip_train.training.grad_cache import cached_train_step, split_batch
-from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.prefetch import training_batches
 from dreamlip_train.training.step import StepResult, dreamlip_loss, move_batch, train_step
 from dreamlip_train.training.unusual_steps import UnusualSteps

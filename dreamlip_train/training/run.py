@@ -32,12 +32,12 @@ from dreamlip_train.monitoring.run_log import RunLog
 from dreamlip_train.monitoring.step_metrics import StepMetrics
 from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
-from dreamlip_train.training.deepspeed_config import check_deepspeed_config
 from dreamlip_train.training.distributed import init_distributed
-from dreamlip_train.training.engine import build_engine, evaluation_model
+from dreamlip_train.training.engine.deepspeed_config import check_deepspeed_config
+from dreamlip_train.training.engine.engine import build_engine, evaluation_model
+from dreamlip_train.training.engine.optimizer import learning_rate
 from dreamlip_train.training.loop import Loop
 from dreamlip_train.training.loss_backends import check_backends, choose_backends, qualify_device, release_backends
-from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.summary import final_report
 
 

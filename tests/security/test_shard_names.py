@@ -9,8 +9,8 @@ import pytest
 from shard_files import write_shards, write_tar
 
 from dreamlip_train import cli
-from dreamlip_train.data.shard_names import Shard, list_shards, open_shard
-from dreamlip_train.data.shards import ShardError, read_shard
+from dreamlip_train.data.shards.shard_names import Shard, list_shards, open_shard
+from dreamlip_train.data.shards.shards import ShardError, read_shard
 from dreamlip_train.jobs.user_error import UserError
 
 COMMAND = "touch ran"

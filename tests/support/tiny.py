@@ -15,8 +15,8 @@ from dreamlip_train.config.run_schema import CheckpointConfig, DeepSpeedConfig, 
 from dreamlip_train.config.schema import Config, ModelConfig
 from dreamlip_train.model.build import build_model
 from dreamlip_train.training.distributed import init_distributed
-from dreamlip_train.training.engine import build_engine
-from dreamlip_train.training.optimizer import learning_rate
+from dreamlip_train.training.engine.engine import build_engine
+from dreamlip_train.training.engine.optimizer import learning_rate
 from dreamlip_train.training.step import move_batch, train_step
 
 TOWERS = {

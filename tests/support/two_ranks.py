@@ -22,9 +22,9 @@ from dreamlip_train.checkpoint.saving import save
 from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.model.build import build_model
 from dreamlip_train.training.distributed import init_distributed
-from dreamlip_train.training.engine import build_engine, evaluation_model
+from dreamlip_train.training.engine.engine import build_engine, evaluation_model
+from dreamlip_train.training.engine.optimizer import learning_rate
 from dreamlip_train.training.grad_cache import cached_train_step, split_batch
-from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.step import move_batch, train_step
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))

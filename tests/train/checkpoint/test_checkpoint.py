@@ -20,7 +20,7 @@ from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.data.epoch_plan import ReaderLayout
 from dreamlip_train.model.open_clip_weights import open_clip_state_dict
-from dreamlip_train.training.engine import evaluation_model
+from dreamlip_train.training.engine.engine import evaluation_model
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "amp_bf16"), (0, "bf16")])

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from dreamlip_train import cli
-from dreamlip_train.checkpoint import export
-from dreamlip_train.checkpoint.export import export_checkpoint
+from dreamlip_train.checkpoint.interoperability import export
+from dreamlip_train.checkpoint.interoperability.export import export_checkpoint
 from dreamlip_train.checkpoint.saving import save
 from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.checkpoint.weights import load_for_eval
@@ -214,7 +214,7 @@ def test_models_transformers_does_not_know_are_refused(tmp_path, changes, messag
 
 
 def test_a_wrong_translation_is_found_and_leaves_nothing(run, tmp_path, monkeypatch):
-    from dreamlip_train.checkpoint import hf_clip
+    from dreamlip_train.checkpoint.interoperability import hf_clip
 
     monkeypatch.setitem(hf_clip._IN_BLOCK, "ln_1", "layer_norm2")
     monkeypatch.setitem(hf_clip._IN_BLOCK, "ln_2", "layer_norm1")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreamlip_train import cli
-from dreamlip_train.checkpoint.import_weights import import_weights
+from dreamlip_train.checkpoint.interoperability.import_weights import import_weights
 from dreamlip_train.checkpoint.weights import load_for_eval
 
 NAME = "ViT-S-32-alt"
@@ -22,7 +22,7 @@ def sources(tmp_path_factory):
     """
     from safetensors.torch import save_file
 
-    from dreamlip_train.checkpoint.export import export_checkpoint
+    from dreamlip_train.checkpoint.interoperability.export import export_checkpoint
 
     folder = tmp_path_factory.mktemp("sources")
     state = open_clip.create_model(NAME).state_dict()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamlip_train.checkpoint.torchscript import is_torchscript, read_torchscript
+from dreamlip_train.checkpoint.interoperability.torchscript import is_torchscript, read_torchscript
 from dreamlip_train.jobs.user_error import UserError
 
 

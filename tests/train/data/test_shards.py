@@ -14,10 +14,10 @@ from shard_files import jpeg, sample, tokenize, write_index, write_shards, write
 
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
-from dreamlip_train.data.manifest import count_samples
 from dreamlip_train.data.samples import BadSample, prepare_sample
-from dreamlip_train.data.shard_names import list_shards, shard_ids
-from dreamlip_train.data.shards import Oversized, ShardError, image_of, read_shard
+from dreamlip_train.data.shards.manifest import count_samples
+from dreamlip_train.data.shards.shard_names import list_shards, shard_ids
+from dreamlip_train.data.shards.shards import Oversized, ShardError, image_of, read_shard
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 

@@ -10,10 +10,11 @@ import torch
 from planted import GRID, PlantedModel, planted_sample
 
 from dreamlip_train.config.schema import DataConfig, EvalConfig
-from dreamlip_train.evaluation import held_out, recall
+from dreamlip_train.evaluation import held_out
 from dreamlip_train.evaluation.held_out import evaluate, format_report
-from dreamlip_train.evaluation.localization import localization, mask_to_regions
-from dreamlip_train.evaluation.recall import retrieval, retrieval_chance
+from dreamlip_train.evaluation.retrieval import recall
+from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
+from dreamlip_train.evaluation.segmentation.localization import localization, mask_to_regions
 
 
 def unit(*shape, seed=0):

@@ -13,8 +13,8 @@ from tiny import tiny_model
 
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.evaluation.class_prompts import class_features, read_classes, read_templates
-from dreamlip_train.evaluation.multi_label import (
+from dreamlip_train.evaluation.classification.class_prompts import class_features, read_classes, read_templates
+from dreamlip_train.evaluation.classification.multi_label import (
     average_precision,
     evaluate_multi_label,
     format_multi_label,

@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from dreamlip_train import cli
 from dreamlip_train.data.images import decode_image, resize_center_crop
-from dreamlip_train.evaluation.retrieval_sets import evaluate_retrieval, format_retrieval, read_set
+from dreamlip_train.evaluation.retrieval.retrieval_sets import evaluate_retrieval, format_retrieval, read_set
 from dreamlip_train.model.build import build_model
 
 COUNT = 24

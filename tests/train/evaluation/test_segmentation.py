@@ -13,7 +13,7 @@ from torch import nn
 
 from dreamlip_train import cli
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.evaluation.segmentation import (
+from dreamlip_train.evaluation.segmentation.segmentation import (
     confusion,
     evaluate_segmentation,
     format_segmentation,
@@ -22,7 +22,7 @@ from dreamlip_train.evaluation.segmentation import (
     similarity_map,
     window_starts,
 )
-from dreamlip_train.evaluation.segmentation_sets import LAYOUTS, Layout, read_label_map, read_segmentation
+from dreamlip_train.evaluation.segmentation.segmentation_sets import LAYOUTS, Layout, read_label_map, read_segmentation
 from dreamlip_train.model.build import build_model
 
 THREE = Layout("images", "labels", "", ("red", "green", "blue"))

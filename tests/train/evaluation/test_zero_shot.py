@@ -14,9 +14,9 @@ from tiny import clean_environment
 from dreamlip_train import cli
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
-from dreamlip_train.evaluation.class_folders import class_folder
+from dreamlip_train.evaluation.classification.class_folders import class_folder
+from dreamlip_train.evaluation.classification.zero_shot import DATASETS, evaluate_zero_shot, format_zero_shot
 from dreamlip_train.evaluation.paper import paper_table, zero_shot_rows
-from dreamlip_train.evaluation.zero_shot import DATASETS, evaluate_zero_shot, format_zero_shot
 from dreamlip_train.model.build import build_model
 
 pytest.importorskip("clip_benchmark", reason="the benchmark extra is not installed")
@@ -121,7 +121,8 @@ def test_without_clip_benchmark_it_says_what_to_install(monkeypatch):
 def test_a_folder_of_images_by_class_works_for_every_set(weights, tmp_path, monkeypatch, names):
     """By the classes' names in any order, or by folders that sort as the list does."""
     monkeypatch.setattr(
-        "dreamlip_train.evaluation.class_folders._known", lambda kind, _: CLASSES if "names" in kind else []
+        "dreamlip_train.evaluation.classification.class_folders._known",
+        lambda kind, _: CLASSES if "names" in kind else [],
     )
     for i in range(COUNT):
         folder = tmp_path / "sets" / "made" / names[i % 6].replace(" ", "_")
@@ -144,7 +145,7 @@ def test_the_papers_tables_are_shipped():
 
 def test_other_folders_of_images_are_not_taken_for_classes(tmp_path, monkeypatch):
     """Several sets may lie under one root; one folder that is no class among those that are is an error."""
-    monkeypatch.setattr("dreamlip_train.evaluation.class_folders._known", lambda *_: CLASSES)
+    monkeypatch.setattr("dreamlip_train.evaluation.classification.class_folders._known", lambda *_: CLASSES)
     for name in ("screenshots", "notes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(jpeg(1))

@@ -18,10 +18,10 @@ from chat_server import ChatServer
 from shard_files import jpeg, write_tar
 from tiny import clean_environment
 
-from dreamlip_train.data.shards import read_shard
-from dreamlip_train.prepare.join import join_captions
+from dreamlip_train.data.shards.shards import read_shard
+from dreamlip_train.prepare.join.join import join_captions
 from dreamlip_train.prepare.options import RecaptionOptions
-from dreamlip_train.prepare.recaption import recaption_shards
+from dreamlip_train.prepare.recaption.recaption import recaption_shards
 
 
 def free_port() -> int:

@@ -38,7 +38,7 @@ def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
     """A ``zip(strict=True)`` whose last frame was ours counted as the user's fault."""
 
     def command(arguments, program):
-        from dreamlip_train.data.shards import record_of
+        from dreamlip_train.data.shards.shards import record_of
 
         record_of({"json": b"[]"})
 

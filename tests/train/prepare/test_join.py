@@ -22,9 +22,9 @@ from dreamlip_train import cli
 from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
-from dreamlip_train.data.shards import read_shard
+from dreamlip_train.data.shards.shards import read_shard
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare.join import join_captions
+from dreamlip_train.prepare.join.join import join_captions
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
 
 COLUMNS = ["raw_caption", "shortSV_captions", "longSV_captions"]

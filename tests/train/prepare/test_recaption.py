@@ -19,13 +19,13 @@ from tiny import clean_environment
 from tiny_llava import save_tiny_llava
 
 from dreamlip_train import cli
-from dreamlip_train.data.shards import read_shard
+from dreamlip_train.data.shards.shards import read_shard
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.jobs.work_claims import Claims
-from dreamlip_train.prepare import captioners, endpoint
-from dreamlip_train.prepare.captioners import caption_text
 from dreamlip_train.prepare.options import RecaptionOptions
-from dreamlip_train.prepare.recaption import recaption_shards
+from dreamlip_train.prepare.recaption import captioners, endpoint
+from dreamlip_train.prepare.recaption.captioners import caption_text
+from dreamlip_train.prepare.recaption.recaption import recaption_shards
 
 PER_SHARD = 8
 
@@ -135,7 +135,7 @@ def test_a_picture_that_always_fails_is_recorded_and_keeps_its_place(tmp_path, s
 
 
 def test_a_server_that_is_down_stops_the_run_and_no_shard_is_called_done(tmp_path, shards, monkeypatch):
-    monkeypatch.setattr("dreamlip_train.prepare.recaption._JUDGED_AFTER", 6)
+    monkeypatch.setattr("dreamlip_train.prepare.recaption.recaption._JUDGED_AFTER", 6)
     with (
         ChatServer(lambda attempt, image: "500") as server,
         pytest.raises(RuntimeError, match=r"--max-bad-fraction: 8 of 8 .*InternalServerError"),

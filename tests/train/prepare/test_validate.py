@@ -12,7 +12,7 @@ from shard_files import jpeg, sample, write_tar
 
 from dreamlip_train import cli
 from dreamlip_train.captions.statistics import percentile
-from dreamlip_train.data.shards import read_shard
+from dreamlip_train.data.shards.shards import read_shard
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.validate import validate_shards
 from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms

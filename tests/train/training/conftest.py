@@ -6,7 +6,7 @@ from tiny import STEPS, batch, tiny_config
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.model.build import build_model
-from dreamlip_train.training.optimizer import learning_rate, parameter_groups
+from dreamlip_train.training.engine.optimizer import learning_rate, parameter_groups
 
 
 @pytest.fixture(scope="module")

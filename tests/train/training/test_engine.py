@@ -12,9 +12,9 @@ from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.config.run_schema import DeepSpeedConfig, OptimConfig
 from dreamlip_train.config.schema import Config
 from dreamlip_train.model.build import build_model
-from dreamlip_train.training.deepspeed_config import check_deepspeed_config, deepspeed_config
-from dreamlip_train.training.engine import evaluation_model
-from dreamlip_train.training.optimizer import learning_rate, parameter_groups
+from dreamlip_train.training.engine.deepspeed_config import check_deepspeed_config, deepspeed_config
+from dreamlip_train.training.engine.engine import evaluation_model
+from dreamlip_train.training.engine.optimizer import learning_rate, parameter_groups
 from dreamlip_train.training.step import move_batch, train_step
 
 

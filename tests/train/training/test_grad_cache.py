@@ -11,8 +11,8 @@ from tiny import GLOBAL_BATCH, STEPS, TOWERS, batch, tiny_config, tiny_engine, t
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.model.build import build_model
+from dreamlip_train.training.engine.optimizer import learning_rate
 from dreamlip_train.training.grad_cache import _features, cached_train_step, split_batch
-from dreamlip_train.training.optimizer import learning_rate
 from dreamlip_train.training.step import move_batch, train_step
 
 LOSSES = {

@@ -15,7 +15,7 @@ from dreamlip_train.checkpoint.saving import save
 from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.model.build import build_model
 from dreamlip_train.training.distributed import init_distributed
-from dreamlip_train.training.engine import build_engine
+from dreamlip_train.training.engine.engine import build_engine
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
 

@@ -18,8 +18,8 @@ from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.weight_average import WeightAverage
-from dreamlip_train.training.deepspeed_config import deepspeed_config
-from dreamlip_train.training.optimizer import freeze_towers, parameter_groups
+from dreamlip_train.training.engine.deepspeed_config import deepspeed_config
+from dreamlip_train.training.engine.optimizer import freeze_towers, parameter_groups
 
 
 def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resized: bool = False) -> Any:

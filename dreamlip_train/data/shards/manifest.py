@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.data.shard_names import Shard, local_folder, open_shard, scheme_of
-from dreamlip_train.data.shards import ShardError, image_of, read_shard
+from dreamlip_train.data.shards.shard_names import Shard, local_folder, open_shard, scheme_of
+from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.user_error import UserError
 

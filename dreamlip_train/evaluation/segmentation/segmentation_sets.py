@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dreamlip_train.data.images import ImageError, decode_labels
-from dreamlip_train.evaluation.class_prompts import read_classes
+from dreamlip_train.evaluation.classification.class_prompts import read_classes
 from dreamlip_train.jobs.user_error import UserError
 
 IGNORED = 255

@@ -24,7 +24,7 @@ os.environ.setdefault("WDS_SECURE", "1")
 
 from webdataset.tariterators import base_plus_ext
 
-from dreamlip_train.data.shard_names import open_shard
+from dreamlip_train.data.shards.shard_names import open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 256 * 2**20

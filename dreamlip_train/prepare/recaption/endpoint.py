@@ -15,7 +15,7 @@ from typing import Any
 
 from dreamlip_train.data.images import decode_image, media_type
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare.captioners import Answer, Prompt, caption_text
+from dreamlip_train.prepare.recaption.captioners import Answer, Prompt, caption_text
 
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0

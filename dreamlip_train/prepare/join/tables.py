@@ -18,7 +18,7 @@ from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.captions.table import SUFFIXES, read_rows
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare.join_match import ROWS_PER_GROUP
+from dreamlip_train.prepare.join.match import ROWS_PER_GROUP
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
 
 NORMAL = {"url": normal_url, "path": normal_path}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
-from dreamlip_train.evaluation.class_prompts import class_features
+from dreamlip_train.evaluation.classification.class_prompts import class_features
 from dreamlip_train.evaluation.held_out import eval_mode
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError

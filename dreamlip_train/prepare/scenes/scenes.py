@@ -23,7 +23,7 @@ from PIL import Image
 
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare import scene_painting as painting
+from dreamlip_train.prepare.scenes import painting
 
 Split = Literal["train", "val"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamlip_train.checkpoint.hf_clip import open_clip_config, open_clip_weights
-from dreamlip_train.checkpoint.torchscript import is_torchscript, read_torchscript
+from dreamlip_train.checkpoint.interoperability.hf_clip import open_clip_config, open_clip_weights
+from dreamlip_train.checkpoint.interoperability.torchscript import is_torchscript, read_torchscript
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model, known_models

@@ -18,20 +18,20 @@ from typing import Any
 
 from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import Statistics
-from dreamlip_train.data.manifest import MANIFEST
-from dreamlip_train.data.shard_names import list_shards
-from dreamlip_train.data.shard_writer import ShardWriter
-from dreamlip_train.data.shards import ShardError, image_of, read_shard, record_of
+from dreamlip_train.data.shards.manifest import MANIFEST
+from dreamlip_train.data.shards.shard_names import list_shards
+from dreamlip_train.data.shards.shard_writer import ShardWriter
+from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import RunError, UserError
 from dreamlip_train.jobs.work_claims import Claims
-from dreamlip_train.prepare.captioners import Answer, LocalModel, Prompt
-from dreamlip_train.prepare.endpoint import Endpoint
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.output_names import require_distinct_names
+from dreamlip_train.prepare.recaption.captioners import Answer, LocalModel, Prompt
+from dreamlip_train.prepare.recaption.endpoint import Endpoint
 
 STATE = ".recaption"
 _JUDGED_AFTER = 50  # pictures asked about before max_bad_fraction can stop a run

@@ -21,16 +21,16 @@ from typing import Any
 
 from dreamlip_train.captions.cells import IMAGE_COLUMN
 from dreamlip_train.captions.statistics import Statistics
-from dreamlip_train.data.manifest import MANIFEST
-from dreamlip_train.data.shard_names import list_shards
+from dreamlip_train.data.shards.manifest import MANIFEST
+from dreamlip_train.data.shards.shard_names import list_shards
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.job_folder import claim_output
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import RunError, UserError
-from dreamlip_train.prepare.join_match import match
-from dreamlip_train.prepare.join_shards import index_shard, rewrite_shard
-from dreamlip_train.prepare.join_tables import NORMAL, check_table, find_tables, stage_table
+from dreamlip_train.prepare.join.match import match
+from dreamlip_train.prepare.join.shards import index_shard, rewrite_shard
+from dreamlip_train.prepare.join.tables import NORMAL, check_table, find_tables, stage_table
 from dreamlip_train.prepare.output_names import require_distinct_names, sole_writer
 
 STATE = ".join"

@@ -16,9 +16,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dreamlip_train.data.images import ImageError, decode_image
-from dreamlip_train.evaluation.class_prompts import class_features
+from dreamlip_train.evaluation.classification.class_prompts import class_features
 from dreamlip_train.evaluation.held_out import eval_mode
-from dreamlip_train.evaluation.segmentation_sets import IGNORED, Layout, Segmented, read_label_map
+from dreamlip_train.evaluation.segmentation.segmentation_sets import IGNORED, Layout, Segmented, read_label_map
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP

@@ -10,8 +10,8 @@ from typing import Any
 
 from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import Statistics
-from dreamlip_train.data.shard_writer import ShardWriter
-from dreamlip_train.data.shards import ShardError, image_of, read_shard, record_of
+from dreamlip_train.data.shards.shard_writer import ShardWriter
+from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard, record_of
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
 

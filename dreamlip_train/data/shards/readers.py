@@ -28,7 +28,7 @@ from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.epoch_plan import SampleRange
 from dreamlip_train.data.quarantine import BadCounts
 from dreamlip_train.data.samples import BadSample, prepare_sample
-from dreamlip_train.data.shards import ShardError, image_of, read_shard
+from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
 
 Tokenize = Callable[[list[str]], tuple[Tensor, int]]
 """B texts -> their tokens int64 [B, L], and how many were too long and lost their ends."""

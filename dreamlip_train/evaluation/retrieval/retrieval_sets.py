@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
-from dreamlip_train.data.shards import ShardError, image_of, read_shard
+from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
 from dreamlip_train.evaluation.held_out import eval_mode, retrieval, retrieval_chance
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError

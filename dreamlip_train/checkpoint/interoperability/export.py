@@ -20,8 +20,13 @@ from typing import Any, Literal
 import open_clip
 import torch
 
-from dreamlip_train.checkpoint.export_check import PROBE_TEXTS, consumer_features, probe_picture
-from dreamlip_train.checkpoint.hf_clip import clip_config, clip_state_dict, processor_config, write_tokenizer
+from dreamlip_train.checkpoint.interoperability.export_check import PROBE_TEXTS, consumer_features, probe_picture
+from dreamlip_train.checkpoint.interoperability.hf_clip import (
+    clip_config,
+    clip_state_dict,
+    processor_config,
+    write_tokenizer,
+)
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.jobs.atomic_json import write_json

@@ -1,0 +1,1 @@
+"""A made data set with known answers: painted scenes, their captions, and where each named object lies."""

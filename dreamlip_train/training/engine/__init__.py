@@ -1,0 +1,1 @@
+"""The one place that knows DeepSpeed: its configuration, its engine, and the parameter groups."""
