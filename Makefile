@@ -91,8 +91,8 @@ gpu-build:
 
 # CUDA's tests first: Triton compiles for minutes.
 gpu-test: gpu-build
-	-$(STEP) tests_cuda 110 $(PYTEST_GPU) tests/kernels/test_*_gpu.py -k cuda
-	-$(STEP) tests_triton 180 $(PYTEST_GPU) tests/kernels/test_*_gpu.py -k "not cuda"
+	-$(STEP) tests_cuda 110 $(PYTEST_GPU) tests/kernels/*/test_*_gpu.py -k cuda
+	-$(STEP) tests_triton 180 $(PYTEST_GPU) tests/kernels/*/test_*_gpu.py -k "not cuda"
 	-$(STEP) tests_train 50 python3 -m pytest -m gpu tests/train/*/test_*_gpu.py
 	! grep '^=== .* failed' $(OUT)/log.txt
 
@@ -108,9 +108,9 @@ gpu-contrast: gpu-build
 gpu-rest: gpu-build
 	for name in grouping:30 train_step:50 pipeline:15; do \
 		$(STEP) $${name%:*} $$(($${name#*:} + 30)) python3 -m pytest benchmarks/bench_$${name%:*}.py --budget $${name#*:} --benchmark-only --benchmark-json=$(OUT)/$${name%:*}.json; done; true
-	-$(STEP) small_tests 60 python3 -m pytest tests/kernels/test_*_gpu.py -m sanitizer -n 12
+	-$(STEP) small_tests 60 python3 -m pytest tests/kernels/*/test_*_gpu.py -m sanitizer -n 12
 	-for tool in memcheck racecheck; do \
-		$(STEP) $$tool 65 compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/kernels/test_*_gpu.py -m sanitizer -x; done
+		$(STEP) $$tool 65 compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/kernels/*/test_*_gpu.py -m sanitizer -x; done
 	! grep '^=== .* failed' $(OUT)/log.txt
 
 # The paper's ablations on the built-in scenes: a night on two CPU cores; eight runs at a time on a machine with a GPU.

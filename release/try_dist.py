@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+PYTHON_PATH = "pythonpath=tests/support tests/support/kernels"
 CHECK = """
 import dreamlip_kernels as dk, torch
 from dreamlip_kernels.backends import extension
@@ -61,10 +62,9 @@ def main(dist: Path) -> None:
         subprocess.run(
             [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", source], check=True, env=clean
         )
-        tests = ["tests/kernels/test_losses.py", "tests/kernels/test_reference.py", "tests/kernels/test_grouping.py"]
-        subprocess.run(
-            [python, "-m", "pytest", "-q", "-o", "pythonpath=tests/support", *tests], check=True, cwd=source, env=clean
-        )
+        names = ["test_losses.py", "test_reference.py", "grouping/test_grouping.py"]
+        tests = [f"tests/kernels/{name}" for name in names]
+        subprocess.run([python, "-m", "pytest", "-q", "-o", PYTHON_PATH, *tests], check=True, cwd=source, env=clean)
     print(f"{wheels[-1].name} and {archives[-1].name} work")
 
 

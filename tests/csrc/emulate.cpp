@@ -1,4 +1,4 @@
-// csrc/patch_pool.cuh compiled for the CPU, for tests/kernels/test_cuda_emulated.py: the kernels' own code,
+// csrc/patch_pool.cuh compiled for the CPU, for tests/kernels/grouping/test_cuda_emulated.py: the kernels' own code,
 // a block after the other.
 #define DREAMLIP_EMULATE
 #include "patch_pool.cuh"

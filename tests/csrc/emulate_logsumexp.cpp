@@ -1,4 +1,4 @@
-// csrc/logsumexp.cuh and csrc/logsumexp_gradient.cuh compiled for the CPU: tests/support/emulated_logsumexp.py calls
+// csrc/logsumexp.cuh and csrc/logsumexp_gradient.cuh compiled for the CPU: tests/support/kernels/emulated_logsumexp.py calls
 // these in place of the launches of csrc/logsumexp.cu, with the same arguments.
 #define DREAMLIP_EMULATE
 #include "logsumexp_gradient.cuh"

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(code: str, **environment: str) -> str:
     """What a fresh Python prints."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"} | environment
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support/kernels'}"} | environment
     return subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=250
     ).stdout

@@ -24,7 +24,7 @@ from .sigmoid_pairs_kernels import sigmoid_tile
 from .sigmoid_pairs_torch import Pairs, kept
 
 # By bytes of an operand's element and compute capability's major: without spills, two or three programs on a processor,
-# so that one's exponentials run beside another's products (tests/kernels/test_sigmoid_compiled.py). None timed.
+# so that one's exponentials run beside another's products (tests/kernels/sigmoid/test_sigmoid_compiled.py). None timed.
 BLOCKS = {
     (2, 8): Blocks(64, 128, 32, 4, 3),
     (2, 9): Blocks(128, 64, 64, 4, 3),

@@ -1,6 +1,6 @@
 """The grouping's compiled code, executed, Triton's and csrc's:
 pooled, d_patches and d_texts against the float64 oracle, by the rule of all backends
-(tests/support/numerics.py: at most twice the error of plain torch)."""
+(tests/support/kernels/numerics.py: at most twice the error of plain torch)."""
 
 import pytest
 import torch

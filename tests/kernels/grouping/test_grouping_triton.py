@@ -19,9 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def where_it_runs():
     if torch.cuda.is_available():
-        pytest.skip(
-            "with a CUDA device the kernels are compiled, and tests/kernels/test_grouping_gpu.py runs them there"
-        )
+        pytest.skip("with a CUDA device the kernels are compiled, and test_grouping_gpu.py runs them there")
 
 
 def both(**options):

@@ -1,7 +1,8 @@
 """csrc/logsumexp.cuh on the CPU: the ops of csrc/logsumexp.cu with every thread of a block a fiber
 (tests/csrc/emulate.h).
 
-What tests/kernels/test_logsumexp_emulated.py runs the kernels by; it needs g++ and CUDA's headers, no nvcc and no GPU.
+What tests/kernels/contrastive/test_logsumexp_emulated.py runs the kernels by; it needs g++
+and CUDA's headers, no nvcc and no GPU.
 """
 
 import ctypes
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _TOOLKITS = [
     os.environ.get("CUDA_HOME", ""),
     "/usr/local/cuda",

@@ -2,7 +2,7 @@
 against the oracle (tests/csrc/emulate.h).
 
 It shows that indices, fragments, waits and barriers fit together; what only a device can show is in
-tests/kernels/test_grouping_gpu.py.
+tests/kernels/grouping/test_grouping_gpu.py.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from patch_cases import compare, region_like
 
 from dreamlip_kernels import reference
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOOLKITS = [
     os.environ.get("CUDA_HOME", ""),
     "/usr/local/cuda",
