@@ -159,15 +159,9 @@ def subcaption_grouping_loss(
     with without_autocast(text_features.device):
         pooled, text = unit(pooled.to(scale.dtype)), unit(text_features.to(scale.dtype))
         if contrast == "image":
-            over_texts, over_groups = _within_image(pooled, text, scale, text_mask)
-            pos = scale * (pooled * text).sum(-1)
+            over_texts, over_groups, pos = _within_image(pooled, text, scale, text_mask)
         else:
-            # Every group is an image with one caption; the positives come from the op, in which they cancel unrounded.
-            flat = None if text_mask is None else text_mask.reshape(1, n * k)
-            flat_row = None if flat is None else flat[0]
-            groups, captions = pooled.flatten(0, 1), text.reshape(1, n * k, d)
-            each = gathered_logsumexp(groups, captions, scale, flat_row, flat, chosen, group)
-            over_texts, over_groups, pos = (v.reshape(n, k) for v in each)
+            over_texts, over_groups, pos = _over_the_batch(pooled, text, scale, text_mask, chosen, group)
         pair = over_groups - pos
         if direction == "both":
             pair = (pair + over_texts - pos) / 2
@@ -176,14 +170,30 @@ def subcaption_grouping_loss(
         return global_mean(pair, text_mask, group)
 
 
-def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over texts and over groups of each image's own [K, K] logits: two [n, K], any value where masked."""
+def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp over texts and over groups of each image's own [K, K] logits, and their diagonal: three [n, K],
+    any value where masked.
+    """
     z = scale * pooled @ text.mT
     if mask is not None:
         # A masked slot meets only itself: its own row and column stay finite, nobody else's sees it.
         alone = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
         z = z.masked_fill(~((mask[:, :, None] & mask[:, None, :]) | alone), -torch.inf)
-    return z.logsumexp(2), z.logsumexp(1)
+    return z.logsumexp(2), z.logsumexp(1), scale * (pooled * text).sum(-1)
+
+
+def _over_the_batch(
+    pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | None, backend: str, group: Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three over the texts and groups of every image in the world. Every group is an image with one caption;
+    the positives come from the op, in which they cancel unrounded.
+    """
+    n, k, d = text.shape
+    flat = None if mask is None else mask.reshape(1, n * k)
+    flat_row = None if flat is None else flat[0]
+    groups, captions = pooled.flatten(0, 1), text.reshape(1, n * k, d)
+    over_texts, over_groups, pos = gathered_logsumexp(groups, captions, scale, flat_row, flat, backend, group)
+    return over_texts.reshape(n, k), over_groups.reshape(n, k), pos.reshape(n, k)
 
 
 def _check(fn, patch_features, text_features, threshold, normalization, patch_mask) -> None:

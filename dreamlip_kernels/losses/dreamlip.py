@@ -1,0 +1,131 @@
+"""DreamLIP's whole objective as a module: the weighted sum of contrast and grouping."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from ..backends import dispatch
+from ..checks import check_choice
+from ..distributed.collectives import Group
+from .arguments import ClipLossArguments
+from .contrastive import MultiPositiveContrastiveLoss
+from .grouping import SubcaptionGroupingLoss
+from .sigmoid import MultiPositiveSigmoidLoss
+
+
+class DreamLIPLoss(ClipLossArguments):
+    """``mpcl_weight * multi-positive contrast + grouping_weight * sub-caption grouping``, docs/math.md eq. 18.
+
+    Takes ClipLoss's positional arguments and, by keyword, the options of both functions;
+    threshold, normalization, contrast and direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss
+    as the contrast, where negatives and positives have no meaning. ``contrastive_backend`` and ``grouping_backend``
+    name the backend of each op; ``backend`` is the shorthand for both, which applies where an op has it ("cuda" and
+    "cpp" choose the pooling and leave the contrast at "auto").
+    """
+
+    def __init__(
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+        *,
+        mpcl_weight: float = 1.0,
+        grouping_weight: float = 1.0,
+        negatives: str = "slot",
+        positives: str = "mean",
+        pairs: str = "softmax",
+        threshold: float | None = None,
+        normalization: str = "minmax",
+        contrast: str = "image",
+        direction: str = "both",
+        group: Group = None,
+        backend: str = "auto",
+        contrastive_backend: str | None = None,
+        grouping_backend: str | None = None,
+    ):
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
+        if mpcl_weight < 0 or grouping_weight < 0 or mpcl_weight + grouping_weight == 0:
+            raise ValueError(
+                "DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, "
+                f"got {mpcl_weight} and {grouping_weight}"
+            )
+        self.mpcl_weight, self.grouping_weight = mpcl_weight, grouping_weight
+        check_choice("DreamLIPLoss", "pairs", pairs, ("softmax", "sigmoid"))
+        if pairs == "sigmoid" and (negatives, positives) != ("slot", "mean"):
+            raise ValueError(
+                f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with "
+                "pairs='sigmoid'; leave them out"
+            )
+        op = "sigmoid_pairs" if pairs == "sigmoid" else "bidirectional_logsumexp"
+        of_pairs = dispatch.requested("DreamLIPLoss", op, contrastive_backend, backend)
+        self.contrastive = (
+            MultiPositiveSigmoidLoss(group=group, backend=of_pairs)
+            if pairs == "sigmoid"
+            else MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=of_pairs)
+        )
+        self.grouping = SubcaptionGroupingLoss(
+            threshold=threshold,
+            normalization=normalization,
+            contrast=contrast,
+            direction=direction,
+            group=group,
+            backend=backend,
+            grouping_backend=grouping_backend,
+            contrastive_backend=contrastive_backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"mpcl_weight={self.mpcl_weight}, grouping_weight={self.grouping_weight}"
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        patch_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        logit_scale_local: Tensor | float | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The weighted total, or its weighted terms {"contrastive_loss", "grouping_loss"}, which open_clip's loop sums.
+
+        Args:
+            image_features: [N, D].  text_features: [N, K, D] or [N, D].  image_mask: [N] and text_mask: [N, K] bool.
+            patch_features: [N, P, D], projected to D; without them there is no grouping term (said once as a warning).
+            patch_mask: [N, P] bool.  logit_scale_local: the grouping term's multiplier; None takes logit_scale.
+            logit_bias: added to the logits of pairs="sigmoid"; without effect in a softmax, where it cancels.
+        """
+        if text_features.ndim == 2:
+            text_features = text_features[:, None]
+        terms = {}
+        if self.mpcl_weight > 0:
+            terms["contrastive_loss"] = self.mpcl_weight * self.contrastive(
+                image_features, text_features, logit_scale, logit_bias, image_mask=image_mask, text_mask=text_mask
+            )
+        if self.grouping_weight > 0 and patch_features is not None:
+            scale = logit_scale if logit_scale_local is None else logit_scale_local
+            terms["grouping_loss"] = self.grouping_weight * self.grouping(
+                patch_features, text_features, scale, image_mask=image_mask, text_mask=text_mask, patch_mask=patch_mask
+            )
+        elif self.grouping_weight > 0:
+            if not terms:
+                raise ValueError(
+                    "DreamLIPLoss: patch_features is None and mpcl_weight is 0, so there is no loss; "
+                    "pass patch_features [N, P, D]"
+                )
+            warnings.warn(
+                "DreamLIPLoss: no patch_features were passed, so the grouping term is off; pass patch_features=[N, P, "
+                "D], "
+                "or grouping_weight=0 if that is meant",
+                stacklevel=2,
+            )
+        return terms if output_dict else sum(terms.values())

@@ -1,0 +1,76 @@
+"""The sub-caption grouping loss as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import dispatch
+from ..distributed.collectives import Group
+from ..grouping import check_contrast, check_pooling, subcaption_grouping_loss
+from .arguments import ClipLossArguments
+
+
+class SubcaptionGroupingLoss(ClipLossArguments):
+    """``subcaption_grouping_loss`` as a module; takes ClipLoss's positional arguments and the function's options by
+    keyword.
+    """
+
+    def __init__(
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+        *,
+        threshold: float | None = None,
+        normalization: str = "minmax",
+        contrast: str = "image",
+        direction: str = "both",
+        group: Group = None,
+        backend: str = "auto",
+        grouping_backend: str | None = None,
+        contrastive_backend: str | None = None,
+    ):
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
+        name = type(self).__name__
+        check_pooling(name, threshold, normalization)
+        check_contrast(name, contrast, direction)
+        self.options = dict(
+            threshold=threshold,
+            normalization=normalization,
+            contrast=contrast,
+            direction=direction,
+            grouping_backend=dispatch.requested(name, "group_patches", grouping_backend, backend),
+            contrastive_backend=dispatch.requested(name, "bidirectional_logsumexp", contrastive_backend, backend),
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def forward(
+        self,
+        patch_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: bool = False,
+        *,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """patch_features [N,P,D], text_features [N,K,D], masks [N], [N,K] and [N,P] bool -> scalar,
+        or {"grouping_loss": scalar}.
+        """
+        loss = subcaption_grouping_loss(
+            patch_features,
+            text_features,
+            logit_scale,
+            image_mask=image_mask,
+            text_mask=text_mask,
+            patch_mask=patch_mask,
+            group=self.group,
+            **self.options,
+        )
+        return {"grouping_loss": loss} if output_dict else loss
