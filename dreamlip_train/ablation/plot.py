@@ -6,14 +6,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib import pyplot as plt
 
 from dreamlip_train.ablation.grid import VARIANTS
-from dreamlip_train.reporting.curves import COLORS, GRID, MUTED, STYLE
+from dreamlip_train.reporting.style import COLORS, GRID, MUTED, STYLE
 
 _PANELS = (
     ("long", "R@1, long caption\n(mean of its sentences)"),

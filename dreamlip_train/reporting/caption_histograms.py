@@ -95,12 +95,9 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
     """Two panels: the share of captions with each number of sub-captions, and with each number of tokens,
     one line a source.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from dreamlip_train.reporting.curves import COLORS, STYLE
+    from dreamlip_train.reporting.style import COLORS, STYLE
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

@@ -217,7 +217,7 @@ def _evaluations(run: Path) -> str:
 
 
 def _grouping(model: Any, config: Config) -> str:
-    from dreamlip_train.reporting.curves import plot_grouping
+    from dreamlip_train.reporting.grouping_figure import plot_grouping
 
     with tempfile.TemporaryDirectory() as folder:
         samples = val_samples(config.data, image_size=model.image_size)

@@ -54,7 +54,8 @@ def final_report(
 
 
 def _draw(model: DreamLIP, config: Config, run_dir: Path, log: RunLog) -> None:
-    from dreamlip_train.reporting.curves import plot_curves, plot_grouping
+    from dreamlip_train.reporting.curves import plot_curves
+    from dreamlip_train.reporting.grouping_figure import plot_grouping
 
     def grouping(path: Path) -> None:
         samples = val_samples(config.data, image_size=model.image_size)

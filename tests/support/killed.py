@@ -21,7 +21,8 @@ import torch
 from shard_files import write_shards
 from tiny import tiny_config
 
-import dreamlip_train.reporting.curves  # noqa: F401
+import dreamlip_train.reporting.curves
+import dreamlip_train.reporting.grouping_figure  # noqa: F401
 from dreamlip_train.checkpoint.files import complete_checkpoints
 from dreamlip_train.training.run import train
 

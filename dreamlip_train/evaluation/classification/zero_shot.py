@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dreamlip_train.data.images import resize_center_crop
 from dreamlip_train.evaluation.classification.class_folders import class_folder
@@ -23,6 +24,7 @@ from dreamlip_train.evaluation.paper import zero_shot_rows
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
+Transform = Callable[[Image.Image | Tensor], Tensor]
 DATASETS = (
     "food101",
     "cifar10",
@@ -86,7 +88,7 @@ def evaluate_zero_shot(
     with eval_mode(model):
         for name in datasets:
             try:
-                found[name] = _one(model, name, root, device, split, batch_size, workers)
+                found[name] = _evaluate_one(model, name, root, device, split, batch_size, workers)
             except Exception as error:  # clip_benchmark and the data sets' own readers raise anything
                 first_line = next(iter(str(error).strip().splitlines()), "")
                 found[name] = {"error": f"{type(error).__name__}: {first_line}"}
@@ -94,78 +96,86 @@ def evaluate_zero_shot(
     return found
 
 
-def _one(
+class _LabeledBatches:
+    """A loader's batches, their labels checked against the classes and their images counted."""
+
+    def __init__(self, loader: DataLoader[Any], classes: Sequence[str], folder: str) -> None:
+        self.loader, self.classes, self.folder = loader, classes, folder
+        self.dataset = loader.dataset  # clip_benchmark looks at it
+        self.images = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            if labels.ndim == 1 and int(labels.max()) >= len(self.classes):
+                raise UserError(
+                    f"label {int(labels.max())} but {len(self.classes)} classes in {self.folder}; "
+                    "the class list is another's"
+                )
+            self.images += len(images)
+            yield images, labels
+
+
+def _evaluate_one(
     model: DreamLIP, name: str, root: str, device: torch.device | str, split: str, batch_size: int, workers: int
 ) -> dict[str, Any]:
-    from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
     from clip_benchmark.metrics import zeroshot_classification
 
     plain = name.removeprefix("wds/")
     folder = root.format(dataset=plain, dataset_cleaned=plain.replace("/", "-"))
-    if name.startswith("wds/"):
-        needed = [
-            Path(folder) / member
-            for member in (f"{split}/nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt")
-        ]
-        missing = [path for path in needed if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"--root: no {missing[0]}; give a classification folder in clip_benchmark's webdataset layout"
-            )
-    counted = 0
 
     def picture(image: Image.Image | Tensor) -> Tensor:
         if isinstance(image, Image.Image):
             image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         return resize_center_crop(image, model.image_size)
 
-    by_class = None if name.startswith("wds/") else class_folder(folder, plain, split, picture)
-    if by_class is not None:
-        dataset = by_class
-    else:
-        with contextlib.redirect_stdout(io.StringIO()):
-            dataset = build_dataset(name, root=folder, transform=picture, split=split, task="zeroshot_classification")
     if name.startswith("wds/"):
-        loader = torch.utils.data.DataLoader(
-            dataset.batched(batch_size), batch_size=None, num_workers=min(workers, _shards(folder, split))
-        )
-        loader.dataset.classes = dataset.classes
+        loader, dataset = _open_webdataset(name, folder, split, picture, batch_size, workers)
     else:
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=None if by_class is not None else get_dataset_collate_fn(name),
-        )
-
-    class Counted:
-        """The loader, its labels checked against the classes and its images counted."""
-
-        def __init__(self) -> None:
-            self.dataset = loader.dataset
-
-        def __iter__(self) -> Any:
-            nonlocal counted
-            for images, labels in loader:
-                if labels.ndim == 1 and int(labels.max()) >= len(dataset.classes):
-                    raise UserError(
-                        f"label {int(labels.max())} but {len(dataset.classes)} classes in {folder}; "
-                        "the class list is another's"
-                    )
-                counted += len(images)
-                yield images, labels
-
+        loader, dataset = _open_images(name, folder, split, picture, batch_size, workers)
+    batches = _LabeledBatches(loader, dataset.classes, folder)
     metrics = zeroshot_classification.evaluate(  # it shows its own progress
-        ClipAdapter(model), Counted(), model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
+        ClipAdapter(model), batches, model.tokenize, dataset.classes, dataset.templates, str(device), amp=False
     )
     return {metric: 100 * float(value) for metric, value in metrics.items()} | {
-        "images": counted,
+        "images": batches.images,
         "classes": len(dataset.classes),
     }
 
 
-def _shards(folder: str, split: str) -> int:
-    return int((Path(folder) / split / "nshards.txt").read_text())
+def _open_webdataset(
+    name: str, folder: str, split: str, picture: Transform, batch_size: int, workers: int
+) -> tuple[DataLoader[Any], Any]:
+    """(loader, data set) of a folder of tar files in clip_benchmark's layout."""
+    members = (f"{split}/nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt")
+    missing = [path for member in members if not (path := Path(folder) / member).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"--root: no {missing[0]}; give a classification folder in clip_benchmark's webdataset layout"
+        )
+    dataset = _build(name, folder, split, picture)
+    shards = int((Path(folder) / members[0]).read_text())
+    loader = DataLoader(dataset.batched(batch_size), batch_size=None, num_workers=min(workers, shards))
+    loader.dataset.classes = dataset.classes
+    return loader, dataset
+
+
+def _open_images(
+    name: str, folder: str, split: str, picture: Transform, batch_size: int, workers: int
+) -> tuple[DataLoader[Any], Any]:
+    """(loader, data set) of a folder of images by class, else of what clip_benchmark reads or downloads."""
+    from clip_benchmark.datasets.builder import get_dataset_collate_fn
+
+    dataset, collate = class_folder(folder, name, split, picture), None
+    if dataset is None:
+        dataset, collate = _build(name, folder, split, picture), get_dataset_collate_fn(name)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate), dataset
+
+
+def _build(name: str, folder: str, split: str, picture: Transform) -> Any:
+    from clip_benchmark.datasets.builder import build_dataset
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return build_dataset(name, root=folder, transform=picture, split=split, task="zeroshot_classification")
 
 
 def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 from dreamlip_train.captions.columns import CAPTION_COLUMNS, LONG, split_sub_captions
 from dreamlip_train.prepare.folder import prepare_folder
 from dreamlip_train.prepare.scenes import painting as scene_painting
-from dreamlip_train.prepare.scenes.scenes import PLACES, prepare_scenes
+from dreamlip_train.prepare.scenes.scene import PLACES
+from dreamlip_train.prepare.scenes.scenes import prepare_scenes
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from PIL import Image
 from planted import PlantedModel, planted_sample
 
 from dreamlip_train import cli
-from dreamlip_train.reporting import curves
+from dreamlip_train.reporting import grouping_figure
 from dreamlip_train.reporting.caption_histograms import plot_histograms
-from dreamlip_train.reporting.curves import STYLE, plot_curves, plot_grouping, plot_runs
+from dreamlip_train.reporting.curves import plot_curves, plot_runs
+from dreamlip_train.reporting.grouping_figure import plot_grouping
+from dreamlip_train.reporting.style import STYLE
 
 
 def pixels(path):
@@ -103,7 +105,7 @@ def test_user_text_is_never_mathematics(tmp_path):
     sample = planted_sample(0, objects=2) | {"raw": hostile}
     sample["sentences"] = [hostile for _ in sample["sentences"]]
     with plt.rc_context(STYLE):
-        figure = curves._draw_rows([sample], [torch.full((2, 64), 1 / 64)], (8, 8))
+        figure = grouping_figure._draw_rows([sample], [torch.full((2, 64), 1 / 64)], (8, 8))
         figure.savefig(tmp_path / "grouping.png")
     for name in ("runs", "captions", "grouping"):
         assert pixels(tmp_path / f"{name}.png").std() > 1

@@ -1,0 +1,30 @@
+"""Colors and matplotlib settings that every figure shares."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+COLORS = ("#2563eb", "#e8590c", "#0f9d76", "#c2255c", "#7048e8")
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "text.parse_math": False,  # captions and names are text: a "$" in them is a dollar
+}
