@@ -81,7 +81,7 @@ def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dic
 def _record(sample: dict[str, Any]) -> dict[str, Any]:
     try:
         return record_of(sample)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadSample("unreadable captions", str(error)) from error
 
 

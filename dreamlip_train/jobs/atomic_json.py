@@ -1,23 +1,47 @@
-"""JSON files that are whole or absent, also when several processes write one at the same time."""
+"""JSON: files that are whole or absent, and texts of which every fault is a ValueError."""
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from dreamlip_train.jobs.atomic_file import atomic_write
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is
     there whole.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with atomic_write(path, shared=True) as partial:
         # A lone surrogate, of a file name or a caption, becomes the escape that JSON has for it.
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: it can't be read.  ValueError: it is no JSON.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, whose only error is ValueError: also where the text is nested too deep, or no UTF-8."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deep") from error
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one a line; what is none, as a line that a crash cut off, is passed over."""
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict):
+                yield record

@@ -1,4 +1,4 @@
-"""A folder that belongs to one job: started again the job goes on in it, and another one is refused instead of mixing
+"""A folder that belongs to one job: started again the job resumes in it, and another one is refused instead of mixing
 with it.
 """
 
@@ -6,28 +6,51 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.jobs.atomic_json import write_json
-from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.jobs.atomic_json import read_json, write_json
+from dreamlip_train.jobs.folder_lock import FolderLock
+from dreamlip_train.jobs.user_error import RunError, UserError
 
 
-def claim_output(output: Path, state: str, job: dict[str, Any], what: str, *, sole: bool = False) -> Path:
-    """Make ``output``/``state``, in which ``job`` is written down, or check that it is of the same job; return it.
+@contextmanager
+def job_folder(output: Path, state: str, job: dict[str, Any], what: str, *, shared: bool = False) -> Iterator[Path]:
+    """``output``/``state``, in which ``job`` is written down, for as long as this process works in it.
 
     Args:
         job: the inputs and settings that decide what is written, as json.
-        what: what the folder holds, for the message.
-        sole: nobody else works here, so the notes of another job that has written no shard yet give way: a command that
-            failed does not keep the folder from the corrected one.
+        what: what the folder holds if it is another job's, for the message.
+        shared: several processes work on the job. Else the folder is locked, and the notes of another job that has
+            written no shard yet give way: a command that failed does not keep the folder from the corrected one.
     Raises:
-        UserError: the folder is another job's, or has shards of unknown origin.
+        UserError: the folder can't be written, is in use or another job's, or has shards of unknown origin.
+        RunError: the disk is full, or fails otherwise.
     """
     folder = output / state
-    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not shared:
+                stack.enter_context(FolderLock(folder, "writing.lock", "--output"))
+        except OSError as error:
+            raise UserError(f"--output: cannot write into {str(output)!r}: {error.strerror or error}") from error
+        try:
+            _claim(output, folder, job, what, shared)
+            yield folder
+        except OSError as error:
+            free = shutil.disk_usage(output).free / 1e9
+            raise RunError(
+                f"--output: {error} ({free:.2f} GB free). What is finished is kept; make room and give the same "
+                "command again"
+            ) from error
+
+
+def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: bool) -> None:
     known, job = folder / "job.json", json.loads(json.dumps(job))
-    if sole and _is_of_another(known, job) and not any(output.glob("*.tar")):
+    if not shared and _is_of_another(known, job) and not any(output.glob("*.tar")):
         for path in folder.iterdir():
             if path.suffix != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -39,8 +62,7 @@ def claim_output(output: Path, state: str, job: dict[str, Any], what: str, *, so
         )
     if not known.exists():
         write_json(known, job)
-    return folder
 
 
 def _is_of_another(known: Path, job: dict[str, Any]) -> bool:
-    return known.exists() and json.loads(known.read_text(encoding="utf-8")) != job
+    return known.exists() and read_json(known) != job

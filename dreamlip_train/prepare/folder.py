@@ -4,14 +4,11 @@
     manifest.json
 
 Rows of a shard are fixed by their numbers, a shard appears under its name when it is whole, and its counts lie beside
-it: a run that was killed goes on with the shards that are missing, and the result is the same.
+it: a run that was killed resumes with the shards that are missing, and the result is the same.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -21,15 +18,14 @@ from dreamlip_train.captions.columns import caption_pool
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns, format_summary
 from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
 from dreamlip_train.data.images import ImageError, decode_image
-from dreamlip_train.data.shards.manifest import MANIFEST
-from dreamlip_train.data.shards.shard_writer import add_member
-from dreamlip_train.jobs.atomic_json import write_json
-from dreamlip_train.jobs.job_folder import claim_output
+from dreamlip_train.data.shards.manifest_writer import Manifest
+from dreamlip_train.data.shards.shard_writer import ShardWriter, json_member
+from dreamlip_train.jobs.finished import make_once
+from dreamlip_train.jobs.job_folder import job_folder
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.image_index import ImageIndex
-from dreamlip_train.prepare.output_names import sole_writer
 
 STATE = ".prepare"
 Row = tuple[int, dict[str, Any] | None, str]
@@ -66,37 +62,6 @@ def prepare_folder(
             raise UserError(f"{name}: no folder {str(folder)!r}")
     index = ImageIndex(images)
     index.pair(str(row[IMAGE_COLUMN]) for _, row, _ in read_rows(captions) if row and row.get(IMAGE_COLUMN))
-    with sole_writer(output, STATE):
-        state = _claim(output, captions, images, masks, shard_size)
-        writer = _ShardWriter(output, state, index, Path(masks) if masks else None, count_tokens)
-        total, shards = _write_all(writer, read_rows(captions), shard_size)
-    if not shards:
-        raise UserError(
-            f"--captions: no row of {str(captions)!r} gave a sample: {total.bad_summary() or 'it has no rows'}"
-        )
-    manifest = {"format": 1, **total.summary(), "shards": dict(sorted(shards.items()))}
-    write_json(output / MANIFEST, manifest)
-    print(format_summary(str(output), manifest))
-    return manifest
-
-
-def _write_all(
-    writer: _ShardWriter, rows: Iterator[Row], shard_size: int
-) -> tuple[Statistics, dict[str, dict[str, int]]]:
-    """Every shard; (what they hold, their manifest entries)."""
-    total, shards = Statistics(), {}
-    with Progress(f"prepare {writer.output}") as progress:
-        for name, state in map_bounded(writer.write, _by_shard(rows, shard_size)):
-            counts = Statistics(state)
-            total.merge(counts)
-            if counts.samples:
-                shards[name] = {"samples": counts.samples, "bytes": (writer.output / name).stat().st_size}
-            progress.update(f"{len(shards)} shards, {total.samples} samples, {total.bad_count} left out")
-    return total, shards
-
-
-def _claim(output: Path, captions: Path, images: Path, masks: str | Path | None, shard_size: int) -> Path:
-    """Make the output's state folder, or check that it is of the same job."""
     stat = captions.stat()
     job = {
         "captions": [str(captions.resolve()), stat.st_size, stat.st_mtime_ns],
@@ -104,7 +69,26 @@ def _claim(output: Path, captions: Path, images: Path, masks: str | Path | None,
         "masks": str(Path(masks).resolve()) if masks else None,
         "shard_size": shard_size,
     }
-    return claim_output(output, STATE, job, "shards of another table, folder or shard size", sole=True)
+    with job_folder(output, STATE, job, "shards of another table, folder or shard size") as state:
+        writer = _RowWriter(output, state, index, Path(masks) if masks else None, count_tokens)
+        manifest = _write_all(writer, read_rows(captions), shard_size)
+        if not manifest.shards:
+            why = manifest.total.bad_summary() or "it has no rows"
+            raise UserError(f"--captions: no row of {str(captions)!r} gave a sample: {why}")
+        content = manifest.write(output)
+    print(format_summary(str(output), content))
+    return content
+
+
+def _write_all(writer: _RowWriter, rows: Iterator[Row], shard_size: int) -> Manifest:
+    """Every shard."""
+    manifest = Manifest()
+    with Progress(f"prepare {writer.output}") as progress:
+        for name, note in map_bounded(writer.write, _by_shard(rows, shard_size)):
+            manifest.add(name, note)
+            total = manifest.total
+            progress.update(f"{len(manifest.shards)} shards, {total.samples} samples, {total.bad_count} left out")
+    return manifest
 
 
 def _by_shard(rows: Iterator[Row], shard_size: int) -> Iterator[tuple[str, list[Row]]]:
@@ -124,8 +108,8 @@ def _by_shard(rows: Iterator[Row], shard_size: int) -> Iterator[tuple[str, list[
         yield f"{shard:05d}.tar", list(group)
 
 
-class _ShardWriter:
-    """Writes shards; what is finished already is only counted."""
+class _RowWriter:
+    """Writes the rows of a shard; a shard that is finished is only counted."""
 
     def __init__(
         self, output: Path, state: Path, index: ImageIndex, masks: Path | None, count_tokens: CountTokens | None
@@ -133,56 +117,43 @@ class _ShardWriter:
         self.output, self.state, self.index, self.masks, self.count_tokens = output, state, index, masks, count_tokens
 
     def write(self, task: tuple[str, list[Row]]) -> tuple[str, dict[str, Any]]:
-        """Write one shard unless it is there; return its name and counts."""
+        """Write one shard unless it is there; return its name and what it holds."""
         name, rows = task
-        final, state = self.output / name, self.state / f"{name}.json"
-        if state.exists():
-            known = json.loads(state.read_text(encoding="utf-8"))
-            if final.exists() or not known["samples"]:
-                return name, known
-        counts = Statistics()
-        partial = final.with_name(name + ".partial")
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, row, wrong in rows:
-                self._add(tar, number, row, wrong, counts)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        write_json(state, counts.state)
-        if counts.samples:
-            os.replace(partial, final)
-        else:
-            partial.unlink()
-        return name, counts.state
+        file = self.output / name
+        return name, make_once(file, self.state / f"{name}.json", lambda: self._write(file, rows))
 
-    def _add(
-        self, tar: tarfile.TarFile, number: int, row: dict[str, Any] | None, wrong: str, counts: Statistics
-    ) -> None:
-        name = f"row {number}"
-        if row is None:
-            return counts.add_bad("duplicate image" if wrong.startswith("duplicate") else "malformed row", name, wrong)
+    def _write(self, file: Path, rows: list[Row]) -> dict[str, Any]:
+        counts = Statistics()
+        with ShardWriter(file) as writer:
+            for number, row, wrong in rows:
+                if row is None:
+                    reason = "duplicate image" if wrong.startswith("duplicate") else "malformed row"
+                    counts.add_bad(reason, f"row {number}", wrong)
+                elif (sample := self._sample(number, row, wrong, counts)) is not None:
+                    writer.add(sample)
+                    counts.add_sample(row, self.count_tokens, "mask.png" in sample)
+        return {"samples": counts.samples, "counts": counts.state}
+
+    def _sample(self, number: int, row: dict[str, Any], wrong: str, counts: Statistics) -> dict[str, Any] | None:
+        """A row's picture, json and mask as members of a shard; None where it has no captions or no whole picture."""
+        name, image = f"row {number}", str(row.get(IMAGE_COLUMN, ""))
         if wrong:
             counts.add_bad("table cell repaired or left out", name, wrong)
         for column in character_split_columns(row):
             counts.add_bad("caption stored as characters", name, column)
         if not caption_pool(row):
-            return counts.add_bad("no captions", name, str(row.get(IMAGE_COLUMN, "")))
+            return counts.add_bad("no captions", name, image)
         try:
-            path = self.index.find(str(row.get(IMAGE_COLUMN, "")))
+            path = self.index.find(image)
             data = (self.index.folder / path).read_bytes()
             decode_image(data)
         except (LookupError, OSError) as error:
             return counts.add_bad("image not found", name, str(error))
         except ImageError as error:
             return counts.add_bad("damaged image", name, f"{path}: {error}")
-        key = f"{number - 1:09d}"
         stem, extension = path.rsplit(".", 1)
-        add_member(tar, f"{key}.{extension.lower()}", data)
-        add_member(tar, f"{key}.json", json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace"))
-        mask = self._mask(PurePosixPath(stem).name)
-        if mask is not None:
-            add_member(tar, f"{key}.mask.png", mask)
-        counts.add_sample(row, self.count_tokens, mask is not None)
-
-    def _mask(self, stem: str) -> bytes | None:
-        path = None if self.masks is None else self.masks / f"{stem}.png"
-        return path.read_bytes() if path is not None and path.is_file() else None
+        sample = {"key": f"{number - 1:09d}", extension.lower(): data, "json": json_member(row)}
+        mask = None if self.masks is None else self.masks / f"{PurePosixPath(stem).name}.png"
+        if mask is not None and mask.is_file():
+            sample["mask.png"] = mask.read_bytes()
+        return sample

@@ -1,14 +1,13 @@
-"""What writers of shards make sure of: no two inputs become one file, and one process at a time writes a folder."""
+"""What writers of shards make sure of: no two inputs become one file, and no input is overwritten."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
+from dreamlip_train.data.shards.shard_names import local_folder
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -24,25 +23,14 @@ def require_distinct_names(shards: Sequence[str], field: str, advice: str) -> No
         raise UserError(f"{field}: two shards are both called {name!r} ({same[0]} and {same[1]}); {advice}")
 
 
-@contextmanager
-def sole_writer(output: Path, state: str) -> Iterator[None]:
-    """Held while a command writes into ``output``, on this machine; the system lets go when the process ends, however.
+def require_another_folder(shards: Sequence[str], output: Path, field: str) -> None:
+    """Copies do not replace the originals.
 
-    Args:
-        state: the folder below ``output`` that holds the command's notes.
     Raises:
-        UserError: another process holds it, or the folder can't be written.
+        UserError: ``output`` is the folder of some of the shards.
     """
-    try:
-        (output / state).mkdir(parents=True, exist_ok=True)
-        file = (output / state / "writing.lock").open("w")
-    except OSError as error:
-        raise UserError(f"--output: cannot write into {str(output)!r}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would keep
-        except OSError as error:
-            raise UserError(
-                f"--output: another process is writing into {str(output)!r}; wait for it, or give another folder"
-            ) from error
-        yield
+    folders = {folder.resolve() for shard in shards if (folder := local_folder(shard)) is not None}
+    if output.resolve() in folders:
+        raise UserError(
+            f"{field}: {str(output)!r} is the folder of the shards, which are not to be changed; give another"
+        )

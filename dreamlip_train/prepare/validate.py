@@ -4,11 +4,10 @@ manifest.json, and writes repaired copies.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,15 @@ from dreamlip_train.captions.columns import CAPTION_COLUMNS, caption_pool, is_ca
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.data.shards.manifest import MANIFEST
+from dreamlip_train.data.shards.manifest_writer import Manifest
 from dreamlip_train.data.shards.shard_names import list_shards, local_folder
-from dreamlip_train.data.shards.shard_writer import ShardWriter
+from dreamlip_train.data.shards.shard_writer import ShardWriter, json_member
 from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard, record_of
-from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.prepare.output_names import require_another_folder
+from dreamlip_train.prepare.shard_copy import samples_of
 
 
 def validate_shards(
@@ -48,82 +49,85 @@ def validate_shards(
         UserError: the pattern matches nothing, no sample of the shards is usable, or ``fix`` is their own folder.
     """
     shards = list_shards(pattern, allow_pipe=allow_pipe, field="PATTERN")
-    if fix and any(local_folder(shard) and local_folder(shard).resolve() == Path(fix).resolve() for shard in shards):
-        raise UserError(f"--fix: {fix!r} is the folder of the shards, which are not to be changed; give another")
-    if fix and len({os.path.dirname(shard) for shard in shards}) > 1:
+    if fix:
+        require_another_folder(shards, Path(fix), "--fix")
+    several = len({os.path.dirname(shard) for shard in shards}) > 1
+    if fix and several:
         raise UserError(
             f"--fix: {pattern!r} are shards of several folders, whose names and keys may coincide; one at a time"
         )
-    total, kinds = Statistics(), Counter()
-    folders: dict[str, tuple[Statistics, dict[str, Any]]] = defaultdict(lambda: (Statistics(), {}))
-    owner: dict[tuple[str, str], str] = {}
-    repeated: set[tuple[str, int]] = set()
+    whole, folders = Manifest(), defaultdict(Manifest)
+    kinds: Counter[tuple[str, str]] = Counter()
+    keys = _Keys()
     with Progress(f"validate {pattern}") as progress:
         checked = map_bounded(lambda shard: _check(shard, count_tokens, crop), shards)
-        for done, (shard, entry, state, keys, shard_kinds) in enumerate(checked, 1):
-            counts = Statistics(state)
+        for done, (shard, note, shard_keys, shard_kinds) in enumerate(checked, 1):
             kinds.update(shard_kinds)
-            folder = os.path.dirname(shard)
-            for position, key in enumerate(keys):  # two sets may count from the same number: a key is one set's own
-                if (folder, key) in owner:
-                    counts.add_bad("duplicate key", f"{shard}: {key}", f"also in {owner[folder, key]}")
-                    repeated.add((shard, position))
-                owner.setdefault((folder, key), shard)
-            total.merge(counts)
-            folder_counts, listed = folders[folder]
-            folder_counts.merge(counts)
-            listed[Path(shard).name] = entry
+            counts = Statistics(note["counts"])
+            keys.add(shard, shard_keys, counts)
+            note["counts"] = counts.state
+            folder, name = os.path.split(shard)
+            folders[folder].add(name, note)
+            whole.add(shard if several else name, note)
+            total = whole.total
             progress.update(f"{done} of {len(shards)} shards, {total.samples} samples, {total.bad_count} findings")
     for column in CAPTION_COLUMNS:
-        if kinds[column, "list"] and kinds[column, "string"]:
-            total.add_bad(
-                "lists and strings in one column",
-                column,
-                f"{kinds[column, 'list']} lists, {kinds[column, 'string']} strings",
-            )
+        lists, strings = kinds[column, "list"], kinds[column, "string"]
+        if lists and strings:
+            whole.total.add_bad("lists and strings in one column", column, f"{lists} lists, {strings} strings")
     if index:
         _write_manifests(shards, folders)
-    entries = {
-        (name if len(folders) == 1 else f"{folder}/{name}"): entry
-        for folder, (_, listed) in folders.items()
-        for name, entry in listed.items()
-    }
-    manifest = {"format": 1, **total.summary(), "shards": entries}
-    if total.samples == 0:
-        raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {total.bad_summary() or 'the shards are empty'}")
+    if whole.total.samples == 0:
+        why = whole.total.bad_summary() or "the shards are empty"
+        raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {why}")
     if fix:
         Path(fix).mkdir(parents=True, exist_ok=True)
-        for _ in map_bounded(lambda shard: _fix(shard, Path(fix), repeated), shards):
+        for _ in map_bounded(lambda shard: _fix(shard, Path(fix), keys.repeated), shards):
             pass
         validate_shards(fix, count_tokens=count_tokens)
-    return manifest
+    return whole.content()
 
 
-def _write_manifests(shards: Sequence[str], folders: dict[str, tuple[Statistics, dict[str, Any]]]) -> None:
+class _Keys:
+    """Which keys of a folder came before. Two sets may count from the same number: a key is one set's own."""
+
+    def __init__(self) -> None:
+        self.owner: dict[tuple[str, str], str] = {}
+        self.repeated: set[tuple[str, int]] = set()
+        """(shard, position) of the samples whose key is another's."""
+
+    def add(self, shard: str, keys: Sequence[str], counts: Statistics) -> None:
+        """Count those keys of a shard that are taken as findings."""
+        folder = os.path.dirname(shard)
+        for position, key in enumerate(keys):
+            if (folder, key) in self.owner:
+                counts.add_bad("duplicate key", f"{shard}: {key}", f"also in {self.owner[folder, key]}")
+                self.repeated.add((shard, position))
+            self.owner.setdefault((folder, key), shard)
+
+
+def _write_manifests(shards: Sequence[str], folders: Mapping[str, Manifest]) -> None:
     """A manifest.json in each folder on this machine. One that can't be written does not cost the findings."""
     for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards if local_folder(shard)):
-        counts, listed = folders[folder]
         try:
-            write_json(Path(folder) / MANIFEST, {"format": 1, **counts.summary(), "shards": listed})
+            folders[folder].write(Path(folder))
         except OSError as error:
             print(f"no {MANIFEST} in {folder or '.'}: {error.strerror or error}", file=sys.stderr)
 
 
 def _check(
     shard: str, count_tokens: CountTokens | None, crop: int
-) -> tuple[str, dict[str, int], dict[str, Any], list[str], Counter[tuple[str, str]]]:
-    """(shard, its manifest entry, counts, keys, how often each column holds a list and a string)."""
+) -> tuple[str, dict[str, Any], list[str], Counter[tuple[str, str]]]:
+    """(shard, what ``Manifest.add`` takes, keys, how often each column holds a list and a string)."""
     counts, keys, kinds, with_image, size = Statistics(), [], Counter(), 0, 0
-    try:
-        for sample in read_shard(shard):
-            keys.append(sample["key"])
-            with_image += image_of(sample) is not None
-            size += sum(len(value) for value in sample.values() if isinstance(value, bytes))
-            _check_sample(shard, sample, counts, kinds, count_tokens, crop)
-    except ShardError as error:
-        counts.add_bad("shard could not be read to its end", shard, f"after {len(keys)} samples: {error}")
-    entry = {"samples": with_image, "bytes": Path(shard).stat().st_size if local_folder(shard) else size}
-    return shard, entry, counts.state, keys, kinds
+    for _, sample in samples_of(shard, counts):
+        keys.append(sample["key"])
+        with_image += image_of(sample) is not None
+        size += sum(len(value) for value in sample.values() if isinstance(value, bytes))
+        _check_sample(shard, sample, counts, kinds, count_tokens, crop)
+    if local_folder(shard):
+        size = os.path.getsize(shard) if os.path.exists(shard) else None
+    return shard, {"samples": with_image, "bytes": size, "counts": counts.state}, keys, kinds
 
 
 def _check_sample(
@@ -140,7 +144,7 @@ def _check_sample(
         return counts.add_bad("no image", name, f"members {sorted(set(sample) - {'key'})}")
     try:
         record = record_of(sample)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return counts.add_bad("unreadable captions", name, str(error))
     for column in character_split_columns(record):
         counts.add_bad("caption stored as characters", name, column)
@@ -181,11 +185,11 @@ def _fixed(sample: dict[str, Any]) -> dict[str, Any] | None:
         if image is None:
             return None
         decode_image(image)
-    except (ValueError, RecursionError):  # an ImageError is a ValueError
+    except ValueError:  # an ImageError is one
         return None
     split = character_split_columns(record)
     record |= {column: "".join(record[column]) for column in split}
     record = {name: value for name, value in record.items() if name not in CAPTION_COLUMNS or split_sub_captions(value)}
     if not caption_pool(record, [name for name in record if is_caption_column(name)]):
         return None
-    return {**sample, "json": json.dumps(record, ensure_ascii=False).encode("utf-8", "replace")}
+    return {**sample, "json": json_member(record)}

@@ -50,7 +50,7 @@ def _of_shard(shard: str, count_tokens: CountTokens, splitter: Splitter) -> Hist
         for sample in read_shard(shard):
             try:
                 record = record_of(sample)
-            except (ValueError, RecursionError):
+            except ValueError:
                 continue
             for source in (name for name in record if name in CAPTION_COLUMNS or name.endswith("_captions")):
                 pieces = [piece.text for piece in caption_pool(record, [source], splitter)]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
+import json
 import tarfile
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from dreamlip_train.jobs.atomic_file import atomic_write
 
 
 class ShardWriter:
@@ -15,32 +19,32 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.partial, self.samples = path, path.with_name(path.name + ".partial"), 0
+        self.path, self.samples, self.stack = path, 0, ExitStack()
 
     def __enter__(self) -> ShardWriter:
-        self.tar = tarfile.open(self.partial, "w", format=tarfile.PAX_FORMAT)  # long and non-ASCII keys too
+        self.partial = self.stack.enter_context(atomic_write(self.path))
+        self.stack.push(self._drop_empty)
+        # Its format takes long and non-ASCII keys too.
+        self.tar = self.stack.enter_context(tarfile.open(self.partial, "w", format=tarfile.PAX_FORMAT))
         return self
 
-    def add(self, sample: dict[str, Any]) -> None:
+    def add(self, sample: Mapping[str, Any]) -> None:
         """Append the members of one sample."""
         self.samples += 1
         for extension, data in sample.items():
             if extension != "key":
-                add_member(self.tar, f"{sample['key']}.{extension}", data)
+                member = tarfile.TarInfo(f"{sample['key']}.{extension}")  # without time stamp or owner
+                member.size = len(data)
+                self.tar.addfile(member, io.BytesIO(data))
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.tar.close()
-            if kind is None and self.samples:
-                with self.partial.open("rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(self.partial, self.path)
-        finally:
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def _drop_empty(self, *_: object) -> None:
+        if not self.samples:
             self.partial.unlink(missing_ok=True)
 
 
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Append a file without time stamp or owner."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+def json_member(record: Mapping[str, Any]) -> bytes:
+    """A sample's captions and further fields as the content of its KEY.json; what JSON lacks becomes text."""
+    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "replace")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import re
@@ -25,6 +24,7 @@ os.environ.setdefault("WDS_SECURE", "1")
 from webdataset.tariterators import base_plus_ext
 
 from dreamlip_train.data.shards.shard_names import open_shard
+from dreamlip_train.jobs.atomic_json import parse_json
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -157,7 +157,7 @@ def record_of(sample: dict[str, Any]) -> dict[str, Any]:
         if isinstance(sample.get(name), Oversized):
             raise ValueError(f"its {name} has {sample[name].size:,} bytes")
     if "json" in sample:
-        record = json.loads(sample["json"].decode("utf-8", errors="strict"))
+        record = parse_json(sample["json"])
         if not isinstance(record, dict):
             raise ValueError(f"its json holds a {type(record).__name__}, not an object")
     if "txt" in sample and not isinstance(record.get("raw_caption"), (str, list)):

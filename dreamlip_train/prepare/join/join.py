@@ -4,34 +4,29 @@
     image shards   --read once-------->  .join/shards/NAME.parquet (position, key, value)      >-- DuckDB -->
     .join/joined.parquet, sorted by shard; image shards + their part of it -->  OUTPUT/NAME.tar, manifest.json
 
-Every arrow leaves a file that appears when it is whole, so a killed run goes on where it stopped. The originals are
-only read.
+Every arrow leaves a file that appears when it is whole, so a killed run resumes. The originals are only read.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dreamlip_train.captions.cells import IMAGE_COLUMN
 from dreamlip_train.captions.statistics import Statistics
-from dreamlip_train.data.shards.manifest import MANIFEST
+from dreamlip_train.data.shards.manifest_writer import Manifest
 from dreamlip_train.data.shards.shard_names import list_shards
-from dreamlip_train.jobs.atomic_json import write_json
-from dreamlip_train.jobs.job_folder import claim_output
+from dreamlip_train.jobs.finished import make_once
+from dreamlip_train.jobs.job_folder import job_folder
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
-from dreamlip_train.jobs.user_error import RunError, UserError
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.join.match import match
 from dreamlip_train.prepare.join.shards import index_shard, rewrite_shard
 from dreamlip_train.prepare.join.tables import NORMAL, check_table, find_tables, stage_table
-from dreamlip_train.prepare.output_names import require_distinct_names, sole_writer
+from dreamlip_train.prepare.output_names import require_another_folder, require_distinct_names
 
 STATE = ".join"
 
@@ -71,44 +66,24 @@ def join_captions(
     column = table_column or (IMAGE_COLUMN if on in NORMAL else on)
     tables, shard_paths = find_tables(captions), list_shards(shards, field="--shards")
     require_distinct_names(shard_paths, "--shards", "join the folders one at a time")
-    if any(Path(shard).resolve().parent == output.resolve() for shard in shard_paths):
-        raise UserError(
-            f"--output: {str(output)!r} is the folder of the shards, which are not to be changed; give another"
-        )
+    require_another_folder(shard_paths, output, "--output")
     for table in tables:
         check_table(table, column, columns)
-    settings = {"on": on, "column": column, "columns": columns, "matched_only": matched_only}
-    with sole_writer(output, STATE), _kept_from_full_disks(output):
-        state = _claim(output, tables, shard_paths, settings)
-        report = _match_all(tables, shard_paths, state, on, column, columns, memory_limit, ray_address)
-        counts, listed = _write_all(shard_paths, output, state, matched_only, ray_address)
-    counts.merge(Statistics({"samples": 0, "masks": 0, "sources": {}, "bad": report.pop("bad")}))
-    manifest = {"format": 1, **counts.summary(), "shards": dict(sorted(listed.items())), "join": report}
-    write_json(output / MANIFEST, manifest)
-    return manifest
-
-
-@contextmanager
-def _kept_from_full_disks(output: Path) -> Iterator[None]:
-    """What the system refuses inside is said with the room that is left."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(output).free / 1e9
-        raise RunError(
-            f"--output: {error} ({free:.2f} GB free). Finished shards are kept; make room and give the same command "
-            "again"
-        ) from error
-
-
-def _claim(output: Path, tables: list[Path], shards: list[str], settings: dict[str, Any]) -> Path:
-    """Make the output's state folder, or check that it is of the same join."""
     files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in tables]
-    job = {"tables": files, "shards": shards, **settings}
-    state = claim_output(output, STATE, job, "the join of other tables, shards or settings", sole=True)
-    for folder in ("tables", "shards", "written"):
-        (state / folder).mkdir(exist_ok=True)
-    return state
+    settings = {"on": on, "column": column, "columns": columns, "matched_only": matched_only}
+    job = {"tables": files, "shards": shard_paths, **settings}
+    with job_folder(output, STATE, job, "the join of other tables, shards or settings") as state:
+        for folder in ("tables", "shards", "written"):
+            (state / folder).mkdir(exist_ok=True)
+        report = make_once(
+            state / "joined.parquet",
+            state / "report.json",
+            lambda: _match_all(tables, shard_paths, state, on, column, columns, memory_limit, ray_address),
+        )
+        manifest = _write_all(shard_paths, output, state, matched_only, ray_address)
+        manifest.total.merge(Statistics(report.pop("counts")))
+        manifest.further["join"] = report
+        return manifest.write(output)
 
 
 def _match_all(
@@ -122,22 +97,19 @@ def _match_all(
     ray_address: str,
 ) -> dict[str, Any]:
     """Make ``state``/joined.parquet; return the report of matches."""
-    known = state / "report.json"
-    if known.exists() and (state / "joined.parquet").exists():
-        return json.loads(known.read_text(encoding="utf-8"))
     bad, sources = Statistics(), Counter()
     stage = partial(stage_table, state=state / "tables", on=on, column=column, columns=columns)
     with Progress("read tables") as progress:
         staged = map_tasks(stage, list(enumerate(tables)), ray_address=ray_address)
-        for number, (table_bad, table_sources) in enumerate(staged, 1):
-            bad.merge(Statistics(table_bad))
-            sources.update(table_sources)
+        for number, note in enumerate(staged, 1):
+            bad.merge(Statistics(note["counts"]))
+            sources.update(note["sources"])
             progress.update(f"{number} of {len(tables)}")
     index = partial(index_shard, state=state / "shards", on=on)
     with Progress("read shards") as progress:
         indexed = map_tasks(index, list(enumerate(shards)), ray_address=ray_address)
-        for number, shard_bad in enumerate(indexed, 1):
-            bad.merge(Statistics(shard_bad))
+        for number, note in enumerate(indexed, 1):
+            bad.merge(Statistics(note["counts"]))
             progress.update(f"{number} of {len(shards)}")
     report = match(state, memory_limit)
     if report["samples_matched"] == 0:
@@ -148,16 +120,12 @@ def _match_all(
             "choose --on or --table-column "
             "so that the two agree"
         )
-    report |= {"rows_by_source": dict(sources), "bad": bad.bad}
-    write_json(known, report)
-    return report
+    return report | {"rows_by_source": dict(sources), "counts": bad.state}
 
 
-def _write_all(
-    shards: list[str], output: Path, state: Path, matched_only: bool, ray_address: str
-) -> tuple[Statistics, dict[str, Any]]:
-    """Every shard's copy; (what they hold, their manifest entries)."""
-    counts, listed = Statistics(), {}
+def _write_all(shards: list[str], output: Path, state: Path, matched_only: bool, ray_address: str) -> Manifest:
+    """Every shard's copy."""
+    manifest = Manifest()
     work = partial(
         rewrite_shard,
         joined=state / "joined.parquet",
@@ -166,12 +134,10 @@ def _write_all(
         matched_only=matched_only,
     )
     with Progress(f"write {output}") as progress:
-        for name, entry, shard_counts in map_tasks(work, list(enumerate(shards)), ray_address=ray_address):
-            counts.merge(Statistics(shard_counts))
-            if entry["samples"]:
-                listed[name] = entry
-            progress.update(f"{len(listed)} of {len(shards)} shards, {counts.samples} samples")
-    return counts, listed
+        for done, (name, note) in enumerate(map_tasks(work, list(enumerate(shards)), ray_address=ray_address), 1):
+            manifest.add(name, note)
+            progress.update(f"{done} of {len(shards)} shards, {manifest.total.samples} samples")
+    return manifest
 
 
 def format_join(report: dict[str, Any]) -> str:

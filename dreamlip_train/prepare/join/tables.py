@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ from dreamlip_train.captions.cells import ALIASES
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.captions.table import SUFFIXES, read_rows
-from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.atomic_file import atomic_write
+from dreamlip_train.jobs.finished import make_once
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.join.match import ROWS_PER_GROUP
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
@@ -73,18 +73,19 @@ def _check(column: str, columns: dict[str, str]) -> Callable[[Path, list[str]], 
 
 def stage_table(
     task: tuple[int, Path], *, state: Path, on: str, column: str, columns: dict[str, str]
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """One caption table to parquet: row number, compared value, captions as json. Returns (what was wrong,
-    rows by source).
+) -> dict[str, Any]:
+    """One caption table to parquet: row number, compared value, captions as json. Returns {"counts": of what was wrong,
+    "sources": rows by caption column}.
     """
+    number, table = task
+    file = state / f"{number:05d}.parquet"
+    return make_once(file, file.with_suffix(".json"), lambda: _stage(file, number, table, on, column, columns))
+
+
+def _stage(file: Path, number: int, table: Path, on: str, column: str, columns: dict[str, str]) -> dict[str, Any]:
     import pyarrow
     import pyarrow.parquet
 
-    number, path = task
-    final, counts = state / f"{number:05d}.parquet", state / f"{number:05d}.json"
-    if final.exists() and counts.exists():
-        known = json.loads(counts.read_text(encoding="utf-8"))
-        return known["bad"], known["sources"]
     wanted = _wanted(columns)
     bad, sources = Statistics(), Counter()
     schema = pyarrow.schema(
@@ -96,30 +97,27 @@ def stage_table(
         ]
     )
     normal = NORMAL.get(on, str.strip)
-    partial_path = final.with_name(final.name + ".partial")
     rows: list[tuple[int, int, str, str]] = []
-    with pyarrow.parquet.ParquetWriter(partial_path, schema, compression="zstd") as writer:
-        for row_number, row, wrong in _with_replacements(read_rows(path, _check(column, columns)), path, bad):
-            name = f"{path.name}: row {row_number}"
+    with atomic_write(file) as partial, pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for row_number, row, wrong in _with_replacements(read_rows(table, _check(column, columns)), table, bad):
+            name = f"{table.name}: row {row_number}"
             if row is None:
                 bad.add_bad("malformed row", name, wrong)
                 continue
             if wrong:
                 bad.add_bad("table cell repaired or left out", name, wrong)
             value = normal(str(row.get(column, "")))
-            found = {ours: row[theirs] for ours, theirs in wanted.items() if row.get(theirs)}
-            if not value or not found:
+            captions = {ours: row[theirs] for ours, theirs in wanted.items() if row.get(theirs)}
+            if not value or not captions:
                 bad.add_bad("no captions" if value else f"no {column}", name, value)
                 continue
-            sources.update(found.keys())  # a dict would add its values
-            rows.append((number, row_number, value, json.dumps(found, ensure_ascii=False, default=str)))
+            sources.update(captions.keys())  # a dict would add its values
+            rows.append((number, row_number, value, json.dumps(captions, ensure_ascii=False, default=str)))
             if len(rows) == ROWS_PER_GROUP:
                 writer.write_table(_as_table(rows, schema))
                 rows = []
         writer.write_table(_as_table(rows, schema))
-    write_json(counts, {"bad": bad.state, "sources": sources})
-    os.replace(partial_path, final)
-    return bad.state, dict(sources)
+    return {"counts": bad.state, "sources": dict(sources)}
 
 
 def _with_replacements(rows: Iterator[Any], path: Path, bad: Statistics) -> Iterator[Any]:

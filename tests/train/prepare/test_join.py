@@ -395,12 +395,13 @@ def test_a_wrong_column_claims_nothing(tmp_path, shards):
 
 def test_two_joins_do_not_write_one_folder(tmp_path, shards):
     table = write_csv(tmp_path / "c.csv", rows(range(10)))
-    code = "import sys, time; from pathlib import Path; from dreamlip_train.prepare.output_names import sole_writer\n"
-    code += f"with sole_writer(Path({str(tmp_path / 'out')!r}), '.join'): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from dreamlip_train.jobs.job_folder import job_folder\n"
+    code += f"with job_folder(Path({str(tmp_path / 'out')!r}), '.join', {{}}, ''):\n"
+    code += "    print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], env=clean_environment(), stdout=subprocess.PIPE) as other:
         try:
             other.stdout.readline()
-            with pytest.raises(UserError, match="--output: another process is writing into"):
+            with pytest.raises(UserError, match="--output: .* is in use by process"):
                 join_captions(str(table), str(shards), tmp_path / "out")
         finally:
             other.kill()

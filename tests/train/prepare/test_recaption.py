@@ -135,7 +135,7 @@ def test_a_picture_that_always_fails_is_recorded_and_keeps_its_place(tmp_path, s
 
 
 def test_a_server_that_is_down_stops_the_run_and_no_shard_is_called_done(tmp_path, shards, monkeypatch):
-    monkeypatch.setattr("dreamlip_train.prepare.recaption.recaption._JUDGED_AFTER", 6)
+    monkeypatch.setattr("dreamlip_train.prepare.recaption.answers._JUDGED_AFTER", 6)
     with (
         ChatServer(lambda attempt, image: "500") as server,
         pytest.raises(RuntimeError, match=r"--max-bad-fraction: 8 of 8 .*InternalServerError"),

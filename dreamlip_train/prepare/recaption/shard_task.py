@@ -1,0 +1,121 @@
+"""One shard of ``recaption``: claimed, its pictures asked about, its copy written."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
+from dreamlip_train.jobs.finished import finished, make_once
+from dreamlip_train.jobs.work_claims import Claims
+from dreamlip_train.prepare.recaption.answers import AnswerFile
+from dreamlip_train.prepare.recaption.captioners import LocalModel, Prompt
+from dreamlip_train.prepare.recaption.endpoint import Endpoint
+from dreamlip_train.prepare.shard_copy import copy_shard
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a worker needs to do a shard."""
+
+    output: Path
+    state: Path
+    model: str
+    endpoint: str
+    prompts: tuple[Prompt, ...]
+    batch_size: int
+    timeout: float
+    retries: int
+    max_bad_fraction: float
+    stale_minutes: float
+    trust_remote_code: bool
+    owner: str = ""
+
+    def paths(self, shard: str) -> tuple[Path, Path]:
+        """Where a shard's copy appears, and the note that it is done."""
+        name = os.path.basename(shard)
+        return self.output / name, self.state / f"{name}.json"
+
+
+class ShardTask:
+    """Called with a shard, captions it, unless it is done or somebody else's; returns what was done, as counts."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __call__(self, shard: str) -> Counter[str]:
+        settings, name = self.settings, os.path.basename(shard)
+        file, note = settings.paths(shard)
+        if finished(file, note) is not None:
+            return Counter({"done before": 1})
+        claims = Claims(settings.state / "claims", 60 * settings.stale_minutes, settings.owner)
+        if not claims.take(name):
+            return Counter({"busy elsewhere": 1})
+        try:
+            if finished(file, note) is not None:  # by the one who has just released it
+                return Counter({"done before": 1})
+            answers = self._ask(shard, claims)
+            captions = answers.captions
+            make_once(
+                file,
+                note,
+                lambda: copy_shard(shard, file, lambda _, sample: captions.get(sample["key"], {}), "not captioned"),
+            )
+            return answers.counts + Counter({"shards done": 1})
+        finally:
+            claims.release(name)
+
+    def _ask(self, shard: str, claims: Claims) -> AnswerFile:
+        """Captions by key: those kept from before, and new ones."""
+        settings, name = self.settings, os.path.basename(shard)
+        with AnswerFile(settings.state / f"{name}.jsonl", settings.prompts, settings.max_bad_fraction) as answers:
+            for batch in _batches(shard, set(answers.captions), settings.batch_size):
+                captioner = _captioner(settings)
+                claims.renew(name)
+                answers.add([key for key, _ in batch], captioner.answer([image for _, image in batch]))
+                claims.renew(name)
+        return answers
+
+
+def _batches(shard: str, done: set[str], size: int) -> Iterator[list[tuple[str, bytes]]]:
+    """(key, picture) of the samples that are not done, by the batch, up to the end of the shard or its damage."""
+    batch = []
+    try:
+        for sample in read_shard(shard):
+            image = image_of(sample)
+            if image is not None and sample["key"] not in done:
+                batch.append((sample["key"], image))
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except ShardError:
+        pass  # the copy's counts say so
+    if batch:
+        yield batch
+
+
+_captioners: dict[Settings, Any] = {}
+
+
+def _captioner(settings: Settings) -> Any:
+    """The model, made once per process."""
+    if settings not in _captioners:
+        _captioners.clear()
+        if settings.endpoint:
+            _captioners[settings] = Endpoint(
+                settings.endpoint,
+                settings.model,
+                settings.prompts,
+                parallel=settings.batch_size,
+                timeout=settings.timeout,
+                retries=settings.retries,
+            )
+        else:
+            _captioners[settings] = LocalModel(
+                settings.model, settings.prompts, trust_remote_code=settings.trust_remote_code
+            )
+    return _captioners[settings]
