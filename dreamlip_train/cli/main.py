@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from dreamlip_train.cli import ablate, evaluate, prepare, report, train, weights
+from dreamlip_train.cli import ablate, evaluate, prepare, report, show, train, weights
 from dreamlip_train.cli.usage import PROGRAM, closest, usage
 from dreamlip_train.jobs.user_error import RunError, UserError
 
@@ -100,5 +100,7 @@ COMMANDS: dict[str, Any] = {
     "import": weights.import_,
     "export": weights.export,
     "plot": report.plot,
+    "show": show.show,
+    "explore": show.explore,
     "doctor": _doctor,
 }

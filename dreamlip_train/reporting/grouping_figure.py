@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dreamlip_train.config.schema import Normalization
+from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.evaluation.features import encode_batch, eval_mode, sub_caption_weights
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.style import COLORS, INK, MUTED, STYLE
@@ -67,6 +68,30 @@ def plot_grouping(
         figure = _draw_rows(shown, weights_KP, model.grid)
         figure.savefig(png, dpi=150, facecolor="white")
         plt.close(figure)
+
+
+def plot_sentences(
+    model: nn.Module,
+    name: str,
+    data: bytes,
+    sentences: list[str],
+    png: str | Path,
+    *,
+    threshold: float | None = None,
+    normalization: Normalization = "minmax",
+) -> None:
+    """The same figure of one picture file and any sentences, four in a row; ``name`` stands under the picture.
+
+    Raises:
+        UserError: the bytes are no whole picture, or the model gives no patch features.
+    """
+    try:
+        image = resize_center_crop(decode_image(data), model.image_size)
+    except ImageError as error:
+        raise UserError(f"{name!r} is no picture that can be read: {error}") from error
+    sample = {"key": name, "image": image, "raw": name, "mask": None}
+    rows = [sample | {"sentences": sentences[i : i + 4]} for i in range(0, len(sentences), 4)]
+    plot_grouping(model, rows, png, rows=len(rows), threshold=threshold, normalization=normalization)
 
 
 def _draw_rows(shown: list[dict[str, Any]], weights: list[Tensor], grid: tuple[int, int]) -> Figure:

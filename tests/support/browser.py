@@ -25,8 +25,8 @@ def available() -> bool:
 
 
 @contextmanager
-def page(path: Path) -> Iterator[Any]:
-    """``run(script)`` executes JavaScript in the file's page and returns its value."""
+def page(where: Path | str) -> Iterator[Any]:
+    """``run(script, *arguments)`` executes JavaScript in the page of a file or an address and returns its value."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,8 +54,11 @@ def page(path: Path) -> Iterator[Any]:
             session = call("POST", "/session", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})[
                 "sessionId"
             ]
-            call("POST", f"/session/{session}/url", {"url": path.absolute().as_uri()})
-            yield lambda script: call("POST", f"/session/{session}/execute/sync", {"script": script, "args": []})
+            address = where.absolute().as_uri() if isinstance(where, Path) else where
+            call("POST", f"/session/{session}/url", {"url": address})
+            yield lambda script, *arguments: call(
+                "POST", f"/session/{session}/execute/sync", {"script": script, "args": [*arguments]}
+            )
             call("DELETE", f"/session/{session}")
         finally:
             driver.terminate()
