@@ -6,7 +6,6 @@ All cells pass cells.py, which says what is text.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from dreamlip_train.captions.cells import ALIASES, IMAGE_COLUMN, as_row
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.captions.csv_rows import CsvRecords
 from dreamlip_train.captions.parquet_rows import parquet_rows
+from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
@@ -108,8 +108,8 @@ def _json_lines(path: Path, check: Callable[[Path, list[str]], None]) -> Iterato
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = parse_json(line)
+            except ValueError as error:
                 yield number, None, f"line {number}: {error}"
                 continue
             if not isinstance(record, dict):
@@ -124,8 +124,8 @@ def _json_lines(path: Path, check: Callable[[Path, list[str]], None]) -> Iterato
 def _json_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
     """A list of records, or an object of records by key (which becomes the column "key")."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except ValueError as error:
         raise UserError(f"--captions: {str(path)!r} is not JSON: {error}") from error
     if isinstance(content, dict):
         content = [{"key": key, **value} if isinstance(value, dict) else value for key, value in content.items()]

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dreamlip_train.jobs.atomic_file import atomic_write
+from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
 
 MANIFEST = "manifest.json"
@@ -92,7 +94,7 @@ def problem_of(checkpoint: Path) -> str | None:
 
 def _is_of_an_earlier_version(manifest: bytes) -> bool:
     try:
-        return json.loads(manifest)["format"] < 3
+        return parse_json(manifest)["format"] < 3
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -185,9 +187,8 @@ def commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         os.rename(final, replaced)
     os.rename(partial, final)
     shutil.rmtree(replaced, ignore_errors=True)
-    latest = final.with_name("latest.tmp")
-    latest.write_text(final.name, encoding="utf-8")
-    os.replace(latest, final.with_name("latest"))
+    with atomic_write(final.with_name("latest")) as latest:
+        latest.write_text(final.name, encoding="utf-8")
     _to_disk(final.parent)
 
 

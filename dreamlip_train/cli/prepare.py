@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import tyro
 
 from dreamlip_train.cli.usage import require_writable
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare.options import RecaptionOptions
-
-
-@dataclass
-class ScenesOptions:
-    """Render the built-in demo world: pictures, masks and DreamLIP's caption columns."""
-
-    output: str
-    """Folder for train/ and val/, each with images/, masks/ and captions.csv."""
-    num_train: int = 6000
-    """Training scenes."""
-    num_val: int = 200
-    """Held-out scenes."""
-    seed: int = 0
-    """Another seed, another world."""
+from dreamlip_train.prepare.options import FolderOptions, JoinOptions, RecaptionOptions, ScenesOptions
 
 
 def prepare_scenes(arguments: list[str], program: str) -> None:
@@ -32,7 +17,7 @@ def prepare_scenes(arguments: list[str], program: str) -> None:
     options = tyro.cli(ScenesOptions, args=arguments, prog=program)
     from dreamlip_train.prepare.scenes import scenes
 
-    scenes.prepare_scenes(options.output, options.num_train, options.num_val, options.seed)
+    scenes.prepare_scenes(**vars(options))
 
 
 @dataclass
@@ -55,66 +40,13 @@ def prepare_urls(arguments: list[str], program: str) -> None:
     print(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
 
-@dataclass
-class FolderOptions:
-    """Turn a caption table and a folder of images into shards and a manifest.json. A killed run goes on where it
-    stopped.
-    """
-
-    captions: str
-    """CSV, TSV, parquet, JSON or JSON lines with "Image Path" and DreamLIP's caption columns."""
-    images: str
-    """Folder of images, searched in depth."""
-    output: str
-    """Folder for the shards."""
-    masks: str | None = None
-    """Folder of label maps STEM.png: value j is the region that sentence j of each long caption describes."""
-    shard_size: int = 1000
-    """Rows a shard."""
-
-
 def prepare_folder(arguments: list[str], program: str) -> None:
     """A caption table and a folder of images into shards: --captions FILE --images DIR --output DIR"""
     options = tyro.cli(FolderOptions, args=arguments, prog=program)
     from dreamlip_train.model.tokenizer import count_tokens
-    from dreamlip_train.prepare import folder as prepare
+    from dreamlip_train.prepare import folder
 
-    prepare.prepare_folder(
-        options.captions,
-        options.images,
-        options.output,
-        masks=options.masks,
-        shard_size=options.shard_size,
-        count_tokens=count_tokens,
-    )
-
-
-@dataclass
-class JoinOptions:
-    """Join caption tables to existing image shards: new shards whose json carries every caption.
-    A killed run goes on where it stopped.
-    """
-
-    captions: str
-    """Tables (CSV, TSV, parquet, JSON, JSON lines): a file, folder or glob, several joined with "::";
-    the first that knows a caption gives it.
-    """
-    shards: str
-    """Image shards: a folder, glob or brace pattern. They are only read."""
-    output: str
-    """Folder for the new shards, which keep their names."""
-    on: str = "url"
-    """What joins them: "url", "path" or "key", or the name of a json field of the samples and column of the tables."""
-    table_column: str = ""
-    """The tables' column that is compared, if it is called otherwise ("Image Path" for url and path)."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Captions under other names, as OURS THEIRS pairs: --columns longSV_captions caption_long raw_caption alt."""
-    matched_only: bool = False
-    """Leave out samples that no table knows."""
-    memory_limit: str = "3GB"
-    """Memory of the join, which goes to disk beyond it."""
-    ray: str = ""
-    """Run on the Ray cluster at this address ("auto": this machine's); all nodes must see the same files."""
+    folder.prepare_folder(**vars(options), count_tokens=count_tokens)
 
 
 def prepare_join(arguments: list[str], program: str) -> None:
@@ -123,10 +55,7 @@ def prepare_join(arguments: list[str], program: str) -> None:
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.prepare.join.join import format_join, join_captions
 
-    given = dataclasses.asdict(options)
-    manifest = join_captions(
-        given.pop("captions"), given.pop("shards"), given.pop("output"), ray_address=given.pop("ray"), **given
-    )
+    manifest = join_captions(**vars(options))
     print(format_join(manifest["join"]))
     print(format_summary(options.output, manifest))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -16,6 +14,7 @@ from dreamlip_train.config.renamed import refuse_renamed_flags
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import read_config
 from dreamlip_train.config.validation import validate
+from dreamlip_train.jobs.atomic_json import read_json_object
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -65,7 +64,7 @@ def train(arguments: list[str], program: str) -> None:
     )
     config = options.settings
     if options.deepspeed_config is not None:
-        config.deepspeed.config = _read_json(options.deepspeed_config)
+        config.deepspeed.config = read_json_object(options.deepspeed_config, "--deepspeed-config")
     validate(config)
     from dreamlip_train.training import run
 
@@ -80,15 +79,3 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
         if word.startswith(flag + "="):
             return word.removeprefix(flag + "=")
     return None
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed-config: cannot read {path!r}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"--deepspeed-config: {path!r} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--deepspeed-config: {path!r} must hold a JSON object, got {type(content).__name__}")
-    return content

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dreamlip_train.jobs.atomic_json import read_json_lines
 
 
 @dataclass
@@ -45,12 +46,8 @@ def read_quarantine(path: Path | None, ids: Mapping[str, str]) -> set[tuple[str,
     """
     if path is None or not path.exists():
         return set()
-    known = set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a crash cut it off
-            entry = json.loads(line)
-            known.add((ids.get(entry["shard"], entry["shard"]), entry["key"]))
-    return known
+    entries = [entry for entry in read_json_lines(path) if {"shard", "key"} <= entry.keys()]
+    return {(ids.get(entry["shard"], entry["shard"]), entry["key"]) for entry in entries}
 
 
 def append_quarantine(path: Path | None, entries: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlip_train.jobs.atomic_file import atomic_write
+from dreamlip_train.jobs.user_error import UserError
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,6 +37,23 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("its JSON is nested too deep") from error
+
+
+def read_json_object(path: str | Path, argument: str) -> dict[str, Any]:
+    """The object in a JSON file that ``argument`` of a user names.
+
+    Raises:
+        UserError: it can't be read, or holds something else.
+    """
+    try:
+        content = read_json(Path(path))
+    except OSError as error:
+        raise UserError(f"{argument}: cannot read {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{argument}: {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{argument}: {str(path)!r} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+from dreamlip_train.jobs.atomic_json import read_json
+
 
 class Claims:
     """Claims in ``folder`` in the name of ``owner`` (this process by default). One that has not been renewed for
@@ -62,7 +64,7 @@ class Claims:
     def _is_free(self, path: Path) -> bool:
         try:
             age = time.time() - path.stat().st_mtime
-            owner = json.loads(path.read_text())["owner"]
+            owner = read_json(path)["owner"]
         except FileNotFoundError:
             return False
         except (ValueError, KeyError):  # its owner is just writing it, or died doing so

@@ -26,6 +26,7 @@ from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.image_index import ImageIndex
+from dreamlip_train.prepare.options import FolderOptions
 
 STATE = ".prepare"
 Row = tuple[int, dict[str, Any] | None, str]
@@ -37,7 +38,7 @@ def prepare_folder(
     output: str | Path,
     *,
     masks: str | Path | None = None,
-    shard_size: int = 1000,
+    shard_size: int = FolderOptions.shard_size,
     count_tokens: CountTokens | None = None,
 ) -> dict[str, Any]:
     """Write ``output``/NNNNN.tar and manifest.json from a caption table and a folder of images; return the manifest.
@@ -47,7 +48,7 @@ def prepare_folder(
             caption columns; further columns are carried into each sample's json.
         images: folder, searched in depth (image_index.py says how a row finds its image).
         masks: folder of label maps STEM.png: value j is the region that sentence j of each long caption describes.
-        shard_size: rows a shard.
+        shard_size: rows per shard.
         count_tokens: for the manifest's token counts.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 from dreamlip_train.captions.cells import IMAGE_COLUMN
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.captions.table import read_rows
+from dreamlip_train.jobs.atomic_file import atomic_write
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 
@@ -33,28 +34,26 @@ def write_url_list(captions: str | Path, output: str | Path) -> dict[str, int]:
         raise UserError(f"--output: got {str(output)!r}; give a name that ends in .parquet")
     schema = pyarrow.schema([("url", pyarrow.string()), *((name, pyarrow.string()) for name in CAPTION_COLUMNS)])
     counts = {"rows": 0, "without a URL": 0, "malformed": 0}
-    partial = output.with_name(f"{output.name}.partial")
     rows: list[dict[str, Any]] = []
-    read = read_rows(captions)
-    try:
-        with Progress(f"urls {captions}") as progress, pyarrow.parquet.ParquetWriter(partial, schema) as writer:
-            for _, row, _ in read:
-                url = str((row or {}).get(IMAGE_COLUMN, "")).strip()
-                if not url.startswith(("http://", "https://")):
-                    counts["malformed" if row is None else "without a URL"] += 1
-                    continue
-                rows.append({"url": url} | {name: _text(row[name]) for name in CAPTION_COLUMNS if row.get(name)})
-                counts["rows"] += 1
-                if len(rows) == _ROWS_PER_GROUP:
-                    writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-                    rows = []
-                    progress.update(f"{counts['rows']} rows")
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+    with (
+        Progress(f"urls {captions}") as progress,
+        atomic_write(output) as partial,
+        pyarrow.parquet.ParquetWriter(partial, schema) as writer,
+    ):
+        for _, row, _ in read_rows(captions):
+            url = str((row or {}).get(IMAGE_COLUMN, "")).strip()
+            if not url.startswith(("http://", "https://")):
+                counts["malformed" if row is None else "without a URL"] += 1
+                continue
+            rows.append({"url": url} | {name: _text(row[name]) for name in CAPTION_COLUMNS if row.get(name)})
+            counts["rows"] += 1
+            if len(rows) == _ROWS_PER_GROUP:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                rows = []
+                progress.update(f"{counts['rows']} rows")
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
         if not counts["rows"]:
             raise UserError(f"--captions: no row of {str(captions)!r} has a URL in {IMAGE_COLUMN!r}")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
     return counts
 
 

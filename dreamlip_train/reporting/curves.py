@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from dreamlip_train.jobs.atomic_json import read_json_lines
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.style import COLORS, STYLE
 
@@ -130,12 +130,8 @@ def _draw_panel(
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged objects by ascending step; objects of the same step are merged, the later one's fields winning."""
     by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
+    for row in read_json_lines(path):
+        if "step" in row:
             by_step.setdefault(row["step"], {}).update(row)
     if not by_step:
         raise UserError(f"{path}: has no line with a step; train at least logging.every_steps steps")

@@ -9,8 +9,6 @@ a transformers CLIP folder                        config.json + model.safetensor
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ from torch import Tensor
 from dreamlip_train.checkpoint.interoperability.hf_clip import open_clip_config, open_clip_weights
 from dreamlip_train.checkpoint.interoperability.torchscript import is_torchscript, read_torchscript
 from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.jobs.atomic_file import atomic_write
+from dreamlip_train.jobs.atomic_json import read_json_object
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model, known_models
 from dreamlip_train.model.open_clip_weights import open_clip_state_dict
@@ -49,8 +49,7 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
         name, state = model_name, _read_file(source, model_name)
     else:
         raise UserError(f"WEIGHTS: no file or folder {str(source)!r}")
-    partial = output.with_name(output.name + ".partial")
-    try:
+    with atomic_write(output) as partial:
         torch.save({"state_dict": state}, partial)
         try:
             model = build_model(ModelConfig(name=name, pretrained=str(partial), local_logit_scale=False), seed=0)
@@ -59,9 +58,6 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
                 str(error).replace("model.pretrained", "WEIGHTS").replace(str(partial), str(source))
             ) from error
         torch.save({"state_dict": open_clip_state_dict(model)}, partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
     activation = "QuickGELU" if _settings(name).get("quick_gelu") else "GELU"
     return (
         f"wrote {output}: {name}, {len(state)} tensors, {activation} activations. Train from it: "
@@ -109,28 +105,18 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(open_clip's state dict, its model config) of an open_clip or transformers folder."""
     ours, theirs = folder / "open_clip_config.json", folder / "config.json"
     if ours.is_file():
-        settings = _read_json(ours).get("model_cfg")
+        settings = read_json_object(ours, "WEIGHTS").get("model_cfg")
         if not isinstance(settings, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= settings.keys():
             raise UserError(f"WEIGHTS: {str(ours)!r} has no model_cfg of embed_dim, vision_cfg and text_cfg")
         return _safetensors(folder / "open_clip_model.safetensors"), settings
     if theirs.is_file():
-        settings = open_clip_config(_read_json(theirs))
+        settings = open_clip_config(read_json_object(theirs, "WEIGHTS"))
         with torch.device("meta"):
             expected = build_model(
                 ModelConfig(name="imported", config=settings, context_length=settings["text_cfg"]["context_length"]), 0
             )
         return open_clip_weights(_safetensors(folder / "model.safetensors"), expected.clip.state_dict()), settings
     raise UserError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"WEIGHTS: {str(path)!r} can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"WEIGHTS: {str(path)!r} holds a {type(content).__name__}, not an object")
-    return content
 
 
 def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:

@@ -6,7 +6,6 @@ What can't be counted is named and set aside; nothing here stops at the first br
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 from dreamlip_train.data.shards.shard_names import Shard, local_folder, open_shard, scheme_of
 from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
-from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.atomic_json import parse_json, read_json, write_json
 from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
@@ -98,8 +97,8 @@ def _mark(shard: Shard) -> str:
 
 def _read_known(known: Path | None) -> dict[str, Any]:
     try:
-        content = json.loads(known.read_text(encoding="utf-8")) if known is not None and known.exists() else {}
-    except (OSError, ValueError, RecursionError):  # a start that was killed; it is counted again
+        content = read_json(known) if known is not None and known.exists() else {}
+    except (OSError, ValueError):  # a start that was killed; it is counted again
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -112,10 +111,10 @@ def _index_of(shard: Shard) -> dict[str, int]:
         if content is None:
             continue
         try:
-            parsed = json.loads(content)
+            parsed = parse_json(content)
             listed = parsed["shards"] if name == MANIFEST else parsed
             table |= {shard: int(entry["samples"] if name == MANIFEST else entry) for shard, entry in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: is not a shard index ({error}); delete it, or make it again with `dreamlip-train prepare "
                 "validate`"

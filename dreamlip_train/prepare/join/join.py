@@ -26,6 +26,7 @@ from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.join.match import match
 from dreamlip_train.prepare.join.shards import index_shard, rewrite_shard
 from dreamlip_train.prepare.join.tables import NORMAL, check_table, find_tables, stage_table
+from dreamlip_train.prepare.options import JoinOptions
 from dreamlip_train.prepare.output_names import require_another_folder, require_distinct_names
 
 STATE = ".join"
@@ -36,12 +37,12 @@ def join_captions(
     shards: str,
     output: str | Path,
     *,
-    on: str = "url",
-    table_column: str = "",
+    on: str = JoinOptions.on,
+    table_column: str = JoinOptions.table_column,
     columns: dict[str, str] | None = None,
-    matched_only: bool = False,
-    memory_limit: str = "3GB",
-    ray_address: str = "",
+    matched_only: bool = JoinOptions.matched_only,
+    memory_limit: str = JoinOptions.memory_limit,
+    ray: str = JoinOptions.ray,
 ) -> dict[str, Any]:
     """Write ``output``/NAME.tar for every image shard, its samples' json carrying every caption that the tables have.
 
@@ -55,7 +56,7 @@ def join_captions(
         columns: {column in the shards: column in the tables} of further or differently named captions.
         matched_only: leave samples out that no table knows.
         memory_limit: of the join; it spills to ``output``/.join beyond.
-        ray_address: run on this Ray cluster.
+        ray: address of the Ray cluster to run on.
     Returns:
         the manifest, its "join" what matched.
     Raises:
@@ -78,9 +79,9 @@ def join_captions(
         report = make_once(
             state / "joined.parquet",
             state / "report.json",
-            lambda: _match_all(tables, shard_paths, state, on, column, columns, memory_limit, ray_address),
+            lambda: _match_all(tables, shard_paths, state, on, column, columns, memory_limit, ray),
         )
-        manifest = _write_all(shard_paths, output, state, matched_only, ray_address)
+        manifest = _write_all(shard_paths, output, state, matched_only, ray)
         manifest.total.merge(Statistics(report.pop("counts")))
         manifest.further["join"] = report
         return manifest.write(output)

@@ -12,7 +12,7 @@ from dreamlip_train.jobs.user_error import UserError
 ROWS_PER_GROUP = 20_000
 
 
-def match(state: Path, memory_limit: str = "3GB") -> dict[str, Any]:
+def match(state: Path, memory_limit: str) -> dict[str, Any]:
     """Join ``state``/tables/*.parquet and ``state``/shards/*.parquet by value into ``state``/joined.parquet (shard,
     position, captions; sorted); the report.
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import os
 import random
 from collections.abc import Sequence
 from typing import Any
 
 from dreamlip_train.data.images import decode_image, media_type
+from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.recaption.captioners import Answer, Prompt, caption_text
 
@@ -79,7 +79,7 @@ class Endpoint:
             raise UserError(
                 f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
             ) from error
-        except (self.openai.OpenAIError, ValueError, RecursionError, TimeoutError) as error:
+        except (self.openai.OpenAIError, ValueError, TimeoutError) as error:
             return error
 
     async def _patiently(self, picture: str, prompt: Prompt) -> str:
@@ -92,7 +92,7 @@ class Endpoint:
                 if attempt == self.retries or (error.status_code < 500 and error.status_code not in (408, 409, 429)):
                     raise
                 wanted = _retry_after(error.response.headers)
-            except (self.openai.OpenAIError, ValueError, RecursionError):
+            except (self.openai.OpenAIError, ValueError):
                 if attempt == self.retries:
                     raise
             except TimeoutError as error:
@@ -126,9 +126,9 @@ def _caption(body: bytes) -> str:
         ValueError: there is none.
     """
     try:
-        choice = json.loads(body)["choices"][0]
+        choice = parse_json(body)["choices"][0]
         text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the server's answer is no chat completion: {body[:100]!r}") from error
     return caption_text(text, cut)
 

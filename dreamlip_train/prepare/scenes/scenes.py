@@ -20,6 +20,7 @@ import numpy as np
 
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.prepare.options import ScenesOptions
 from dreamlip_train.prepare.scenes.captions import caption_scene
 from dreamlip_train.prepare.scenes.scene import compose_scene, paint_scene
 
@@ -37,7 +38,12 @@ def write_scene(folder: Path, seed: int, split: Split, index: int) -> dict[str, 
     return {"Image Path": f"{key}.jpg", **caption_scene(scene, rng, serial=1000 + index)}
 
 
-def prepare_scenes(output: str | Path, num_train: int = 6000, num_val: int = 200, seed: int = 0) -> dict[str, Any]:
+def prepare_scenes(
+    output: str | Path,
+    num_train: int = ScenesOptions.num_train,
+    num_val: int = ScenesOptions.num_val,
+    seed: int = ScenesOptions.seed,
+) -> dict[str, Any]:
     """Render the demo world: output/{train,val}/{images/*.jpg, masks/*.png, captions.csv}.
 
     captions.csv has DreamLIP's columns and is what ``prepare folder`` takes. The files depend on the arguments alone.

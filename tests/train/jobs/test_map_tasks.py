@@ -120,7 +120,7 @@ def test_join_gives_what_it_gives_without_ray(cluster, tmp_path):
             [("Image Path", "longSV_captions"), *((f"http://a.com/{i}.jpg", f"Long {i}. Two.") for i in range(30))]
         )
     manifests = [
-        join_captions(str(tmp_path / "c.csv"), str(shards), tmp_path / name, ray_address=address)
+        join_captions(str(tmp_path / "c.csv"), str(shards), tmp_path / name, ray=address)
         for name, address in (("ray", cluster), ("here", ""))
     ]
     assert manifests[0] == manifests[1]

@@ -312,7 +312,7 @@ ERRORS = {
         "--output: .* is the folder of the shards",
     ),
     "no ray": (
-        lambda t, s: (write_csv(t / "c.csv", rows([1])), {"ray_address": "127.0.0.1:1"}),
+        lambda t, s: (write_csv(t / "c.csv", rows([1])), {"ray": "127.0.0.1:1"}),
         "--ray: no cluster at '127.0.0.1:1'",
     ),
 }
