@@ -2,8 +2,8 @@
 [--width 512] [--dtype float16]``.
 
 Every candidate that compiles without spilling is timed at N = C = 8192, K = 4, with a mask of captions, as training has
-it; the table ends with the lines to put into dreamlip_kernels/ops/logsumexp_tiles.py, so that no user's first step has
-to search."""
+it; the table ends with the lines to put into dreamlip_kernels/ops/logsumexp/logsumexp_tiles.py, so that no first step
+has to search."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ import triton
 
 from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.ops.logsumexp import (
-    logsumexp_gradient_kernels,
     logsumexp_gradient_triton,
-    logsumexp_kernels,
     logsumexp_tiles,
     logsumexp_triton,
 )
+from dreamlip_kernels.ops.logsumexp.kernels import gradient_kernels, sums_kernels
 from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import Blocks
 from dreamlip_kernels.ops.logsumexp.operands_triton import TritonOperands, arch
 from dreamlip_kernels.ops.rectangle import Rectangle, Upstream
@@ -125,7 +124,7 @@ def compile_one(job: tuple[str, Blocks, int, torch.dtype]) -> None:
 
 def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width: int) -> None:
     """Time every candidate of kernel ``name`` in ``step`` and print them, fastest first."""
-    module = logsumexp_kernels if name == "exp_sums" else logsumexp_gradient_kernels
+    module = sums_kernels if name == "exp_sums" else gradient_kernels
     kept, kernel, times = logsumexp_tiles.TABLE[key], getattr(module, name), []
     for blocks in candidates(key[1]):
         logsumexp_tiles.TABLE[key] = {width: blocks}

@@ -1,5 +1,5 @@
 // The kernels of bidirectional_logsumexp on a CUDA device (docs/math.md section 1). Beside them stands
-// dreamlip_kernels/ops/logsumexp_kernels.py, the same in Triton; what surrounds both is torch code.
+// dreamlip_kernels/ops/logsumexp/kernels, the same in Triton; what surrounds both is torch code.
 //
 //   exp_sums    a band of rows x one tile of columns a block: both sums of exp2(slope x . y - offset) in one pass
 //   finish      their totals' logarithms; again with running maxima where a total left float32's range

@@ -121,10 +121,7 @@ LARGE_FILES = {
     "dreamlip_train/reporting/html_report.py": 324,
 }
 LARGE_FUNCTIONS = {
-    "_gradient_of": 92,
     "pool_backward": 63,
-    "finish_sums": 63,
-    "exp_sums": 61,
 }
 
 

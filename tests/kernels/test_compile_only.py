@@ -23,15 +23,13 @@ SCRIPT = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_kernels
-    from dreamlip_kernels.ops.logsumexp import logsumexp_kernels
-    from dreamlip_kernels.ops.logsumexp import logsumexp_vector_kernels
+    from dreamlip_kernels.ops.logsumexp.kernels import finish_kernels, gradient_kernels, sums_kernels, vector_kernels
     from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import ONLINE, blocks_for
     from dreamlip_kernels.ops.logsumexp.operands_triton import TMA_MAJORS
 
     arch, folder, dtype, width = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     size = 4 if dtype == "fp32" else 2
-    descriptor, precision = arch // 10 in TMA_MAJORS, "tf32x3" if size == 4 else "tf32"
+    descriptor = arch // 10 in TMA_MAJORS
     pointers = dict.fromkeys(("x_mask_ptr", "y_mask_ptr", "q_mask_ptr", "k_mask_ptr"), "*i1") | dict(flag_ptr="*i32")
     pointers |= dict.fromkeys(("x", "y", "q_ptr", "k_ptr", "v_ptr", "self_ptr", "g_ptr", "out_ptr"), f"*{dtype}")
 
@@ -62,18 +60,18 @@ SCRIPT = """
         ("gradient_tile", 0, 0), ("gradient_tile", 1, 0), ("gradient_tile", 1, 1)
     ):
         m, c, d, warps, stages = blocks_for(kernel, size, arch, width)
-        masks = dict(HAS_X_MASK=bool(masked), HAS_Y_MASK=bool(masked))
-        constants = masks | dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, PRECISION=precision, DESCRIPTOR=descriptor)
+        constants = {} if masked else dict(x_mask_ptr=None, y_mask_ptr=None)
+        constants |= dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, DESCRIPTOR=descriptor)
         operands = dict(x=f"tensordesc<{dtype}[{m},{d}]>", y=f"tensordesc<{dtype}[1,{c},{d}]>") if descriptor else {}
-        module = logsumexp_kernels if kernel == "exp_sums" else logsumexp_gradient_kernels
+        module = sums_kernels if kernel == "exp_sums" else gradient_kernels
         constants |= dict(MASK_COLUMNS=bool(masked)) if kernel == "exp_sums" else dict(EXACT=bool(exact))
         variant = "exact" if exact else "masked" if masked else "plain"
         build(module, kernel, variant, constants, warps, stages, **operands)
     rows, columns, depth, warps, stages = ONLINE[size]
-    constants = dict(HAS_MASKS=True, PRECISION=precision, BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, BLOCK_PARTS=16)
-    build(logsumexp_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
-    build(logsumexp_vector_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)
-    build(logsumexp_vector_kernels, "finish_gradient", "vectors", dict(BLOCK_R=16, BLOCK_D=128), 4, 3)
+    constants = dict(BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, BLOCK_PARTS=16)
+    build(finish_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
+    build(vector_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)
+    build(vector_kernels, "finish_gradient", "vectors", dict(BLOCK_R=16, BLOCK_D=128), 4, 3)
 """
 
 

@@ -191,6 +191,8 @@ class _Passes:
         dx_sum = x.new_empty(m, width, dtype=torch.float32) if self.through_x else None
         dy_sum = x.new_empty(slots * padded, width, dtype=torch.float32) if dy.numel() else None
         dots = x.new_zeros((), dtype=torch.float64)
+        row_vectors, col_vectors, own, flag, _ = self.vectors
+        diagonal = None if own is None else self.diagonal
         for first, j in ((first, j) for first in range(0, k, slots) for j in range(0, c, cols)):
             n, count = min(slots, k - first), min(cols, c - j)
             y_part = y[first : first + n].flatten(0, 1) if slots > 1 else y[first, j : j + count]
@@ -198,10 +200,7 @@ class _Passes:
                 part = slice(i, min(i + rows, m))
                 g_rows = workspace[: (part.stop - i) * pitch].view(part.stop - i, pitch)[:, : len(y_part)]
                 g = g_rows.unflatten(1, (n, -1))[..., :count].transpose(0, 1)  # [n, rows, count]
-                _ops.logsumexp_gradient(
-                    *self.call, self.vectors.flag, self.vectors.rows, self.vectors.cols, i, j, first,
-                    None if self.vectors.own is None else self.diagonal, g,
-                )  # fmt: skip
+                _ops.logsumexp_gradient(*self.call, flag, row_vectors, col_vectors, i, j, first, diagonal, g)
                 if dx_sum is not None:
                     (matmul if first == j == 0 else accumulate)(a=g_rows, b=y_part, out=dx_sum[part])
                 if dy_sum is not None:

@@ -20,10 +20,10 @@ from ..chunks import chunks, joined, up
 from ..dense import dense
 from ..products import accumulate, matmul
 from ..rectangle import Rectangle, Upstream, paired_slices
-from .logsumexp_gradient_kernels import gradient_tile
-from .logsumexp_kernels import NO_DIAGONAL
+from .kernels.gradient_kernels import gradient_tile
+from .kernels.logits_kernels import NO_DIAGONAL
+from .kernels.vector_kernels import coefficients, finish_gradient
 from .logsumexp_tiles import Blocks
-from .logsumexp_vector_kernels import coefficients, finish_gradient
 from .operands_triton import TritonOperands
 
 EXACT_PROGRAMS = 264  # of gradient_tile when it is only there in case: two for each processor of an H200
@@ -93,8 +93,6 @@ class Passes:
             diagonal=self.diagonal,
             first_pair=self.own.start,
             stop_pair=self.own.stop,
-            HAS_X_MASK=x_mask is not None,
-            HAS_Y_MASK=y_mask is not None,
         )
 
     def _coefficients(self, upstream: Upstream) -> Vectors:
@@ -107,10 +105,29 @@ class Passes:
         largest = new(programs)
         for phase in (0, 1):
             coefficients[(programs,)](
-                phase, row, col, d_row, d_col, pos, d_pos, self.operands.scale, self.operands.slope, largest,
-                vectors.flag, vectors.unit, vectors.rows, vectors.cols, vectors.own, m, c, k,
-                self.diagonal, self.own.start, self.own.stop, BLOCK=block,
-            )  # fmt: skip
+                phase,
+                row,
+                col,
+                d_row,
+                d_col,
+                pos,
+                d_pos,
+                self.operands.scale,
+                self.operands.slope,
+                largest,
+                vectors.flag,
+                vectors.unit,
+                vectors.rows,
+                vectors.cols,
+                vectors.own,
+                m,
+                c,
+                k,
+                self.diagonal,
+                self.own.start,
+                self.own.stop,
+                BLOCK=block,
+            )
         return vectors
 
     def run(self, dx: Tensor | None, dy: Tensor) -> Tensor:
@@ -164,7 +181,6 @@ class Passes:
                 first_col=first_col,
                 rows=row_count,
                 col_octets=triton.cdiv(col_count, 8),
-                slot_octets=col_count // 8 if slot_count > 1 else 0,
                 pitch=pitch,
                 EXACT=exact,
                 **self.arguments,

@@ -91,8 +91,6 @@ def launch(
         rows_between,
         columns_between,
         DEPTHS=d // BLOCK_D,
-        HAS_X_MASK=x_mask is not None,
-        HAS_Y_MASK=y_mask is not None,
         MASK_COLUMNS=y_mask is not None or c % BLOCK_C != 0,
         STAGES=STAGES,
         num_warps=WARPS,
@@ -104,14 +102,15 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @gluon.jit
 def _slope_and_offset(scale_ptr, slope_ptr):
-    """As slope_and_offset of logsumexp_kernels, which Gluon cannot call."""
+    """As slope_and_offset of logits_kernels, which Gluon cannot call."""
     bound = gl.abs(gl.load(scale_ptr)) * 1.4426950408889634
     return gl.load(slope_ptr) * 1.4426950408889634, gl.maximum(bound - 106.0, gl.minimum(0.0, 82.0 - bound))
 
 
 @gluon.jit
-def _produce(x, y, xs, ys, full, empty, y_full, first_c, first_d, first_m, tiles, DEPTHS: gl.constexpr):
+def _produce(x, y, shared, first_c, first_d, first_m, tiles, DEPTHS: gl.constexpr):
     """Load the tile of y, then every box of x as soon as its place is free."""
+    xs, ys, full, empty, y_full = shared
     STAGES: gl.constexpr = xs.shape[0]
     HALF: gl.constexpr = STAGES // 2  # each consumer has its own half of the ring
     BLOCK_M: gl.constexpr = xs.shape[1]
@@ -129,11 +128,55 @@ def _produce(x, y, xs, ys, full, empty, y_full, first_c, first_d, first_m, tiles
 
 
 @gluon.jit
+def _store_columns(columns, col_ptr, col_stride, first_c, stop_c):
+    """The sums over rows [BLOCK_M // 16, 8, BLOCK_C]: over a thread's own, then over lanes; the four warps' apart,
+    without an exchange through shared memory."""
+    ROWS: gl.constexpr = columns.shape[0]
+    BLOCK_C: gl.constexpr = columns.shape[2]
+    sums = gl.sum(gl.sum(gl.reshape(columns, (ROWS // 4, 4, 8, BLOCK_C)), 0), 1)
+    layout_wc: gl.constexpr = sums.type.layout
+    warps = gl.arange(0, 4, layout=gl.SliceLayout(1, layout_wc))
+    offs_c = first_c + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, layout_wc))
+    places = gl.expand_dims(warps, 1).to(gl.int64) * col_stride + gl.expand_dims(offs_c, 0)
+    gl.store(col_ptr + places, sums, mask=gl.expand_dims(offs_c, 0) < stop_c)
+
+
+@gluon.jit
+def _store_column_mask(ones, far, first_c, C, y_mask_ptr, slot, slope):
+    """The operands of one more product, 1 times 0 or -inf, which drops columns beyond C and those that a mask drops."""
+    BLOCK_M: gl.constexpr = ones.shape[0]
+    BLOCK_C: gl.constexpr = far.shape[0]
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    offs = first_c + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, flat))
+    keep = offs < C
+    if y_mask_ptr is not None:
+        keep = keep & (gl.load(y_mask_ptr + slot.to(gl.int64) * C + offs, mask=keep, other=0) != 0)
+    away = gl.where(slope < 0, float("inf"), float("-inf"))
+    values = gl.expand_dims(gl.where(keep, 0.0, away), 1) + gl.zeros([BLOCK_C, 16], gl.float32, flat)
+    far.store(values.to(far.dtype))
+    ones.store(gl.full([BLOCK_M, 16], 1.0, ones.dtype, flat))
+    fence_async_shared()
+
+
+@gluon.jit
 def _consume(
-    which, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row_ptr, col_ptr, col_stride, first_m,
-    first_c, stop_c, tiles, M, DEPTHS: gl.constexpr, HAS_X_MASK: gl.constexpr, MASK_COLUMNS: gl.constexpr,
-):  # fmt: skip
+    which,
+    shared,
+    drops,
+    exponents,
+    x_mask_ptr,
+    row_ptr,
+    col_ptr,
+    col_stride,
+    area,
+    DEPTHS: gl.constexpr,
+    MASK_COLUMNS: gl.constexpr,
+):
     """The row tiles which, which + 2, ..: their logits, both sums of exp2(z - offset)."""
+    xs, ys, full, empty, y_full = shared
+    ones, far = drops
+    slope, offset = exponents
+    first_m, tiles, M, first_c, stop_c = area
     STAGES: gl.constexpr = xs.shape[0]
     HALF: gl.constexpr = STAGES // 2
     BLOCK_M: gl.constexpr = xs.shape[1]
@@ -157,31 +200,38 @@ def _consume(
         mbarrier.arrive(empty.index(which * HALF + (first + DEPTHS - 1) % HALF), count=1)
         offs_m = first_m + t * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
         keep_m = offs_m < M
-        if HAS_X_MASK:
+        if x_mask_ptr is not None:
             keep_m = keep_m & (gl.load(x_mask_ptr + offs_m, mask=keep_m, other=0) != 0)
         # A dropped row has an infinite offset.
         e = gl.exp2(acc * slope - gl.expand_dims(gl.where(keep_m, offset, float("inf")), 1))
         gl.store(row_ptr + offs_m, gl.sum(e, 1), mask=offs_m < M)
         columns += gl.sum(gl.reshape(e, (BLOCK_M // 16, 2, 8, BLOCK_C)), 1)
-    # Over a thread's own rows, then over lanes. The four warps' sums are written apart:
-    # no exchange through shared memory.
-    sums = gl.sum(gl.sum(gl.reshape(columns, (BLOCK_M // 64, 4, 8, BLOCK_C)), 0), 1)
-    layout_wc: gl.constexpr = sums.type.layout
-    warps = gl.arange(0, 4, layout=gl.SliceLayout(1, layout_wc))
-    offs_c = first_c + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(0, layout_wc))
-    places = gl.expand_dims(warps, 1).to(gl.int64) * col_stride + gl.expand_dims(offs_c, 0)
-    gl.store(col_ptr + places, sums, mask=gl.expand_dims(offs_c, 0) < stop_c)
+    _store_columns(columns, col_ptr, col_stride, first_c, stop_c)
 
 
 @gluon.jit(
     do_not_specialize=["M", "C", "first_tile", "row_tiles_stride", "band_rows", "rows_between", "columns_between"]
 )
 def exp_sums_resident(
-    x, y, x_mask_ptr, y_mask_ptr, scale_ptr, slope_ptr, row_ptr, col_ptr,
-    M, C, first_tile, row_tiles_stride, band_rows, rows_between, columns_between,
-    DEPTHS: gl.constexpr, HAS_X_MASK: gl.constexpr, HAS_Y_MASK: gl.constexpr, MASK_COLUMNS: gl.constexpr,
+    x,
+    y,
+    x_mask_ptr,
+    y_mask_ptr,
+    scale_ptr,
+    slope_ptr,
+    row_ptr,
+    col_ptr,
+    M,
+    C,
+    first_tile,
+    row_tiles_stride,
+    band_rows,
+    rows_between,
+    columns_between,
+    DEPTHS: gl.constexpr,
+    MASK_COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
-):  # fmt: skip
+):
     """Sums of e = exp2(z - offset): row [K, tiles, M] of each column tile, col [bands, 8, K, C] of each band and warp.
 
     x [M, D] and y, a matrix of all slots, are descriptors of boxes [BLOCK_M, BLOCK_D] and [BLOCK_C, BLOCK_D].
@@ -189,10 +239,7 @@ def exp_sums_resident(
     """
     BLOCK_M: gl.constexpr = x.block_type.shape[0]
     BLOCK_C: gl.constexpr = y.block_type.shape[0]
-    tile = first_tile + gl.program_id(0)
-    band = gl.program_id(1)
-    slot = gl.program_id(2)
-    slots = gl.num_programs(2)
+    band, slot = gl.program_id(1), gl.program_id(2)
     xs = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005 - Gluon has no star
     ys = gl.allocate_shared_memory(y.dtype, [DEPTHS] + y.block_type.shape, y.layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -206,33 +253,24 @@ def exp_sums_resident(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     mbarrier.init(y_full, count=1)
+    first_c = (first_tile + gl.program_id(0)) * BLOCK_C
     if MASK_COLUMNS:
-        flat: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-        offs = tile * BLOCK_C + gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, flat))
-        keep = offs < C
-        if HAS_Y_MASK:
-            keep = keep & (gl.load(y_mask_ptr + slot.to(gl.int64) * C + offs, mask=keep, other=0) != 0)
-        away = gl.where(slope < 0, float("inf"), float("-inf"))
-        values = gl.expand_dims(gl.where(keep, 0.0, away), 1) + gl.zeros([BLOCK_C, 16], gl.float32, flat)
-        far.store(values.to(x.dtype))
-        ones.store(gl.full([BLOCK_M, 16], 1.0, x.dtype, flat))
-        fence_async_shared()
+        _store_column_mask(ones, far, first_c, C, y_mask_ptr, slot, slope)
     first_m = band * band_rows
     tiles = (gl.minimum(band_rows, M - first_m) + BLOCK_M - 1) // BLOCK_M
-    first_c = tile * BLOCK_C
     row = row_ptr + (slot.to(gl.int64) * row_tiles_stride + gl.program_id(0)) * M
-    col_stride = slots.to(gl.int64) * C
+    col_stride = gl.num_programs(2).to(gl.int64) * C
     col = col_ptr + band.to(gl.int64) * 8 * col_stride + slot.to(gl.int64) * C
-    col_second = col + 4 * col_stride
+    shared, drops, exponents = (xs, ys, full, empty, y_full), (ones, far), (slope, offset)
+    area = (first_m, tiles, M, first_c, C)
+    col_odd = col + 4 * col_stride
+    slot_c, slot_d = slot * rows_between + first_c, slot * columns_between
     gl.warp_specialize(
         [
-            (_consume, (0, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row, col, col_stride,
-                        first_m, first_c, C, tiles, M, DEPTHS, HAS_X_MASK, MASK_COLUMNS)),
-            (_consume, (1, xs, ys, ones, far, full, empty, y_full, x_mask_ptr, slope, offset, row, col_second,
-                        col_stride, first_m, first_c, C, tiles, M, DEPTHS, HAS_X_MASK, MASK_COLUMNS)),
-            (_produce, (x, y, xs, ys, full, empty, y_full, slot * rows_between + first_c, slot * columns_between,
-                        first_m, tiles, DEPTHS)),
+            (_consume, (0, shared, drops, exponents, x_mask_ptr, row, col, col_stride, area, DEPTHS, MASK_COLUMNS)),
+            (_consume, (1, shared, drops, exponents, x_mask_ptr, row, col_odd, col_stride, area, DEPTHS, MASK_COLUMNS)),
+            (_produce, (x, y, shared, slot_c, slot_d, first_m, tiles, DEPTHS)),
         ],
         [4, 1],
         [232, 24],
-    )  # fmt: skip
+    )

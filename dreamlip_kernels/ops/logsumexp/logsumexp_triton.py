@@ -22,7 +22,8 @@ from torch import Tensor
 from ...backends.settings import settings
 from ..dense import dense
 from ..rectangle import Rectangle
-from .logsumexp_kernels import exp_sums, finish_sums
+from .kernels.finish_kernels import finish_sums
+from .kernels.sums_kernels import exp_sums
 from .logsumexp_tiles import ONLINE
 from .operands_triton import TritonOperands, arch
 
@@ -93,8 +94,6 @@ def _tiled(operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tens
     arguments = operands.arguments(blocks) | dict(
         x_mask_ptr=x_mask,
         y_mask_ptr=y_mask,
-        HAS_X_MASK=x_mask is not None,
-        HAS_Y_MASK=y_mask is not None,
         MASK_COLUMNS=y_mask is not None or c % blocks.c != 0,
     )
 
@@ -184,12 +183,10 @@ def _finish(
         has_q_mask=int(ours.mask is not None),
         has_k_mask=int(others.mask is not None),
         paired=int(pos is not None),
-        HAS_MASKS=any_mask is not None,
         BLOCK_R=rows,
         BLOCK_S=columns,
         BLOCK_D=min(depth, max(16, triton.next_power_of_2(d))),
         BLOCK_PARTS=16,
-        PRECISION=operands.precision,
         num_warps=warps,
         num_stages=stages,
     )

@@ -10,7 +10,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..operands import Operands
-from ..rectangle import Rectangle
 from .logsumexp_tiles import INTERPRETED, Blocks, blocks_for
 
 # Where kernels read through tensor descriptors. Of sm_120, which has TMA too, the compiler spills with them.
@@ -19,10 +18,6 @@ TMA_MAJORS = (9, 10)
 
 class TritonOperands(Operands):
     """``Operands`` with the tiles and the arguments of the kernels on their device."""
-
-    def __init__(self, rectangle: Rectangle, without_masked: bool = False):
-        super().__init__(rectangle, without_masked)
-        self.precision = "tf32x3" if rectangle.exact_float32 else "tf32"  # of 16-bit operands it has no meaning
 
     def blocks(self, kernel: str) -> Blocks:
         """The tile shape of ``kernel``; a small one for the interpreter."""
@@ -45,7 +40,6 @@ class TritonOperands(Operands):
             BLOCK_M=blocks.m,
             BLOCK_C=blocks.c,
             BLOCK_D=blocks.d,
-            PRECISION=self.precision,
             DESCRIPTOR=descriptor,
             num_warps=blocks.warps,
             num_stages=blocks.stages,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logsumexp_kernels import LARGEST_SUM, LOG2E, SMALLEST_SUM, slope_and_offset
+from .logits_kernels import LARGEST_SUM, LOG2E, SMALLEST_SUM, slope_and_offset
 
 # The largest coefficient is brought below 2^14: a row's and a column's together stay within float16.
 GRADIENT_EXPONENT = tl.constexpr(13.0)
