@@ -92,7 +92,7 @@ setup(
         "dreamlip_kernels": ["py.typed"],
         "dreamlip_kernels.backends": ["measured/*.json"],
         "dreamlip_train.evaluation": ["paper_tables/*"],
-        "dreamlip_train.reporting": ["explore_page/*"],
+        "dreamlip_train.reporting": ["explore_page/*", "run_page/*"],
         "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
     },
     **extension(),
