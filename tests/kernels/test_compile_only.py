@@ -24,7 +24,7 @@ SCRIPT = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from dreamlip_kernels.ops.logsumexp.kernels import finish_kernels, gradient_kernels, sums_kernels, vector_kernels
-    from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import ONLINE, blocks_for
+    from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import FINISH, blocks_for
     from dreamlip_kernels.ops.logsumexp.operands_triton import TMA_MAJORS
 
     arch, folder, dtype, width = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -67,7 +67,8 @@ SCRIPT = """
         constants |= dict(MASK_COLUMNS=bool(masked)) if kernel == "exp_sums" else dict(EXACT=bool(exact))
         variant = "exact" if exact else "masked" if masked else "plain"
         build(module, kernel, variant, constants, warps, stages, **operands)
-    rows, columns, depth, warps, stages = ONLINE[size]
+    rows, columns, warps, stages = FINISH[size]
+    depth = blocks_for("exp_sums", size, arch, width).d
     constants = dict(BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, BLOCK_PARTS=16)
     build(finish_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
     build(vector_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)

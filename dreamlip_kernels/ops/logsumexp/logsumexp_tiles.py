@@ -22,10 +22,10 @@ class Blocks(NamedTuple):
 
 
 INTERPRETED = Blocks(32, 32, 16, 4, 1)
-# finish_sums, whose products only run where sums left float32's range, by bytes of an operand's element: a shape for
-# every device. One stage: copies ahead by cp.async would need a fence before wgmma reads them, which Triton 3.6 leaves
-# out.
-ONLINE = {2: Blocks(64, 64, 64, 4, 1), 4: Blocks(64, 64, 32, 8, 1)}
+# finish_sums: rows and columns of a tile, warps and stages, by bytes of an operand's element, for every device. Its
+# depth is that of exp_sums: a logit is then the same sum in both. One stage: copies ahead by cp.async would need a
+# fence before wgmma reads them, which Triton 3.6 leaves out.
+FINISH = {2: (64, 64, 4, 1), 4: (64, 64, 8, 1)}
 
 # (kernel, bytes of an operand's element, compute capability's major) -> {D the entry was found at: Blocks}. Those of
 # Hopper at 16 bits were timed.

@@ -24,7 +24,7 @@ from ..dense import dense
 from ..rectangle import Rectangle
 from .kernels.finish_kernels import finish_sums
 from .kernels.sums_kernels import exp_sums
-from .logsumexp_tiles import ONLINE
+from .logsumexp_tiles import FINISH
 from .operands_triton import TritonOperands, arch
 
 PROGRAMS = 4 * 132  # of exp_sums at least, where there are rows enough: four for each processor of an H100
@@ -155,8 +155,7 @@ def _finish(
     """Write the log-sum-exps [K, count] of our side over the others from parts [K, parts, count], and the positives'
     logits.
     """
-    rows, columns, depth, warps, stages = ONLINE[operands.x.element_size()]
-    d = operands.x.shape[1]
+    rows, columns, warps, stages = FINISH[operands.x.element_size()]
     any_mask = ours.mask if ours.mask is not None else others.mask
     finish_sums[(triton.cdiv(ours.count, rows), len(out))](
         part_ptr=parts,
@@ -170,7 +169,7 @@ def _finish(
         pos_ptr=out if pos is None else pos,
         R=ours.count,
         S=others.count,
-        D=d,
+        D=operands.x.shape[1],
         stride_qk=ours.stride_k,
         stride_qr=ours.stride,
         stride_kk=others.stride_k,
@@ -185,7 +184,7 @@ def _finish(
         paired=int(pos is not None),
         BLOCK_R=rows,
         BLOCK_S=columns,
-        BLOCK_D=min(depth, max(16, triton.next_power_of_2(d))),
+        BLOCK_D=operands.blocks("exp_sums").d,
         BLOCK_PARTS=16,
         num_warps=warps,
         num_stages=stages,
