@@ -16,6 +16,7 @@ from .checks import as_scale, check_choice, check_features, check_mask, check_sh
 from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
 from .distributed.gathered_logsumexp import gathered_logsumexp
+from .numerics import logsumexp_of_any
 
 
 def multi_positive_contrastive_loss(
@@ -71,13 +72,13 @@ def multi_positive_contrastive_loss(
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     check_options(fn, negatives, positives, reduction)
     image_features, text_features = promoted(image_features, text_features)
+    scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     rows = n * rank_and_size(group)[1]
     chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask)
-    agreed = check_agreement(fn, sizes, image_features.device, group, backend=chosen)
+    scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen
 
-    scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     text_KND = text_features.transpose(0, 1)
     text_mask = of_present_images(image_mask, text_mask, k)
     mask_KN = None if text_mask is None else text_mask.T
@@ -85,12 +86,12 @@ def multi_positive_contrastive_loss(
         image_features, text_KND, scale, image_mask, mask_KN, chosen, group
     )  # [K, n] each
     if negatives == "all":
-        row = _logsumexp_slots(row).expand_as(pos)
+        row = logsumexp_of_any(row, keepdim=True).expand_as(pos)
     col_term = _where(mask_KN, col - pos)
     if positives == "logsum":
         captioned = None if mask_KN is None else mask_KN.any(0)
-        pos_sum = _logsumexp_slots(pos if mask_KN is None else pos.masked_fill(~mask_KN, -torch.inf))
-        row_term = _where(captioned, row[0] - pos_sum[0])
+        pos_sum = logsumexp_of_any(pos if mask_KN is None else pos.masked_fill(~mask_KN, -torch.inf))
+        row_term = _where(captioned, row[0] - pos_sum)
         return (global_mean(row_term, captioned, group) + global_mean(col_term, mask_KN, group)) / 2
     pair = (_where(mask_KN, row - pos) + col_term) / 2
     return pair.T if reduction == "none" else global_mean(pair, mask_KN, group)
@@ -111,9 +112,3 @@ def check_options(fn: str, negatives: str, positives: str, reduction: str = "mea
 
 def _where(mask: Tensor | None, value: Tensor) -> Tensor:
     return value if mask is None else torch.where(mask, value, 0)
-
-
-def _logsumexp_slots(z: Tensor) -> Tensor:
-    # [K, n] -> [1, n]. An image without a caption anywhere has only -inf, where torch's own gradient would be NaN.
-    empty = torch.isneginf(z).all(0, keepdim=True)
-    return torch.where(empty, -torch.inf, torch.where(empty, 0, z).logsumexp(0, keepdim=True))

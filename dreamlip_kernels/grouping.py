@@ -142,7 +142,7 @@ def subcaption_grouping_loss(
         pairs = dict(M=n * k * rank_and_size(group)[1], C=n * k, K=1, D=d)
         chosen = dispatch.select("bidirectional_logsumexp", scale, contrastive_backend, **pairs)
     sizes = agreement_sizes(text_features, image_mask, text_mask)
-    agreed = check_agreement(fn, sizes, text_features.device, group, backend=chosen)
+    scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
     chosen = agreed if contrastive_backend == "auto" else chosen
     text_mask = of_present_images(image_mask, text_mask, k)
     patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])

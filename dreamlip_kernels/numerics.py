@@ -32,6 +32,14 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.where(norm == 0, torch.inf, norm)
 
 
+def logsumexp_of_any(z: Tensor, keepdim: bool = False) -> Tensor:
+    """``z.logsumexp(0)``; where nothing is finite, -inf and no gradient, which torch's own would make NaN."""
+    empty = torch.isneginf(z).all(0, keepdim=True)
+    total = torch.where(empty, 0, z).logsumexp(0, keepdim=True)
+    total = torch.where(empty, -torch.inf, total)
+    return total if keepdim else total[0]
+
+
 def flat_tolerance(dtype: torch.dtype) -> float:
     """Similarities whose range is no larger than this are all equal up to rounding: 32 ulp of one,
     in at least float32.

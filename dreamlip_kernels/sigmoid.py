@@ -81,7 +81,7 @@ def multi_positive_sigmoid_loss(
     mask = None if mask is None else mask.reshape(-1)
     chosen = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask)
-    agreed = check_agreement(fn, sizes, image_features.device, group, backend=chosen)
+    scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen
     x_mask = None if image_mask is None else all_gather_rows(image_mask, group)
     everyone = all_gather_rows(image_features, group)

@@ -17,7 +17,7 @@ LAYERS = {
         "backends": "version",
         "ops": "backends checks numerics",
         "distributed": "backends ops numerics",
-        "contrastive": "backends checks distributed",
+        "contrastive": "backends checks distributed numerics",
         "sigmoid": "backends ops checks distributed",
         "grouping": "backends ops checks distributed numerics",
         "losses": "backends checks distributed contrastive sigmoid grouping",

@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .collectives import Group, rank_and_size
+from .collectives import Group, group_name, group_of_name, rank_and_size
 
 MODES = ("always", "shapes", "never")
+SIZES = ("N (images a rank)", "K (sub-captions)", "D (width)", "image_mask (1 = passed)", "text_mask (1 = passed)")
 LONGEST_WAIT = datetime.timedelta(minutes=10)  # for a rank that compiles, or loads, while the others already compare
 
 
@@ -42,27 +43,30 @@ _known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Known] = weakref.WeakKeyDi
 
 def agreement_sizes(text_features: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> dict[str, int]:
     """What all ranks must agree on before their first collective."""
-    n, k, d = text_features.shape
-    return {
-        "N (images a rank)": n,
-        "K (sub-captions)": k,
-        "D (width)": d,
-        "image_mask (1 = passed)": int(image_mask is not None),
-        "text_mask (1 = passed)": int(text_mask is not None),
-    }
+    values = (*text_features.shape, int(image_mask is not None), int(text_mask is not None))
+    return dict(zip(SIZES, values, strict=True))
 
 
 def check_agreement(
-    fn: str, sizes: dict[str, int], device: torch.device, group: Group = None, *, backend: str = "torch"
-) -> str:
-    """Raise ValueError on every rank unless all ranks hold the same sizes; return ``backend`` where all ranks chose
-    that one, else "torch".
+    fn: str, sizes: dict[str, int], scale: Tensor, group: Group = None, *, backend: str = "torch"
+) -> tuple[Tensor, str]:
+    """Raise ValueError on every rank unless all ranks hold the same sizes; return ``scale``, and ``backend`` where all
+    ranks chose that one, else "torch".
 
     Ranks choose by the verdicts on their own machines: one that has none decides for all.
-    How often ranks compare is said above; in torch.compile and while a CUDA graph is captured they don't.
+    How often ranks compare is said above; while a CUDA graph is captured they don't. Under torch.compile they compare
+    when the graph runs, in an op that ``scale`` goes through so that it comes before what multiplies by it; each keeps
+    the backend that it was compiled with.
     """
-    if torch.compiler.is_compiling() or rank_and_size(group)[1] == 1:
-        return backend
+    if rank_and_size(group)[1] == 1:
+        return scale, backend
+    if torch.compiler.is_compiling():
+        return agreement_op(scale, fn, list(sizes.values()), backend, group_name(group)), backend
+    return scale, _agreed(fn, sizes, scale.device, group, backend)
+
+
+def _agreed(fn: str, sizes: dict[str, int], device: torch.device, group: Group, backend: str) -> str:
+    """The backend for all, compared or remembered; ValueError where sizes differ."""
     mode = os.environ.get("DREAMLIP_CHECK", "shapes")
     if mode not in MODES:
         raise ValueError(f"DREAMLIP_CHECK must be one of {MODES}, got {mode!r}")
@@ -76,6 +80,21 @@ def check_agreement(
     elif asked not in known.agreed:
         known.agreed[asked] = _compared(fn, sizes, _by_store(fn, sizes, backend, known.calls, group), group, backend)
     return known.agreed[asked]
+
+
+@torch.library.custom_op("dreamlip_kernels::agreement", mutates_args=())
+def agreement_op(scale: Tensor, fn: str, sizes: list[int], backend: str, group: str) -> Tensor:
+    """``scale``, once all ranks are known to hold the same sizes."""
+    _agreed(fn, dict(zip(SIZES, sizes, strict=True)), scale.device, group_of_name(group), backend)
+    return scale.clone()
+
+
+@agreement_op.register_fake
+def _(scale, fn, sizes, backend, group):
+    return torch.empty_like(scale)
+
+
+agreement_op.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
 
 
 def _compared(fn: str, sizes: dict[str, int], by_rank: list[list], group: Group, backend: str) -> str:

@@ -1,7 +1,8 @@
 """The collectives of a loss over many ranks: images travel, captions stay (docs/math.md section 2).
 
 Each rank computes one rectangle, all images x its own captions, so that every logit of the global matrix exists once in
-the world. With one process, every function here is the identity and issues no collective.
+the world. With one process, every function here is the identity and issues no collective. What communicates is a
+registered op, which torch.compile leaves whole, and its gradient another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import Optional
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from ..numerics import logsumexp_of_any
 
 Group = Optional["dist.ProcessGroup"]
 
@@ -22,11 +26,21 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def group_name(group: Group) -> str:
+    """The name by which a registered op, which takes no process groups, is told one; of an initialized group."""
+    return (group or dist.group.WORLD).group_name
+
+
+def group_of_name(name: str) -> dist.ProcessGroup:
+    """The process group of that name."""
+    return _resolve_process_group(name)
+
+
 def all_gather_rows(x: Tensor, group: Group = None) -> Tensor:
     """x [n, ...] of every rank concatenated in rank order -> [W*n, ...]; its gradient is summed over ranks and returned
     to the owner.
     """
-    return x if rank_and_size(group)[1] == 1 else _AllGatherRows.apply(x, group)
+    return x if rank_and_size(group)[1] == 1 else all_gather_rows_op(x, group_name(group))
 
 
 def reduce_scatter_logsumexp(partial: Tensor, group: Group = None) -> Tensor:
@@ -35,16 +49,16 @@ def reduce_scatter_logsumexp(partial: Tensor, group: Group = None) -> Tensor:
     One all-to-all of [K, W*n] each way: an owner sees every rank's part, so the sum is exact at any scale without a
     maximum agreed on first, and the owner knows what each rank's gradient is.
     """
-    return partial if rank_and_size(group)[1] == 1 else _ReduceScatterLogsumexp.apply(partial, group)
+    world = rank_and_size(group)[1]
+    if world == 1:
+        return partial
+    parts = partial.view(partial.shape[0], world, -1).transpose(0, 1).contiguous()
+    return logsumexp_of_any(all_to_all_op(parts, group_name(group)))
 
 
 def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     """The sum over ranks of a tensor that needs no gradient (counts)."""
-    if rank_and_size(group)[1] == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x, group=group)
-    return x
+    return x if rank_and_size(group)[1] == 1 else all_reduce_sum_op(x, group_name(group))
 
 
 def of_present_images(image_mask: Tensor | None, mask: Tensor | None, count: int) -> Tensor | None:
@@ -67,46 +81,66 @@ def global_mean(terms: Tensor, mask: Tensor | None, group: Group = None) -> Tens
     return terms.sum() * rank_and_size(group)[1] / count
 
 
-def _gather(x: Tensor, world: int, group: Group) -> Tensor:
-    out = x.new_empty(world * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+# --- registered ops; ``group`` is the name of a process group --------------------------------------------------------
+
+
+@torch.library.custom_op("dreamlip_kernels::all_gather_rows", mutates_args=())
+def all_gather_rows_op(x: Tensor, group: str) -> Tensor:
+    """x [n, ...] of every rank -> [W*n, ...]."""
+    process_group = group_of_name(group)
+    out = x.new_empty(rank_and_size(process_group)[1] * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=process_group)
     return out
 
 
-class _AllGatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(x, rank_and_size(group)[1], group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        _, world = rank_and_size(ctx.group)
-        # W partial gradients are added up: 16 bits would lose what the fp32 accumulation of each rank kept.
-        total = grad.contiguous().to(torch.promote_types(grad.dtype, torch.float32))
-        own = total.new_empty(total.shape[0] // world, *total.shape[1:])
-        dist.reduce_scatter_tensor(own, total, group=ctx.group)
-        return own.to(grad.dtype), None
+@torch.library.custom_op("dreamlip_kernels::reduce_scatter_rows", mutates_args=())
+def reduce_scatter_rows_op(x: Tensor, group: str) -> Tensor:
+    """The sum over ranks of x [W*n, ...], of the rows this rank owns -> [n, ...]."""
+    process_group = group_of_name(group)
+    # W partial gradients are added up: 16 bits would lose what the fp32 accumulation of each rank kept.
+    total = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    own = total.new_empty(total.shape[0] // rank_and_size(process_group)[1], *total.shape[1:])
+    dist.reduce_scatter_tensor(own, total, group=process_group)
+    return own.to(x.dtype)
 
 
-class _ReduceScatterLogsumexp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, partial: Tensor, group: Group) -> Tensor:
-        k, world = partial.shape[0], rank_and_size(group)[1]
-        sent = partial.view(k, world, -1).transpose(0, 1).contiguous()
-        parts = torch.empty_like(sent)
-        dist.all_to_all_single(parts, sent, group=group)
-        total = parts.logsumexp(dim=0)
-        ctx.group = group
-        ctx.save_for_backward(parts, total)
-        return total
+@torch.library.custom_op("dreamlip_kernels::all_to_all", mutates_args=())
+def all_to_all_op(x: Tensor, group: str) -> Tensor:
+    """x [W, ...]: part w goes to rank w, and what comes from rank w is part w."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group_of_name(group))
+    return out
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        parts, total = ctx.saved_tensors
-        # An empty sum has no part in anything, and -inf - -inf would be NaN.
-        share = torch.where(torch.isneginf(parts), 0, (parts - total).exp())
-        sent = torch.where(share == 0, 0, grad * share)
-        d_parts = torch.empty_like(sent)
-        dist.all_to_all_single(d_parts, sent, group=ctx.group)
-        return d_parts.transpose(0, 1).reshape(grad.shape[0], -1), None
+
+@torch.library.custom_op("dreamlip_kernels::all_reduce_sum", mutates_args=())
+def all_reduce_sum_op(x: Tensor, group: str) -> Tensor:
+    """The sum over ranks."""
+    out = x.clone()
+    dist.all_reduce(out, group=group_of_name(group))
+    return out
+
+
+@all_gather_rows_op.register_fake
+def _(x, group):
+    return x.new_empty(rank_and_size(group_of_name(group))[1] * x.shape[0], *x.shape[1:])
+
+
+@reduce_scatter_rows_op.register_fake
+def _(x, group):
+    return x.new_empty(x.shape[0] // rank_and_size(group_of_name(group))[1], *x.shape[1:])
+
+
+@all_to_all_op.register_fake
+@all_reduce_sum_op.register_fake
+def _(x, group):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _remember_group(ctx, inputs, output):
+    ctx.group = inputs[1]
+
+
+all_gather_rows_op.register_autograd(
+    lambda ctx, grad: (reduce_scatter_rows_op(grad, ctx.group), None), setup_context=_remember_group
+)
+all_to_all_op.register_autograd(lambda ctx, grad: (all_to_all_op(grad, ctx.group), None), setup_context=_remember_group)

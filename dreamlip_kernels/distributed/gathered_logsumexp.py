@@ -5,8 +5,8 @@ work (docs/math.md section 2).
               row sums over ranks
     backward  a stretch of every rank's rows at a time: its gradient, whose sum over ranks travels || the next stretch's
 
-With one process it is ``bidirectional_logsumexp`` and issues no collective. n images a rank, N = n * ranks, K slots,
-D width.
+With one process it is ``bidirectional_logsumexp`` and issues no collective. Each direction is one registered op, so
+torch.compile keeps both whole and their collectives asynchronous. n images a rank, N = n * ranks, K slots, D width.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.settings import float32_products
+from ..numerics import accumulate_dtype
 from ..ops.logsumexp.logsumexp import logsumexp, logsumexp_backward_op, logsumexp_op
-from .collectives import Group, all_gather_rows, rank_and_size, reduce_scatter_logsumexp
+from .collectives import Group, all_gather_rows, group_name, group_of_name, rank_and_size, reduce_scatter_logsumexp
 
 # Backward goes in so many stretches where each still has rows enough to fill a device.
 STRETCHES, ROWS_A_STRETCH = 4, 4096
@@ -32,95 +33,142 @@ def gathered_logsumexp(
     if rank_and_size(group)[1] == 1:
         return logsumexp(x, y, scale, x_mask, y_mask, paired=True, backend=backend)
     x_mask = None if x_mask is None else all_gather_rows(x_mask, group)
-    row, col, pos = _GatheredLogsumexp.apply(x, y, scale, x_mask, y_mask, backend, group)
+    named = group_name(group)
+    row, col, pos, _ = gathered_logsumexp_op(x, y, scale, x_mask, y_mask, float32_products(x), backend, named)
     return reduce_scatter_logsumexp(row, group), col, pos
+
+
+@torch.library.custom_op("dreamlip_kernels::gathered_logsumexp", mutates_args=())
+def gathered_logsumexp_op(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    float32: str,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row [K, N] over this rank's columns alone, col [K, n] over all rows, pos [K, n], and every rank's x [N, D].
+
+    x_mask [N] is every rank's already; ``group`` is the name of a process group.
+    """
+    process_group = group_of_name(group)
+    rank, world = rank_and_size(process_group)
+    n = x.shape[0]
+    own = slice(rank * n, (rank + 1) * n)
+    everyone = x.new_empty(world * n, *x.shape[1:])
+    travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=process_group, async_op=True)
+    keep = False
+    row_own, col, pos, _ = logsumexp_op(x, y, scale, _part(x_mask, own), y_mask, True, keep, float32, backend)
+    travelling.wait()
+    rows = [row_own]
+    for before, others in ((True, slice(0, own.start)), (False, slice(own.stop, world * n))):
+        if others.stop > others.start:
+            part, part_mask = everyone[others], _part(x_mask, others)
+            row_part, col_part, *_ = logsumexp_op(part, y, scale, part_mask, y_mask, False, keep, float32, backend)
+            rows.insert(0, row_part) if before else rows.append(row_part)
+            col = torch.logaddexp(col, col_part)
+    return torch.cat(rows, dim=1), col, pos, everyone
+
+
+@gathered_logsumexp_op.register_fake
+def _(x, y, scale, x_mask, y_mask, float32, backend, group):
+    k, c, d = y.shape
+    rows, dtype = x.shape[0] * rank_and_size(group_of_name(group))[1], accumulate_dtype(x)
+    return (
+        x.new_empty(k, rows, dtype=dtype),
+        x.new_empty(k, c, dtype=dtype),
+        x.new_empty(k, c, dtype=dtype),
+        x.new_empty(rows, d),
+    )
+
+
+@torch.library.custom_op("dreamlip_kernels::gathered_logsumexp_backward", mutates_args=())
+def gathered_logsumexp_backward_op(
+    everyone: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    row: Tensor,
+    col: Tensor,
+    pos: Tensor,
+    d_row: Tensor,
+    d_col: Tensor,
+    d_pos: Tensor,
+    needs_x: bool,
+    needs_y: bool,
+    float32: str,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [n, D], summed over the ranks, dy (strided as y) and dscale; a side that needs no gradient comes back without
+    an element.
+    """
+    process_group = group_of_name(group)
+    rank, world = rank_and_size(process_group)
+    total, k = len(everyone), len(y)
+    n = total // world
+    count = max(1, min(STRETCHES, total // ROWS_A_STRETCH, n))
+    dx, dy, dscale = [], None, torch.zeros_like(scale)
+    travelling = []
+    for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
+        stretch = stop - start
+        part = everyone.view(world, n, everyone.shape[1])[:, start:stop].reshape(world * stretch, everyone.shape[1])
+        row_part, d_row_part = (v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row))
+        mask_part = None if x_mask is None else x_mask.view(world, n)[:, start:stop].reshape(-1)
+        # The positives of this stretch: its own rows begin at rank * stretch, its columns are start to stop.
+        positives = rank * stretch - start, start, stop
+        masked, rows, upstream = (mask_part, y_mask), (row_part, col, pos, None), (d_row_part, d_col, d_pos)
+        dx_part, dy_part, dscale_part = logsumexp_backward_op(
+            part, y, scale, *masked, *rows, *upstream, *positives, needs_x, needs_y, float32, backend, True
+        )
+        if needs_x:
+            own = dx_part.new_empty(stretch, dx_part.shape[1])
+            # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.
+            travelling.append((dist.reduce_scatter_tensor(own, dx_part, group=process_group, async_op=True), dx_part))
+            dx.append(own)
+        dy = dy_part if dy is None else dy.add_(dy_part)
+        dscale += dscale_part
+    for work, _ in travelling:
+        work.wait()
+    dx = torch.cat(dx).to(everyone.dtype) if needs_x else everyone.new_empty(0)
+    return dx, dy.to(y.dtype) if needs_y else y.new_empty(0), dscale
+
+
+@gathered_logsumexp_backward_op.register_fake
+def _(
+    everyone, y, scale, x_mask, y_mask, row, col, pos, d_row, d_col, d_pos, needs_x, needs_y, float32, backend, group
+):
+    rows, d = everyone.shape
+    return (
+        everyone.new_empty((rows // rank_and_size(group_of_name(group))[1], d) if needs_x else 0),
+        torch.empty_like(y) if needs_y else y.new_empty(0),
+        torch.empty_like(scale),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, y, scale, x_mask, y_mask, ctx.float32, ctx.backend, ctx.group = inputs
+    row, col, pos, everyone = output
+    ctx.set_materialize_grads(False)  # of every rank's x, a gradient of zeros would be as large as they are
+    ctx.mark_non_differentiable(everyone)
+    ctx.save_for_backward(everyone, y, scale, x_mask, y_mask, row, col, pos)
+
+
+def _backward(ctx, *upstream):
+    everyone, y, scale, x_mask, y_mask, *outputs = ctx.saved_tensors
+    upstream = (torch.zeros_like(v) if d is None else d for v, d in zip(outputs, upstream[:3], strict=True))
+    needs_x, needs_y, needs_scale = ctx.needs_input_grad[:3]
+    dx, dy, dscale = gathered_logsumexp_backward_op(
+        everyone, y, scale, x_mask, y_mask, *outputs, *upstream, needs_x, needs_y, ctx.float32, ctx.backend, ctx.group
+    )
+    return dx if needs_x else None, dy if needs_y else None, dscale if needs_scale else None, *[None] * 5
+
+
+gathered_logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _part(mask: Tensor | None, rows: slice) -> Tensor | None:
     return None if mask is None else mask[rows]
-
-
-class _GatheredLogsumexp(torch.autograd.Function):
-    """row [K, N] over this rank's columns alone, col [K, n] over all rows, pos [K, n]."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        x_mask: Tensor | None,
-        y_mask: Tensor | None,
-        backend: str,
-        group: Group,
-    ):
-        rank, world = rank_and_size(group)
-        n = x.shape[0]
-        own = slice(rank * n, (rank + 1) * n)
-        everyone = x.new_empty(world * n, *x.shape[1:])
-        travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=group, async_op=True)
-        keep, float32 = False, float32_products(x)
-        row_own, col, pos, _ = logsumexp_op(x, y, scale, _part(x_mask, own), y_mask, True, keep, float32, backend)
-        travelling.wait()
-        rows = [row_own]
-        for before, others in ((True, slice(0, own.start)), (False, slice(own.stop, world * n))):
-            if others.stop > others.start:
-                part, part_mask = everyone[others], _part(x_mask, others)
-                row_part, col_part, *_ = logsumexp_op(part, y, scale, part_mask, y_mask, False, keep, float32, backend)
-                rows.insert(0, row_part) if before else rows.append(row_part)
-                col = torch.logaddexp(col, col_part)
-        row = torch.cat(rows, dim=1)
-        ctx.save_for_backward(everyone, y, scale, x_mask, y_mask, row, col, pos)
-        ctx.backend, ctx.group, ctx.float32 = backend, group, float32
-        return row, col, pos
-
-    @staticmethod
-    def backward(ctx, d_row: Tensor, d_col: Tensor, d_pos: Tensor):
-        everyone, y, scale, x_mask, y_mask, row, col, pos = ctx.saved_tensors
-        needs_x, needs_y = ctx.needs_input_grad[:2]
-        rank, world = rank_and_size(ctx.group)
-        total, k = len(everyone), len(y)
-        n = total // world
-        count = max(1, min(STRETCHES, total // ROWS_A_STRETCH, n))
-        dx, dy, dscale = [], None, torch.zeros_like(scale)
-        travelling = []
-        for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
-            stretch = stop - start
-            part = everyone.view(world, n, everyone.shape[1])[:, start:stop].reshape(world * stretch, everyone.shape[1])
-            row_part, d_row_part = (
-                v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row)
-            )
-            dx_part, dy_part, dscale_part = logsumexp_backward_op(
-                part,
-                y,
-                scale,
-                None if x_mask is None else x_mask.view(world, n)[:, start:stop].reshape(-1),
-                y_mask,
-                row_part,
-                col,
-                pos,
-                None,
-                d_row_part,
-                d_col,
-                d_pos,
-                # The positives of this stretch: its own rows begin at rank * stretch, its columns are start to stop.
-                rank * stretch - start,
-                start,
-                stop,
-                needs_x,
-                needs_y,
-                ctx.float32,
-                ctx.backend,
-                True,
-            )
-            if needs_x:
-                own = dx_part.new_empty(stretch, dx_part.shape[1])
-                # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.
-                travelling.append((dist.reduce_scatter_tensor(own, dx_part, group=ctx.group, async_op=True), dx_part))
-                dx.append(own)
-            dy = dy_part if dy is None else dy.add_(dy_part)
-            dscale += dscale_part
-        for work, _ in travelling:
-            work.wait()
-        dx = torch.cat(dx).to(everyone.dtype) if needs_x else None
-        return dx, dy.to(y.dtype) if needs_y else None, dscale, None, None, None, None

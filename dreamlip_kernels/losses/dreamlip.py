@@ -122,10 +122,17 @@ class DreamLIPLoss(ClipLossArguments):
                     "DreamLIPLoss: patch_features is None and mpcl_weight is 0, so there is no loss; "
                     "pass patch_features [N, P, D]"
                 )
-            warnings.warn(
-                "DreamLIPLoss: no patch_features were passed, so the grouping term is off; pass patch_features=[N, P, "
-                "D], "
-                "or grouping_weight=0 if that is meant",
-                stacklevel=2,
-            )
+            _say_that_grouping_is_off()
         return terms if output_dict else sum(terms.values())
+
+
+def _say_that_grouping_is_off() -> None:
+    warnings.warn(
+        "DreamLIPLoss: no patch_features were passed, so the grouping term is off; pass patch_features=[N, P, D], "
+        "or grouping_weight=0 if that is meant",
+        stacklevel=3,
+    )
+
+
+# torch.compile, which cannot trace a warning, then gives it while it traces.
+_say_that_grouping_is_off._dynamo_marked_constant = True

@@ -4,15 +4,13 @@ the scale's included.
 
 import datetime
 import math
-import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from numerics import clip_like
+from ranks import join, spawn
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
@@ -60,21 +58,6 @@ def run_case(module, case, image, text, patches, mask):
         loss = module.subcaption_grouping_loss(inputs[2], inputs[1], inputs[3], **options)
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads
-
-
-def spawn(worker, world, *args):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # Forked from a process that has imported torch and nothing else has happened in:
-    # this one may have a process group of other tests.
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
-    mp.start_processes(worker, args=(world, port, *args), nprocs=world, start_method="forkserver")
-
-
-def join(rank, world, port):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 
 
 def equality_worker(rank, world, port):

@@ -1,0 +1,23 @@
+"""Processes that are the ranks of a gloo group, for tests over ranks."""
+
+import multiprocessing
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def spawn(worker, world, *args):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # Forked from a process that has imported torch and nothing else has happened in:
+    # this one may have a process group of other tests.
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+    mp.start_processes(worker, args=(world, port, *args), nprocs=world, start_method="forkserver")
+
+
+def join(rank, world, port):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
