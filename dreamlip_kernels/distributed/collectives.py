@@ -7,6 +7,7 @@ registered op, which torch.compile leaves whole, and its gradient another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -140,7 +141,15 @@ def _remember_group(ctx, inputs, output):
     ctx.group = inputs[1]
 
 
-all_gather_rows_op.register_autograd(
-    lambda ctx, grad: (reduce_scatter_rows_op(grad, ctx.group), None), setup_context=_remember_group
-)
-all_to_all_op.register_autograd(lambda ctx, grad: (all_to_all_op(grad, ctx.group), None), setup_context=_remember_group)
+def _transposed_by(op: Callable[[Tensor, str], Tensor]) -> dict[str, Callable]:
+    """register_autograd's arguments for a linear op that ``op`` takes the gradient of."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.group = inputs[1]
+
+    return dict(backward=lambda ctx, grad: (op(grad, ctx.group), None), setup_context=setup_context)
+
+
+all_gather_rows_op.register_autograd(**_transposed_by(reduce_scatter_rows_op))
+reduce_scatter_rows_op.register_autograd(**_transposed_by(all_gather_rows_op))
+all_to_all_op.register_autograd(**_transposed_by(all_to_all_op))

@@ -51,7 +51,7 @@ def gathered_logsumexp_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, N] over this rank's columns alone, col [K, n] over all rows, pos [K, n], and every rank's x [N, D].
 
-    x_mask [N] is every rank's already; ``group`` is the name of a process group.
+    x_mask [N] is every rank's already; ``group`` is the name of a process group. All four are differentiable.
     """
     process_group = group_of_name(group)
     rank, world = rank_and_size(process_group)
@@ -97,6 +97,7 @@ def gathered_logsumexp_backward_op(
     d_row: Tensor,
     d_col: Tensor,
     d_pos: Tensor,
+    d_everyone: Tensor | None,
     needs_x: bool,
     needs_y: bool,
     float32: str,
@@ -108,16 +109,19 @@ def gathered_logsumexp_backward_op(
     """
     process_group = group_of_name(group)
     rank, world = rank_and_size(process_group)
-    total, k = len(everyone), len(y)
+    total = len(everyone)
     n = total // world
     count = max(1, min(STRETCHES, total // ROWS_A_STRETCH, n))
     dx, dy, dscale = [], None, torch.zeros_like(scale)
     travelling = []
     for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
         stretch = stop - start
-        part = everyone.view(world, n, everyone.shape[1])[:, start:stop].reshape(world * stretch, everyone.shape[1])
-        row_part, d_row_part = (v.view(k, world, n)[:, :, start:stop].reshape(k, world * stretch) for v in (row, d_row))
-        mask_part = None if x_mask is None else x_mask.view(world, n)[:, start:stop].reshape(-1)
+        # The stretch of every rank's rows, of what has rows first, and of what has slots first.
+        part, mask_part, d_part = (
+            None if v is None else v.unflatten(0, (world, n))[:, start:stop].flatten(0, 1)
+            for v in (everyone, x_mask, d_everyone)
+        )
+        row_part, d_row_part = (v.unflatten(1, (world, n))[:, :, start:stop].flatten(1) for v in (row, d_row))
         # The positives of this stretch: its own rows begin at rank * stretch, its columns are start to stop.
         positives = rank * stretch - start, start, stop
         masked, rows, upstream = (mask_part, y_mask), (row_part, col, pos, None), (d_row_part, d_col, d_pos)
@@ -125,6 +129,7 @@ def gathered_logsumexp_backward_op(
             part, y, scale, *masked, *rows, *upstream, *positives, needs_x, needs_y, float32, backend, True
         )
         if needs_x:
+            dx_part = dx_part if d_part is None else dx_part.add_(d_part)
             own = dx_part.new_empty(stretch, dx_part.shape[1])
             # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.
             travelling.append((dist.reduce_scatter_tensor(own, dx_part, group=process_group, async_op=True), dx_part))
@@ -138,10 +143,8 @@ def gathered_logsumexp_backward_op(
 
 
 @gathered_logsumexp_backward_op.register_fake
-def _(
-    everyone, y, scale, x_mask, y_mask, row, col, pos, d_row, d_col, d_pos, needs_x, needs_y, float32, backend, group
-):
-    rows, d = everyone.shape
+def _(everyone, y, scale, x_mask, y_mask, row, col, pos, d_row, d_col, d_pos, d_everyone, needs_x, needs_y, *options):
+    (rows, d), group = everyone.shape, options[-1]
     return (
         everyone.new_empty((rows // rank_and_size(group_of_name(group))[1], d) if needs_x else 0),
         torch.empty_like(y) if needs_y else y.new_empty(0),
@@ -153,18 +156,19 @@ def _setup_context(ctx, inputs, output):
     _, y, scale, x_mask, y_mask, ctx.float32, ctx.backend, ctx.group = inputs
     row, col, pos, everyone = output
     ctx.set_materialize_grads(False)  # of every rank's x, a gradient of zeros would be as large as they are
-    ctx.mark_non_differentiable(everyone)
+    if not ctx.needs_input_grad[0]:
+        ctx.mark_non_differentiable(everyone)
     ctx.save_for_backward(everyone, y, scale, x_mask, y_mask, row, col, pos)
 
 
-def _backward(ctx, *upstream):
+def _backward(ctx, d_row, d_col, d_pos, d_everyone):
     everyone, y, scale, x_mask, y_mask, *outputs = ctx.saved_tensors
-    upstream = (torch.zeros_like(v) if d is None else d for v, d in zip(outputs, upstream[:3], strict=True))
-    needs_x, needs_y, needs_scale = ctx.needs_input_grad[:3]
-    dx, dy, dscale = gathered_logsumexp_backward_op(
-        everyone, y, scale, x_mask, y_mask, *outputs, *upstream, needs_x, needs_y, ctx.float32, ctx.backend, ctx.group
-    )
-    return dx if needs_x else None, dy if needs_y else None, dscale if needs_scale else None, *[None] * 5
+    upstream = (torch.zeros_like(v) if d is None else d for v, d in zip(outputs, (d_row, d_col, d_pos), strict=True))
+    needs = ctx.needs_input_grad[:2]
+    arguments = everyone, y, scale, x_mask, y_mask, *outputs, *upstream, d_everyone
+    dx, dy, dscale = gathered_logsumexp_backward_op(*arguments, *needs, ctx.float32, ctx.backend, ctx.group)
+    gradients = zip((dx, dy, dscale), ctx.needs_input_grad, strict=False)
+    return *(d if needed else None for d, needed in gradients), *[None] * 5
 
 
 gathered_logsumexp_op.register_autograd(_backward, setup_context=_setup_context)
