@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from .numerics import accumulate_dtype
@@ -26,7 +27,7 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
                 )
     if not torch.compiler.is_compiling():
         for name, (tensor, _) in features.items():
-            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if is_functorch_wrapped_tensor(tensor):
                 raise NotImplementedError(
                     f"{fn}: {name} is inside a transform of torch.func (grad, vmap, ..), which is not supported; "
                     "use backward() or torch.autograd.grad"

@@ -213,7 +213,7 @@ def _qualify_now(device: torch.device) -> None:
 
 def _check_and_build(check: _Check, case: Case) -> str | None:
     """The check before a use: what only needs compiling is compiled now."""
-    return check(case, build=True) if check is _cpp else check(case)
+    return _cpp(case, build=True) if check is _cpp else check(case)
 
 
 def why_not(op: str, backend: str, x: Tensor, **sizes: int) -> str | None:

@@ -14,7 +14,7 @@ def explain() -> str:
     """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    rows = [("op", "backend", "device", "runs", "why not")]
+    rows: list[tuple[str, ...]] = [("op", "backend", "device", "runs", "why not")]
     for op in dispatch.ops():
         for backend in dispatch.backends(op):
             for device in devices[:2]:
@@ -36,7 +36,8 @@ def explain() -> str:
 
 def table(record: Record) -> str:
     """Verdicts, errors and times of one device, with date and file."""
-    rows = [("op", "backend", "features", "error", "shape", "time", "torch code", "floor", "verdict")]
+    head = ("op", "backend", "features", "error", "shape", "time", "torch code", "floor", "verdict")
+    rows: list[tuple[str, ...]] = [head]
     for v in record.verdicts:
         about = (v.op, v.backend, v.dtype, f"{v.error:.0%} of allowed" if v.cases else "-")
         first = v.timings[0] if v.timings else None

@@ -35,9 +35,11 @@ def build(name: str, sources: list[str], flags: list[str], patience: float = PAT
     with _only_builder(folder, patience):
         (folder / "lock").unlink(missing_ok=True)  # of a build that was killed: we hold the lock that counts
         try:
-            return cpp_extension.load(name, sources, extra_cflags=flags, build_directory=str(folder), verbose=False)
+            module = cpp_extension.load(name, sources, extra_cflags=flags, build_directory=str(folder), verbose=False)
         except RuntimeError as error:
             raise RuntimeError(error_line(str(error))) from error
+    assert isinstance(module, ModuleType)  # a path comes of a program
+    return module
 
 
 def error_line(output: str) -> str:

@@ -32,5 +32,6 @@ def _of_current_device(arch: int) -> Tiles:
     if not torch.cuda.is_initialized():
         return {}
     found = verdicts.record(torch.device("cuda", torch.cuda.current_device()))
-    same = found is not None and found.identity["capability"] == f"{arch // 10}.{arch % 10}"
-    return found.tiles if same else {}
+    if found is None or found.identity["capability"] != f"{arch // 10}.{arch % 10}":
+        return {}
+    return found.tiles

@@ -157,8 +157,8 @@ def store(device: torch.device, found: Record) -> Record:
     device = indexed(device)
     path = cache.write(identity.file_name(device), found.to_json())
     _plans.clear()
-    _records[device] = dataclasses.replace(found, path=path)
-    return _records[device]
+    stored = _records[device] = dataclasses.replace(found, path=path)
+    return stored
 
 
 def forget() -> None:

@@ -17,13 +17,14 @@ import json
 import os
 import weakref
 from dataclasses import dataclass, field
+from typing import Sequence  # noqa: UP035 - torch 2.6 reads the op's schema from this one
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .collectives import Group, group_name, group_of_name, rank_and_size
+from .collectives import Group, group_name, group_of_name, process_group, rank_and_size
 
 MODES = ("always", "shapes", "never")
 SIZES = ("N (images a rank)", "K (sub-captions)", "D (width)", "image_mask (1 = passed)", "text_mask (1 = passed)")
@@ -70,7 +71,7 @@ def _agreed(fn: str, sizes: dict[str, int], device: torch.device, group: Group, 
     mode = os.environ.get("DREAMLIP_CHECK", "shapes")
     if mode not in MODES:
         raise ValueError(f"DREAMLIP_CHECK must be one of {MODES}, got {mode!r}")
-    known = _known.setdefault(group or dist.group.WORLD, _Known())
+    known = _known.setdefault(process_group(group), _Known())
     known.calls += 1
     asked = json.dumps([fn, sizes, backend])
     if mode == "never" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -83,7 +84,7 @@ def _agreed(fn: str, sizes: dict[str, int], device: torch.device, group: Group, 
 
 
 @torch.library.custom_op("dreamlip_kernels::agreement", mutates_args=())
-def agreement_op(scale: Tensor, fn: str, sizes: list[int], backend: str, group: str) -> Tensor:
+def agreement_op(scale: Tensor, fn: str, sizes: Sequence[int], backend: str, group: str) -> Tensor:
     """``scale``, once all ranks are known to hold the same sizes."""
     _agreed(fn, dict(zip(SIZES, sizes, strict=True)), scale.device, group_of_name(group), backend)
     return scale.clone()
@@ -125,7 +126,7 @@ def _by_collective(sizes: dict[str, int], backend: str, device: torch.device, gr
 def _by_store(fn: str, sizes: dict[str, int], backend: str, call: int, group: Group) -> list[list]:
     """Sizes and backend of every rank, each of which meets new ones at this call; RuntimeError where one does not."""
     rank, world = rank_and_size(group)
-    store, name = _get_default_store(), (group or dist.group.WORLD).group_name
+    store, name = _get_default_store(), group_name(group)
     keys = [f"dreamlip_kernels/agreement/{name}/{call}/{r}" for r in range(world)]
     store.set(keys[rank], json.dumps([*sizes.values(), backend]))
     try:

@@ -7,13 +7,13 @@ registered op, which torch.compile leaves whole, and its gradient another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
+from torch._library.custom_ops import CustomOpDef
 
 from ..numerics import logsumexp_of_any
 
@@ -27,14 +27,21 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def process_group(group: Group) -> dist.ProcessGroup:
+    """The group itself, or the world's; one is initialized."""
+    chosen = group or dist.group.WORLD
+    assert chosen is not None
+    return chosen
+
+
 def group_name(group: Group) -> str:
     """The name by which a registered op, which takes no process groups, is told one; of an initialized group."""
-    return (group or dist.group.WORLD).group_name
+    return process_group(group).group_name
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # pyright: ignore[reportArgumentType] - a NewType that torch 2.6 has not
 
 
 def all_gather_rows(x: Tensor, group: Group = None) -> Tensor:
@@ -141,15 +148,15 @@ def _remember_group(ctx, inputs, output):
     ctx.group = inputs[1]
 
 
-def _transposed_by(op: Callable[[Tensor, str], Tensor]) -> dict[str, Callable]:
-    """register_autograd's arguments for a linear op that ``op`` takes the gradient of."""
+def _transposed_by(linear: CustomOpDef, op: CustomOpDef) -> None:
+    """Register ``op`` as what takes the gradient of the linear op ``linear`` back."""
 
     def setup_context(ctx, inputs, output):
         ctx.group = inputs[1]
 
-    return dict(backward=lambda ctx, grad: (op(grad, ctx.group), None), setup_context=setup_context)
+    linear.register_autograd(lambda ctx, grad: (op(grad, ctx.group), None), setup_context=setup_context)
 
 
-all_gather_rows_op.register_autograd(**_transposed_by(reduce_scatter_rows_op))
-reduce_scatter_rows_op.register_autograd(**_transposed_by(all_gather_rows_op))
-all_to_all_op.register_autograd(**_transposed_by(all_to_all_op))
+_transposed_by(all_gather_rows_op, reduce_scatter_rows_op)
+_transposed_by(reduce_scatter_rows_op, all_gather_rows_op)
+_transposed_by(all_to_all_op, all_to_all_op)

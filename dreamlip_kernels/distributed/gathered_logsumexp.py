@@ -61,6 +61,7 @@ def gathered_logsumexp_op(
     travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=process_group, async_op=True)
     keep = False
     row_own, col, pos, _ = logsumexp_op(x, y, scale, _part(x_mask, own), y_mask, True, keep, float32, backend)
+    assert travelling is not None
     travelling.wait()
     rows = [row_own]
     for before, others in ((True, slice(0, own.start)), (False, slice(own.stop, world * n))):
@@ -112,7 +113,7 @@ def gathered_logsumexp_backward_op(
     total = len(everyone)
     n = total // world
     count = max(1, min(STRETCHES, total // ROWS_A_STRETCH, n))
-    dx, dy, dscale = [], None, torch.zeros_like(scale)
+    dx, dy, dscale = [], y.new_empty(0), torch.zeros_like(scale)
     travelling = []
     for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
         stretch = stop - start
@@ -134,7 +135,7 @@ def gathered_logsumexp_backward_op(
             # The sums of W partial gradients are float32: 16 bits would lose what each rank's accumulation kept.
             travelling.append((dist.reduce_scatter_tensor(own, dx_part, group=process_group, async_op=True), dx_part))
             dx.append(own)
-        dy = dy_part if dy is None else dy.add_(dy_part)
+        dy = dy_part if start == 0 else dy.add_(dy_part)
         dscale += dscale_part
     for work, _ in travelling:
         work.wait()

@@ -19,7 +19,7 @@ def split_sentences(caption: str) -> list[str]:
     return [sentence for part in _SENTENCE_END.split(caption) if (sentence := part.strip())]
 
 
-def draw(sentences: Sequence[str], k: int) -> list[str]:
+def draw(sentences: list[str], k: int) -> list[str]:
     """At most ``k`` of them, without replacement, by torch's random state (a data loader's workers each have their
     own).
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -39,12 +39,12 @@ class Case(NamedTuple):
             outputs = self.op(*inputs)
         return tuple(torch.randn(o.shape, generator=gen).bfloat16().to(o.device) for o in outputs)
 
-    def values(self, fn: Callable[..., Outputs], inputs: Outputs, upstream: Outputs) -> Outputs:
+    def values(self, fn: Callable[..., Outputs], inputs: Iterable[Tensor], upstream: Outputs) -> Outputs:
         """Outputs of ``fn`` and the gradients of all inputs under ``upstream``."""
-        inputs = [v.detach().requires_grad_() for v in inputs]
-        outputs = fn(*inputs)
+        leaves = [v.detach().requires_grad_() for v in inputs]
+        outputs = fn(*leaves)
         gradients = torch.autograd.grad(
-            outputs, inputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+            outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
         )
         return tuple(o.detach() for o in outputs) + gradients
 

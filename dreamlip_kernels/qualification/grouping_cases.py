@@ -7,6 +7,7 @@ N images, K sub-captions, P patches, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,14 @@ RAGGED_WIDTH = 40
 def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
     """Every normalization and mask at every width, and one at a width that no tile divides."""
     interpreted = device.type == "cpu" and backend == "triton"
+    tried: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
+        ((2, 49, 8) if interpreted else (4, 196, 8), {}),
+        ((2, 50, 5) if interpreted else (3, 197, 5), {"masked": True}),
+        ((2, 49, 3), {"normalization": "softmax", "threshold": 0.0, "masked": True}),
+        ((2, 49, 13), {"normalization": "none"}),
+    )
     for d in (*widths, RAGGED_WIDTH):
-        for shape, options in (
-            ((2, 49, 8) if interpreted else (4, 196, 8), {}),
-            ((2, 50, 5) if interpreted else (3, 197, 5), {"masked": True}),
-            ((2, 49, 3), {"normalization": "softmax", "threshold": 0.0, "masked": True}),
-            ((2, 49, 13), {"normalization": "none"}),
-        ):
+        for shape, options in tried:
             if _fits(backend, dtype, device, (*shape, d)):
                 yield _case(backend, dtype, device, (*shape, d), **options)
 
@@ -49,7 +51,7 @@ def _case(backend, dtype, device, shape, normalization="minmax", threshold=None,
     if masked:  # every second column of a table; the last image has no patch
         mask = (torch.rand(n, 2 * p, generator=torch.Generator().manual_seed(1)) > 0.2).to(device)[:, ::2]
         mask[-1] = False
-    options = dict(normalization=normalization, threshold=threshold, patch_mask=mask)
+    options: dict[str, Any] = dict(normalization=normalization, threshold=threshold, patch_mask=mask)
 
     def draw(seed: int) -> tuple[Tensor, ...]:
         patches, texts = region_like(shape, torch_dtype(dtype), threshold, normalization, seed, mask)

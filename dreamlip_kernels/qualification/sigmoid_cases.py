@@ -7,6 +7,7 @@ N images, K sub-captions, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def _case(backend, dtype, device, shape, scale, bias, masked=False) -> Case:
         gen = torch.Generator().manual_seed(1)
         image_mask = (torch.rand(n, 3, generator=gen) > 0.2).to(device)[:, 1]
         text_mask = (torch.rand(k, n, generator=gen) > 0.2).to(device).T
-    options = {"image_mask": image_mask, "text_mask": text_mask}
+    options: dict[str, Any] = {"image_mask": image_mask, "text_mask": text_mask}
     features = torch_dtype(dtype)
 
     def draw(seed: int) -> tuple[Tensor, ...]:

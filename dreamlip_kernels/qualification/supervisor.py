@@ -44,6 +44,7 @@ class Worker:
             if self.process is None:
                 self._start()
                 self._event(START_LIMIT_S)
+            assert self.process is not None and self.process.stdin is not None
             self.process.stdin.write(json.dumps(job | {"limit": self.limit_s}) + "\n")
             self.process.stdin.flush()
             while True:
@@ -56,7 +57,7 @@ class Worker:
             self.end(signal.SIGABRT)  # faulthandler then writes where it hung
             return {"why": f"hangs: no answer in {self.limit_s:.0f} s, in: {trying}", "report": self._last_words()}
         except (EOFError, BrokenPipeError):
-            code = self.process.wait()
+            code = self.process.wait() if self.process is not None else 0
             self.end()
             ended = {"why": f"{_ending(code)}, in: {trying}", "report": self._last_words()}
             return ended | {"unheard": True} if trying == _STARTING else ended

@@ -48,7 +48,7 @@ CANDIDATES = {
 
 def tune(device: torch.device, widths: tuple[int, ...], workers: int, limit_s: float) -> Tiles:
     """The fastest tile of each kernel, element size and width; kernels of which no candidate runs are left out."""
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"kernel": kernel, "bytes": size, "tile": list(tile), "width": width, "device": str(device), "tiles": {}}
         for (kernel, size), tiles in CANDIDATES.items()
         for width in widths

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from numerics import clip_like
 from ranks import join, spawn
+from triton_runs import require_triton
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
@@ -147,7 +148,7 @@ def triton_worker(rank, world, port):
 
 
 def test_the_triton_backend_over_ranks():
-    pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
+    require_triton()
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device Triton compiles for it, and gloo's tensors are the CPU's")
     spawn(triton_worker, 2)

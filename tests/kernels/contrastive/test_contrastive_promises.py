@@ -5,6 +5,7 @@ device.
 import contrast_promises as promises
 import pytest
 import torch
+from triton_runs import require_triton
 
 from dreamlip_kernels.backends.settings import settings
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_promise(monkeypatch, backend, check):
     if backend == "triton":
-        pytest.importorskip("triton")
+        require_triton()
         if torch.cuda.is_available():
             pytest.skip("with a CUDA device the kernels are compiled; test_contrastive_gpu.py runs them there")
         if check is promises.nothing_in_bfloat16_behind_a_mask:

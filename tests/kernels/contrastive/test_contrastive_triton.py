@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from numerics import clip_like, value_and_grads
+from triton_runs import require_triton
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
@@ -15,7 +16,7 @@ from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.ops.rectangle import Rectangle
 
-pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
+require_triton()
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,12 @@ import torch
 from numerics import value_and_grads
 from patch_cases import compare, degenerate, region_like
 from tensor_cores import tensor_cores  # noqa: F401 - a fixture
+from triton_runs import require_triton
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
 
-pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
+require_triton()
 # Both sides of a tl.where are computed: the interpreter's numpy warns of the one that is not taken.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -4,6 +4,7 @@ there.
 
 import pytest
 import torch
+from triton_runs import require_triton
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import cache, dispatch, explain, verdicts
@@ -36,7 +37,7 @@ def test_the_groupings_cpp_kernels_are_right_and_timed(monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_path_on_a_cpu_with_tritons_interpreter():
-    pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
+    require_triton()
     record = dk.qualify("cpu", widths=(64,))
     about = {(v.op, v.backend, v.dtype) for v in record.verdicts}
     assert ("bidirectional_logsumexp", "triton", "float32 as float16") in about and (
