@@ -75,7 +75,10 @@ def extension() -> dict:
                 tell(f"THE COMPILED KERNELS WERE NOT BUILT: {error}")
                 self.extensions = []
 
-    module = kind("dreamlip_kernels._C", sources, define_macros=macros, extra_compile_args=flags)
+    headers = sorted(
+        f"csrc/{path.name}" for path in Path(__file__).with_name("csrc").iterdir() if path.suffix in (".h", ".cuh")
+    )
+    module = kind("dreamlip_kernels._C", sources, depends=headers, define_macros=macros, extra_compile_args=flags)
     return {
         "ext_modules": [module],
         "cmdclass": {"build_ext": BuildOrGoOn.with_options(use_ninja=shutil.which("ninja") is not None)},

@@ -57,8 +57,8 @@ CASES = [*((options, True, masks) for options in OPTIONS for masks in (True, Fal
 
 @pytest.mark.filterwarnings("ignore:DreamLIPLoss")
 def test_one_graph_with_the_values_of_eager():
-    """A step broke into twelve pieces over ranks, could not be traced whole without patches, and the sigmoid loss' images
-    had no gradient.
+    """A step broke into twelve pieces over ranks, could not be traced whole without patches, and gave the images of the
+    sigmoid loss no gradient.
     """
     spawn(compiled_worker, 2, [CASES[0], CASES[3], CASES[-1]], False)
 
