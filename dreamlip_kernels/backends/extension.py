@@ -146,6 +146,7 @@ def _find() -> None:
 def _compile() -> None:
     """Build the CPU sources; several threads and processes wait for one another."""
     folder = sources()
+    assert folder is not None  # why_not asked
     with _building:
         if _state:  # another thread was first
             return

@@ -11,12 +11,30 @@ runs its ``main`` so.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from .sub_captions import SubCaptionTokenizer, mean_of_sub_captions, split_sentences, text_mask
 
 __all__ = ["SubCaptionTokenizer", "accept_sub_captions", "split_sentences", "text_mask"]
+
+
+if TYPE_CHECKING:
+
+    class _OpenClipModel:
+        """What is used here of an open_clip model, for type checkers."""
+
+        visual: Any
+        logit_scale: Tensor
+        logit_bias: Tensor | None
+        training: bool
+
+        def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor: ...
+
+else:
+    _OpenClipModel = object
 
 
 def accept_sub_captions(model: nn.Module, *, patches: bool = True) -> nn.Module:
@@ -36,7 +54,7 @@ def accept_sub_captions(model: nn.Module, *, patches: bool = True) -> nn.Module:
         ValueError: patches are asked of a tower that has no patch tokens after its last norm.
     """
     if patches:
-        visual = model.visual
+        visual: Any = model.visual
         if not hasattr(visual, "output_tokens") or not hasattr(visual, "proj"):
             raise ValueError(
                 f"accept_sub_captions: the visual tower {type(visual).__name__} has no patch tokens to give; "
@@ -53,7 +71,7 @@ def accept_sub_captions(model: nn.Module, *, patches: bool = True) -> nn.Module:
     return model
 
 
-class _SubCaptions:
+class _SubCaptions(_OpenClipModel):
     """forward, encode_image and encode_text of an open_clip model that takes K captions per image."""
 
     gives_patches: bool
@@ -71,7 +89,11 @@ class _SubCaptions:
         return features if self.training else mean_of_sub_captions(features, text_mask(text))
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor | None]:
-        out = {"image_features": None, "text_features": None, "logit_scale": self.logit_scale.exp()}
+        out: dict[str, Tensor | None] = {
+            "image_features": None,
+            "text_features": None,
+            "logit_scale": self.logit_scale.exp(),
+        }
         if getattr(self, "logit_bias", None) is not None:
             out["logit_bias"] = self.logit_bias
         if image is not None and self.gives_patches:

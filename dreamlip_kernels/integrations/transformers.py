@@ -10,6 +10,7 @@ The Trainer's own gradient accumulation shrinks the negatives to one small batch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,8 @@ class SubCaptionCLIP(nn.Module):
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"SubCaptionCLIP: chunk_size must be at least 1 or None, got {chunk_size}")
-        self.clip, self.loss, self.chunk_size = clip, loss if loss is not None else DreamLIPLoss(), chunk_size
+        self.clip: Any = clip
+        self.loss, self.chunk_size = loss if loss is not None else DreamLIPLoss(), chunk_size
 
     def forward(
         self,
@@ -77,11 +79,9 @@ class SubCaptionCLIP(nn.Module):
 
         In evaluation mode text_embeds is [N, D], the unit mean of a caption's sub-captions.
         """
-        input_ids, attention_mask = (
-            v[:, None] if v is not None and v.ndim == 2 else v for v in (input_ids, attention_mask)
-        )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = (v[:, None] if v.ndim == 2 else v for v in (input_ids, attention_mask))
         n, k, _ = input_ids.shape
         size = self.chunk_size or max(1, n)
         image, patches = self._in_chunks(self._images, size, pixel_values)

@@ -32,7 +32,7 @@ def plot_ablation(content: dict[str, Any], png: str | Path) -> None:
     for before, name in zip([names[0], *names], names, strict=False):
         at += 1.0 if tables[name] == tables[before] else 1.6  # a gap between the tables
         positions[name] = at
-    with plt.rc_context(STYLE | {"axes.grid": False}):
+    with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(1, len(_PANELS), figsize=(13.5, 1.3 + 0.3 * at), sharey=True, layout="constrained")
         for axis, (score, title) in zip(axes, _PANELS, strict=True):
             for name, row in content["runs"].items():

@@ -12,7 +12,7 @@ from dreamlip_train.captions.columns import LONGEST_CAPTION, is_caption_column
 
 IMAGE_COLUMN = "Image Path"
 # The names in DreamLIP's JSON files, and others in use, for the columns of its CSV files.
-ALIASES = {
+ALIASES: dict[str, str] = {
     "ImagePath": IMAGE_COLUMN,
     "RawCaption": "raw_caption",
     **{
@@ -23,6 +23,11 @@ ALIASES = {
 }
 _DEEPEST = 16
 _UNSEPARATED = re.compile(r"""(?<=['"])\s+(?=['"])""")
+
+
+def column_name(name: str) -> str:
+    """DreamLIP's name for a column that may have one of the others in use."""
+    return ALIASES.get(name, name)
 
 
 class CellError(ValueError):
@@ -38,7 +43,7 @@ def as_row(record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
     row: dict[str, Any] = {}
     notes: list[str] = []
     for name, cell in record.items():
-        name = ALIASES.get(name, name)
+        name = column_name(name)
         try:
             value = _plain(cell, notes, name)
             if name == IMAGE_COLUMN and (isinstance(value, bool) or not isinstance(value, str | int | None)):

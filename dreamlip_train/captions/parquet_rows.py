@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.cells import ALIASES, IMAGE_COLUMN, as_row
+from dreamlip_train.captions.cells import IMAGE_COLUMN, as_row, column_name
 from dreamlip_train.captions.columns import is_caption_column
 from dreamlip_train.jobs.user_error import UserError
 
@@ -33,7 +33,7 @@ def parquet_rows(
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     except Exception as error:  # damaged footers: ArrowException, OSError, UnicodeDecodeError, MemoryError ..
         raise UserError(f"--captions: {str(path)!r} is not a readable parquet file: {_first_line(error)}") from error
-    check(path, [ALIASES.get(name, name) for name in names])
+    check(path, [column_name(name) for name in names])
     kept = _text_columns(path, file.schema_arrow)
     done = 0
     for group, rows in enumerate(groups):
@@ -72,7 +72,7 @@ def _text_columns(path: Path, schema: Any) -> list[str]:
     """The columns that are read: text for captions and images, and all others but those with bytes inside."""
     kept, left_out = [], []
     for field in schema:
-        ours = ALIASES.get(field.name, field.name)
+        ours = column_name(field.name)
         if (ours == IMAGE_COLUMN or is_caption_column(ours)) and not _is_text(field.type, lists=ours != IMAGE_COLUMN):
             raise UserError(
                 f"--captions: the column {field.name!r} of {str(path)!r} holds {field.type}, not text; "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.cells import ALIASES, IMAGE_COLUMN, as_row
+from dreamlip_train.captions.cells import IMAGE_COLUMN, as_row, column_name
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.captions.csv_rows import CsvRecords
 from dreamlip_train.captions.parquet_rows import parquet_rows
@@ -31,7 +31,7 @@ empty cells are left out.
 
 
 def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None) -> Iterator[Row]:
-    """Every row of a table, columns under DreamLIP's CSV names (``ALIASES``).
+    """Every row of a table, columns under DreamLIP's CSV names (``column_name``).
 
     Args:
         check: called with the path and the column names before any row is given; raises UserError for those it does not
@@ -86,7 +86,7 @@ def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
             f"{other!r}; "
             "name a tab-separated file .tsv, or convert it to CSV or parquet"
         )
-    header = [ALIASES.get(name.strip(), name.strip()) for name in cells]
+    header = [column_name(name.strip()) for name in cells]
     repeated = [name for name, times in Counter(filter(None, header)).items() if times > 1]
     if repeated:
         raise UserError(f"--captions: {str(path)!r} has the column {repeated[0]!r} twice; rename one")
@@ -116,7 +116,7 @@ def _json_lines(path: Path, check: Callable[[Path, list[str]], None]) -> Iterato
                 yield number, None, f"line {number}: a {type(record).__name__}, not an object"
                 continue
             if not checked:
-                check(path, [ALIASES.get(name, name) for name in record])
+                check(path, [column_name(name) for name in record])
                 checked = True
             yield number, *as_row(record)
 
@@ -134,7 +134,7 @@ def _json_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator
             f"--captions: {str(path)!r} must hold a list of records, or an object of records by key, and at least one"
         )
     first = next((record for record in content if isinstance(record, dict)), {})
-    check(path, [ALIASES.get(name, name) for name in first])
+    check(path, [column_name(name) for name in first])
     for number, record in enumerate(content, 1):
         if isinstance(record, dict):
             yield number, *as_row(record)

@@ -54,9 +54,8 @@ def load(engine: Any, checkpoint: Path, seed: int = 0) -> TrainState:
         torch.manual_seed(seed + rank)
     else:
         set_random_state(client_state["random"][rank])
-    progress = TrainState(**client_state["progress"])
-    progress.layouts = [ReaderLayout(**layout) for layout in progress.layouts]
-    return progress
+    progress = client_state["progress"]
+    return TrainState(**progress | {"layouts": [ReaderLayout(**layout) for layout in progress["layouts"]]})
 
 
 def _has_shards(checkpoint: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class TrainState:
 def random_state() -> dict[str, Any]:
     """The states of all random generators of this process."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast(tuple, np.random.get_state())
     return {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],

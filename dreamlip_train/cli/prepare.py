@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from dreamlip_train.captions.columns import Splitter
 from dreamlip_train.cli.usage import require_writable
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import FolderOptions, JoinOptions, RecaptionOptions, ScenesOptions
@@ -104,7 +105,7 @@ class StatsOptions:
     """Where to write the picture."""
     max_shards: int = 0
     """Read so many shards, evenly spread; 0 reads all."""
-    splitter: str = "sentence"
+    splitter: Splitter = "sentence"
     """How long captions are split: "sentence", or the release's "official"."""
 
 

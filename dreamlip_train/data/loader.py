@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ def train_loader(
             "--shard-size)"
         )
     quarantine = None if quarantine is None else Path(quarantine)
-    ids = dict(zip(shards, shard_ids(shards), strict=True))
+    ids: dict[str, str] = dict(zip(shards, shard_ids(shards), strict=True))
     counts = _shared_counts(shards, quarantine)
     if counts.broken:
         _set_aside(counts, ids, data, quarantine if rank == 0 else None)
@@ -107,7 +107,7 @@ def _shared_counts(shards: list[Shard], quarantine: Path | None) -> Counts:
     return result[0]
 
 
-def _set_aside(counts: Counts, ids: dict[str, str], data: DataConfig, quarantine: Path | None) -> None:
+def _set_aside(counts: Counts, ids: Mapping[str, str], data: DataConfig, quarantine: Path | None) -> None:
     """Note the shards that can't be counted; RunError if they are too many."""
     broken, total = counts.broken, len(counts.broken) + len(counts.samples)
     names = "; ".join(f"{shard}: {why}" for shard, why in broken.items())
@@ -136,7 +136,7 @@ class TrainLoader:
     data: DataConfig
     shards: list[str]
     counts: list[int]
-    ids: dict[str, str]
+    ids: Mapping[str, str]
     image_size: int
     tokenize: Tokenize
     batch_size: int
@@ -168,7 +168,7 @@ class TrainLoader:
         """What ``epoch`` takes to go on after ``steps`` steps of these readers."""
         return [replace(self.layout, steps=steps)]
 
-    def epoch(self, epoch: int, past: Sequence[ReaderLayout] = ()) -> Iterator[dict[str, Any]]:
+    def epoch(self, epoch: int, past: Sequence[ReaderLayout] = ()) -> Generator[dict[str, Any], None, None]:
         """The batches that ``past`` left of an epoch: with the same readers exactly those an uninterrupted epoch gives
         from there, with others the samples nobody has read yet (as many as bad samples were met on the way may come
         twice).
@@ -181,23 +181,19 @@ class TrainLoader:
         own = streams[self.rank * self.layout.workers :][: self.layout.workers]
         make = _MakeReader(self, epoch, own, begun, steps)
         dataset = ReaderDataset(make, self.layout.workers, begun % self.layout.workers, self.heartbeats)
-        waits = (
-            {"prefetch_factor": 4, "timeout": min(_LOOK_EVERY, self.data.stall_seconds or _LOOK_EVERY)}
-            if self.data.num_workers
-            else {}
-        )
         loader = DataLoader(
             dataset,
             batch_size=None,
             num_workers=self.data.num_workers,
             worker_init_fn=partial(start_worker, beats=self.heartbeats),
             pin_memory=self.data.pin_memory and torch.cuda.is_available(),
-            **waits,
+            prefetch_factor=4 if self.data.num_workers else None,
+            timeout=min(_LOOK_EVERY, self.data.stall_seconds or _LOOK_EVERY) if self.data.num_workers else 0,
         )
         self.heartbeats.leaving.value = 0
         return self._batches(iter(loader), steps - begun)
 
-    def _batches(self, batches: Iterator[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
+    def _batches(self, batches: Iterator[dict[str, Any]], count: int) -> Generator[dict[str, Any], None, None]:
         try:
             for _ in range(count):
                 batch = self._next(batches)

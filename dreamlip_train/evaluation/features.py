@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from dreamlip_kernels import patch_weights
 from dreamlip_train.config.schema import Normalization
 from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.model.dreamlip import DreamLIP
 
 
 def encode_batch(
-    model: nn.Module, batch: Sequence[dict[str, Any]], device: torch.device | str, text_batch_size: int = 64
+    model: DreamLIP, batch: Sequence[dict[str, Any]], device: torch.device | str, text_batch_size: int = 64
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Image features [n, D], patch features [n, P, D] or None, and each sample's sentence features [K, D], in float32.
 
@@ -68,7 +69,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def require_finite(name: str, features: Tensor, keys: Sequence[str] | None = None) -> None:
     bad = (~torch.isfinite(features)).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
-        of = f"samples {sorted({keys[row] for row in bad})[:5]}" if keys else f"rows {bad[:5]}"
+        names = [] if keys is None else sorted({str(keys[row]) for row in bad})
+        of = f"samples {names[:5]}" if names else f"rows {bad[:5]}"
         raise UserError(
             f"{name}: NaN or infinite values in {len(bad)} of {len(features)} rows, first in {of}; "
             "check the weights and those inputs"

@@ -18,6 +18,7 @@ from dreamlip_train.data.validation import no_sentences, val_samples
 from dreamlip_train.evaluation.features import encode_batch, eval_mode, sub_caption_weights
 from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
 from dreamlip_train.evaluation.segmentation.localization import localization, mask_to_regions
+from dreamlip_train.model.dreamlip import DreamLIP
 
 
 class StoppedError(Exception):
@@ -25,7 +26,7 @@ class StoppedError(Exception):
 
 
 def evaluate(
-    model: nn.Module,
+    model: DreamLIP,
     data: DataConfig,
     eval: EvalConfig,
     device: torch.device | str,

@@ -138,6 +138,7 @@ class DreamLIP(nn.Module):
         or float in [0,1]).
         """
         image_features, patch_features = self._image_features(images, patches=True)
+        assert patch_features is not None
         return image_features, patch_features.float()
 
     def encode_texts(self, tokens: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ def pack_captions(tokens: Tensor) -> PackedCaptions:
     packed = np.zeros((3, rows * length), dtype=np.int64)
     packed[2] = -1
     packed[:, target] = flat[kept], np.broadcast_to(column, kept.shape)[kept], np.repeat(np.arange(count), sizes)
-    return PackedCaptions(*torch.from_numpy(packed).view(3, rows, length), torch.from_numpy(starts + sizes - 1))
+    tokens, positions, captions = torch.from_numpy(packed).view(3, rows, length)
+    return PackedCaptions(tokens, positions, captions, torch.from_numpy(starts + sizes - 1))
 
 
 def _layouts(counts: list[int], length: int) -> Iterator[tuple[list[int], int]]:

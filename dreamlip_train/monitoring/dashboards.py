@@ -67,7 +67,7 @@ def start_wandb(run_dir: Path, project: str, config: Any) -> Any:
         UserError: wandb is not installed.
     """
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise UserError(
             "logging.wandb_project: wandb is not installed; pip install 'dreamlip[wandb]', or leave the project empty"

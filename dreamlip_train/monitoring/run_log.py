@@ -76,6 +76,7 @@ class RunLog:
         if not self.first:
             self.message(summary)
             return
+        assert self.metrics is not None and self.tensorboard is not None  # the first rank's
         self.metrics.write(json.dumps(row))
         numbers = dict(_numbers(row))
         self.tensorboard.add(row["step"], numbers)
@@ -96,8 +97,9 @@ class RunLog:
             self.bar.stop()
         for name in ("dreamlip_kernels", "dreamlip_train"):
             logging.getLogger(name).removeHandler(self.handler)
-        if self.first:
+        if self.metrics is not None:
             self.metrics.close()
+        if self.tensorboard is not None:
             self.tensorboard.close()
         self.text.close()
         if self.wandb is not None:

@@ -42,7 +42,7 @@ def write_url_list(captions: str | Path, output: str | Path) -> dict[str, int]:
     ):
         for _, row, _ in read_rows(captions):
             url = str((row or {}).get(IMAGE_COLUMN, "")).strip()
-            if not url.startswith(("http://", "https://")):
+            if row is None or not url.startswith(("http://", "https://")):
                 counts["malformed" if row is None else "without a URL"] += 1
                 continue
             rows.append({"url": url} | {name: _text(row[name]) for name in CAPTION_COLUMNS if row.get(name)})

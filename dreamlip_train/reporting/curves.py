@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from dreamlip_train.jobs.atomic_json import read_json_lines
 from dreamlip_train.jobs.user_error import UserError
@@ -100,7 +101,7 @@ def plot_runs(metrics: dict[str, Path], png: str | Path) -> None:
             axis.remove()
         for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, title, unit, lines, colors, legend=False)
-        handles = [plt.Line2D([], [], color=color, label=label) for label, color in colors.items()]
+        handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
         figure.savefig(png, dpi=150, facecolor="white")
         plt.close(figure)

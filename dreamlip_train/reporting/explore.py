@@ -61,10 +61,9 @@ class Explorer:
         threshold, normalization: of the patch selection; a request may bring a threshold of its own.
     """
 
-    def __init__(
-        self, model: nn.Module, *, threshold: float | None = None, normalization: Normalization = "minmax"
-    ) -> None:
-        self.model, self.threshold, self.normalization = model, threshold, normalization
+    def __init__(self, model: Any, *, threshold: float | None = None, normalization: Normalization = "minmax") -> None:
+        self.model, self.threshold = model, threshold
+        self.normalization: Normalization = normalization
         self.device = next(model.parameters()).device
         self.pictures: list[Picture] = []
         self.lock = threading.Lock()
@@ -220,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_origin(self) -> None:
         """A foreign page can send requests here, and can make a name of its own lead to 127.0.0.1."""
-        own = {f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")}
+        own = {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in own or (origin is not None and origin.removeprefix("http://") not in own):
             raise _Refused(403, "open this page as http://127.0.0.1")

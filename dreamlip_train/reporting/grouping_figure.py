@@ -30,7 +30,7 @@ _SHOWN_PIXELS = 320  # a picture is drawn with about so many pixels a side, so t
 
 
 def plot_grouping(
-    model: nn.Module,
+    model: Any,
     samples: Iterable[dict[str, Any]],
     png: str | Path,
     *,
@@ -64,14 +64,14 @@ def plot_grouping(
                 "train with loss.grouping_weight > 0"
             )
         weights_KP = [weights.cpu() for weights in sub_caption_weights(patch_nPD, text_KD, threshold, normalization)]
-    with plt.rc_context(STYLE | {"axes.grid": False}):
+    with plt.rc_context({**STYLE, "axes.grid": False}):
         figure = _draw_rows(shown, weights_KP, model.grid)
         figure.savefig(png, dpi=150, facecolor="white")
         plt.close(figure)
 
 
 def plot_sentences(
-    model: nn.Module,
+    model: Any,
     name: str,
     data: bytes,
     sentences: list[str],

@@ -28,7 +28,7 @@ class Example:
 
 
 def retrieval_examples(
-    model: nn.Module,
+    model: Any,
     data: DataConfig,
     device: torch.device | str,
     *,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib
 
 matplotlib.use("Agg")
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = ("#2563eb", "#e8590c", "#0f9d76", "#c2255c", "#7048e8")
-STYLE = {
+STYLE: dict[Any, Any] = {  # keys of matplotlib's rcParams
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,

@@ -8,7 +8,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def training_batches(
     watch: Stopwatch,
     *,
     prefetch: bool,
-) -> Iterator[tuple[dict[str, Any], Any]]:
+) -> Generator[tuple[dict[str, Any], Any]]:
     """``(batch, move(batch))`` from where ``state`` stands, epoch after epoch, until it has ``total_steps`` steps;
     the caller advances it.
 
@@ -54,7 +54,7 @@ def _moved(
     move: Callable[[dict[str, Any]], Any],
     device: torch.device,
     prefetch: bool,
-) -> Iterator[tuple[dict[str, Any], Any]]:
+) -> Generator[tuple[dict[str, Any], Any], None, None]:
     if not prefetch:
         yield from ((batch, move(batch)) for batch in loaded)
         return
@@ -68,7 +68,9 @@ def _moved(
         batches.close()
 
 
-def prefetched(batches: Iterator[Any], move: Callable[[Any], Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
+def prefetched(
+    batches: Iterator[Any], move: Callable[[Any], Any], device: torch.device
+) -> Generator[tuple[Any, Any], None, None]:
     """``(batch, move(batch))`` for each of ``batches``, in order, one ahead of what was asked for;
     errors come where their batch would have.
     """

@@ -50,7 +50,7 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     features = engine(batch["images"], batch["text"], patches)
     losses = loss_fn(**features, text_mask=batch["text_mask"], output_dict=True)
-    loss = sum(losses.values())
+    loss = torch.stack(list(losses.values())).sum()
     scales = {name: features[name].detach() for name in LOGIT_SCALARS if features[name] is not None}
     losses = {name: value.detach() for name, value in losses.items()}
     if not finite_everywhere(loss):
@@ -81,7 +81,8 @@ def _unsharded_grad_norm(engine: Any) -> float | None:
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         return None
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+    norms = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:

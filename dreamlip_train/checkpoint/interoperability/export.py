@@ -74,7 +74,7 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
     writers[to](model, settings, partial)
     try:
         difference = _difference(model, config.model.name, partial, to)
-        if difference["image"] is not None and not max(difference.values()) <= _TOLERANCE:
+        if difference is not None and not max(difference.values()) <= _TOLERANCE:
             raise RuntimeError(
                 f"--to {to}: loaded back, features differ by up to {max(difference.values()):.2g}; this is a defect, "
                 "please report it with the config.toml"
@@ -86,7 +86,7 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
     if output.is_dir():
         output.rmdir()
     os.replace(partial, output)
-    return difference
+    return {"image": None, "text": None} if difference is None else {**difference}
 
 
 def _require_the_tables_model(model: ModelConfig) -> None:
@@ -111,6 +111,7 @@ def _require_the_tables_model(model: ModelConfig) -> None:
 def model_settings(model: ModelConfig) -> dict[str, Any]:
     """open_clip's config of the towers, with the run's context length."""
     settings = copy.deepcopy(model.config) or open_clip.get_model_config(model.name)
+    assert settings is not None  # the model was built from them
     settings["text_cfg"]["context_length"] = model.context_length
     return settings
 
@@ -147,13 +148,13 @@ def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str, float | None]:
+def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str, float] | None:
     """How far the features of the written model, as its consumer computes them of a raw picture and raw texts,
     are from this one's.
     """
     theirs = consumer_features(path, to, name, model.image_size)
     if theirs is None:
-        return {"image": None, "text": None}
+        return None
     pixels = torch.from_numpy(probe_picture(model.image_size)).permute(2, 0, 1)[None]
     with torch.inference_mode():
         ours = model.encode_images(pixels)[0], model.encode_texts(model.tokenize(list(PROBE_TEXTS)))

@@ -81,7 +81,7 @@ def _members(stream: Any, limit: int) -> Iterator[tuple[str, bytes]]:
     """
     with tarfile.open(fileobj=_plain(stream), mode="r|", bufsize=1 << 18) as tar:
         for member in tar:
-            tar.members = []  # it would remember them all
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - it would remember them all
             name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             if not member.isreg() or _META.match(name):
                 continue

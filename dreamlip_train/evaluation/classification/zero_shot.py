@@ -154,8 +154,9 @@ def _open_webdataset(
         )
     dataset = _build(name, folder, split, picture)
     shards = int((Path(folder) / members[0]).read_text())
-    loader = DataLoader(dataset.batched(batch_size), batch_size=None, num_workers=min(workers, shards))
-    loader.dataset.classes = dataset.classes
+    batches = dataset.batched(batch_size)
+    batches.classes = dataset.classes
+    loader = DataLoader(batches, batch_size=None, num_workers=min(workers, shards))
     return loader, dataset
 
 

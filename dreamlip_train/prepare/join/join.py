@@ -10,6 +10,7 @@ Every arrow leaves a file that appears when it is whole, so a killed run resumes
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def join_captions(
 
 def _match_all(
     tables: list[Path],
-    shards: list[str],
+    shards: Sequence[str],
     state: Path,
     on: str,
     column: str,
@@ -124,7 +125,7 @@ def _match_all(
     return report | {"rows_by_source": dict(sources), "counts": bad.state}
 
 
-def _write_all(shards: list[str], output: Path, state: Path, matched_only: bool, ray_address: str) -> Manifest:
+def _write_all(shards: Sequence[str], output: Path, state: Path, matched_only: bool, ray_address: str) -> Manifest:
     """Every shard's copy."""
     manifest = Manifest()
     work = partial(

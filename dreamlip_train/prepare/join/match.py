@@ -79,7 +79,7 @@ def _match(state: Path, spill: Path, memory_limit: str) -> dict[str, Any]:
         with atomic_write(state / "joined.parquet") as partial:
             options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROWS_PER_GROUP}"
             db.execute(f"COPY ({_JOINED}) TO '{_quoted(partial)}' ({options})")
-        report: dict[str, Any] = {name: int(db.execute(query).fetchone()[0]) for name, query in _COUNTS.items()}
+        report: dict[str, Any] = {name: int(db.execute(query).fetchall()[0][0]) for name, query in _COUNTS.items()}
         report["examples"] = {
             name: [value for (value,) in db.execute(query).fetchall()] for name, query in _EXAMPLES.items()
         }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.cells import ALIASES
+from dreamlip_train.captions.cells import column_name
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.captions.table import SUFFIXES, read_rows
@@ -57,7 +57,7 @@ def _wanted(columns: dict[str, str]) -> dict[str, str]:
 
 
 def _check(column: str, columns: dict[str, str]) -> Callable[[Path, list[str]], None]:
-    wanted = {ALIASES.get(name, name) for name in _wanted(columns).values()}
+    wanted = {column_name(name) for name in _wanted(columns).values()}
 
     def check(table: Path, names: list[str]) -> None:
         if column not in names or not wanted & set(names):

@@ -65,7 +65,7 @@ class LocalModel:
             # Said in so many words: left out, transformers would ask on standard input whether to run the folder's
             # code.
             self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-            self.model = AutoModelForImageTextToText.from_pretrained(
+            self.model: Any = AutoModelForImageTextToText.from_pretrained(
                 model,
                 trust_remote_code=trust_remote_code,
                 dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,

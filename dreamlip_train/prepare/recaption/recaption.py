@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dreamlip_train.data.shards.manifest_writer import Manifest
@@ -97,7 +97,7 @@ def _settings(options: RecaptionOptions) -> Settings:
     )
 
 
-def _each(settings: Settings, shards: list[str], ray_address: str) -> Iterator[Counter[str]]:
+def _each(settings: Settings, shards: Sequence[str], ray_address: str) -> Iterator[Counter[str]]:
     """The shards one after another in this process, whose model they share, or as tasks on Ray."""
     if ray_address:
         gpus = 0 if settings.endpoint else 1

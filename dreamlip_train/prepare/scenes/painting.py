@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]  # float32, which some of numpy's declared results are not
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (205, 35, 35),

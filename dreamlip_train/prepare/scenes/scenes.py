@@ -57,7 +57,8 @@ def prepare_scenes(
         raise UserError(f"prepare scenes: num_train and num_val must be >= 0, got {num_train} and {num_val}")
     started = time.monotonic()
     summary = {}
-    for split, count in (("train", num_train), ("val", num_val)):
+    counts: dict[Split, int] = {"train": num_train, "val": num_val}
+    for split, count in counts.items():
         folder = Path(output) / split
         for name in ("images", "masks"):
             (folder / name).mkdir(parents=True, exist_ok=True)
