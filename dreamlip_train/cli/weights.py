@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from dreamlip_train.jobs.user_error import UserError
 
 
 @dataclass
@@ -18,10 +21,14 @@ class ExportOptions:
     """
     output: str
     """The file (open_clip-file) or new folder to write."""
-    to: Literal["open_clip-file", "open_clip-dir", "hf-dir"] = "open_clip-file"
+    to: Literal["open_clip-file", "open_clip-dir", "hf-dir", "hub"] = "open_clip-file"
     """open_clip weights file; open_clip folder (local-dir:DIR); transformers' CLIPModel folder (LLaVA's vision
-    tower).
+    tower); both folders in one with a model card, as a repository on the Hugging Face Hub has them.
     """
+    push: str = ""
+    """With --to hub: OWNER/NAME of the repository to put the folder into; a new one is private."""
+    license: str = "unknown"
+    """With --to hub: the weights' license as the Hub names it, such as apache-2.0 or cc-by-nc-4.0."""
     model: str = ""
     """open_clip model name of a weights file."""
 
@@ -33,7 +40,16 @@ def export(arguments: list[str], program: str) -> None:
     options = tyro.cli(ExportOptions, args=arguments, prog=program)
     from dreamlip_train.checkpoint.interoperability.export import export_checkpoint
 
-    difference = export_checkpoint(options.checkpoint, options.output, options.to, options.model)
+    if options.to != "hub" and (options.push or options.license != "unknown"):
+        raise UserError("--push and --license belong to --to hub")
+    difference = export_checkpoint(
+        options.checkpoint,
+        options.output,
+        options.to,
+        options.model,
+        repository=options.push,
+        license=options.license,
+    )
     if difference["image"] is None:
         print(f"wrote {options.output}; not compared, since transformers is not installed")
     else:
@@ -41,6 +57,10 @@ def export(arguments: list[str], program: str) -> None:
             f"wrote {options.output}; loaded back, image features differ by {difference['image']:.1g}, "
             f"text features by {difference['text']:.1g}"
         )
+    if options.push:
+        from dreamlip_train.checkpoint.interoperability.hub import upload
+
+        print(f"put into {upload(Path(options.output), options.push)}")
 
 
 @dataclass

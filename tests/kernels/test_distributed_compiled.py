@@ -101,8 +101,8 @@ def overlap_worker(rank, world, port):
         assert events == ["gather", "start", "product", "wait", "product"]  # first the image mask's
     broken = torch._dynamo.explain(step)(*features, masks)
     assert (broken.graph_count, broken.graph_break_count) == (1, 0), broken.break_reasons
-    features, masks = batch(rank, 4 + rank)
-    with pytest.raises(ValueError, match=r"N \(images a rank\) must be the same on every rank, got \[4, 5\]"):
+    features, masks = batch(rank, 5 + rank)  # new to both: a rank that knows its shape does not ask
+    with pytest.raises(ValueError, match=r"N \(images a rank\) must be the same on every rank, got \[5, 6\]"):
         compiled(*features, masks)
     dist.destroy_process_group()
 

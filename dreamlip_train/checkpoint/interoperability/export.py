@@ -6,14 +6,17 @@ open_clip-file  x.pt: {"state_dict"}, tensors only open_clip.create_model("ViT-B
 open_clip-dir   open_clip_config.json + safetensors       open_clip.create_model("local-dir:DIR")
 hf-dir          transformers' CLIPModel, with tokenizer CLIPModel / CLIPVisionModel.from_pretrained(DIR),
                 LLaVA's vision tower
+hub             both folders in one, with a model card    a repository on the Hugging Face Hub
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,18 +30,28 @@ from dreamlip_train.checkpoint.interoperability.hf_clip import (
     processor_config,
     write_tokenizer,
 )
+from dreamlip_train.checkpoint.interoperability.model_card import model_card
 from dreamlip_train.checkpoint.weights import load_for_eval
-from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.config.schema import Config, ModelConfig
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.open_clip_weights import open_clip_state_dict
 
-Format = Literal["open_clip-file", "open_clip-dir", "hf-dir"]
+Format = Literal["open_clip-file", "open_clip-dir", "hf-dir", "hub"]
 _TOLERANCE = 1e-5
+logger = logging.getLogger(__name__)
 
 
-def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, model_name: str = "") -> dict[str, Any]:
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    to: Format,
+    model_name: str = "",
+    *,
+    repository: str = "",
+    license: str = "unknown",
+) -> dict[str, Any]:
     """Write the towers of a run, checkpoint or open_clip file to ``output`` in format ``to``;
     train-only parameters stay behind.
 
@@ -46,6 +59,7 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
         checkpoint: as ``load_for_eval``; DeepSpeed checkpoints of any ZeRO stage and number of ranks.
         output: a file for open_clip-file, else a new or empty folder.
         model_name: the open_clip name of the model in a weights file.
+        repository, license: OWNER/NAME on the Hub and an identifier of its licenses, for hub's model card.
     Returns:
         {"image", "text": the largest difference between features of this model and of the one loaded back,
         or None where transformers is not installed}.
@@ -67,25 +81,26 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, to: Format, mo
         "open_clip-file": _write_file,
         "open_clip-dir": _write_open_clip_dir,
         "hf-dir": _write_hf_dir,
+        "hub": partial(_write_hub, Path(checkpoint), config, repository or output.name, license),
     }
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    writers[to](model, settings, partial)
+    written = output.with_name(output.name + ".partial")
+    shutil.rmtree(written, ignore_errors=True)
+    written.parent.mkdir(parents=True, exist_ok=True)
+    writers[to](model, settings, written)
     try:
-        difference = _difference(model, config.model.name, partial, to)
+        difference = _difference(model, config.model.name, written, to)
         if difference is not None and not max(difference.values()) <= _TOLERANCE:
             raise RuntimeError(
                 f"--to {to}: loaded back, features differ by up to {max(difference.values()):.2g}; this is a defect, "
                 "please report it with the config.toml"
             )
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True) if partial.is_file() else None
+        shutil.rmtree(written, ignore_errors=True)
+        written.unlink(missing_ok=True) if written.is_file() else None
         raise
     if output.is_dir():
         output.rmdir()
-    os.replace(partial, output)
+    os.replace(written, output)
     return {"image": None, "text": None} if difference is None else {**difference}
 
 
@@ -123,7 +138,7 @@ def _write_file(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
 def _write_open_clip_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     preprocess = {
         "mean": list(open_clip.OPENAI_DATASET_MEAN),
         "std": list(open_clip.OPENAI_DATASET_STD),
@@ -141,17 +156,40 @@ def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None
     from safetensors.torch import save_file
 
     config, weights = clip_config(settings), clip_state_dict(open_clip_state_dict(model))
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     write_json(path / "config.json", config)
     write_json(path / "preprocessor_config.json", processor_config(model.image_size))
     write_tokenizer(path, model.context_length)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def _write_hub(
+    checkpoint: Path,
+    config: Config,
+    repository: str,
+    license: str,
+    model: DreamLIP,
+    settings: dict[str, Any],
+    path: Path,
+) -> None:
+    _write_open_clip_dir(model, settings, path)
+    try:
+        _write_hf_dir(model, settings, path)
+    except UserError as error:  # its pooling
+        logger.warning("open_clip's files alone: %s", error)
+    run = next((folder for folder in (checkpoint, *checkpoint.parents) if (folder / "checkpoints").is_dir()), None)
+    in_transformers = (path / "config.json").is_file()
+    (path / "README.md").write_text(model_card(config, run, repository, license, in_transformers), encoding="utf-8")
+
+
 def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str, float] | None:
     """How far the features of the written model, as its consumer computes them of a raw picture and raw texts,
     are from this one's.
     """
+    if to == "hub":
+        held: list[Format] = ["open_clip-dir", *(["hf-dir"] if (path / "config.json").is_file() else [])]
+        differences = [d for part in held if (d := _difference(model, name, path, part)) is not None]
+        return {kind: max(d[kind] for d in differences) for kind in ("image", "text")}
     theirs = consumer_features(path, to, name, model.image_size)
     if theirs is None:
         return None
