@@ -44,7 +44,7 @@ WORDS = [
     "two",
     "three",
 ]
-GLOBAL_BATCH, K, STEPS = 8, 3, 20
+GLOBAL_BATCH, K, STEPS = 8, 3, 12
 
 
 def tiny_model(**changes) -> ModelConfig:

@@ -280,10 +280,10 @@ def test_positives_may_lie_anywhere(diagonal):
     "m, c, k, room, chunk",
     [
         (40, 45, 3, 2**29, (3, 40, 45)),  # all at once
-        (300, 300, 4, 2**19, (2, 300, 300)),  # two slots at a time
-        (300, 300, 2, 2**15, (1, 128, 128)),  # less than a slot, and less than its rows
-        (200, 500, 2, 2**16, (1, 200, 128)),  # all rows of some columns
-        (900, 100, 2, 2**17, (2, 256, 100)),  # some rows of all slots
+        (140, 140, 4, 2**17, (2, 140, 140)),  # two slots at a time
+        (140, 140, 2, 2**15, (1, 128, 128)),  # less than a slot, and less than its rows
+        (100, 200, 2, 2**15, (1, 100, 128)),  # all rows of some columns
+        (300, 40, 2, 2**15, (2, 128, 40)),  # some rows of all slots
     ],
 )
 def test_chunks_of_the_workspace_meet_without_seams(monkeypatch, m, c, k, room, chunk):

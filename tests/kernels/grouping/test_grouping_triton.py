@@ -48,8 +48,8 @@ def test_group_patches(n, p, k, d, dtype, normalization):
     "dtype, normalization, masked",
     [
         (torch.float16, "softmax", False),
-        (torch.float16, "none", True),
-        (torch.float32, "softmax", False),
+        pytest.param(torch.float16, "none", True, marks=pytest.mark.slow),
+        pytest.param(torch.float32, "softmax", False, marks=pytest.mark.slow),
         (torch.float32, "minmax", True),
     ],
 )
