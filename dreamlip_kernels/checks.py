@@ -76,6 +76,35 @@ def check_mask(fn: str, name: str, mask: Tensor | None, shape: tuple[int, ...], 
         raise ValueError(f"{fn}: {name} must be on {like.device} like the features, got {mask.device}")
 
 
+def check_image_ids(fn: str, image_ids: Tensor | None, n: int, like: Tensor) -> None:
+    """Optional ids of images are int64, one for each image, on the features' device."""
+    if image_ids is None:
+        return
+    if image_ids.dtype != torch.int64:
+        raise ValueError(f"{fn}: image_ids must be an int64 tensor, got {image_ids.dtype}; use image_ids.long()")
+    if tuple(image_ids.shape) != (n,):
+        raise ValueError(f"{fn}: image_ids must have shape {(n,)}, one an image, got {tuple(image_ids.shape)}")
+    if image_ids.device != like.device:
+        raise ValueError(f"{fn}: image_ids must be on {like.device} like the features, got {image_ids.device}")
+
+
+def check_pairs(
+    fn: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    image_ids: Tensor | None,
+) -> None:
+    """What a loss of image-caption pairs takes fits together: [N, D], [N, K, D], [N], [N, K] and [N]."""
+    check_features(fn, image_features=(image_features, 2), text_features=(text_features, 3))
+    check_shared(fn, "N", "image_features", image_features.shape[:1], "text_features", text_features.shape[:1])
+    n, k, _ = text_features.shape
+    check_mask(fn, "image_mask", image_mask, (n,), image_features)
+    check_mask(fn, "text_mask", text_mask, (n, k), text_features)
+    check_image_ids(fn, image_ids, n, image_features)
+
+
 def check_choice(fn: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     """A string option is one of its choices."""
     if value not in choices:

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from .backends import dispatch
-from .checks import as_scale, check_choice, check_features, check_mask, check_shared, promoted
+from .checks import as_scale, check_choice, check_pairs, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
 from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import logsumexp_of_any
+from .targets.options import SameImage, check_targets
+from .targets.same_image import gathered_images
+from .targets.soft_targets import Slots, soft_targets
 
 
 def multi_positive_contrastive_loss(
@@ -26,6 +29,9 @@ def multi_positive_contrastive_loss(
     *,
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    same_image: SameImage = "ignore",
+    label_smoothing: float = 0.0,
     negatives: str = "slot",
     positives: str = "mean",
     reduction: str = "mean",
@@ -51,6 +57,13 @@ def multi_positive_contrastive_loss(
         image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are
             missing.
         text_mask: [N, K] bool, True where a sub-caption is present; missing ones are neither positive nor negative.
+        image_ids: [N] int64, equal where two images of the batch, on any rank, are known to be the same one. By default
+            every image is another.
+        same_image: what captions of the same image elsewhere in the batch are: "ignore", neither positives nor
+            negatives (they are left out of both softmaxes; an image's own captions stay); "positive", positives: the
+            target of each softmax is uniform over all its positives.
+        label_smoothing: in [0, 1), as ``F.cross_entropy`` defines it: each softmax's target is 1 - label_smoothing of
+            its own, and label_smoothing uniformly over all that the softmax is over.
         reduction: "mean", or "none" for the [N, K] pair losses with masked entries 0 (positives="mean" only).
         group: process group; None is the world group where one is initialized. N is then this rank's share,
             equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
@@ -65,35 +78,51 @@ def multi_positive_contrastive_loss(
         RuntimeError: the requested backend cannot run here.
     """
     fn = "multi_positive_contrastive_loss"
-    check_features(fn, image_features=(image_features, 2), text_features=(text_features, 3))
-    check_shared(fn, "N", "image_features", image_features.shape[:1], "text_features", text_features.shape[:1])
-    n, k, d = text_features.shape
-    check_mask(fn, "image_mask", image_mask, (n,), image_features)
-    check_mask(fn, "text_mask", text_mask, (n, k), text_features)
+    check_pairs(fn, image_features, text_features, image_mask, text_mask, image_ids)
     check_options(fn, negatives, positives, reduction)
+    check_targets(fn, label_smoothing, same_image, positives)
+    n, k, d = text_features.shape
     image_features, text_features = promoted(image_features, text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     rows = n * rank_and_size(group)[1]
-    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
-    sizes = agreement_sizes(text_features, image_mask, text_mask)
+    ignores = image_ids is not None and same_image == "ignore"
+    pairs = dict(M=rows, C=n, K=k, D=d)
+    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, same_image=ignores, **pairs)
+    sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
     scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen
 
     text_KND = text_features.transpose(0, 1)
     text_mask = of_present_images(image_mask, text_mask, k)
     mask_KN = None if text_mask is None else text_mask.T
-    row, col, pos = gathered_logsumexp(
-        image_features, text_KND, scale, image_mask, mask_KN, chosen, group
-    )  # [K, n] each
+    images = gathered_images(image_ids, group)
+    left_out = images.world if ignores else None
+    row, col, pos, everyone, everyone_mask = gathered_logsumexp(
+        image_features, text_KND, scale, image_mask, mask_KN, chosen, group, left_out
+    )  # [K, n] each of the first three
+    row_target, col_target = pos, pos
     if negatives == "all":
         row = logsumexp_of_any(row, keepdim=True).expand_as(pos)
-    col_term = _where(mask_KN, col - pos)
+    if positives == "logsum":
+        of_present = pos if mask_KN is None else pos.masked_fill(~mask_KN, -torch.inf)
+        row_target = logsumexp_of_any(of_present, keepdim=True)
+    if label_smoothing > 0 or (images is not None and same_image == "positive"):
+        row_target, col_target = soft_targets(
+            Slots(everyone, text_KND, everyone_mask, mask_KN, images),
+            scale,
+            pos,
+            row_target,
+            label_smoothing=label_smoothing,
+            same_image=same_image,
+            over_slots=negatives == "all",
+            group=group,
+        )
+    col_term = _where(mask_KN, col - col_target)
     if positives == "logsum":
         captioned = None if mask_KN is None else mask_KN.any(0)
-        pos_sum = logsumexp_of_any(pos if mask_KN is None else pos.masked_fill(~mask_KN, -torch.inf))
-        row_term = _where(captioned, row[0] - pos_sum)
+        row_term = _where(captioned, row[0] - row_target[0])
         return (global_mean(row_term, captioned, group) + global_mean(col_term, mask_KN, group)) / 2
-    pair = (_where(mask_KN, row - pos) + col_term) / 2
+    pair = (_where(mask_KN, row - row_target) + col_term) / 2
     return pair.T if reduction == "none" else global_mean(pair, mask_KN, group)
 
 

@@ -192,7 +192,7 @@ def _over_the_batch(
     flat = None if mask is None else mask.reshape(1, n * k)
     flat_row = None if flat is None else flat[0]
     groups, captions = pooled.flatten(0, 1), text.reshape(1, n * k, d)
-    over_texts, over_groups, pos = gathered_logsumexp(groups, captions, scale, flat_row, flat, backend, group)
+    over_texts, over_groups, pos, *_ = gathered_logsumexp(groups, captions, scale, flat_row, flat, backend, group)
     return over_texts.reshape(n, k), over_groups.reshape(n, k), pos.reshape(n, k)
 
 

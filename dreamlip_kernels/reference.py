@@ -36,29 +36,49 @@ def multi_positive_contrastive_loss(
     *,
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    same_image: str = "ignore",
+    label_smoothing: float = 0.0,
     negatives: str = "slot",
     positives: str = "mean",
     reduction: str = "mean",
 ) -> Tensor:
-    """Multi-positive image-text contrast, eq. 5-7. images [N,D], texts [N,K,D], text_mask [N,K] bool -> scalar,
-    or [N,K].
+    """Multi-positive image-text contrast, eq. 5-7, 20 and 21. images [N,D], texts [N,K,D], text_mask [N,K] bool,
+    image_ids [N] -> scalar, or [N,K].
     """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
     image_features = _without_masked(image_features, image_mask)
     text_features = _without_masked(text_features, text_mask)
     n, k, _ = text_features.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
-    row, col = bidirectional_logsumexp(image_features, text_features.transpose(0, 1), logit_scale, valid.T, image_mask)
-    row, col = row.T, col.T  # [N, K]
-    pos = logit_scale * torch.einsum("nd,nkd->nk", image_features, text_features)
-    if negatives == "all":
-        row = _logsumexp(row, 1)[:, None].expand(n, k)
-    col_term = torch.where(valid, col - pos, 0)
+    z = logit_scale * torch.einsum("id,jkd->ijk", image_features, text_features)
+    own, same = _own_and_same_image(z, image_ids)
+    candidate = (valid if image_mask is None else valid & image_mask[:, None, None]).expand(n, n, k)
+    if same_image == "ignore":
+        candidate = candidate & (own | ~same)
+    positive = candidate & (same if same_image == "positive" else own)
+    z = z.masked_fill(~candidate, -torch.inf)
+    of_row = (1, 2) if negatives == "all" else (1,)  # what one softmax of an image is over
+    row, col = z, _logsumexp(z, 0)
+    for dim in reversed(of_row):
+        row = _logsumexp(row, dim)
+    row = row[:, None].expand(n, k) if negatives == "all" else row
+
+    pos = z.diagonal(dim1=0, dim2=1).T  # [N, K], of each image's own captions
+    if positives == "logsum":
+        row_target = _logsumexp(pos, 1)[:, None]
+    elif same_image == "positive":
+        row_target = _mean_over(z, positive, of_row)
+    else:
+        row_target = pos
+    row_target = (1 - label_smoothing) * row_target + label_smoothing * _mean_over(z, candidate, of_row)
+    col_target = (1 - label_smoothing) * _mean_over(z, positive, 0) + label_smoothing * _mean_over(z, candidate, 0)
+    col_term = torch.where(valid, col - col_target, 0)
     if positives == "logsum":
         captioned = valid.any(1)
-        row_term = torch.where(captioned, row[:, 0] - _logsumexp(pos.masked_fill(~valid, -torch.inf), 1), 0)
+        row_term = torch.where(captioned, row[:, 0] - row_target[:, 0], 0)
         return row_term.sum() / captioned.sum().clamp(min=1) / 2 + col_term.sum() / valid.sum().clamp(min=1) / 2
-    pair = (torch.where(valid, row - pos, 0) + col_term) / 2
+    pair = (torch.where(valid, row - row_target, 0) + col_term) / 2
     return pair if reduction == "none" else pair.sum() / valid.sum().clamp(min=1)
 
 
@@ -70,9 +90,12 @@ def multi_positive_sigmoid_loss(
     *,
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    same_image: str = "ignore",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Every image-caption pair as a question of its own, eq. 19. images [N,D], texts [N,K,D], text_mask [N,K] bool ->
-    scalar.
+    """Every image-caption pair as a question of its own, eq. 19 and 22. images [N,D], texts [N,K,D], text_mask [N,K]
+    bool, image_ids [N] -> scalar.
     """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
     image_features = _without_masked(image_features, image_mask)
@@ -80,9 +103,13 @@ def multi_positive_sigmoid_loss(
     n, k, _ = text_features.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
     z = logit_scale * torch.einsum("md,nkd->mnk", image_features, text_features) + logit_bias
-    own = torch.eye(n, dtype=torch.bool, device=z.device)[:, :, None]
-    pair = -torch.nn.functional.logsigmoid(torch.where(own, z, -z))
+    own, same = _own_and_same_image(z, image_ids)
     counted = valid if image_mask is None else valid & image_mask[:, None, None]
+    if same_image == "ignore":
+        counted = counted & (own | ~same)
+    label = (same if same_image == "positive" else own).to(z.dtype)
+    label = (1 - label_smoothing) * label + label_smoothing / 2
+    pair = -label * torch.nn.functional.logsigmoid(z) - (1 - label) * torch.nn.functional.logsigmoid(-z)
     return torch.where(counted, pair, 0).sum() / valid.sum().clamp(min=1)
 
 
@@ -176,6 +203,20 @@ def _of_present_images(image_mask: Tensor | None, mask: Tensor | None, features:
         return mask
     present = image_mask[:, None].expand(features.shape[:2])
     return present if mask is None else present & mask
+
+
+def _own_and_same_image(z: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    # [N,N,1] each: whether caption j is image i's own, and whether their images are known to be the same one.
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)[:, :, None]
+    return own, own if image_ids is None else (image_ids[:, None] == image_ids[None, :])[:, :, None]
+
+
+def _mean_over(z: Tensor, included: Tensor, dims: tuple[int, ...] | int) -> Tensor:
+    # The mean of the included logits, 0 of none; over slots too it is the same for each of them: [N,K].
+    included = included.expand(z.shape)
+    total = torch.where(included, z, 0).sum(dims, keepdim=True)
+    mean = total / included.sum(dims, keepdim=True).clamp(min=1)
+    return mean.expand(-1, -1, z.shape[2]).squeeze(0 if dims == 0 else 1)
 
 
 def unit(x: Tensor) -> Tensor:

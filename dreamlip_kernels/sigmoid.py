@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import dispatch
-from .checks import as_scale, check_features, check_mask, check_shared, promoted
+from .checks import as_scale, check_pairs, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import (
     Group,
@@ -22,6 +22,9 @@ from .distributed.collectives import (
     rank_and_size,
 )
 from .ops.sigmoid_pairs.sigmoid_pairs import sigmoid_pairs
+from .targets.options import SameImage, check_targets
+from .targets.same_image import gathered_images
+from .targets.soft_targets import Slots, smoothing_of_sigmoids
 
 
 def multi_positive_sigmoid_loss(
@@ -32,6 +35,9 @@ def multi_positive_sigmoid_loss(
     *,
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    same_image: SameImage = "ignore",
+    label_smoothing: float = 0.0,
     group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -55,6 +61,12 @@ def multi_positive_sigmoid_loss(
         image_mask: [N] bool, False for an image that only fills a batch: it is no negative, and its captions are
             missing.
         text_mask: [N, K] bool, True where a sub-caption is present; the mean is over those.
+        image_ids: [N] int64, equal where two images of the batch, on any rank, are known to be the same one. By default
+            every image is another.
+        same_image: what captions of the same image elsewhere in the batch are: "ignore", no question at all;
+            "positive", positives. The loss is divided by the number of captions in either case.
+        label_smoothing: in [0, 1): labels of 1 and 0 become 1 - label_smoothing / 2 and label_smoothing / 2, smoothed
+            towards 1/2 as Keras' BinaryCrossentropy does.
         group: process group; None is the world group where one is initialized. N is then this rank's share,
             equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
             single-process loss.
@@ -68,27 +80,40 @@ def multi_positive_sigmoid_loss(
         RuntimeError: the requested backend cannot run here.
     """
     fn = "multi_positive_sigmoid_loss"
-    check_features(fn, image_features=(image_features, 2), text_features=(text_features, 3))
-    check_shared(fn, "N", "image_features", image_features.shape[:1], "text_features", text_features.shape[:1])
+    check_pairs(fn, image_features, text_features, image_mask, text_mask, image_ids)
+    check_targets(fn, label_smoothing, same_image)
     n, k, d = text_features.shape
-    check_mask(fn, "image_mask", image_mask, (n,), image_features)
-    check_mask(fn, "text_mask", text_mask, (n, k), text_features)
     image_features, text_features = promoted(image_features, text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     bias = as_scale(fn, "logit_bias", logit_bias, image_features)
     rank, world = rank_and_size(group)
-    mask = of_present_images(image_mask, text_mask, k)
-    mask = None if mask is None else mask.reshape(-1)
-    chosen = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
-    sizes = agreement_sizes(text_features, image_mask, text_mask)
+    mask_NK = of_present_images(image_mask, text_mask, k)
+    mask = None if mask_NK is None else mask_NK.reshape(-1)
+    pairs = dict(M=world * n, C=n * k, D=d)
+    chosen = dispatch.select("sigmoid_pairs", image_features, backend, same_image=image_ids is not None, **pairs)
+    sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
     scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen
     x_mask = None if image_mask is None else all_gather_rows(image_mask, group)
+    images = gathered_images(image_ids, group)
     everyone = all_gather_rows(image_features, group)
-    captions = text_features.flatten(0, 1)
     total = sigmoid_pairs(
-        everyone, captions, scale, bias, x_mask=x_mask, y_mask=mask, first=rank * n, k=k, backend=chosen
+        everyone,
+        text_features.flatten(0, 1),
+        scale,
+        bias,
+        x_mask=x_mask,
+        y_mask=mask,
+        first=rank * n,
+        k=k,
+        backend=chosen,
+        x_images=None if images is None else images.world,
+        same_image=same_image,
     )
+    if label_smoothing > 0:
+        slots = Slots(everyone, text_features.transpose(0, 1), x_mask, None if mask_NK is None else mask_NK.T, images)
+        smoothing = dict(first=rank * n, label_smoothing=label_smoothing, same_image=same_image)
+        total = total + smoothing_of_sigmoids(slots, scale, bias, **smoothing)
     if mask is None:
         return total / max(n * k, 1)
     return total * world / all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)

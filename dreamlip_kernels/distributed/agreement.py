@@ -27,7 +27,16 @@ from torch.distributed.distributed_c10d import _get_default_store
 from .collectives import Group, group_name, group_of_name, process_group, rank_and_size
 
 MODES = ("always", "shapes", "never")
-SIZES = ("N (images a rank)", "K (sub-captions)", "D (width)", "image_mask (1 = passed)", "text_mask (1 = passed)")
+SIZES = (
+    "N (images a rank)",
+    "K (sub-captions)",
+    "D (width)",
+    "image_mask (1 = passed)",
+    "text_mask (1 = passed)",
+    "image_ids (1 = passed)",
+    "label_smoothing (in millionths)",
+    "same_image (1 = 'positive')",
+)
 LONGEST_WAIT = datetime.timedelta(minutes=10)  # for a rank that compiles, or loads, while the others already compare
 
 
@@ -42,9 +51,17 @@ class _Known:
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Known] = weakref.WeakKeyDictionary()
 
 
-def agreement_sizes(text_features: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> dict[str, int]:
-    """What all ranks must agree on before their first collective."""
-    values = (*text_features.shape, int(image_mask is not None), int(text_mask is not None))
+def agreement_sizes(
+    text_features: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    image_ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    same_image: str = "ignore",
+) -> dict[str, int]:
+    """What all ranks must agree on before their first collective, as integers."""
+    passed = (int(v is not None) for v in (image_mask, text_mask, image_ids))
+    values = (*text_features.shape, *passed, round(label_smoothing * 1e6), int(same_image == "positive"))
     return dict(zip(SIZES, values, strict=True))
 
 

@@ -64,6 +64,13 @@ def reduce_scatter_logsumexp(partial: Tensor, group: Group = None) -> Tensor:
     return logsumexp_of_any(all_to_all_op(parts, group_name(group)))
 
 
+def reduce_scatter_sum(partial: Tensor, group: Group = None) -> Tensor:
+    """The sum over ranks of partial [K, W*n], of the columns this rank owns -> [K, n]; differentiable."""
+    if rank_and_size(group)[1] == 1:
+        return partial
+    return reduce_scatter_rows_op(partial.T, group_name(group)).T
+
+
 def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     """The sum over ranks of a tensor that needs no gradient (counts)."""
     return x if rank_and_size(group)[1] == 1 else all_reduce_sum_op(x, group_name(group))

@@ -11,6 +11,8 @@ torch.compile keeps both whole and their collectives asynchronous. n images a ra
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,18 +26,39 @@ from .collectives import Group, all_gather_rows, group_name, group_of_name, rank
 STRETCHES, ROWS_A_STRETCH = 4, 4096
 
 
-def gathered_logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, backend: str, group: Group = None
-) -> tuple[Tensor, Tensor, Tensor]:
+class GatheredLogsumexp(NamedTuple):
     """row [K, n] of this rank's x [n, D] over the world's columns, col [K, n] of its y [K, n, D] over the world's rows,
-    and the logits pos [K, n] of (j, j).
+    the logits pos [K, n] of (j, j), and what travelled for them: x [N, D] and x_mask [N] of all ranks.
+    """
+
+    row: Tensor
+    col: Tensor
+    pos: Tensor
+    x: Tensor
+    x_mask: Tensor | None
+
+
+def gathered_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    backend: str,
+    group: Group = None,
+    x_images: Tensor | None = None,
+) -> GatheredLogsumexp:
+    """The log-sum-exps of this rank's features, differentiable, as every rank's x is too.
+
+    With x_images [N] int32, every rank's, pairs whose images are equal are left out; (j, j) stay.
     """
     if rank_and_size(group)[1] == 1:
-        return logsumexp(x, y, scale, x_mask, y_mask, paired=True, backend=backend)
+        each = logsumexp(x, y, scale, x_mask, y_mask, paired=True, backend=backend, x_images=x_images)
+        return GatheredLogsumexp(*each, x, x_mask)
     x_mask = None if x_mask is None else all_gather_rows(x_mask, group)
-    named = group_name(group)
-    row, col, pos, _ = gathered_logsumexp_op(x, y, scale, x_mask, y_mask, float32_products(x), backend, named)
-    return reduce_scatter_logsumexp(row, group), col, pos
+    options = float32_products(x), backend, group_name(group), x_images
+    row, col, pos, everyone = gathered_logsumexp_op(x, y, scale, x_mask, y_mask, *options)
+    return GatheredLogsumexp(reduce_scatter_logsumexp(row, group), col, pos, everyone, x_mask)
 
 
 @torch.library.custom_op("dreamlip_kernels::gathered_logsumexp", mutates_args=())
@@ -48,10 +71,11 @@ def gathered_logsumexp_op(
     float32: str,
     backend: str,
     group: str,
+    x_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, N] over this rank's columns alone, col [K, n] over all rows, pos [K, n], and every rank's x [N, D].
 
-    x_mask [N] is every rank's already; ``group`` is the name of a process group. All four are differentiable.
+    x_mask [N] and x_images [N] are every rank's already; ``group`` is the name of a process group. All four are differentiable.
     """
     process_group = group_of_name(group)
     rank, world = rank_and_size(process_group)
@@ -60,21 +84,26 @@ def gathered_logsumexp_op(
     everyone = x.new_empty(world * n, *x.shape[1:])
     travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=process_group, async_op=True)
     keep = False
-    row_own, col, pos, _ = logsumexp_op(x, y, scale, _part(x_mask, own), y_mask, True, keep, float32, backend)
+    y_images = _part(x_images, own)
+    row_own, col, pos, _ = logsumexp_op(
+        x, y, scale, _part(x_mask, own), y_mask, True, keep, float32, backend, y_images, y_images
+    )
     assert travelling is not None
     travelling.wait()
     rows = [row_own]
     for before, others in ((True, slice(0, own.start)), (False, slice(own.stop, world * n))):
         if others.stop > others.start:
-            part, part_mask = everyone[others], _part(x_mask, others)
-            row_part, col_part, *_ = logsumexp_op(part, y, scale, part_mask, y_mask, False, keep, float32, backend)
+            masks, images = (_part(x_mask, others), y_mask), (_part(x_images, others), y_images)
+            row_part, col_part, *_ = logsumexp_op(
+                everyone[others], y, scale, *masks, False, keep, float32, backend, *images
+            )
             rows.insert(0, row_part) if before else rows.append(row_part)
             col = torch.logaddexp(col, col_part)
     return torch.cat(rows, dim=1), col, pos, everyone
 
 
 @gathered_logsumexp_op.register_fake
-def _(x, y, scale, x_mask, y_mask, float32, backend, group):
+def _(x, y, scale, x_mask, y_mask, float32, backend, group, x_images=None):
     k, c, d = y.shape
     rows, dtype = x.shape[0] * rank_and_size(group_of_name(group))[1], accumulate_dtype(x)
     return (
@@ -104,6 +133,7 @@ def gathered_logsumexp_backward_op(
     float32: str,
     backend: str,
     group: str,
+    x_images: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [n, D], summed over the ranks, dy (strided as y) and dscale; a side that needs no gradient comes back without
     an element.
@@ -113,21 +143,23 @@ def gathered_logsumexp_backward_op(
     total = len(everyone)
     n = total // world
     count = max(1, min(STRETCHES, total // ROWS_A_STRETCH, n))
+    y_images = _part(x_images, slice(rank * n, (rank + 1) * n))
     dx, dy, dscale = [], y.new_empty(0), torch.zeros_like(scale)
     travelling = []
     for start, stop in ((i * n // count, (i + 1) * n // count) for i in range(count)):
         stretch = stop - start
         # The stretch of every rank's rows, of what has rows first, and of what has slots first.
-        part, mask_part, d_part = (
+        part, mask_part, d_part, images_part = (
             None if v is None else v.unflatten(0, (world, n))[:, start:stop].flatten(0, 1)
-            for v in (everyone, x_mask, d_everyone)
+            for v in (everyone, x_mask, d_everyone, x_images)
         )
         row_part, d_row_part = (v.unflatten(1, (world, n))[:, :, start:stop].flatten(1) for v in (row, d_row))
         # The positives of this stretch: its own rows begin at rank * stretch, its columns are start to stop.
         positives = rank * stretch - start, start, stop
         masked, rows, upstream = (mask_part, y_mask), (row_part, col, pos, None), (d_row_part, d_col, d_pos)
+        options = needs_x, needs_y, float32, backend, True, images_part, y_images
         dx_part, dy_part, dscale_part = logsumexp_backward_op(
-            part, y, scale, *masked, *rows, *upstream, *positives, needs_x, needs_y, float32, backend, True
+            part, y, scale, *masked, *rows, *upstream, *positives, *options
         )
         if needs_x:
             dx_part = dx_part if d_part is None else dx_part.add_(d_part)
@@ -145,7 +177,7 @@ def gathered_logsumexp_backward_op(
 
 @gathered_logsumexp_backward_op.register_fake
 def _(everyone, y, scale, x_mask, y_mask, row, col, pos, d_row, d_col, d_pos, d_everyone, needs_x, needs_y, *options):
-    (rows, d), group = everyone.shape, options[-1]
+    (rows, d), group = everyone.shape, options[-2]
     return (
         everyone.new_empty((rows // rank_and_size(group_of_name(group))[1], d) if needs_x else 0),
         torch.empty_like(y) if needs_y else y.new_empty(0),
@@ -154,22 +186,23 @@ def _(everyone, y, scale, x_mask, y_mask, row, col, pos, d_row, d_col, d_pos, d_
 
 
 def _setup_context(ctx, inputs, output):
-    _, y, scale, x_mask, y_mask, ctx.float32, ctx.backend, ctx.group = inputs
+    _, y, scale, x_mask, y_mask, ctx.float32, ctx.backend, ctx.group, x_images = inputs
     row, col, pos, everyone = output
     ctx.set_materialize_grads(False)  # of every rank's x, a gradient of zeros would be as large as they are
     if not ctx.needs_input_grad[0]:
         ctx.mark_non_differentiable(everyone)
-    ctx.save_for_backward(everyone, y, scale, x_mask, y_mask, row, col, pos)
+    ctx.save_for_backward(x_images, everyone, y, scale, x_mask, y_mask, row, col, pos)
 
 
 def _backward(ctx, d_row, d_col, d_pos, d_everyone):
-    everyone, y, scale, x_mask, y_mask, *outputs = ctx.saved_tensors
+    x_images, everyone, y, scale, x_mask, y_mask, *outputs = ctx.saved_tensors
     upstream = (torch.zeros_like(v) if d is None else d for v, d in zip(outputs, (d_row, d_col, d_pos), strict=True))
     needs = ctx.needs_input_grad[:2]
     arguments = everyone, y, scale, x_mask, y_mask, *outputs, *upstream, d_everyone
-    dx, dy, dscale = gathered_logsumexp_backward_op(*arguments, *needs, ctx.float32, ctx.backend, ctx.group)
+    options = *needs, ctx.float32, ctx.backend, ctx.group, x_images
+    dx, dy, dscale = gathered_logsumexp_backward_op(*arguments, *options)
     gradients = zip((dx, dy, dscale), ctx.needs_input_grad, strict=False)
-    return *(d if needed else None for d, needed in gradients), *[None] * 5
+    return *(d if needed else None for d, needed in gradients), *[None] * 6
 
 
 gathered_logsumexp_op.register_autograd(_backward, setup_context=_setup_context)

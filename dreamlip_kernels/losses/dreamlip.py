@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backends import dispatch
 from ..checks import check_choice
 from ..distributed.collectives import Group
+from ..targets.options import SameImage
 from .arguments import ClipLossArguments
 from .contrastive import MultiPositiveContrastiveLoss
 from .grouping import SubcaptionGroupingLoss
@@ -20,9 +21,10 @@ class DreamLIPLoss(ClipLossArguments):
 
     Takes ClipLoss's positional arguments and, by keyword, the options of both functions;
     threshold, normalization, contrast and direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss
-    as the contrast, where negatives and positives have no meaning. ``contrastive_backend`` and ``grouping_backend``
-    name the backend of each op; ``backend`` is the shorthand for both, which applies where an op has it ("cuda" and
-    "cpp" choose the pooling and leave the contrast at "auto").
+    as the contrast, where negatives and positives have no meaning. label_smoothing and same_image (for image_ids)
+    belong to the contrast of either kind; the grouping term has hard targets. ``contrastive_backend`` and
+    ``grouping_backend`` name the backend of each op; ``backend`` is the shorthand for both, which applies where an op
+    has it ("cuda" and "cpp" choose the pooling and leave the contrast at "auto").
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class DreamLIPLoss(ClipLossArguments):
         negatives: str = "slot",
         positives: str = "mean",
         pairs: str = "softmax",
+        label_smoothing: float = 0.0,
+        same_image: SameImage = "ignore",
         threshold: float | None = None,
         normalization: str = "minmax",
         contrast: str = "image",
@@ -63,10 +67,11 @@ class DreamLIPLoss(ClipLossArguments):
             )
         op = "sigmoid_pairs" if pairs == "sigmoid" else "bidirectional_logsumexp"
         of_pairs = dispatch.requested("DreamLIPLoss", op, contrastive_backend, backend)
+        options = dict(label_smoothing=label_smoothing, same_image=same_image, group=group, backend=of_pairs)
         self.contrastive = (
-            MultiPositiveSigmoidLoss(group=group, backend=of_pairs)
+            MultiPositiveSigmoidLoss(**options)
             if pairs == "sigmoid"
-            else MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, group=group, backend=of_pairs)
+            else MultiPositiveContrastiveLoss(negatives=negatives, positives=positives, **options)
         )
         self.grouping = SubcaptionGroupingLoss(
             threshold=threshold,
@@ -94,6 +99,7 @@ class DreamLIPLoss(ClipLossArguments):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         patch_mask: Tensor | None = None,
+        image_ids: Tensor | None = None,
         logit_scale_local: Tensor | float | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The weighted total, or its weighted terms {"contrastive_loss", "grouping_loss"}, which open_clip's loop sums.
@@ -102,6 +108,7 @@ class DreamLIPLoss(ClipLossArguments):
             image_features: [N, D].  text_features: [N, K, D] or [N, D].  image_mask: [N] and text_mask: [N, K] bool.
             patch_features: [N, P, D], projected to D; without them there is no grouping term (said once as a warning).
             patch_mask: [N, P] bool.  logit_scale_local: the grouping term's multiplier; None takes logit_scale.
+            image_ids: [N] int64, equal where images are known to be the same: see same_image of the constructor.
             logit_bias: added to the logits of pairs="sigmoid"; without effect in a softmax, where it cancels.
         """
         if text_features.ndim == 2:
@@ -109,7 +116,13 @@ class DreamLIPLoss(ClipLossArguments):
         terms = {}
         if self.mpcl_weight > 0:
             terms["contrastive_loss"] = self.mpcl_weight * self.contrastive(
-                image_features, text_features, logit_scale, logit_bias, image_mask=image_mask, text_mask=text_mask
+                image_features,
+                text_features,
+                logit_scale,
+                logit_bias,
+                image_mask=image_mask,
+                text_mask=text_mask,
+                image_ids=image_ids,
             )
         if self.grouping_weight > 0 and patch_features is not None:
             scale = logit_scale if logit_scale_local is None else logit_scale_local

@@ -22,6 +22,10 @@ class Rectangle:
     y_mask: Tensor | None = None
     float32: str = "fp16"
     """How 16-bit kernels multiply float32 features: "fp16", or "torch" as its matmul precision says."""
+    x_images: Tensor | None = None
+    """[M] int32: the pairs whose image is one in ``y_images`` too are left out, apart from a row's own."""
+    y_images: Tensor | None = None
+    """[C] int32, of all slots."""
 
     @property
     def exact_float32(self) -> bool:

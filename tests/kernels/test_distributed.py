@@ -35,6 +35,14 @@ CASES = [dict(loss="contrastive", negatives=n, positives=p, masked=m) for n, p i
 CASES += [dict(loss="sigmoid", masked=m) for m in (False, True)]
 CASES += [dict(loss="contrastive", negatives=n, positives=p, masked=True, images=True) for n, p in MODES]
 CASES += [dict(loss="sigmoid", masked=False, images=True)]
+TARGETS = [
+    dict(same_image="ignore"),
+    dict(same_image="positive", label_smoothing=0.1),
+    dict(same_image="ignore", label_smoothing=0.2),
+]
+CASES += [dict(loss="contrastive", masked=False, label_smoothing=0.1), dict(loss="sigmoid", masked=True, **TARGETS[1])]
+CASES += [dict(loss="contrastive", negatives=n, masked=True, **t) for n in ("slot", "all") for t in TARGETS]
+CASES += [dict(loss="sigmoid", masked=True, images=True, **TARGETS[2])]
 CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
 
 
@@ -44,10 +52,14 @@ IN_STRETCHES = [
     for n, p in MODES
     for m in (False, True)
 ]
+IN_STRETCHES += [dict(stretches=3, loss="contrastive", masked=True, **t) for t in TARGETS]
+IDS = torch.tensor([5, 9, 5, 1, 9, 2, 7, 1, -5, 3, 4, 9])  # of images on several ranks, and of two on one
 
 
-def run_case(module, case, image, text, patches, mask):
+def run_case(module, case, image, text, patches, mask, ids=IDS):
     case = dict(case)
+    if "same_image" in case:
+        case["image_ids"] = ids
     kind, masked, images = case.pop("loss"), case.pop("masked"), case.pop("images", False)
     inputs = [t.clone().requires_grad_() for t in (image, text, patches, torch.tensor(9.0, dtype=torch.float64))]
     options = dict(text_mask=mask if masked else None, image_mask=mask.any(1) if images else None, **case)
@@ -70,7 +82,7 @@ def equality_worker(rank, world, port):
         gathered_logsumexp.ROWS_A_STRETCH = N // 3 if case in IN_STRETCHES else 4096
         case = {name: value for name, value in case.items() if name != "stretches"}
         expected_loss, expected_grads = run_case(reference, case, *whole)
-        loss, grads = run_case(dk, case, *(t[own] for t in whole))
+        loss, grads = run_case(dk, case, *(t[own] for t in whole), IDS[own])
         dist.all_reduce(loss)
         torch.testing.assert_close(loss / world, expected_loss, atol=1e-12, rtol=1e-12, msg=f"{case}: loss")
         scale = grads[3].clone()
@@ -165,6 +177,13 @@ def unequal_worker(rank, world, port, mode):
     image, text, patches, mask = global_case()
     with pytest.raises(ValueError, match="text_mask"):
         dk.multi_positive_contrastive_loss(image, text, 3.0, text_mask=mask if rank == 0 else None)
+    with pytest.raises(ValueError, match="image_ids"):
+        dk.multi_positive_contrastive_loss(image, text, 3.0, image_ids=IDS if rank == 0 else None)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        dk.multi_positive_sigmoid_loss(image, text, 3.0, label_smoothing=0.1 * rank)
+    with pytest.raises(ValueError, match="same_image"):
+        same_image = "ignore" if rank else "positive"
+        dk.multi_positive_contrastive_loss(image, text, 3.0, image_ids=IDS, same_image=same_image)
     with pytest.raises(ValueError, match=f"rank {rank} of 3"):
         dk.DreamLIPLoss(rank=rank, world_size=7)
     dist.destroy_process_group()

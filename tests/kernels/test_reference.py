@@ -69,6 +69,85 @@ def test_contrastive_loss_against_loops(negatives, positives, masked):
     assert got.item() == pytest.approx(expected, abs=1e-12)
 
 
+IDS = torch.tensor([7, 3, 7, 3, 7])
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("same_image", ["ignore", "positive"])
+@pytest.mark.parametrize("negatives", ["slot", "all"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_soft_targets_against_loops(negatives, masked, same_image, smoothing):
+    """Each softmax against its target distribution, eq. 20-21."""
+    image, text, _, mask = random_case()
+    n, k = mask.shape
+    mask = mask if masked else torch.ones_like(mask)
+    s = 2.3
+    z = lambda i, j, c: float(s * image[i] @ text[j, c])  # noqa: E731
+    same = lambda i, j: bool(IDS[i] == IDS[j])  # noqa: E731
+    stays = lambda i, j: same_image == "positive" or i == j or not same(i, j)  # noqa: E731
+
+    def cross_entropy(candidates, positives):
+        target = (1 - smoothing) * mean([z(*p) for p in positives]) + smoothing * mean([z(*p) for p in candidates])
+        return lse([z(*p) for p in candidates]) - target
+
+    terms = []
+    for i in range(n):
+        for c in range(k):
+            if not mask[i, c]:
+                continue
+            slots = range(k) if negatives == "all" else [c]
+            of_row = [(i, j, m) for j in range(n) for m in slots if mask[j, m] and stays(i, j)]
+            of_col = [(j, i, c) for j in range(n) if stays(i, j)]
+            positive = same_image == "positive"
+            row_own = [p for p in of_row if same(i, p[1])] if positive else [(i, i, c)]
+            col_own = [p for p in of_col if same(p[0], i)] if positive else [(i, i, c)]
+            terms += [cross_entropy(of_row, row_own), cross_entropy(of_col, col_own)]
+    got = reference.multi_positive_contrastive_loss(
+        image,
+        text,
+        s,
+        text_mask=mask if masked else None,
+        negatives=negatives,
+        image_ids=IDS,
+        same_image=same_image,
+        label_smoothing=smoothing,
+    )
+    assert got.item() == pytest.approx(mean(terms), abs=1e-12)
+
+
+def test_smoothed_labels_are_those_of_cross_entropy():
+    image, text, _, _ = random_case()
+    labels = torch.arange(len(image))
+    for k in range(text.shape[1]):
+        z = 3.0 * image @ text[:, k].T
+        expected = sum(torch.nn.functional.cross_entropy(v, labels, label_smoothing=0.2) for v in (z, z.T)) / 2
+        got = reference.multi_positive_contrastive_loss(image, text[:, k : k + 1], 3.0, label_smoothing=0.2)
+        torch.testing.assert_close(got, expected)
+
+
+def test_smoothed_sums_inside_the_logarithm():
+    """eq. 7 with eq. 21: the target is the logarithm of the sum, then the mean over all captions."""
+    image, text, _, mask = random_case()
+    n, k = mask.shape
+    row, col = [], []
+    for i in range(n):
+        valid = [(i, i, c) for c in range(k) if mask[i, c]]
+        everything = [(i, j, c) for j in range(n) for c in range(k) if mask[j, c] and (i == j or IDS[i] != IDS[j])]
+        z = lambda pairs: [float(2.0 * image[i] @ text[j, c]) for i, j, c in pairs]  # noqa: E731
+        if valid:
+            row.append(lse(z(everything)) - 0.9 * lse(z(valid)) - 0.1 * mean(z(everything)))
+        for own in valid:
+            others = [(j, i, own[2]) for j in range(n) if i == j or IDS[i] != IDS[j]]
+            col.append(lse(z(others)) - 0.9 * z([own])[0] - 0.1 * mean(z(others)))
+    options = dict(negatives="all", positives="logsum", label_smoothing=0.1, image_ids=IDS)
+    got = reference.multi_positive_contrastive_loss(image, text, 2.0, text_mask=mask, **options)
+    assert got.item() == pytest.approx((mean(row) + mean(col)) / 2, abs=1e-12)
+
+
 def test_per_slot_loss_is_the_mean_of_clip_losses():
     image, text, _, _ = random_case()
     labels = torch.arange(len(image))
@@ -83,9 +162,12 @@ def test_per_slot_loss_is_the_mean_of_clip_losses():
     torch.testing.assert_close(reference.multi_positive_contrastive_loss(image, text, 1.0), torch.stack(clip).mean())
 
 
+@pytest.mark.parametrize("options", [{}, {"same_image": "ignore"}, {"same_image": "positive", "label_smoothing": 0.2}])
 @pytest.mark.parametrize("masked", [False, True])
-def test_sigmoid_loss_against_loops(masked):
+def test_sigmoid_loss_against_loops(masked, options):
     image, text = clip_like(4, 3, 8, torch.float64)
+    ids = torch.tensor([1, 2, 1, 1]) if options else torch.arange(4)
+    smoothing = options.get("label_smoothing", 0.0)
     mask = (
         torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) > 0.3
         if masked
@@ -95,10 +177,13 @@ def test_sigmoid_loss_against_loops(masked):
     for j in range(4):
         for i in range(4):
             for k in range(3):
-                if mask[i, k]:
+                positive = ids[i] == ids[j]
+                if mask[i, k] and (i == j or not positive or options.get("same_image") == "positive"):
                     z = float(5.0 * image[j] @ text[i, k] - 2.0)
-                    total += math.log1p(math.exp(-z if i == j else z))
-    got = reference.multi_positive_sigmoid_loss(image, text, 5.0, -2.0, text_mask=mask if masked else None)
+                    label = 1 - smoothing / 2 if positive else smoothing / 2
+                    total += label * math.log1p(math.exp(-z)) + (1 - label) * math.log1p(math.exp(z))
+    options = options | (dict(image_ids=ids) if options else {})
+    got = reference.multi_positive_sigmoid_loss(image, text, 5.0, -2.0, text_mask=mask if masked else None, **options)
     assert got.item() == pytest.approx(total / int(mask.sum()), rel=1e-12)
 
 

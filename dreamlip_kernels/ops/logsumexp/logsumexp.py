@@ -57,11 +57,22 @@ def bidirectional_logsumexp(
 
 
 def logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor, x_mask: Tensor | None, y_mask: Tensor | None, *, paired: bool, backend: str
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    *,
+    paired: bool,
+    backend: str,
+    x_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """row, col and pos of ``logsumexp_op``, differentiable; arguments are checked already."""
+    """row, col and pos of ``logsumexp_op``, differentiable, x_images those of columns too; arguments are checked
+    already.
+    """
     keep = backend == "torch" and _keeps_pairs(x, y, scale)
-    row, col, pos, _ = logsumexp_op(x, y, scale, x_mask, y_mask, paired, keep, float32_products(x), backend)
+    float32 = float32_products(x)
+    row, col, pos, _ = logsumexp_op(x, y, scale, x_mask, y_mask, paired, keep, float32, backend, x_images, x_images)
     return row, col, pos
 
 
@@ -92,6 +103,8 @@ def logsumexp_op(
     keep: bool,
     float32: str,
     backend: str,
+    x_images: Tensor | None = None,
+    y_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, M], col [K, C], if ``paired`` pos [K, C], the logits of the pairs (j, j), else [0, 0]; what is kept.
 
@@ -101,14 +114,16 @@ def logsumexp_op(
     Args:
         keep: forward keeps [K, M, C] of the pairs for backward, else [0, 0, 0]; so do all backends but "torch".
         float32: how 16-bit kernels multiply float32 features, "fp16", or "torch" as its own setting says.
+        x_images, y_images: [M] and [C] int32, both or none: pairs of equal ones are left out, apart from (j, j) where
+            ``paired``.
     """
-    rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
+    rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32, x_images, y_images)
     with torch.autocast(x.device.type, enabled=False):
         return _FORWARD[backend](rectangle, paired, keep)
 
 
 @logsumexp_op.register_fake
-def _(x, y, scale, x_mask, y_mask, paired, keep, float32, backend):
+def _(x, y, scale, x_mask, y_mask, paired, keep, float32, backend, x_images=None, y_images=None):
     k, c, _ = y.shape
     m, dtype = x.shape[0], accumulate_dtype(x)
     return (
@@ -141,12 +156,15 @@ def logsumexp_backward_op(
     float32: str,
     backend: str,
     wide: bool,
+    x_images: Tensor | None = None,
+    y_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy (strided as y) and dscale; ``Upstream`` says what the gradients are of.
 
     A side that needs no gradient costs nothing and comes back without an element. ``wide`` leaves dx and dy in the
-    dtype they were summed in, for a caller that sums on."""
-    rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32)
+    dtype they were summed in, for a caller that sums on. With images (as in ``logsumexp_op``) d_pos is not None where
+    pairs are a row's own."""
+    rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32, x_images, y_images)
     upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, first_pair, stop_pair, kept)
     dtype = accumulate_dtype(x) if wide else x.dtype
     with torch.autocast(x.device.type, enabled=False):
@@ -175,6 +193,8 @@ def _(
     float32,
     backend,
     wide,
+    x_images=None,
+    y_images=None,
 ):
     dtype = accumulate_dtype(x) if wide else x.dtype
     return (
@@ -185,17 +205,19 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, scale, x_mask, y_mask, ctx.paired, ctx.keep, ctx.float32, ctx.backend = inputs
+    x, y, scale, x_mask, y_mask, ctx.paired, ctx.keep, ctx.float32, ctx.backend, x_images, y_images = inputs
     row, col, pos, kept = output
     ctx.set_materialize_grads(False)  # of the pairs kept, a gradient of zeros would be as large as they are
     ctx.mark_non_differentiable(kept)
-    ctx.save_for_backward(x, y, scale, x_mask, y_mask, row, col, pos, kept)
+    ctx.save_for_backward(x, y, scale, x_mask, y_mask, row, col, pos, kept, x_images, y_images)
 
 
 def _backward(ctx, d_row, d_col, d_pos, _):
-    x, y, scale, x_mask, y_mask, row, col, pos, kept = ctx.saved_tensors
+    x, y, scale, x_mask, y_mask, row, col, pos, kept, x_images, y_images = ctx.saved_tensors
     d_row = torch.zeros_like(row) if d_row is None else d_row
     d_col = torch.zeros_like(col) if d_col is None else d_col
+    if d_pos is None and x_images is not None:  # which pairs are a row's own, and stay, is told by it
+        d_pos = torch.zeros_like(pos)
     needs_x, needs_y, needs_scale = ctx.needs_input_grad[:3]
     dx, dy, dscale = logsumexp_backward_op(
         x,
@@ -218,8 +240,10 @@ def _backward(ctx, d_row, d_col, d_pos, _):
         ctx.float32,
         ctx.backend,
         False,
+        x_images,
+        y_images,
     )
-    return dx if needs_x else None, dy if needs_y else None, dscale if needs_scale else None, *[None] * 6
+    return dx if needs_x else None, dy if needs_y else None, dscale if needs_scale else None, *[None] * 8
 
 
 logsumexp_op.register_autograd(_backward, setup_context=_setup_context)

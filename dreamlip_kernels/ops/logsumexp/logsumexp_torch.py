@@ -28,11 +28,13 @@ GRADIENT_EXPONENT = 13  # 16-bit g is scaled to coefficients below 2^14: a row's
 class _Operands:
     """x and the slots of y as the products take them: 16-bit on CUDA, else in the accumulation dtype.
 
-    What a mask drops is 0, whatever it held.
+    What a mask drops is 0, whatever it held. ``own_rows`` and ``own_cols`` are those of the pairs that stay although
+    their images are equal.
     """
 
-    def __init__(self, rectangle: Rectangle):
+    def __init__(self, rectangle: Rectangle, own_rows: slice, own_cols: slice):
         self.rectangle, self.scale = rectangle, rectangle.scale
+        self.own_rows, self.own_cols = own_rows, own_cols
         self.sixteen_bit = multiplies_sixteen_bit(rectangle.x)
         self.x_dropped, self.y_dropped = (None if v is None else ~v for v in (rectangle.x_mask, rectangle.y_mask))
         self.x = self._read(rectangle.x, self.x_dropped)
@@ -47,7 +49,7 @@ class _Operands:
         return self._read(self.rectangle.y[k], None if self.y_dropped is None else self.y_dropped[k])
 
     def logits(self, y: Tensor, k: int, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
-        """The logits of one tile of slot k, of which ``y`` is what ``slot`` read; -inf where a mask drops the pair."""
+        """The logits of one tile of slot k, of which ``y`` is what ``slot`` read; -inf of pairs that are left out."""
         z = matmul(self.x_scaled[rows], y[cols].T, out)
         if self.sixteen_bit:  # a scaled x would be rounded once more
             z.mul_(self.scale)
@@ -55,7 +57,21 @@ class _Operands:
             z.masked_fill_(self.y_dropped[k, None, cols], -torch.inf)
         if self.x_dropped is not None:
             z.masked_fill_(self.x_dropped[rows, None], -torch.inf)
+        if self.rectangle.x_images is not None:
+            same = self.rectangle.x_images[rows, None] == self.rectangle.y_images[None, cols]
+            self.own_of(same, rows, cols)[0].fill_(False)
+            z.masked_fill_(same, -torch.inf)
         return z
+
+    def own_of(self, tile: Tensor, rows: slice, cols: slice) -> tuple[Tensor, slice]:
+        """The diagonal of a tile that are rows' own pairs, a view, and their columns."""
+        diagonal = self.own_rows.start - self.own_cols.start
+        first = max(cols.start, rows.start - diagonal, self.own_cols.start)
+        stop = max(first, min(cols.stop, rows.stop - diagonal, self.own_cols.stop))
+        if first == stop:
+            return torch.diagonal(tile[:0]), slice(first, first)
+        corner = tile[first + diagonal - rows.start :, first - cols.start :]
+        return torch.diagonal(corner)[: stop - first], slice(first, stop)
 
     def without_logits(self) -> tuple[Tensor, Tensor]:
         """Which rows [K, M] and columns [K, C] a mask leaves without any logit."""
@@ -70,10 +86,11 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     """row [K, M], col [K, C], if ``paired`` pos [K, C] else [0, 0], if ``keep`` what backward reads, [K, M, C],
     else empty.
     """
-    operands = _Operands(rectangle)
+    m, c, slots, _ = rectangle.sizes
+    own = slice(0, min(m, c) if paired else 0)
+    operands = _Operands(rectangle, own, own)
     kept = operands.scale.new_empty(0, 0, 0)
     if keep:
-        slots, (m, c) = rectangle.sizes[2], rectangle.sizes[:2]
         kept = operands.scale.new_empty(slots, m, c)
     plain = keep and _offset(operands) == 0
     if plain:
@@ -140,9 +157,7 @@ class _Gradient:
     gathers."""
 
     def __init__(self, operands: _Operands, upstream: Upstream):
-        self.operands, self.diagonal = operands, upstream.diagonal
-        m, c, _, _ = operands.rectangle.sizes
-        self.own_rows, self.own_cols = paired_slices(m, c, upstream)
+        self.operands = operands
         # A row or column without a logit has no gradient: exp(z - inf) is 0, and its upstream may be anything.
         empty_row, empty_col = torch.isneginf(upstream.row), torch.isneginf(upstream.col)
         self.a, self.row = upstream.d_row.masked_fill(empty_row, 0), upstream.row.masked_fill(empty_row, torch.inf)
@@ -165,7 +180,8 @@ class _Gradient:
         """d_pos [K, C], 0 where there is no pair or a mask drops its row or column."""
         x_dropped, y_dropped = self.operands.x_dropped, self.operands.y_dropped
         without = torch.ones(d_pos.shape[1], dtype=torch.bool, device=d_pos.device)
-        without[self.own_cols] = False if x_dropped is None else x_dropped[self.own_rows]
+        own_rows, own_cols = self.operands.own_rows, self.operands.own_cols
+        without[own_cols] = False if x_dropped is None else x_dropped[own_rows]
         return d_pos.masked_fill(without if y_dropped is None else without | y_dropped, 0)
 
     def tile(self, y: Tensor, k: int, rows: slice, cols: slice) -> Tensor:
@@ -182,15 +198,10 @@ class _Gradient:
 
     def _add_positives(self, g: Tensor, k: int, rows: slice, cols: slice) -> None:
         """The tile's pairs that are positives take d_pos; those of 16-bit products leave g for ``own``."""
-        first = max(cols.start, rows.start - self.diagonal, self.own_cols.start)
-        stop = min(cols.stop, rows.stop - self.diagonal, self.own_cols.stop)
-        if first >= stop:
-            return
-        corner = g[first + self.diagonal - rows.start :, first - cols.start :]
-        own = torch.diagonal(corner)[: stop - first]
-        own += self.d_pos[k, first:stop]
+        own, columns = self.operands.own_of(g, rows, cols)
+        own += self.d_pos[k, columns]
         if self.own is not None:
-            self.own[k, first:stop] = own
+            self.own[k, columns] = own
             own.zero_()
 
 
@@ -198,10 +209,10 @@ def backward(
     rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [M, D], dy (strided as y), each in ``dtype`` or without an element where nobody needs it; and dscale."""
-    operands = _Operands(rectangle)
+    (m, c, slots, d), wide = rectangle.sizes, rectangle.scale.dtype
+    own_rows, own_cols = paired_slices(m, c, upstream)
+    operands = _Operands(rectangle, own_rows, own_cols)
     gradient = _Gradient(operands, upstream)
-    (m, c, slots, d), wide = rectangle.sizes, operands.scale.dtype
-    own_rows, own_cols = gradient.own_rows, gradient.own_cols
     through_x = needs_x or not needs_y  # one of the two products gives dscale
     dx = operands.scale.new_zeros((m, d) if through_x else 0)
     dy = torch.empty_like(rectangle.y, dtype=dtype) if needs_y else rectangle.y.new_empty(0, dtype=dtype)

@@ -30,20 +30,28 @@ def sigmoid_pairs_op(
     needs_scale: bool,
     float32: str,
     backend: str,
+    x_images: Tensor | None = None,
+    same_image: str = "ignore",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``-logsigmoid(sign * (scale * x @ y.T + bias)).sum()``, sign +1 at (first + c // k, c) and -1 elsewhere,
     without what masks drop.
+
+    With x_images [M] int32 the other pairs (m, c) with ``x_images[m] == x_images[first + c // k]`` are left out, or
+    with ``same_image="positive"`` have the sign +1.
 
     -> the sum, and its gradients dx [M, D], dy [C, D] (each [0] where it is not needed), dscale and dbias (0 without
     ``needs_scale``), all in scale's dtype.
     """
     with torch.autocast(x.device.type, enabled=False):
-        pairs = Pairs(x, y, scale, bias, x_mask, y_mask, first, k, float32)
+        pairs = Pairs(x, y, scale, bias, x_mask, y_mask, first, k, float32, x_images, same_image)
         return _FORWARD[backend](pairs, needs_x, needs_y, needs_scale)
 
 
 @sigmoid_pairs_op.register_fake
-def _(x, y, scale, bias, x_mask, y_mask, first, k, needs_x, needs_y, needs_scale, float32, backend):
+def _(
+    x, y, scale, bias, x_mask, y_mask, first, k, needs_x, needs_y, needs_scale, float32, backend, x_images=None,
+    same_image="ignore",
+):  # fmt: skip
     dx = x.new_empty(x.shape if needs_x else 0, dtype=scale.dtype)
     dy = y.new_empty(y.shape if needs_y else 0, dtype=scale.dtype)
     return torch.empty_like(scale), dx, dy, torch.empty_like(scale), torch.empty_like(scale)
@@ -59,12 +67,12 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_total, *_):
     if d_total is None:
-        return (None,) * 13
+        return (None,) * 15
     dx, dy, dscale, dbias = ctx.saved_tensors
     dx = (dx * d_total).to(ctx.dtype) if ctx.needs_x else None
     dy = (dy * d_total).to(ctx.dtype) if ctx.needs_y else None
     of_scale = (dscale * d_total, dbias * d_total) if ctx.needs_scale else (None, None)
-    return dx, dy, *of_scale, *(None,) * 9
+    return dx, dy, *of_scale, *(None,) * 11
 
 
 sigmoid_pairs_op.register_autograd(_backward, setup_context=_setup_context)
@@ -81,11 +89,14 @@ def sigmoid_pairs(
     first: int,
     k: int,
     backend: str,
+    x_images: Tensor | None = None,
+    same_image: str = "ignore",
 ) -> Tensor:
     """The sum of ``sigmoid_pairs_op``; no gradient is computed of what needs none."""
     needs = [torch.is_grad_enabled() and v.requires_grad for v in (x, y, scale, bias)]
+    needs = (*needs[:2], any(needs[2:]))
     return sigmoid_pairs_op(
-        x, y, scale, bias, x_mask, y_mask, first, k, *needs[:2], any(needs[2:]), float32_products(x), backend
+        x, y, scale, bias, x_mask, y_mask, first, k, *needs, float32_products(x), backend, x_images, same_image
     )[0]
 
 

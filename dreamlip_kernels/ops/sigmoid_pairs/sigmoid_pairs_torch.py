@@ -29,6 +29,13 @@ class Pairs(NamedTuple):
     first: int
     k: int
     float32: str = "torch"  # how 16-bit kernels multiply float32 features, see backends/settings.py
+    x_images: Tensor | None = None  # [M] int32, equal where images are the same
+    same_image: str = "ignore"  # other captions of the same image: "ignore" them, or "positive"
+
+    @property
+    def y_images(self) -> Tensor:
+        """[C]: the images that captions are of."""
+        return self.x_images[self.first : self.first + len(self.y) // self.k].repeat_interleave(self.k)
 
     def positives(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """Rows and columns of a tile's positives, counted from its corner: one stretch of columns,
@@ -45,6 +52,14 @@ def kept(v: Tensor, mask: Tensor | None) -> Tensor:
     return v if mask is None else v.masked_fill(~mask[:, None], 0)
 
 
+def _with_positives_negated(tile: Tensor, own: tuple[Tensor, Tensor], same: Tensor | None) -> Tensor:
+    """The tile, which may be overwritten, with its positives negated: the pairs ``own``, or all of ``same``."""
+    if same is not None:
+        return torch.where(same, -tile, tile)
+    tile[own] = -tile[own]
+    return tile
+
+
 def forward(pairs: Pairs, needs_x: bool, needs_y: bool, needs_scale: bool) -> tuple[Tensor, ...]:
     """The sum of the pairs' losses, dx [M, D] or [0], dy [C, D] or [0], dscale and dbias."""
     scale, bias = pairs.scale, pairs.bias
@@ -55,11 +70,16 @@ def forward(pairs: Pairs, needs_x: bool, needs_y: bool, needs_scale: bool) -> tu
     dy = x.new_zeros(y.shape if needs_y else 0)
     total, dbias, g_dot = (x.new_zeros((), dtype=torch.float64) for _ in range(3))
     through_features = needs_x or needs_y
+    y_images = None if pairs.x_images is None else pairs.y_images
     for rows, cols in tiles(x.shape[0], y.shape[0], x.device):
         y_tile = y[cols].to(dtype)
         u = (x_scaled[rows] @ y_tile.T).add_(bias)
         own = pairs.positives(rows, cols)
-        u[own] = -u[own]
+        same = None if y_images is None else pairs.x_images[rows, None] == y_images[None, cols]
+        if same is not None and pairs.same_image == "ignore":
+            u.masked_fill_(same.index_put_(own, same.new_zeros(())), -torch.inf)
+            same = None
+        u = _with_positives_negated(u, own, same)
         if pairs.y_mask is not None:
             u.masked_fill_(~pairs.y_mask[None, cols], -torch.inf)
         if pairs.x_mask is not None:
@@ -69,7 +89,7 @@ def forward(pairs: Pairs, needs_x: bool, needs_y: bool, needs_scale: bool) -> tu
             continue
         total -= F.logsigmoid(-u).sum()
         g = u.sigmoid_()
-        g[own] = -g[own]
+        g = _with_positives_negated(g, own, same)
         dbias += g.sum()
         if needs_x:
             dx[rows].addmm_(g, y_tile)
