@@ -61,6 +61,14 @@ def write(name: str, content: Any) -> str:
     return "memory"
 
 
+def remove(name: str) -> None:
+    """No ``name`` any more, wherever it was."""
+    _memory.pop(name, None)
+    for folder in folders():
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+
+
 def write_file(path: Path, content: Any) -> None:
     """Replace ``path`` at once: a crash leaves the old file or the new one, and of several writers the last one's is
     there whole.

@@ -75,7 +75,8 @@ def gathered_logsumexp_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, N] over this rank's columns alone, col [K, n] over all rows, pos [K, n], and every rank's x [N, D].
 
-    x_mask [N] and x_images [N] are every rank's already; ``group`` is the name of a process group. All four are differentiable.
+    x_mask [N] and x_images [N] are every rank's already; ``group`` is the name of a process group. All four are
+    differentiable.
     """
     process_group = group_of_name(group)
     rank, world = rank_and_size(process_group)

@@ -2,10 +2,13 @@
 
 correctness of every op, backend and dtype class, in processes side by side -> speed of what is right,
 one after another -> a verdict on disk
+
+Each answer goes into a journal first: a qualification that is killed goes on from there.
 """
 
 from __future__ import annotations
 
+import collections
 import datetime
 import logging
 import os
@@ -18,6 +21,7 @@ from ..backends import cache, dispatch, identity, verdicts
 from ..backends.tuned_tiles import Tiles
 from ..backends.verdicts import Record, Timing, Verdict
 from . import contrast_cases, grouping_cases, sigmoid_cases
+from .journal import Journal
 from .supervisor import run_jobs
 from .tune import tune as tune_tiles
 
@@ -26,6 +30,8 @@ logger = logging.getLogger("dreamlip_kernels")
 SUBJECTS = (contrast_cases, grouping_cases, sigmoid_cases)
 WIDTHS = (512, 768)
 LIMIT_S = {"cuda": 60.0, "cpu": 120.0}  # between two signs of life: a case, with its kernels compiled
+# Of timed calls for an op, shared out equally to its backends and dtypes; larger sizes are left out beyond that.
+BUDGET_S = {"cuda": 20.0, "cpu": 60.0}
 # The kernels of a case are compiled one after another: cases of other kinds go to other processes.
 # Every width has four kinds.
 PARTS = 4
@@ -48,7 +54,8 @@ def qualify(
     with at most twice the error of eager code; three runs equal to the bit; no write beyond a buffer;
     captured in a CUDA graph. Then speed against torch code. All of it runs in child processes:
     a crash, a hang or a lack of memory there is a verdict, and this process goes on.
-    One process of a machine works at a time. docs/backends.md.
+    One process of a machine works at a time; one that is killed leaves what it has answered so far to the next.
+    docs/backends.md.
 
     Args:
         device: the device to qualify; None is the current CUDA device, or the CPU where there is none.
@@ -70,21 +77,25 @@ def qualify(
         verdicts.forget()
         if reuse and (old := verdicts.record(device)) is not None:
             return old
-        return verdicts.store(device, _measure(device, tuple(widths), tune))
+        journal = Journal(identity.file_name(device))
+        record = verdicts.store(device, _measure(device, tuple(widths), tune, journal))
+        journal.end()
+        return record
 
 
-def _measure(device: torch.device, widths: tuple[int, ...], tune: bool) -> Record:
+def _measure(device: torch.device, widths: tuple[int, ...], tune: bool, journal: Journal) -> Record:
     begin = time.monotonic()
     at_once, limit_s = _workers(device), LIMIT_S[device.type]
     tiles = _tiles(device, widths, tune, at_once, limit_s)
     checks = [job | {"tiles": tiles} for job in _check_jobs(device, widths)]
-    probe, *parts = run_jobs([_job("probe", device, widths), *checks], at_once, limit_s, logger.info)
+    [probe] = run_jobs([_job("probe", device, widths)], 1, limit_s, logger.info)
     if "why" in probe:
         raise RuntimeError(f"qualify: {device} cannot be used: {probe['why']}\n{probe['report']}")
+    parts = journal.run(checks, at_once, limit_s, logger.info)
     answers = _joined(checks, parts)
     tested = {_key(job): job for job in checks}
     right = [job for key, job in tested.items() if "why" not in answers[key] and not job["interpreted"]]
-    rates, timings, untimed = _speeds(device, widths, right)
+    rates, timings, untimed = _speeds(device, widths, right, journal)
     found = [_verdict(job, answers[key], timings.get(key, ()), untimed.get(key, {})) for key, job in tested.items()]
     return Record(
         identity=identity.identity(device),
@@ -156,16 +167,12 @@ def _cannot_run(op: str, backend: str, probe: torch.Tensor, interpreted: bool) -
     return None
 
 
-def _speeds(device: torch.device, widths: tuple[int, ...], right: list[dict[str, Any]]):
+def _speeds(device: torch.device, widths: tuple[int, ...], right: list[dict[str, Any]], journal: Journal):
     """(rates, timings by job, the failures of those that were not timed): one process, one call after another."""
     if not right:
         return {}, {}, {}
-    # Torch code has no classes of float32.
-    bases = {(job["op"], "torch", job["dtype"].split()[0]) for job in right}
-    words = ("op", "backend", "dtype")
-    jobs = [_job("time", device, widths, **dict(zip(words, base, strict=True))) for base in sorted(bases)]
-    jobs += [job | {"kind": "time", "name": f"{job['name']}, speed"} for job in right]
-    first, *answers = run_jobs([_job("rates", device, widths), *jobs], 1, LIMIT_S[device.type], logger.info)
+    jobs = _time_jobs(device, widths, right)
+    first, *answers = journal.run([_job("rates", device, widths), *jobs], 1, LIMIT_S[device.type], logger.info)
     if "why" in first:
         raise RuntimeError(f"qualify: {device} cannot be timed: {first['why']}\n{first['report']}")
     rates, times = first["rates"], dict(zip(map(_key, jobs), answers, strict=True))
@@ -174,15 +181,31 @@ def _speeds(device: torch.device, widths: tuple[int, ...], right: list[dict[str,
         mine, base = times[_key(job)], times[job["op"], "torch", job["dtype"].split()[0]]
         failed = next((answer for answer in (mine, base) if "why" in answer), None)
         if failed is None:
-            timings[_key(job)] = _against(mine["timings"], base["timings"], rates)
+            timings[_key(job)] = _against(mine["timings"], base, rates)
         else:
             failures[_key(job)] = failed
     return rates, timings, failures
 
 
-def _against(mine: list[dict[str, Any]], base: list[dict[str, Any]], rates: dict[str, float]) -> tuple[Timing, ...]:
-    """The times of a backend beside torch code's, and what the device's rates allow."""
-    torch_ms = {(t["shape"], t["width"]): round(t["ms"], 4) for t in base}
+def _time_jobs(device: torch.device, widths: tuple[int, ...], right: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is right, op by op and dtype by dtype, each after the torch code that it is held against: what is stored of
+    a qualification that is killed are whole comparisons.
+    """
+    jobs: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for job in sorted(right, key=lambda job: (job["op"], job["dtype"].split()[0])):
+        base = {"op": job["op"], "backend": "torch", "dtype": job["dtype"].split()[0]}  # it has no classes of float32
+        jobs.setdefault(_key(base), _job("time", device, widths, **base))
+        jobs[_key(job)] = job | {"kind": "time", "name": f"{job['name']}, speed"}
+    number = collections.Counter(job["op"] for job in jobs.values())
+    return [job | {"budget_s": BUDGET_S[device.type] / number[job["op"]]} for job in jobs.values()]
+
+
+def _against(mine: list[dict[str, Any]], base: dict[str, Any], rates: dict[str, float]) -> tuple[Timing, ...]:
+    """The times of a backend beside torch code's, and what the device's rates allow; without the shapes for which
+    torch code had no time left.
+    """
+    torch_ms = {(t["shape"], t["width"]): round(t["ms"], 4) for t in base["timings"]}
+    left_out = {tuple(about) for about in base["left_out"]}
     return tuple(
         Timing(
             shape=t["shape"],
@@ -193,6 +216,7 @@ def _against(mine: list[dict[str, Any]], base: list[dict[str, Any]], rates: dict
             floor_ms=round(1e3 * max(t["flops"] / rates["flops"], t["moved"] / rates["bytes"]), 4),
         )
         for t in mine
+        if (t["shape"], t["width"]) not in left_out
     )
 
 

@@ -10,13 +10,16 @@ import torch
 
 BUDGET_S = 0.4  # of repeats of one step, beyond the least number of them
 LEAST, MOST = 3, 20
-SLOW_S = 0.2  # a step that takes so long is repeated twice
+WARM_UPS = 2
+SLOW_S = 0.2  # a step that takes so long is not repeated after them: the faster of the two counts
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     """Median of repeated steps after two to warm up: by device events on a GPU, by the clock on a CPU."""
-    once = min(_seconds(step, device) for _ in range(2))  # the first one may compile
-    repeats = 2 if once > SLOW_S else max(LEAST, min(MOST, int(BUDGET_S / once)))
+    once = min(_seconds(step, device) for _ in range(WARM_UPS))  # the first one may compile
+    if once > SLOW_S:
+        return 1e3 * once
+    repeats = max(LEAST, min(MOST, int(BUDGET_S / once)))
     measured = _by_events(step, repeats, device) if device.type == "cuda" else _by_clock(step, repeats)
     return statistics.median(measured)
 

@@ -106,12 +106,19 @@ class Worker:
         return "\n".join(kept)
 
 
-def run_jobs(jobs: list[dict[str, Any]], workers: int, limit_s: float, progress: Progress) -> list[dict[str, Any]]:
+def run_jobs(
+    jobs: list[dict[str, Any]],
+    workers: int,
+    limit_s: float,
+    progress: Progress,
+    finished: Callable[[dict[str, Any], dict[str, Any]], None] = lambda job, answer: None,
+) -> list[dict[str, Any]]:
     """The answers in the jobs' order, by so many worker processes side by side. A job may take ``limit_s`` seconds
     between two signs of life.
 
     Args:
         jobs: what ``worker.run`` takes; "environment" holds variables for its process.
+        finished: called with each job and its answer, from any thread.
     """
     answers: list[dict[str, Any]] = [{} for _ in jobs]
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -136,6 +143,7 @@ def run_jobs(jobs: list[dict[str, Any]], workers: int, limit_s: float, progress:
             except (OSError, ValueError, KeyError) as error:  # no more processes, or not an answer of a worker
                 answers[index] = {"why": f"{type(error).__name__}: {error}", "report": ""}
                 by_environment.pop(key).end()
+            finished(jobs[index], answers[index])
             progress(f"{jobs[index]['name']}: {answers[index].get('why') or 'done'}")
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(workers, len(jobs))))]

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -23,7 +24,7 @@ from ..backends.settings import configure
 from ..backends.tuned_tiles import take_tiles
 from . import contrast_cases, grouping_cases, sigmoid_cases
 from .check import Wrong, check
-from .speed import milliseconds, rates
+from .speed import WARM_UPS, milliseconds, rates
 from .tune import try_tile
 
 SUBJECTS = {subject.OP: subject for subject in (contrast_cases, grouping_cases, sigmoid_cases)}
@@ -97,14 +98,21 @@ def _check(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
 
 
 def _time(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
-    subject = SUBJECTS[job["op"]]
-    timings = []
+    """The times of each shape, smallest first, as far as the job's seconds go; the first of each width in any case."""
+    subject, begin = SUBJECTS[job["op"]], time.monotonic()
+    timings, left_out = [], []
+    per_unit: dict[int, float] = {}  # by width: seconds that a similarity took at the size before
     for speed in subject.speeds(job["backend"], _multiply_as(job["dtype"]), device, tuple(job["widths"])):
+        expected = WARM_UPS * per_unit.get(speed.width, 0.0) * speed.similarities
+        if speed.width in per_unit and time.monotonic() - begin + expected > job["budget_s"]:
+            left_out.append([speed.shape, speed.width])
+            continue
         trying(f"{speed.shape} D={speed.width}")
         for ms in _where_it_fits(speed, device):
+            per_unit[speed.width] = ms / 1e3 / speed.similarities
             about = {"shape": speed.shape, "width": speed.width, "similarities": speed.similarities, "ms": ms}
             timings.append(about | {"flops": speed.flops, "moved": speed.moved})
-    return {"timings": timings}
+    return {"timings": timings, "left_out": left_out}
 
 
 def _where_it_fits(speed, device: torch.device) -> Iterator[float]:

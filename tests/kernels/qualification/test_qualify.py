@@ -20,17 +20,6 @@ from dreamlip_kernels.qualification import check, contrast_cases, measure
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def fakes(monkeypatch, tmp_path):
-    fake_backends.install(monkeypatch)
-    monkeypatch.setenv("DREAMLIP_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(verdicts, "_records", {})
-    monkeypatch.setattr(verdicts, "_plans", {})
-    monkeypatch.setattr(cache, "_memory", {})
-    monkeypatch.setattr(dispatch, "_announced", set())
-    return tmp_path
-
-
 def test_every_kind_of_backend_has_its_verdict(fakes):
     record = measure.qualify("cpu", widths=(8,))
     found = {v.backend: v for v in record.verdicts}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import contrastive
+from dreamlip_kernels import contrastive, grouping
 from dreamlip_kernels.backends import dispatch
 
 
@@ -23,7 +23,7 @@ def worker(rank, world, port, folder):
         used.append(backend)
         return original(x, y, scale, x_mask, y_mask, "torch", *rest)
 
-    contrastive.gathered_logsumexp = noting
+    contrastive.gathered_logsumexp = grouping.gathered_logsumexp = noting
     op, x = "bidirectional_logsumexp", torch.nn.functional.normalize(torch.randn(7, 8), dim=-1)
     both = {"fused": lambda case: None, "torch": lambda case: None}
     cases = (
@@ -35,6 +35,9 @@ def worker(rank, world, port, folder):
     for n, (mine, requested) in enumerate(cases, start=4):  # ranks compare at each new shape
         dispatch._BACKENDS[op] = mine
         dk.multi_positive_contrastive_loss(x[:n], x[:n, None], 10.0, backend=requested)
+        # The grouping's contrast over the batch agrees in the same way; its pooling is local, and any backend will do.
+        patches, text = x[:n, None].expand(n, 2, 8), x[:n, None]
+        dk.subcaption_grouping_loss(patches, text, 10.0, contrast="batch", contrastive_backend=requested)
     (folder / f"{rank}.json").write_text(json.dumps(used))
     dist.destroy_process_group()
 
@@ -46,5 +49,6 @@ def test_the_rank_that_lacks_a_backend_decides_for_all(tmp_path):
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
     mp.start_processes(worker, args=(2, port, tmp_path), nprocs=2, start_method="forkserver")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == ["fused", "torch", "torch", "fused"], "what is asked for by name stays"
-    assert second == ["fused", "torch", "torch", "torch"]
+    twice = lambda names: [name for name in names for _ in ("contrast", "grouping")]  # noqa: E731
+    assert first == twice(["fused", "torch", "torch", "fused"]), "what is asked for by name stays"
+    assert second == twice(["fused", "torch", "torch", "torch"])
