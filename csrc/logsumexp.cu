@@ -27,6 +27,14 @@ const bool* mask_of(const std::optional<at::Tensor>& mask, int64_t count, const 
   return mask->const_data_ptr<bool>();
 }
 
+const int* images_of(const std::optional<at::Tensor>& images, int64_t count, const char* name) {
+  if (!images) return nullptr;
+  TORCH_CHECK(
+      images->is_contiguous() && images->scalar_type() == at::kInt && images->numel() == count && images->is_cuda(),
+      "logsumexp: ", name, " must be a dense int32 CUDA tensor of ", count, " values, got ", images->sizes());
+  return images->const_data_ptr<int>();
+}
+
 const float* floats(const at::Tensor& v, int64_t least, const char* name) {
   TORCH_CHECK(v.scalar_type() == at::kFloat && v.is_cuda() && v.numel() >= least, "logsumexp: ", name,
               " must be float32 on the GPU with ", least, " values, got ", v.sizes(), " of ", v.scalar_type());
@@ -44,7 +52,8 @@ void check_vectors(const at::Tensor& v, int64_t slots, int64_t count, const char
 
 template <class T>
 Rectangle<T> describe(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                      const std::optional<at::Tensor>& y_mask) {
+                      const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                      const std::optional<at::Tensor>& y_images) {
   TORCH_CHECK(x.is_cuda() && y.is_cuda() && x.dim() == 2 && y.dim() == 3 && x.size(1) == y.size(2) &&
                   x.scalar_type() == y.scalar_type(),
               "logsumexp: x [M, D] and y [K, C, D] must be CUDA tensors of one dtype that share D, got ", x.sizes(),
@@ -66,6 +75,9 @@ Rectangle<T> describe(const at::Tensor& x, const at::Tensor& y, const std::optio
   r.y_row = y.stride(1);
   r.x_mask = mask_of(x_mask, r.M, "x_mask");
   r.y_mask = mask_of(y_mask, int64_t(r.K) * r.C, "y_mask");
+  TORCH_CHECK(x_images.has_value() == y_images.has_value(), "logsumexp: x_images and y_images come together");
+  r.x_images = images_of(x_images, r.M, "x_images");
+  r.y_images = images_of(y_images, r.C, "y_images");
   return r;
 }
 
@@ -89,12 +101,14 @@ template <class T, class Kernel, class... Arguments> void launch(Kernel kernel, 
 }  // namespace
 
 void logsumexp_sums_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                         const std::optional<at::Tensor>& y_mask, const at::Tensor& scale, const at::Tensor& multiplier,
-                         int64_t first_tile, int64_t band_rows, at::Tensor row, at::Tensor col) {
+                         const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                         const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
+                         const at::Tensor& multiplier, int64_t first_tile, int64_t band_rows, at::Tensor row,
+                         at::Tensor col) {
   const c10::cuda::CUDAGuard guard(x.device());
   with_type(x, [&](auto type) {
     using T = decltype(type);
-    const Rectangle<T> r = describe<T>(x, y, x_mask, y_mask);
+    const Rectangle<T> r = describe<T>(x, y, x_mask, y_mask, x_images, y_images);
     const int64_t tiles = row.size(1), bands = col.size(0);
     TORCH_CHECK(row.is_contiguous() && row.dim() == 3 && row.size(0) == r.K && row.size(2) == r.M && tiles < 65536 &&
                     first_tile >= 0 && first_tile + tiles <= tiles_of(r.C),
@@ -112,12 +126,13 @@ void logsumexp_sums_cuda(const at::Tensor& x, const at::Tensor& y, const std::op
 }
 
 void logsumexp_finish_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                           const std::optional<at::Tensor>& y_mask, const at::Tensor& scale,
+                           const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                           const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
                            const at::Tensor& multiplier, const at::Tensor& parts, bool columns, at::Tensor out) {
   const c10::cuda::CUDAGuard guard(x.device());
   with_type(x, [&](auto type) {
     using T = decltype(type);
-    const Rectangle<T> r = describe<T>(x, y, x_mask, y_mask);
+    const Rectangle<T> r = describe<T>(x, y, x_mask, y_mask, x_images, y_images);
     const int64_t rows = columns ? r.C : r.M;
     TORCH_CHECK(out.is_contiguous() && out.numel() == r.K * rows, "logsumexp: out must be dense [K, ", rows, "], got ",
                 out.sizes());
@@ -132,14 +147,15 @@ void logsumexp_finish_cuda(const at::Tensor& x, const at::Tensor& y, const std::
 }
 
 void logsumexp_gradient_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                             const std::optional<at::Tensor>& y_mask, const at::Tensor& scale,
+                             const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                             const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
                              const at::Tensor& multiplier, const at::Tensor& flag, const at::Tensor& row_vectors,
                              const at::Tensor& col_vectors, int64_t first_row, int64_t first_col, int64_t first_slot,
                              std::optional<int64_t> diagonal, at::Tensor g) {
   const c10::cuda::CUDAGuard guard(x.device());
   with_type(x, [&](auto type) {
     using T = decltype(type);
-    const Rectangle<T> r = describe<T>(x, y, x_mask, y_mask);
+    const Rectangle<T> r = describe<T>(x, y, x_mask, y_mask, x_images, y_images);
     TORCH_CHECK(g.dim() == 3 && g.scalar_type() == x.scalar_type() && g.is_cuda() && g.stride(2) == 1,
                 "logsumexp: g must be [slots, rows, cols] of the dtype of x, its columns dense");
     Chunk chunk{};

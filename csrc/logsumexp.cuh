@@ -14,18 +14,46 @@
 
 namespace dreamlip {
 
-// x [M, D], y [K, C, D], masks [M] and [K, C] or null.
+// What is known of the rows or of the columns: which are kept, and of which images they are; either may be null.
+struct Labels {
+  const bool* mask;
+  const int* images;
+};
+
+// x [M, D], y [K, C, D], masks [M] and [K, C] or null. Numbers of images, [M] and [C] or null: pairs of equal ones, a
+// row's own too, are left out of everything.
 template <class T> struct Rectangle {
   const T *x, *y;
   const bool *x_mask, *y_mask;
+  const int *x_images, *y_images;
   int M, C, K, D;
   long x_row, y_slot, y_row;  // strides in elements
 
   DREAMLIP_HD Sides<T> slot(int k) const { return {x, y + k * y_slot, M, C, D, x_row, y_row}; }
   DREAMLIP_HD Sides<T> slot_transposed(int k) const { return {y + k * y_slot, x, C, M, D, y_row, x_row}; }
   DREAMLIP_HD const bool* mask_of(int k) const { return y_mask == nullptr ? nullptr : y_mask + long(k) * C; }
+  DREAMLIP_HD Labels row_labels() const { return {x_mask, x_images}; }
+  DREAMLIP_HD Labels column_labels(int k) const { return {mask_of(k), y_images}; }
   DREAMLIP_DEVICE bool keeps_row(int m) const { return m < M && is_valid(x_mask, m); }
 };
+
+// Bit 2 j + e says whether column (j, e) of this thread is of row m's image. Asked row by row: nothing is read or held
+// where images are not compared.
+template <class T>
+DREAMLIP_DEVICE uint32_t columns_of_image(const LogitTiles<T>& tiles, int m, int first_col, const int* row_images,
+                                          const int* col_images) {
+  if (row_images == nullptr || m >= tiles.sides.R) return 0;
+  const int image = row_images[m];
+  uint32_t same = 0;
+#pragma unroll
+  for (int j = 0; j < tiles.kColTiles; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int c = first_col + tiles.col(j, e);
+      if (c < tiles.sides.S && col_images[c] == image) same |= 1u << (2 * j + e);
+    }
+  return same;
+}
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Binary exponents: of the largest term that unit vectors may have, and of the sums that are right to float32.
@@ -65,9 +93,12 @@ DREAMLIP_DEVICE void exp_sums(const Rectangle<T>& r, Exponent exponent, Bands ba
 
   const auto both_sums = [&](Corner at, const typename Tiles::Logits& acc) {
     float sums[Tiles::kRowTiles][2] = {};
+    uint32_t kept_here = 0;
     Tiles::each_logit([&](int i, int half, int j, int e) {
+      const int m = at.row + logits.row(i, half);
+      if (j == 0 && e == 0) kept_here = kept & ~columns_of_image(logits, m, at.col, r.x_images, r.y_images);
       const float term = power_of_two(acc[i][j][2 * half + e] * slope - offset);
-      const bool keep = r.keeps_row(at.row + logits.row(i, half)) && (kept >> (2 * j + e) & 1);
+      const bool keep = r.keeps_row(m) && (kept_here >> (2 * j + e) & 1);
       sums[i][half] += keep ? term : 0.f;
       columns[j][e] += keep ? term : 0.f;
     });
@@ -112,7 +143,7 @@ struct ScaledSum {
 
 // out[r] = log(sum over s of exp2(slope rows[r] . cols[s])) for the 128 rows from first_row; -inf where masked.
 template <class T>
-DREAMLIP_DEVICE void exact_rows(const Sides<T>& sides, const bool* row_mask, const bool* col_mask, float slope,
+DREAMLIP_DEVICE void exact_rows(const Sides<T>& sides, const Labels& row_labels, const Labels& col_labels, float slope,
                                 float* out, char* shared, int thread, int first_row) {
   using Tiles = LogitTiles<T>;
   const Tiles logits(sides, shared, thread);
@@ -122,13 +153,17 @@ DREAMLIP_DEVICE void exact_rows(const Sides<T>& sides, const bool* row_mask, con
 
   const auto corner = [&](int i) { return Corner{first_row, i * Tiles::kTile}; };
   logits.stream((sides.S + Tiles::kTile - 1) / Tiles::kTile, corner, [&](Corner at, typename Tiles::Logits& acc) {
-    const uint32_t kept = kept_columns(logits, at.col, col_mask);
+    const uint32_t kept = kept_columns(logits, at.col, col_labels.mask);
+    uint32_t kept_here = 0;
     float top[Tiles::kRowTiles][2], total[Tiles::kRowTiles][2] = {};
 #pragma unroll
     for (int i = 0; i < Tiles::kRowTiles; ++i) top[i][0] = top[i][1] = -INFINITY;
     Tiles::each_logit([&](int i, int half, int j, int e) {
+      if (j == 0 && e == 0)
+        kept_here = kept & ~columns_of_image(logits, at.row + logits.row(i, half), at.col, row_labels.images,
+                                             col_labels.images);
       float& z = acc[i][j][2 * half + e];
-      z = kept >> (2 * j + e) & 1 ? z * slope : -INFINITY;
+      z = kept_here >> (2 * j + e) & 1 ? z * slope : -INFINITY;
       top[i][half] = fmaxf(top[i][half], z);
     });
     Tiles::each_logit([&](int i, int half, int j, int e) {
@@ -157,7 +192,7 @@ DREAMLIP_DEVICE void exact_rows(const Sides<T>& sides, const bool* row_mask, con
   sum.add(parts[Tiles::kTile + thread].top, parts[Tiles::kTile + thread].total);
   const float value = (ScaledSum::shift(sum.top) + log2f(sum.total)) * kLn2;
   if (first_row + thread < sides.R)
-    out[first_row + thread] = is_valid(row_mask, first_row + thread) ? value : -INFINITY;
+    out[first_row + thread] = is_valid(row_labels.mask, first_row + thread) ? value : -INFINITY;
 }
 
 // Partial sums [K, parts, rows] of one side: elements from part to part, and from slot to slot.
@@ -169,11 +204,11 @@ struct Parts {
 
 // out[r] = log-sum-exps of the 128 rows from first_row, from the parts of one slot; -inf where masked.
 template <class T>
-DREAMLIP_DEVICE void finish(const Sides<T>& sides, const bool* row_mask, const bool* col_mask, Exponent exponent,
-                            Parts parts, float* out, char* shared, int thread, int first_row) {
+DREAMLIP_DEVICE void finish(const Sides<T>& sides, const Labels& row_labels, const Labels& col_labels,
+                            Exponent exponent, Parts parts, float* out, char* shared, int thread, int first_row) {
   const LogitTiles<T> logits(sides, shared, thread);
   const int r = first_row + thread;
-  const bool keep = r < sides.R && is_valid(row_mask, r);
+  const bool keep = r < sides.R && is_valid(row_labels.mask, r);
   float total = 0;
   for (int part = 0; keep && part < parts.parts; ++part) total += parts.sums[part * parts.part_stride + r];
   const float exponent_of_sum = log2f(total);  // a NaN is out of range too
@@ -183,7 +218,7 @@ DREAMLIP_DEVICE void finish(const Sides<T>& sides, const bool* row_mask, const b
   sync_block();
   const float* warps = logits.exchange(0);
   if (warps[0] + warps[1] + warps[2] + warps[3] != 0)
-    exact_rows(sides, row_mask, col_mask, exponent.slope(), out, shared, thread, first_row);
+    exact_rows(sides, row_labels, col_labels, exponent.slope(), out, shared, thread, first_row);
 }
 
 #ifdef __CUDACC__
@@ -202,10 +237,10 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
   const int k = blockIdx.y;
   parts.sums += k * parts.slot_stride;
   if (transposed)
-    finish(r.slot_transposed(k), r.mask_of(k), r.x_mask, exponent, parts, out + long(k) * r.C, shared, threadIdx.x,
-           blockIdx.x * LogitTiles<T>::kTile);
+    finish(r.slot_transposed(k), r.column_labels(k), r.row_labels(), exponent, parts, out + long(k) * r.C, shared,
+           threadIdx.x, blockIdx.x * LogitTiles<T>::kTile);
   else
-    finish(r.slot(k), r.x_mask, r.mask_of(k), exponent, parts, out + long(k) * r.M, shared, threadIdx.x,
+    finish(r.slot(k), r.row_labels(), r.column_labels(k), exponent, parts, out + long(k) * r.M, shared, threadIdx.x,
            blockIdx.x * LogitTiles<T>::kTile);
 }
 #endif

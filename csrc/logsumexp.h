@@ -9,23 +9,28 @@
 namespace dreamlip {
 
 // All of them: x [M, D], y [K, C, D], one dtype of bfloat16, float16 and float32, D and every stride multiples of 16
-// bytes, as their addresses are; x_mask [M] and y_mask [K, C] bool, dense, or none; scale and multiplier: see Exponent,
-// one float32 each. Rows and columns are counted in tiles of 128.
+// bytes, as their addresses are; x_mask [M] and y_mask [K, C] bool, dense, or none; x_images [M] and y_images [C]
+// int32, dense, or none; scale and multiplier: see Exponent, one float32 each. Rows and columns are counted in tiles of
+// 128.
 
 // row [K, tiles, M]: sums over each tile of columns from first_tile; col [bands, K, C]: over bands of band_rows rows.
 void logsumexp_sums_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                         const std::optional<at::Tensor>& y_mask, const at::Tensor& scale, const at::Tensor& multiplier,
-                         int64_t first_tile, int64_t band_rows, at::Tensor row, at::Tensor col);
+                         const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                         const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
+                         const at::Tensor& multiplier, int64_t first_tile, int64_t band_rows, at::Tensor row,
+                         at::Tensor col);
 
 // out [K, M], or with `columns` [K, C]: log-sum-exps from partial sums [K, parts, M or C], the last dimension dense.
 void logsumexp_finish_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                           const std::optional<at::Tensor>& y_mask, const at::Tensor& scale,
+                           const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                           const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
                            const at::Tensor& multiplier, const at::Tensor& parts, bool columns, at::Tensor out);
 
 // g [S, rows, cols]: coefficients of the rows from first_row and the columns from first_col of the slots from
 // first_slot; the pairs (diagonal + j, j) are 0. row_vectors [3, K, M], col_vectors [3, K, C]: see Coefficients.
 void logsumexp_gradient_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
-                             const std::optional<at::Tensor>& y_mask, const at::Tensor& scale,
+                             const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                             const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
                              const at::Tensor& multiplier, const at::Tensor& flag, const at::Tensor& row_vectors,
                              const at::Tensor& col_vectors, int64_t first_row, int64_t first_col, int64_t first_slot,
                              std::optional<int64_t> diagonal, at::Tensor g);

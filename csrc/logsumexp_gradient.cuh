@@ -84,10 +84,12 @@ DREAMLIP_DEVICE void gradient(const Rectangle<T>& r, const Coefficients& coeffic
               kept >> (2 * j + e) & 1 ? of_col[(kFirst + v) * coefficients.col_part + at.col + logits.col(j, e)] : 0.f;
     const bool crossed = chunk.has_diagonal && at.row < at.col + chunk.diagonal + Tiles::kTile &&
                          at.col + chunk.diagonal < at.row + Tiles::kTile;
+    uint32_t kept_here = 0;
     Tiles::each_logit([&](int i, int half, int j, int e) {
       const int m = at.row + logits.row(i, half);
-      const bool keep =
-          r.keeps_row(m) && (kept >> (2 * j + e) & 1) && !(crossed && m == at.col + logits.col(j, e) + chunk.diagonal);
+      if (j == 0 && e == 0) kept_here = kept & ~columns_of_image(logits, m, at.col, r.x_images, r.y_images);
+      const bool keep = r.keeps_row(m) && (kept_here >> (2 * j + e) & 1) &&
+                        !(crossed && m == at.col + logits.col(j, e) + chunk.diagonal);
       const float* row = of_row + kFirst * coefficients.row_part + (m < r.M ? m : 0);
       float& value = acc[i][j][2 * half + e];
       const float z = value * slope;

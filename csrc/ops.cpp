@@ -17,7 +17,9 @@ TORCH_LIBRARY(dreamlip_csrc, m) {
       "patch_pool_backward(Tensor patches, Tensor texts, Tensor similarity, Tensor inv_norm, float threshold, int "
       "normalization, "
       "Tensor? patch_mask, Tensor d_pooled) -> (Tensor, Tensor)");
-#define DREAMLIP_RECTANGLE "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor scale, Tensor multiplier, "
+#define DREAMLIP_RECTANGLE \
+  "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor? x_images, Tensor? y_images, Tensor scale, " \
+  "Tensor multiplier, "
   m.def("logsumexp_sums(" DREAMLIP_RECTANGLE "int first_tile, int band_rows, Tensor(a!) row, Tensor(b!) col) -> ()");
   m.def("logsumexp_finish(" DREAMLIP_RECTANGLE "Tensor parts, bool columns, Tensor(a!) out) -> ()");
   m.def("logsumexp_gradient(" DREAMLIP_RECTANGLE

@@ -38,7 +38,7 @@ def multi_positive_contrastive_loss(
     group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of each image with its K sub-captions against every other image's, docs/math.md eq. 5-7.
+    """Contrast of each image with its K sub-captions against every other image's, docs/math.md eq. 5-7, 20 and 21.
 
     negatives="slot" equals the mean over k of K plain CLIP losses (DreamLIP); "all" puts all N*K captions into one
     softmax::
@@ -85,9 +85,7 @@ def multi_positive_contrastive_loss(
     image_features, text_features = promoted(image_features, text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     rows = n * rank_and_size(group)[1]
-    ignores = image_ids is not None and same_image == "ignore"
-    pairs = dict(M=rows, C=n, K=k, D=d)
-    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, same_image=ignores, **pairs)
+    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
     scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen
@@ -96,7 +94,7 @@ def multi_positive_contrastive_loss(
     text_mask = of_present_images(image_mask, text_mask, k)
     mask_KN = None if text_mask is None else text_mask.T
     images = gathered_images(image_ids, group)
-    left_out = images.world if ignores else None
+    left_out = images.world if images is not None and same_image == "ignore" else None
     row, col, pos, everyone, everyone_mask = gathered_logsumexp(
         image_features, text_KND, scale, image_mask, mask_KN, chosen, group, left_out
     )  # [K, n] each of the first three
@@ -107,16 +105,9 @@ def multi_positive_contrastive_loss(
         of_present = pos if mask_KN is None else pos.masked_fill(~mask_KN, -torch.inf)
         row_target = logsumexp_of_any(of_present, keepdim=True)
     if label_smoothing > 0 or (images is not None and same_image == "positive"):
-        row_target, col_target = soft_targets(
-            Slots(everyone, text_KND, everyone_mask, mask_KN, images),
-            scale,
-            pos,
-            row_target,
-            label_smoothing=label_smoothing,
-            same_image=same_image,
-            over_slots=negatives == "all",
-            group=group,
-        )
+        slots = Slots(everyone, text_KND, everyone_mask, mask_KN, images)
+        how = dict(label_smoothing=label_smoothing, same_image=same_image, over_slots=negatives == "all", group=group)
+        row_target, col_target = soft_targets(slots, scale, pos, row_target, **how)
     col_term = _where(mask_KN, col - col_target)
     if positives == "logsum":
         captioned = None if mask_KN is None else mask_KN.any(0)

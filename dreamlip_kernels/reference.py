@@ -58,11 +58,10 @@ def multi_positive_contrastive_loss(
         candidate = candidate & (own | ~same)
     positive = candidate & (same if same_image == "positive" else own)
     z = z.masked_fill(~candidate, -torch.inf)
+    row, col = _logsumexp(z, 1), _logsumexp(z, 0)  # [N, K]
     of_row = (1, 2) if negatives == "all" else (1,)  # what one softmax of an image is over
-    row, col = z, _logsumexp(z, 0)
-    for dim in reversed(of_row):
-        row = _logsumexp(row, dim)
-    row = row[:, None].expand(n, k) if negatives == "all" else row
+    if negatives == "all":
+        row = _logsumexp(row, 1)[:, None].expand(n, k)
 
     pos = z.diagonal(dim1=0, dim2=1).T  # [N, K], of each image's own captions
     if positives == "logsum":

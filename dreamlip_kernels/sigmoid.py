@@ -41,7 +41,8 @@ def multi_positive_sigmoid_loss(
     group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The sigmoid loss of N images against all N*K sub-captions, an image's own K the positives; docs/math.md eq. 19.
+    """The sigmoid loss of N images against all N*K sub-captions, an image's own K the positives; docs/math.md eq. 19
+    and 22.
 
     Equals, without storing the logits::
 
@@ -89,8 +90,7 @@ def multi_positive_sigmoid_loss(
     rank, world = rank_and_size(group)
     mask_NK = of_present_images(image_mask, text_mask, k)
     mask = None if mask_NK is None else mask_NK.reshape(-1)
-    pairs = dict(M=world * n, C=n * k, D=d)
-    chosen = dispatch.select("sigmoid_pairs", image_features, backend, same_image=image_ids is not None, **pairs)
+    chosen = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
     scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
     chosen = agreed if backend == "auto" else chosen

@@ -40,8 +40,6 @@ class Case(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     sizes: dict[str, int]
-    same_image: bool = False
-    """Whether pairs of images that are known to be the same are told apart."""
 
 
 _Check = Callable[[Case], str | None]  # why the backend cannot run such a call, or None
@@ -61,17 +59,6 @@ def _triton(case: Case) -> str | None:
     if case.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a CUDA device, or TRITON_INTERPRET=1 in the environment for Triton's interpreter"
     return None
-
-
-def _without_same_image(check: _Check) -> _Check:
-    """``check`` of a backend that compares no images."""
-
-    def checked(case: Case) -> str | None:
-        if (why := check(case)) is None and case.same_image:
-            why = "it does not compare images (image_ids); use backend='torch'"
-        return why
-
-    return checked
 
 
 def _triton_pool(case: Case) -> str | None:
@@ -105,13 +92,9 @@ def _cpp(case: Case, build: bool = False) -> str | None:
 # with the test that says whether one can run. cpp comes first since it has been timed on many CPUs;
 # triton and cuda come after torch: what no one has qualified on a device does not run there.
 _BACKENDS: dict[str, dict[str, _Check]] = {
-    "bidirectional_logsumexp": {
-        "torch": _always,
-        "triton": _without_same_image(_triton),
-        "cuda": _without_same_image(_cuda),
-    },
+    "bidirectional_logsumexp": {"torch": _always, "triton": _triton, "cuda": _cuda},
     "group_patches": {"cpp": _cpp, "torch": _always, "triton": _triton_pool, "cuda": _cuda_pool},
-    "sigmoid_pairs": {"torch": _always, "triton": _without_same_image(_triton)},
+    "sigmoid_pairs": {"torch": _always, "triton": _triton},
 }
 COMMAND = "python -m dreamlip_kernels qualify"
 _pinned: dict[str, str] = {}
@@ -157,11 +140,10 @@ def pin(op: str, backend: str | None) -> None:
         raise ValueError(f"{op}: unknown backend={backend!r}; choose from {list(_BACKENDS[op])}")
 
 
-def select(op: str, x: Tensor, requested: str = "auto", *, same_image: bool = False, **sizes: int) -> str:
+def select(op: str, x: Tensor, requested: str = "auto", **sizes: int) -> str:
     """The name of the backend that runs ``op`` on tensors like ``x``.
 
     Args:
-        same_image: whether the call has numbers of images, of which equal ones are the same.
         sizes: the op's shape by the letters of its docstring: M, C, K, D of ``bidirectional_logsumexp``;
             N, P, K, D of ``group_patches``.
 
@@ -169,7 +151,7 @@ def select(op: str, x: Tensor, requested: str = "auto", *, same_image: bool = Fa
         ValueError: no such backend for this op.  RuntimeError: the requested backend cannot run here,
                                                   or not at these sizes.
     """
-    checks, case = _BACKENDS[op], Case(x.device, x.dtype, sizes, same_image)
+    checks, case = _BACKENDS[op], Case(x.device, x.dtype, sizes)
     if requested != "auto":
         if requested not in checks:
             raise ValueError(f"{op}: unknown backend={requested!r}; choose from {['auto', *checks]}")

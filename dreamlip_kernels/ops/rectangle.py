@@ -65,3 +65,13 @@ def paired_slices(m: int, c: int, upstream: Upstream) -> tuple[slice, slice]:
     first = min(c, max(0, -diagonal, upstream.first_pair))
     stop = max(first, min(c, m - diagonal, upstream.stop_pair))
     return slice(first + diagonal, stop + diagonal), slice(first, stop)
+
+
+def add_own_pairs(rectangle: Rectangle, row: Tensor, col: Tensor, pos: Tensor) -> None:
+    """Add the pairs (j, j), whose logits are pos [K, C], to log-sum-exps over all pairs but those of equal images."""
+    n = min(rectangle.sizes[:2])
+    own = pos[:, :n]
+    for mask in (rectangle.x_mask, rectangle.y_mask):
+        own = own if mask is None else torch.where(mask[..., :n], own, -torch.inf)
+    for sums in (row, col):
+        torch.logaddexp(sums[:, :n], own, out=sums[:, :n])

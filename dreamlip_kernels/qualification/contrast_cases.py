@@ -42,6 +42,8 @@ def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...
             opposed=True,
         )
         yield _loss_case(backend, dtype, device, f"loss N={n} K=3 D={d}, text_mask, scale 14.3", (n, 3, d), 14.3)
+    named = f"loss N={n} K=2 D={widths[0]}, text_mask, images of which some are the same, scale 14.3"
+    yield _loss_case(backend, dtype, device, named, (n, 2, widths[0]), 14.3, image_ids=torch.arange(n) * 7 % (n // 2))
     if device.type == "cuda":
         yield _loss_case(
             backend, dtype, device, f"loss N=1111 K=5 D={widths[0]}, text_mask, scale 100", (1111, 5, widths[0]), 100.0
@@ -76,11 +78,12 @@ def _op_case(backend, dtype, device, name, shape, scale, masked=False, opposed=F
     )
 
 
-def _loss_case(backend, dtype, device, name, shape, scale) -> Case:
+def _loss_case(backend, dtype, device, name, shape, scale, image_ids=None) -> Case:
     n, k, d = shape
     features = torch_dtype(dtype)
     mask = (torch.rand(n, k, generator=_seeded(3)) > 0.2).to(device)
     options = {"text_mask": mask, "reduction": "none"}  # in a mean, the errors of its terms cancel by chance
+    options |= {} if image_ids is None else {"image_ids": image_ids.to(device)}
 
     def draw(seed: int) -> tuple[Tensor, ...]:
         image, text = clip_like(n, k, d, seed)

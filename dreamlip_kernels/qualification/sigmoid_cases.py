@@ -29,9 +29,11 @@ def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...
         yield _case(backend, dtype, device, (n - 2, 2, d), scale=100.0, bias=-10.0, masked=True)
         yield _case(backend, dtype, device, (n, 1, d), scale=100.0, bias=0.0)
         yield _case(backend, dtype, device, (n - 2, 5, d), scale=14.3, bias=-10.0, masked=True)
+    for same_image in ("ignore", "positive"):
+        yield _case(backend, dtype, device, (n, 2, widths[0]), scale=14.3, bias=-10.0, same_image=same_image)
 
 
-def _case(backend, dtype, device, shape, scale, bias, masked=False) -> Case:
+def _case(backend, dtype, device, shape, scale, bias, masked=False, same_image=None) -> Case:
     n, k, d = shape
     image_mask = text_mask = None
     if masked:  # columns of tables
@@ -39,6 +41,8 @@ def _case(backend, dtype, device, shape, scale, bias, masked=False) -> Case:
         image_mask = (torch.rand(n, 3, generator=gen) > 0.2).to(device)[:, 1]
         text_mask = (torch.rand(k, n, generator=gen) > 0.2).to(device).T
     options: dict[str, Any] = {"image_mask": image_mask, "text_mask": text_mask}
+    if same_image is not None:
+        options |= {"image_ids": (torch.arange(n) * 7 % (n // 2)).to(device), "same_image": same_image}
     features = torch_dtype(dtype)
 
     def draw(seed: int) -> tuple[Tensor, ...]:
@@ -47,7 +51,8 @@ def _case(backend, dtype, device, shape, scale, bias, masked=False) -> Case:
         return image.to(device, features), text.to(device, features), *numbers
 
     return Case(
-        f"N={n} K={k} D={d}, scale {scale} bias {bias}{', strided masks of images and captions' if masked else ''}",
+        f"N={n} K={k} D={d}, scale {scale} bias {bias}{', strided masks of images and captions' if masked else ''}"
+        f"{f', some images the same: {same_image}' if same_image else ''}",
         op=lambda i, t, s, b: (multi_positive_sigmoid_loss(i, t, s, b, backend=backend, **options),),
         oracle=lambda i, t, s, b: (
             reference.multi_positive_sigmoid_loss(i, t, s.to(i.dtype), b.to(i.dtype), **options),

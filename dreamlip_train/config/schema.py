@@ -112,6 +112,10 @@ class LossConfig:
     """"slot": K CLIP losses averaged. "all": one softmax over all N*K captions."""
     positives: Literal["mean", "logsum"] = "mean"
     """"logsum" sums the positives inside the log; it needs negatives="all"."""
+    label_smoothing: float = 0.0
+    """Share of each softmax's target that is spread over all its candidates; with pairs="sigmoid" labels are smoothed
+    towards 1/2.
+    """
     threshold: float | None = None
     """sigma of the patch pooling; None means 1/P."""
     normalization: Normalization = "minmax"

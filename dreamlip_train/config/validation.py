@@ -21,6 +21,7 @@ _AT_LEAST = {
     "model.init_temperature": (0.01, "logit scales stop at 100: give 0.01 or more"),
     "loss.mpcl_weight": (0, "give a weight >= 0"),
     "loss.grouping_weight": (0, "give a weight >= 0"),
+    "loss.label_smoothing": (0, "0 smooths nothing"),
     "optim.warmup_steps": (0, "0 means no warm-up"),
     "optim.cooldown_steps": (0, "0 means no cooldown"),
     "optim.vision_lr_scale": (0, "0 freezes the image tower"),
@@ -74,6 +75,8 @@ def _check_captions(data: DataConfig) -> None:
 
 
 def _check_loss(loss: LossConfig) -> None:
+    if loss.label_smoothing >= 1:
+        refuse("loss.label_smoothing", loss.label_smoothing, "give less than 1: the rest is each softmax's own target")
     if loss.mpcl_weight == loss.grouping_weight == 0:
         refuse("loss.mpcl_weight", 0, "both loss weights are 0: nothing would be trained")
     if loss.positives == "logsum" and loss.negatives != "all":

@@ -93,6 +93,7 @@ def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
         pairs=loss.pairs,
         negatives=loss.negatives,
         positives=loss.positives,
+        label_smoothing=loss.label_smoothing,
         threshold=loss.threshold,
         normalization=loss.normalization,
         contrast=loss.contrast,

@@ -11,6 +11,7 @@ using namespace dreamlip;
 struct Call {
   const void *x, *y;
   const bool *x_mask, *y_mask;
+  const int *x_images, *y_images;
   const float *scale, *multiplier;
   int dtype, M, C, K, D;
   unsigned seed;
@@ -22,6 +23,8 @@ template <class T> Rectangle<T> rectangle(const Call& c) {
           static_cast<const T*>(c.y),
           c.x_mask,
           c.y_mask,
+          c.x_images,
+          c.y_images,
           c.M,
           c.C,
           c.K,
@@ -68,9 +71,9 @@ extern "C" void emulate_finish(const Call* call, const Parts* parts, int transpo
         const auto r = rectangle<decltype(type)>(*call);
         Parts own = *parts;
         own.sums += k * own.slot_stride;
-        finish(transposed ? r.slot_transposed(k) : r.slot(k), transposed ? r.mask_of(k) : r.x_mask,
-               transposed ? r.x_mask : r.mask_of(k), Exponent{call->scale, call->multiplier}, own, out + long(k) * rows,
-               shared, thread, tile * 128);
+        finish(transposed ? r.slot_transposed(k) : r.slot(k), transposed ? r.column_labels(k) : r.row_labels(),
+               transposed ? r.row_labels() : r.column_labels(k), Exponent{call->scale, call->multiplier}, own,
+               out + long(k) * rows, shared, thread, tile * 128);
       });
 }
 

@@ -31,10 +31,16 @@ SCRIPT = """
     size = 4 if dtype == "fp32" else 2
     descriptor = arch // 10 in TMA_MAJORS
     pointers = dict.fromkeys(("x_mask_ptr", "y_mask_ptr", "q_mask_ptr", "k_mask_ptr"), "*i1") | dict(flag_ptr="*i32")
+    images = ("x_images_ptr", "y_images_ptr", "q_images_ptr", "k_images_ptr")
+    pointers |= dict.fromkeys(images, "*i32")
+    which = (*sys.argv[5:], "all")[0]
+    compared = which == "images"
     pointers |= dict.fromkeys(("x", "y", "q_ptr", "k_ptr", "v_ptr", "self_ptr", "g_ptr", "out_ptr"), f"*{dtype}")
 
     def build(module, kernel, variant, constants, warps, stages, **types):
         function = getattr(module, kernel)
+        if not compared:
+            constants |= {name: None for name in images if name in function.arg_names}
         names = [name for name in function.arg_names if name not in constants]
         default = lambda name: "*fp32" if name.endswith("_ptr") else "i32"  # noqa: E731
         full = {name: types.get(name) or pointers.get(name) or default(name) for name in names}
@@ -53,12 +59,16 @@ SCRIPT = """
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         path = f"{folder}/{kernel}-{variant}.cubin"
         open(path, "wb").write(built.asm["cubin"])
+        open(path.replace("cubin", "ptx"), "w").write(built.asm["ptx"])
         print(path, built.metadata.shared)
 
-    for kernel, masked, exact in (
-        ("exp_sums", 0, 0), ("exp_sums", 1, 0),
-        ("gradient_tile", 0, 0), ("gradient_tile", 1, 0), ("gradient_tile", 1, 1)
-    ):
+    if which == "untouched":
+        import untouched_tiles
+        sums_kernels.without_same_image = gradient_kernels.without_same_image = untouched_tiles.without_same_image
+    masked_kernels = ("exp_sums", 1, 0), ("gradient_tile", 1, 0)
+    rest = {"images": [("gradient_tile", 1, 1)]}
+    rest["all"] = [("exp_sums", 0, 0), ("gradient_tile", 0, 0), *rest["images"]]
+    for kernel, masked, exact in (*masked_kernels, *rest.get(which, [])):
         m, c, d, warps, stages = blocks_for(kernel, size, arch, width)
         constants = {} if masked else dict(x_mask_ptr=None, y_mask_ptr=None)
         constants |= dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, DESCRIPTOR=descriptor)
@@ -67,10 +77,14 @@ SCRIPT = """
         constants |= dict(MASK_COLUMNS=bool(masked)) if kernel == "exp_sums" else dict(EXACT=bool(exact))
         variant = "exact" if exact else "masked" if masked else "plain"
         build(module, kernel, variant, constants, warps, stages, **operands)
+    if which not in rest:
+        sys.exit()
     rows, columns, warps, stages = FINISH[size]
     depth = blocks_for("exp_sums", size, arch, width).d
     constants = dict(BLOCK_R=rows, BLOCK_S=columns, BLOCK_D=depth, BLOCK_PARTS=16)
     build(finish_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
+    if compared:
+        sys.exit()
     build(vector_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)
     build(vector_kernels, "finish_gradient", "vectors", dict(BLOCK_R=16, BLOCK_D=128), 4, 3)
 """
@@ -115,7 +129,10 @@ def compiled(script, tmp_path, *arguments):
     import os
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path / "cache")
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "tests/support/kernels"), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -171,6 +188,33 @@ def test_shipped_configurations(arch, dtype, width, tmp_path):
             assert re.search(rf"\b{copies}\b", code), f"{path}: loads are not asynchronous"
         if "gradient_tile" in path:
             assert re.search(r"\bSTG\.E\.128\b", code), f"{path}: stores are not 16 bytes wide"
+
+
+@pytest.mark.parametrize(
+    "arch, dtype",
+    [pytest.param(arch, dtype, marks=SLOW) for arch in (80, 86, 90, 100, 120) for dtype in ("bf16", "fp32")],
+)
+def test_shipped_configurations_that_compare_images(arch, dtype, tmp_path):
+    built = list(compiled(SCRIPT, tmp_path, arch, tmp_path, dtype, 512, "images"))
+    assert len(built) == 4
+    for path, code, shared in built:
+        check(path, code, shared, arch, r"UTC\w*MMA" if (arch, dtype) == (100, "fp32") else TENSOR_CORE[arch])
+
+
+def instructions(path):
+    """The PTX beside a cubin, without what tells its source lines."""
+    text = Path(path).with_suffix(".ptx").read_text().split(".section\t.debug", 1)[0]
+    return [line for line in text.splitlines() if not re.match(r"\s*(\.loc|\.file|//|\$L__(tmp|func)\w*:)", line)]
+
+
+def test_images_that_are_not_compared_leave_no_trace(tmp_path):
+    """Off by default, the comparison costs nothing: the kernels without it have the same instructions."""
+    ours, without = tmp_path / "ours", tmp_path / "without"
+    for folder, which in ((ours, "masked"), (without, "untouched")):
+        folder.mkdir()
+        assert len(list(compiled(SCRIPT, folder, 80, folder, "bf16", 512, which))) == 2
+    for path in sorted(ours.glob("*.cubin")):
+        assert instructions(path) == instructions(without / path.name), path.name
 
 
 @pytest.mark.parametrize(

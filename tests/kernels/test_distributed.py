@@ -135,15 +135,20 @@ def triton_worker(rank, world, port):
     image, text = clip_like(n * world, k, d, noise=1.5)
     mask = torch.rand(n * world, k, generator=torch.Generator().manual_seed(2)) > 0.3
     own = slice(rank * n, (rank + 1) * n)
-    for negatives, positives, masked, stretches in (
-        ("slot", "mean", True, 1),
-        ("all", "logsum", False, 1),
-        ("slot", "mean", False, 3),
+    ids = torch.arange(n * world) * 7 % 23
+    for negatives, positives, masked, stretches, image_ids in (
+        ("slot", "mean", True, 1, None),
+        ("all", "logsum", False, 1, None),
+        ("slot", "mean", False, 3, None),
+        ("all", "mean", True, 3, ids),
     ):
         gathered_logsumexp.ROWS_A_STRETCH = n * world // stretches
         options = dict(negatives=negatives, positives=positives)
         inputs = [v.double().requires_grad_() for v in (image, text, torch.tensor(20.0))]
-        expected = reference.multi_positive_contrastive_loss(*inputs, text_mask=mask if masked else None, **options)
+        expected = reference.multi_positive_contrastive_loss(
+            *inputs, text_mask=mask if masked else None, image_ids=image_ids, **options
+        )
+        options["image_ids"] = None if image_ids is None else image_ids[own]
         gold = torch.autograd.grad(expected, inputs)
         inputs = [v.clone().requires_grad_() for v in (image[own], text[own], torch.tensor(20.0))]
         loss = dk.multi_positive_contrastive_loss(

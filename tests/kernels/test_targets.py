@@ -6,6 +6,7 @@ from numerics import assert_no_worse_than_torch, clip_like, three_ways
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
+from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.ops import tiles
 from dreamlip_kernels.targets.same_image import image_numbers
@@ -120,7 +121,10 @@ def test_images_that_are_all_others_change_nothing(loss, same_image):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+BACKENDS = ["torch"] + ["triton"] * (dispatch.why_not("sigmoid_pairs", "triton", torch.ones(1)) is None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_an_image_whose_only_candidate_is_its_own_caption(backend, smoothing):
     """All images are the same: nothing is left to tell apart, the loss is 0 and so is every gradient."""

@@ -23,7 +23,7 @@ from ..chunks import Chunk, chunks, joined, up
 from ..dense import dense
 from ..operands import Operands
 from ..products import accumulate, matmul
-from ..rectangle import Rectangle, Upstream, paired_slices
+from ..rectangle import Rectangle, Upstream, add_own_pairs, paired_slices
 
 TILE = 128  # rows and columns of a block's tile, LogitTiles::kTile
 # Blocks that run together have as many bands of rows as tiles of columns: what they share then fits the smallest L2.
@@ -43,13 +43,16 @@ class _Call(NamedTuple):
     y: Tensor
     x_mask: Tensor | None
     y_mask: Tensor | None
+    x_images: Tensor | None
+    y_images: Tensor | None
     scale: Tensor
     multiplier: Tensor
 
 
 def _call(operands: Operands, rectangle: Rectangle) -> _Call:
-    masks = dense(rectangle.x_mask), dense(rectangle.y_mask)
-    return _Call(operands.x, operands.y, *masks, operands.scale, operands.slope)
+    r = rectangle
+    known = map(dense, (r.x_mask, r.y_mask, r.x_images, r.y_images))
+    return _Call(operands.x, operands.y, *known, operands.scale, operands.slope)
 
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,6 +73,8 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
         for slot, dots in zip(operands.y, pos, strict=True):
             torch.sum(operands.x.float() * slot, dim=-1, out=dots)
         pos.mul_(operands.slope)
+        if rectangle.x_images is not None:
+            add_own_pairs(rectangle, row, col, pos)
     return row, col, pos, kept
 
 
@@ -135,10 +140,10 @@ class _Passes:
             self.operands.y = joined(self.operands.y)
         # Of all pairs on the diagonal, for the kernel leaves them all out of G.
         self.own_rows, self.own_cols = paired_slices(m, c, replace(upstream, first_pair=0, stop_pair=c))
-        self.vectors = self._coefficients(upstream)
         call = _call(self.operands, rectangle)
         # Without the columns that join the slots: G has none of them, and its own zeros in their place.
         self.call = call._replace(y=call.y[:, :c])
+        self.vectors = self._coefficients(upstream)
         self.sizes = m, c, k
 
     def _coefficients(self, upstream: Upstream) -> _Vectors:
@@ -177,6 +182,10 @@ class _Passes:
             z = torch.stack(dots) * (self.operands.slope * LOG2E)
         own = torch.exp2(z - row) * d_row + torch.exp2(z - col) * d_col
         ours = slice(positives.start - self.own_cols.start, max(positives.start, positives.stop) - self.own_cols.start)
+        if self.call.x_images is not None:  # what is left out of both sums, unless it is a positive
+            same = self.call.x_images[self.own_rows] == self.call.y_images[self.own_cols]
+            same[ours] = False
+            own = own.masked_fill(same, 0)
         own[:, ours] += upstream.d_pos[:, positives]
         return own.masked_fill((row == torch.inf) | (col == torch.inf), 0)
 

@@ -74,6 +74,7 @@ class Passes:
         self.diagonal, self.own = (upstream.diagonal, own) if paired else (NO_DIAGONAL, slice(0, 0))
         self.vectors = self._coefficients(upstream)
         self.masks = dense(rectangle.x_mask), dense(rectangle.y_mask)
+        self.images = dense(rectangle.x_images), dense(rectangle.y_images)
         self.use(self.operands.blocks("gradient_tile"))
 
     def use(self, blocks: Blocks) -> None:
@@ -84,6 +85,8 @@ class Passes:
             flag_ptr=self.vectors.flag,
             x_mask_ptr=x_mask,
             y_mask_ptr=y_mask,
+            x_images_ptr=self.images[0],
+            y_images_ptr=self.images[1],
             row_ptr=self.vectors.rows,
             col_ptr=self.vectors.cols,
             M=self.m,

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ...backends.settings import settings
 from ..dense import dense
-from ..rectangle import Rectangle
+from ..rectangle import Rectangle, add_own_pairs
 from .kernels.finish_kernels import finish_sums
 from .kernels.sums_kernels import exp_sums
 from .logsumexp_tiles import FINISH
 from .operands_triton import TritonOperands, arch
 
+_Images = tuple[Tensor | None, Tensor | None]  # the numbers of images of rows and of columns
 PROGRAMS = 4 * 132  # of exp_sums at least, where there are rows enough: four for each processor of an H100
 
 
@@ -42,12 +43,15 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
         return row.fill_(-torch.inf), col.fill_(-torch.inf), pos, kept
     operands = TritonOperands(rectangle)
     x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
-    row_parts, column_parts = _partial_sums(operands, c, x_mask, y_mask)
+    images = dense(rectangle.x_images), dense(rectangle.y_images)
+    row_parts, column_parts = _partial_sums(operands, c, x_mask, y_mask, images)
     x, y = operands.x, operands.y
-    rows = _Side(x, 0, x.stride(0), m, x_mask, 0)
-    columns = _Side(y, y.stride(0), y.stride(1), c, y_mask, c)
+    rows = _Side(x, 0, x.stride(0), m, x_mask, 0, images[0])
+    columns = _Side(y, y.stride(0), y.stride(1), c, y_mask, c, images[1])
     _finish(operands, rows, columns, row_parts, row, None)
     _finish(operands, columns, rows, column_parts.transpose(0, 1), col, pos if paired else None)
+    if paired and rectangle.x_images is not None:
+        add_own_pairs(rectangle, row, col, pos)
     return row, col, pos, kept
 
 
@@ -64,14 +68,14 @@ class _SumsKernel(NamedTuple):
 
 
 def _partial_sums(
-    operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None
+    operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None, images: _Images
 ) -> tuple[Tensor, Tensor]:
     """Sums of exp2(z - offset), [K, tiles, M] over columns and [parts, K, C] over rows.
 
     tiles is 1 where the workspace is small.
     """
     x, m, k = operands.x, len(operands.x), len(operands.y)
-    kernel = _resident(operands, x_mask, y_mask) or _tiled(operands, c, x_mask, y_mask)
+    kernel = _resident(operands, x_mask, y_mask, images) or _tiled(operands, c, x_mask, y_mask, images)
     tiles, row_tiles = triton.cdiv(c, kernel.block_c), triton.cdiv(m, kernel.block_m)
     bands = max(triton.cdiv(PROGRAMS, tiles * k), triton.cdiv(m, kernel.band_rows))
     band_rows = triton.cdiv(row_tiles, min(row_tiles, bands)) * kernel.block_m
@@ -88,12 +92,16 @@ def _partial_sums(
     return part if total is None else total, columns
 
 
-def _tiled(operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None) -> _SumsKernel:
+def _tiled(
+    operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tensor | None, images: _Images
+) -> _SumsKernel:
     """exp_sums, which takes everything."""
     (m, d), blocks = operands.x.shape, operands.blocks("exp_sums")
     arguments = operands.arguments(blocks) | dict(
         x_mask_ptr=x_mask,
         y_mask_ptr=y_mask,
+        x_images_ptr=images[0],
+        y_images_ptr=images[1],
         MASK_COLUMNS=y_mask is not None or c % blocks.c != 0,
     )
 
@@ -114,10 +122,18 @@ def _tiled(operands: TritonOperands, c: int, x_mask: Tensor | None, y_mask: Tens
     return _SumsKernel(blocks.m, blocks.c, 1, m, launch)
 
 
-def _resident(operands: TritonOperands, x_mask: Tensor | None, y_mask: Tensor | None) -> _SumsKernel | None:
-    """exp_sums_resident, where device, features and Triton are such that it can run."""
+def _resident(
+    operands: TritonOperands, x_mask: Tensor | None, y_mask: Tensor | None, images: _Images
+) -> _SumsKernel | None:
+    """exp_sums_resident, where device, features and Triton are such that it can run; it compares no images."""
     x, y = operands.x, operands.y
-    if not x.is_cuda or arch(x) != 90 or (module := _gluon()) is None or not module.takes(x, y, 90):
+    if (
+        images[0] is not None
+        or not x.is_cuda
+        or arch(x) != 90
+        or (module := _gluon()) is None
+        or not module.takes(x, y, 90)
+    ):
         return None
 
     def launch(first: int, band_rows: int, rows: Tensor, columns: Tensor) -> None:
@@ -147,6 +163,7 @@ class _Side(NamedTuple):
     count: int
     mask: Tensor | None
     mask_k: int
+    images: Tensor | None
 
 
 def _finish(
@@ -163,6 +180,8 @@ def _finish(
         k_ptr=others.features,
         q_mask_ptr=any_mask if ours.mask is None else ours.mask,
         k_mask_ptr=any_mask if others.mask is None else others.mask,
+        q_images_ptr=ours.images,
+        k_images_ptr=others.images,
         scale_ptr=operands.scale,
         slope_ptr=operands.slope,
         out_ptr=out,

@@ -39,16 +39,17 @@ def _softplus_and_sigmoid(u):
 
 @triton.jit(do_not_specialize=["first", "k", "first_row", "first_col", "rows", "cols", "first_sum"])
 def sigmoid_tile(
-    x, y, x_mask_ptr, y_mask_ptr, scale_ptr, g_ptr, sums_ptr,
+    x, y, x_mask_ptr, y_mask_ptr, x_images_ptr, y_images_ptr, scale_ptr, g_ptr, sums_ptr,
     M, C, D, stride_x, stride_y, first, k, first_row, first_col, rows, cols, stride_g, first_sum, sums,
-    HAS_X_MASK: tl.constexpr, HAS_Y_MASK: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_X_MASK: tl.constexpr, HAS_Y_MASK: tl.constexpr, SAME_IS_POSITIVE: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile of a chunk of rows x cols pairs: sums [2, sums] of the losses and of the gradients, G [rows,
     cols] in units of 2^-15.
 
-    Of the negatives alone: a positive, at (first + c // k, c), adds nothing and has a G of 0.
+    Of all pairs but a caption's own, at (first + c // k, c), which adds nothing and has a G of 0. With numbers of
+    images [M] and [C], pairs of one image are positives or add nothing, and the others negatives.
     scale_ptr holds the slope and the bias.
     """
     tiles_c = tl.cdiv(cols, BLOCK_C)
@@ -61,6 +62,11 @@ def sigmoid_tile(
         acc = tl.dot(x_tile, y_tile.T, acc, input_precision=PRECISION)
     offs_m, offs_c = first_m + tl.arange(0, BLOCK_M), first_c + tl.arange(0, BLOCK_C)
     u = acc * tl.load(scale_ptr) + tl.load(scale_ptr + 1)
+    if x_images_ptr is not None:
+        x_image = tl.load(x_images_ptr + offs_m, mask=offs_m < M, other=-1)
+        y_image = tl.load(y_images_ptr + offs_c, mask=offs_c < C, other=-2)
+        same = x_image[:, None] == y_image[None, :]
+        u = tl.where(same, -u if SAME_IS_POSITIVE else float("-inf"), u)
     # Each of these is a mask spread over the tile, whose registers only the tiles at an edge or on the diagonal should
     # need.
     stop_m, stop_c = first_row + rows, first_col + cols
@@ -77,6 +83,8 @@ def sigmoid_tile(
     if (first_m <= first + (first_c + BLOCK_C - 1) // k) & (first + first_c // k < first_m + BLOCK_M):
         u = tl.where(offs_m[:, None] == (first + offs_c // k)[None, :], float("-inf"), u)
     softplus, g = _softplus_and_sigmoid(u)
+    if SAME_IS_POSITIVE:
+        g = tl.where(same, -g, g)
     tl.store(sums_ptr + first_sum + tl.program_id(0), tl.sum(softplus))
     if GRADIENT:
         tl.store(sums_ptr + sums + first_sum + tl.program_id(0), tl.sum(g))

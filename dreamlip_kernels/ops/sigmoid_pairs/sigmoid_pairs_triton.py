@@ -113,7 +113,13 @@ def _negatives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor, g
     arguments, blocks = _launch_arguments(x.v, y.v)
     x_mask, y_mask = dense(pairs.x_mask), dense(pairs.y_mask)
     arguments |= dict(
-        x_mask_ptr=x_mask, y_mask_ptr=y_mask, HAS_X_MASK=x_mask is not None, HAS_Y_MASK=y_mask is not None
+        x_mask_ptr=x_mask,
+        y_mask_ptr=y_mask,
+        x_images_ptr=dense(pairs.x_images),
+        y_images_ptr=None if pairs.x_images is None else pairs.y_images,
+        HAS_X_MASK=x_mask is not None,
+        HAS_Y_MASK=y_mask is not None,
+        SAME_IS_POSITIVE=pairs.x_images is not None and pairs.same_image == "positive",
     )
     slope_and_bias = torch.stack([pairs.scale * x.unit * y.unit, pairs.bias])
     chunk_rows, chunk_cols = _chunks(m, c, x.v.element_size())

@@ -5,6 +5,7 @@ costs, twice over."""
 
 from dataclasses import replace
 
+import contrast_promises as promises
 import pytest
 import torch
 from numerics import clip_like, value_and_grads
@@ -109,6 +110,19 @@ def test_masks(slot, scale, dtype, held):
         return dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks)
 
     compare(make, scale, op, **masks)
+
+
+@pytest.mark.parametrize("scale", [14.3, 1000.0])
+def test_pairs_of_one_image(monkeypatch, scale):
+    """In chunks of rows and columns; at 1000 by running maxima and the exact gradient, of which few programs make all
+    tiles.
+    """
+    from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_triton
+
+    monkeypatch.setattr(logsumexp_gradient_triton, "EXACT_PROGRAMS", 3)
+    monkeypatch.setattr(settings, "workspace_bytes", 2**15)
+    promises.pairs_of_one_image_are_left_out("triton", torch.device("cpu"), scale, m=140, c=130)
+    promises.pairs_of_one_image_in_a_stretch_of_rows("triton", torch.device("cpu"), scale)
 
 
 @pytest.mark.parametrize("case", ["opposed at scale 100", "not normalized", "scale 1000", "large and small"])

@@ -12,6 +12,7 @@ import torch
 from emulated_logsumexp import CUDA, EmulatedOps
 
 LOG2E = 1.4426950408889634
+NO_IMAGES = (None, None)
 pytestmark = pytest.mark.skipif(
     CUDA is None or shutil.which("g++") is None,
     reason="needs g++ and CUDA's headers (CUDA_HOME) to compile the kernels",
@@ -60,12 +61,12 @@ def test_exp_sums(ops, m, c, k, d, dtype, masked):
     e = torch.exp2(z - offset(exponent[0]))
     tiles = -(-c // 128)
     row, col = torch.full((k, tiles, m), torch.nan), torch.full((-(-m // 128), k, c), torch.nan)
-    ops.logsumexp_sums(x, y, x_mask, y_mask, *exponent, 0, 128, row, col)
+    ops.logsumexp_sums(x, y, x_mask, y_mask, *NO_IMAGES, *exponent, 0, 128, row, col)
     torch.testing.assert_close(row.sum(1).double(), e.sum(2), rtol=2e-5, atol=0)
     torch.testing.assert_close(col.sum(0).double(), e.sum(1), rtol=2e-5, atol=0)
     if tiles > 1:  # a part of the tiles, in one band of all rows
         part, whole = torch.full((k, 1, m), torch.nan), torch.full((1, k, c), torch.nan)
-        ops.logsumexp_sums(x, y, x_mask, y_mask, *exponent, 1, 256, part, whole)
+        ops.logsumexp_sums(x, y, x_mask, y_mask, *NO_IMAGES, *exponent, 1, 256, part, whole)
         assert torch.equal(part[:, 0], row[:, 1]) and whole[0, :, :128].isnan().all()
         torch.testing.assert_close(whole[0, :, 128:256], col.sum(0)[:, 128:256])
 
@@ -92,12 +93,12 @@ def test_finish(ops, m, c, k, d, dtype, masked, scale):
         gold = (torch.exp2(z - top).sum(dim).log2() + top.squeeze(dim)) / LOG2E
         parts = torch.rand(3, k, n).transpose(0, 1) + 0.5
         out = torch.full((k, n), torch.nan)
-        ops.logsumexp_finish(x, y, x_mask, y_mask, *exponent, parts, columns, out)
+        ops.logsumexp_finish(x, y, x_mask, y_mask, *NO_IMAGES, *exponent, parts, columns, out)
         expected = (parts.double().sum(1).log2() + offset(scale)) / LOG2E
         expected = expected if mask is None else expected.masked_fill(~mask, -torch.inf)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
         for bad in (0.0, torch.inf):
-            ops.logsumexp_finish(x, y, x_mask, y_mask, *exponent, parts.fill_(bad), columns, out)
+            ops.logsumexp_finish(x, y, x_mask, y_mask, *NO_IMAGES, *exponent, parts.fill_(bad), columns, out)
             torch.testing.assert_close(out.double(), gold, rtol=2e-5, atol=2e-5)
 
 
@@ -122,7 +123,7 @@ def test_gradient(ops, m, c, k, d, dtype, masked, exact, diagonal, pad):
         buffer = torch.full((shape[0], shape[1], -(-shape[2] // 8) * 8 + pad), torch.nan, dtype=dtype)
         g = buffer[..., : shape[2]]
         ops.logsumexp_gradient(
-            x, y, x_mask, y_mask, *exponent, torch.tensor([int(exact)]), rows, cols, *at, diagonal, g
+            x, y, x_mask, y_mask, *NO_IMAGES, *exponent, torch.tensor([int(exact)]), rows, cols, *at, diagonal, g
         )
         expected = gold[at[2] :, at[0] :, at[1] :]
         eps = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2e-5}[dtype]

@@ -7,6 +7,7 @@ is that of its exponential. float32 features are rounded to float16 first, as th
 or multiplied as three TF32 products.
 """
 
+import contrast_promises as promises
 import pytest
 import torch
 from numerics import clip_like, value_and_grads
@@ -203,6 +204,14 @@ def test_positives_carry_the_error_of_their_sums(monkeypatch, capability):
         got = value_and_grads(loss("triton"), inputs)
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, gold, strict=True)]
     assert max(errors) < 2e-5, errors
+
+
+@pytest.mark.parametrize("capability, scale", cases({(80, 14.3), (90, 1000.0)}, (80, 90), (14.3, 1000.0)))
+def test_pairs_of_one_image(capability, scale):
+    """Numbers of images compared in the tiles of every kernel."""
+    with device(capability) as launches:
+        promises.pairs_of_one_image_are_left_out("triton", torch.device("cpu"), scale)
+    assert not any("resident" in launch.kernel for launch in launches), "it compares no images"
 
 
 @pytest.mark.parametrize(

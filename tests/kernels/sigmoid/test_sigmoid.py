@@ -214,6 +214,24 @@ def test_triton(monkeypatch, n, k, d, workspace, dtype, masked):
 
 
 @triton_only
+@pytest.mark.parametrize("same_image", ["ignore", "positive"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_triton_compares_images(monkeypatch, same_image, masked):
+    monkeypatch.setattr(settings, "workspace_bytes", 2**20)
+    n, k, d = 70, 3, 24
+    options = dict(image_ids=torch.arange(n) * 5 % 41, same_image=same_image, label_smoothing=0.1)
+    if masked:
+        gen = torch.Generator().manual_seed(3)
+        options |= dict(text_mask=torch.rand(n, k, generator=gen) > 0.3, image_mask=torch.rand(n, generator=gen) > 0.2)
+    inputs = case(n, k, d, torch.float16)
+    op = lambda *i: dk.multi_positive_sigmoid_loss(*i, **options, backend="triton")  # noqa: E731
+    gold = value_and_grads(
+        lambda *i: reference.multi_positive_sigmoid_loss(*i, **options), [v.double() for v in inputs]
+    )
+    rough(value_and_grads(op, inputs), gold, 4e-3)
+
+
+@triton_only
 @pytest.mark.parametrize("scale, bias", [(100.0, -10.0), (1000.0, 50.0), (-5.0, 3.0), (14.3, -60.0), (0.0, 0.0)])
 def test_triton_in_float32_at_any_scale(monkeypatch, scale, bias):
     """As three TF32 products: confident pairs, whose loss is near exp(-60), keep their relative precision."""

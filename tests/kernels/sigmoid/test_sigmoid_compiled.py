@@ -29,12 +29,14 @@ SCRIPT = """
     descriptor = arch >= 90
     x, y = (f"tensordesc<{dtype}[{rows},{d}]>" if descriptor else f"*{dtype}" for rows in (m, c))
     signature = dict(x=x, y=y, x_mask_ptr="*i1", y_mask_ptr="*i1")
-    signature |= dict(scale_ptr="*fp32", g_ptr=f"*{dtype}", sums_ptr="*fp32")
-    constants = dict(HAS_X_MASK=True, HAS_Y_MASK=True, GRADIENT=True)
+    signature |= dict(x_images_ptr="*i32", y_images_ptr="*i32", scale_ptr="*fp32", g_ptr=f"*{dtype}", sums_ptr="*fp32")
+    constants = dict(HAS_X_MASK=True, HAS_Y_MASK=True, GRADIENT=True, SAME_IS_POSITIVE=sys.argv[4] == "positive")
+    if sys.argv[4] == "none":
+        constants |= dict(x_images_ptr=None, y_images_ptr=None)
     constants |= dict(BLOCK_M=m, BLOCK_C=c, BLOCK_D=d, DESCRIPTOR=descriptor)
     constants["PRECISION"] = "tf32x3" if dtype == "fp32" else "tf32"
     names = sigmoid_tile.arg_names
-    signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else signature.get(name, "i32") for name in names}
     aligned = ("D", "stride_x", "stride_y", "stride_g")
     by_sixteen = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in aligned]
     attrs = {(i,): [["tt.divisibility", 16]] for i in by_sixteen}
@@ -45,12 +47,24 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
-def test_compiled_code(arch, dtype, tmp_path):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=SLOW)])
+@pytest.mark.parametrize(
+    "dtype, same_image",
+    [
+        ("bf16", "none"),
+        pytest.param("bf16", "ignore", marks=SLOW),
+        pytest.param("bf16", "positive", marks=SLOW),
+        pytest.param("fp32", "none", marks=SLOW),
+        pytest.param("fp32", "positive", marks=SLOW),
+    ],
+)
+def test_compiled_code(arch, dtype, same_image, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     cubin = tmp_path / "sigmoid_tile.cubin"
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(arch), str(cubin), dtype]
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(arch), str(cubin), dtype, same_image]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     code = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout

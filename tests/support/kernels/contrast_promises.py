@@ -7,7 +7,7 @@ from numerics import clip_like
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
-from dreamlip_kernels.ops.logsumexp.logsumexp import logsumexp
+from dreamlip_kernels.ops.logsumexp.logsumexp import logsumexp, logsumexp_backward_op, logsumexp_op
 
 
 def features(device, dtype=torch.float32, m=40, c=45, k=3, d=24, seed=0):
@@ -175,7 +175,68 @@ def positives_of_masked_pairs_are_harmless(backend, device):
     assert all(torch.isfinite(g).all() for g in grads)
 
 
+def _softmax_gradients(x, y, scale, kept, own_rows, own_cols, lse, upstream):
+    """dx and dy in float64 of both log-sum-exps of the ``kept`` pairs and of the logits of the own pairs."""
+    z = scale * torch.einsum("md,kcd->kmc", x.double(), y.double())
+    (row, col), (d_row, d_col, d_pos) = lse, (v.double() for v in upstream)
+    g = (z - row[:, :, None]).exp() * d_row[:, :, None] + (z - col[:, None]).exp() * d_col[:, None]
+    g = torch.where(kept, g, 0)
+    g[:, own_rows, own_cols] += torch.where(kept[:, own_rows, own_cols], d_pos[:, own_cols], 0)
+    return [scale * torch.einsum(f"kmc,{other}", g, v.double()) for other, v in (("kcd->md", y), ("md->kcd", x))]
+
+
+def pairs_of_one_image_are_left_out(backend, device, scale=14.3, m=44, c=40, d=24):
+    """Of both sums and of every gradient, but for the pairs (j, j); an image may have no other pair at all."""
+    x, y = features(device, torch.float16, m, c, 2, d)
+    gen = torch.Generator().manual_seed(1)
+    images = (torch.randint(12, (m,), generator=gen, dtype=torch.int32) * (torch.arange(m) > 5)).to(device)
+    masks = [(torch.rand(*shape, generator=gen) > 0.2).to(device) for shape in ((m,), (2, c))]
+    j = torch.arange(c, device=device)
+    for x_mask, y_mask in ((None, None), masks):
+        kept = (images[:, None] != images[None, :c]).expand(2, m, c).clone()
+        kept[:, j, j] = True
+        kept = kept if x_mask is None else kept & x_mask[None, :, None] & y_mask[:, None]
+        z = (scale * torch.einsum("md,kcd->kmc", x.double(), y.double())).masked_fill(~kept, -torch.inf)
+        row, col = z.logsumexp(2), z.logsumexp(1)
+        inputs = [v.detach().requires_grad_() for v in (x, y)]
+        arguments = torch.tensor(scale, device=device), x_mask, y_mask, True, False, "fp16", backend, images, images[:c]
+        got = logsumexp_op(*inputs, *arguments)[:3]
+        upstream = [torch.rand(v.shape, generator=gen).to(v) for v in got]
+        grads = torch.autograd.grad(got, inputs, upstream)
+        alone = [v.masked_fill(torch.isneginf(v), torch.inf) for v in (row, col)]
+        expected = [row, col, *_softmax_gradients(x, y, scale, kept, j, j, alone, upstream)]
+        assert_close([*got[:2], *grads], expected)
+
+
+def pairs_of_one_image_in_a_stretch_of_rows(backend, device, scale=14.3, d=24):
+    """As over ranks: the own pairs lie on a diagonal of which a part is other ranks' rows, and stay; what else is of
+    one image does not, on that diagonal either.
+    """
+    n, world, rank, start, stop = 12, 3, 1, 4, 10
+    m, diagonal = world * (stop - start), rank * (stop - start) - start
+    x, y = features(device, torch.float16, m, n, 2, d)
+    j, every = torch.arange(start, stop, device=device), torch.arange(n, device=device)
+    x_images, y_images = (torch.arange(count, dtype=torch.int32, device=device) % 5 for count in (m, n))
+    x_images[every + diagonal] = y_images  # the whole diagonal, and not only what is own
+    kept = (x_images[:, None] != y_images).expand(2, m, n).clone()
+    kept[:, j + diagonal, j] = True
+    logits = scale * torch.einsum("md,kcd->kmc", x.double(), y.double())
+    z = logits.masked_fill(~kept, -torch.inf)
+    row, col = z.logsumexp(2) + 0.3, z.logsumexp(1) + 0.2  # of more pairs than these
+    pos = torch.full((2, n), torch.nan, device=device)
+    pos[:, start:stop] = logits[:, j + diagonal, j].float()
+    gen = torch.Generator().manual_seed(2)
+    upstream = [torch.rand(2, count, generator=gen).to(device) for count in (m, n, n)]
+    arguments = x, y, torch.tensor(scale, device=device), None, None, row.float(), col.float(), pos, None, *upstream
+    got = logsumexp_backward_op(
+        *arguments, diagonal, start, stop, True, True, "fp16", backend, True, x_images, y_images
+    )
+    assert_close(got[:2], _softmax_gradients(x, y, scale, kept, j + diagonal, j, (row, col), upstream))
+
+
 CHECKS = [
+    pairs_of_one_image_are_left_out,
+    pairs_of_one_image_in_a_stretch_of_rows,
     masks_of_any_strides,
     nothing_behind_a_mask_has_an_effect,
     nothing_in_bfloat16_behind_a_mask,

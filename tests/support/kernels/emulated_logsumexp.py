@@ -34,7 +34,9 @@ def _structure(name, **fields):
     return type(name, (ctypes.Structure,), {"_fields_": [(field, kind) for field, kind in fields.items()]})
 
 
-_POINTERS = dict.fromkeys(("x", "y", "x_mask", "y_mask", "scale", "multiplier"), ctypes.c_void_p)
+_POINTERS = dict.fromkeys(
+    ("x", "y", "x_mask", "y_mask", "x_images", "y_images", "scale", "multiplier"), ctypes.c_void_p
+)
 _Call = _structure(
     "Call",
     **_POINTERS,
@@ -69,34 +71,39 @@ class EmulatedOps:
         self.library = compile_emulated(ROOT / "tests/csrc/emulate_logsumexp.cpp", folder / "logsumexp.so")
         self.seed, self.calls = seed, []
 
-    def _call(self, name, x, y, x_mask, y_mask, scale, multiplier):
+    def _call(self, name, *tensors):
+        """The call's structure, from the first eight arguments of an op."""
+        x, y, *optional, _, _ = tensors
         for v, dims in ((x, 1), (y, 2)):  # as csrc/logsumexp.cu checks
             bytes_of = [stride * v.element_size() for stride in v.stride()[:dims]] + [v.shape[-1] * v.element_size()]
             assert v.data_ptr() % 16 == 0 and v.stride(-1) == 1 and all(n % 16 == 0 for n in bytes_of), v.stride()
-        assert all(v is None or v.is_contiguous() for v in (x_mask, y_mask))
+        assert all(v is None or v.is_contiguous() for v in optional)
+        wanted = (torch.bool, torch.bool, torch.int32, torch.int32)
+        assert all(v is None or v.dtype == dtype for v, dtype in zip(optional, wanted, strict=True))
         self.calls.append(name)
         sizes = (x.shape[0], y.shape[1], y.shape[0], x.shape[1])
-        pointers = map(_pointer, (x, y, x_mask, y_mask, scale, multiplier))
+        pointers = map(_pointer, tensors)
         call = _Call(*pointers, DTYPES.index(x.dtype), *sizes, self.seed, x.stride(0), y.stride(0), y.stride(1))
         return ctypes.byref(call)
 
-    def logsumexp_sums(self, x, y, x_mask, y_mask, scale, multiplier, first_tile, band_rows, row, col):
+    def logsumexp_sums(self, *arguments):
+        *tensors, first_tile, band_rows, row, col = arguments
         assert row.is_contiguous() and col.is_contiguous() and band_rows % 128 == 0
-        call = self._call("sums", x, y, x_mask, y_mask, scale, multiplier)
+        call = self._call("sums", *tensors)
         pointers = (ctypes.c_void_p(v.data_ptr()) for v in (row, col))
         self.library.emulate_exp_sums(call, first_tile, row.shape[1], band_rows, *pointers)
 
-    def logsumexp_finish(self, x, y, x_mask, y_mask, scale, multiplier, parts, columns, out):
+    def logsumexp_finish(self, *arguments):
+        *tensors, parts, columns, out = arguments
         assert parts.stride(2) == 1 and out.is_contiguous()
-        call = self._call("finish", x, y, x_mask, y_mask, scale, multiplier)
+        call = self._call("finish", *tensors)
         sums = _Parts(parts.data_ptr(), parts.shape[1], parts.stride(1), parts.stride(0))
         self.library.emulate_finish(call, ctypes.byref(sums), int(columns), ctypes.c_void_p(out.data_ptr()))
 
-    def logsumexp_gradient(
-        self, x, y, x_mask, y_mask, scale, multiplier, flag, rows, cols, first_row, first_col, first_slot, diagonal, g
-    ):
+    def logsumexp_gradient(self, *arguments):
+        *tensors, flag, rows, cols, first_row, first_col, first_slot, diagonal, g = arguments
         assert g.stride(2) == rows.stride(2) == cols.stride(2) == 1
-        call = self._call("gradient", x, y, x_mask, y_mask, scale, multiplier)
+        call = self._call("gradient", *tensors)
         coefficients = _Coefficients(rows.data_ptr(), cols.data_ptr(), *rows.stride()[:2], *cols.stride()[:2])
         chunk = _Chunk(
             first_row, g.shape[1], first_col, g.shape[2], first_slot, g.shape[0], g.stride(1), g.stride(0),

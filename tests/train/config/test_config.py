@@ -23,6 +23,8 @@ from dreamlip_train.config.validation import validate
         ({"model": {"context_length": 2}}, "model.context_length"),
         ({"model": {"init_temperature": 0.001}}, "model.init_temperature"),
         ({"loss": {"mpcl_weight": 0, "grouping_weight": 0}}, "loss.mpcl_weight"),
+        ({"loss": {"label_smoothing": 1.0}}, "loss.label_smoothing"),
+        ({"loss": {"label_smoothing": -0.1}}, "loss.label_smoothing"),
         ({"loss": {"positives": "logsum"}}, "loss.positives"),
         ({"loss": {"pairs": "sigmoid"}}, "model.init_logit_bias"),
         ({"model": {"init_logit_bias": -10.0}}, "model.init_logit_bias"),

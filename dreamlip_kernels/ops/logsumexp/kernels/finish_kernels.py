@@ -12,21 +12,10 @@ from .logits_kernels import LARGEST_SUM, LN2, SMALLEST_SUM, slope_and_offset
 
 
 @triton.jit
-def _online_logsumexp(
-    q_rows,
-    k_base,
-    k_mask_ptr,
-    has_k_mask,
-    slope,
-    keep_r,
-    S,
-    D,
-    stride_ks,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def _online_logsumexp(queries, keys, slope, D, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
     """log2 of the sum over s of exp2(slope * q[r] . k[s]) with running maxima, for any finite input."""
+    q_rows, offs_r, keep_r, q_images_ptr = queries
+    k_base, stride_ks, S, k_mask_ptr, has_k_mask, k_images_ptr = keys
     PRECISION: tl.constexpr = "tf32x3" if k_base.dtype.element_ty == tl.float32 else "tf32"
     offs_d = tl.arange(0, BLOCK_D)
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -43,7 +32,12 @@ def _online_logsumexp(
             acc = tl.dot(q, k.T, acc, input_precision=PRECISION)
         if k_mask_ptr is not None:
             keep_s = keep_s & (tl.load(k_mask_ptr + offs_s, mask=keep_s & (has_k_mask != 0), other=1) != 0)
-        z = tl.where(keep_s[None, :], acc * slope, float("-inf"))
+        keep = keep_s[None, :]
+        if q_images_ptr is not None:
+            q_image = tl.load(q_images_ptr + offs_r, mask=keep_r, other=-1)
+            k_image = tl.load(k_images_ptr + offs_s, mask=keep_s, other=-2)
+            keep = keep & (q_image[:, None] != k_image[None, :])
+        z = tl.where(keep, acc * slope, float("-inf"))
         new_top = tl.maximum(top, tl.max(z, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(z - shift[:, None]), 1)
@@ -91,6 +85,8 @@ def finish_sums(
     k_ptr,
     q_mask_ptr,
     k_mask_ptr,
+    q_images_ptr,
+    k_images_ptr,
     scale_ptr,
     slope_ptr,
     out_ptr,
@@ -119,7 +115,8 @@ def finish_sums(
 
     Sums outside float32's range, NaN among them, are computed again with running maxima, for the program's own rows
     alone. With ``paired`` also pos[k, r] = z[k, r, r]. One code for rows and for columns: what differs is not compiled
-    in. Both masks are None or neither is; ``has_q_mask`` and ``has_k_mask`` say which are read."""
+    in. Both masks are None or neither is; ``has_q_mask`` and ``has_k_mask`` say which are read. Numbers of images are
+    those of exp_sums."""
     pid_k = tl.program_id(1).to(tl.int64)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     keep_r = offs_r < R
@@ -137,9 +134,9 @@ def finish_sums(
     q_rows = q_ptr + pid_k * stride_qk + offs_r.to(tl.int64)[:, None] * stride_qr
     k_base = k_ptr + pid_k * stride_kk
     if tl.max(wrong.to(tl.int32), 0) != 0:
-        lse = _online_logsumexp(
-            q_rows, k_base, k_mask_ptr, has_k_mask, slope, keep_r, S, D, stride_ks, BLOCK_R, BLOCK_S, BLOCK_D
-        )
+        queries = (q_rows, offs_r, keep_r, q_images_ptr)
+        keys = (k_base, stride_ks, S, k_mask_ptr, has_k_mask, k_images_ptr)
+        lse = _online_logsumexp(queries, keys, slope, D, BLOCK_R, BLOCK_S, BLOCK_D)
     lse = tl.where(dropped, float("-inf"), lse * LN2)
     tl.store(out_ptr + pid_k * R + offs_r, lse, mask=keep_r)
     if paired != 0:

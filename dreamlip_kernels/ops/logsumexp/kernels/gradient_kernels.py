@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logits_kernels import drop_columns, kept, logits_tile, slope_and_offset
+from .logits_kernels import drop_columns, kept, logits_tile, slope_and_offset, without_same_image
 
 
 @triton.jit
@@ -39,9 +39,9 @@ def _both_softmaxes(z, row_ptr, col_ptr, y_mask_ptr, offs_m, offs_c, keep_m, M, 
 
 @triton.jit
 def _gradient_of(acc, vectors, masks, slot, first_m, first_c, sizes, EXACT: tl.constexpr, DTYPE: tl.constexpr):
-    """G of a tile's products acc, zero where a mask drops the row or the column."""
+    """G of a tile's products acc, zero where a mask drops the row or the column, or both are of one image."""
     scale_ptr, slope_ptr, row_ptr, col_ptr = vectors
-    x_mask_ptr, y_mask_ptr = masks
+    x_mask_ptr, y_mask_ptr, x_images_ptr, y_images_ptr = masks
     M, C, K, _ = sizes
     slope, offset = slope_and_offset(scale_ptr, slope_ptr)
     if y_mask_ptr is not None:
@@ -59,7 +59,7 @@ def _gradient_of(acc, vectors, masks, slot, first_m, first_c, sizes, EXACT: tl.c
         g = _both_softmaxes(acc * slope, row_ptr, col_ptr, y_mask_ptr, offs_m, offs_c, keep_m, M, C, K)
     else:
         g = _weighed(acc, slope, offset, row_ptr, col_ptr, offs_m, offs_c, keep_m, C)
-    return g
+    return without_same_image(g, x_images_ptr, y_images_ptr, offs_m, offs_c, M, C)
 
 
 @triton.jit
@@ -129,6 +129,8 @@ def gradient_tile(
     y,
     x_mask_ptr,
     y_mask_ptr,
+    x_images_ptr,
+    y_images_ptr,
     scale_ptr,
     slope_ptr,
     row_ptr,
@@ -158,7 +160,7 @@ def gradient_tile(
     DESCRIPTOR: tl.constexpr,
 ):
     """G [rows, slots, cols] = a exp(z - row) + b exp(z - col) of a chunk, rounded once; the pairs (diagonal + j, j),
-    first_pair <= j < stop_pair, are left 0.
+    first_pair <= j < stop_pair, are left 0, and those of one image.
 
     Columns are counted in octets; rows of G are ``pitch`` columns apart. row_ptr and col_ptr are what ``coefficients``
     wrote: of exp2(z - offset), or for EXACT the log-sum-exps and the upstream. Both are launched; the flag says which
@@ -168,7 +170,8 @@ def gradient_tile(
         return
     cols = col_octets * 8  # said so, that stores are 16 bytes wide
     operands, vectors = (x, stride_x, y, stride_yk, stride_y), (scale_ptr, slope_ptr, row_ptr, col_ptr)
-    masks, sizes, pairs = (x_mask_ptr, y_mask_ptr), (M, C, K, D), (diagonal, first_pair, stop_pair)
+    masks = (x_mask_ptr, y_mask_ptr, x_images_ptr, y_images_ptr)
+    sizes, pairs = (M, C, K, D), (diagonal, first_pair, stop_pair)
     chunk = (first_slot, first_row, first_col, rows, cols, pitch)
     first = tl.program_id(0)
     if EXACT:

@@ -101,6 +101,16 @@ def kept(offs, count, mask_ptr):
 
 
 @triton.jit
+def without_same_image(v, x_images_ptr, y_images_ptr, offs_m, offs_c, M, C):
+    """v of a tile's pairs, 0 where row and column are of one image, if there are numbers of images."""
+    if x_images_ptr is not None:
+        x_image = tl.load(x_images_ptr + offs_m, mask=offs_m < M, other=-1)
+        y_image = tl.load(y_images_ptr + offs_c, mask=offs_c < C, other=-2)
+        v = tl.where(x_image[:, None] == y_image[None, :], 0.0, v)
+    return v
+
+
+@triton.jit
 def drop_columns(acc, keep_c, slope, DTYPE: tl.constexpr):
     """acc, with slope * acc at minus infinity in the columns that are not kept (a slope of 0 is the caller's to avoid).
 

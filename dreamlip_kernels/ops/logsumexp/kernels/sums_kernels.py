@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logits_kernels import drop_columns, kept, logits_tile, slope_and_offset
+from .logits_kernels import drop_columns, kept, logits_tile, slope_and_offset, without_same_image
 
 
 @triton.jit(do_not_specialize=["M", "C", "first_tile", "row_tiles_stride", "band_rows"])
@@ -17,6 +17,8 @@ def exp_sums(
     y,
     x_mask_ptr,
     y_mask_ptr,
+    x_images_ptr,
+    y_images_ptr,
     scale_ptr,
     slope_ptr,
     row_ptr,
@@ -36,7 +38,9 @@ def exp_sums(
     BLOCK_D: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    """Sums of e = exp2(z - offset): row [K, tiles, M] of each column tile, col [bands, K, C] of each band of rows."""
+    """Sums of e = exp2(z - offset): row [K, tiles, M] of each column tile, col [bands, K, C] of each band of rows.
+
+    With numbers of images [M] and [C], pairs of one image, a row's own too, are left out."""
     DTYPE: tl.constexpr = x.dtype if DESCRIPTOR else x.dtype.element_ty
     tile_c = first_tile + tl.program_id(0)
     pid_b = tl.program_id(1)
@@ -62,6 +66,7 @@ def exp_sums(
         # A dropped row has an infinite offset: two registers a thread, where a mask of the tile would take one for each
         # element.
         e = tl.exp2(acc * slope - tl.where(keep_m, offset, float("inf"))[:, None])
+        e = without_same_image(e, x_images_ptr, y_images_ptr, offs_m, offs_c, M, C)
         row = row_ptr + (pid_k.to(tl.int64) * row_tiles_stride + tl.program_id(0)) * M + offs_m
         tl.store(row, tl.sum(e, 1), mask=offs_m < M)
         columns += tl.sum(tl.reshape(e, (BLOCK_M // 16, 2, 8, BLOCK_C)), 1)
