@@ -56,22 +56,22 @@ def multi_positive_contrastive_loss(
     candidate = (valid if image_mask is None else valid & image_mask[:, None, None]).expand(n, n, k)
     if same_image == "ignore":
         candidate = candidate & (own | ~same)
-    positive = candidate & (same if same_image == "positive" else own)
+    positive = candidate & same
     z = z.masked_fill(~candidate, -torch.inf)
     row, col = _logsumexp(z, 1), _logsumexp(z, 0)  # [N, K]
     of_row = (1, 2) if negatives == "all" else (1,)  # what one softmax of an image is over
     if negatives == "all":
         row = _logsumexp(row, 1)[:, None].expand(n, k)
 
-    pos = z.diagonal(dim1=0, dim2=1).T  # [N, K], of each image's own captions
+    pos = logit_scale * torch.einsum("nd,nkd->nk", image_features, text_features)
+    row_target, col_target = pos, pos
     if positives == "logsum":
-        row_target = _logsumexp(pos, 1)[:, None]
-    elif same_image == "positive":
-        row_target = _mean_over(z, positive, of_row)
-    else:
-        row_target = pos
-    row_target = (1 - label_smoothing) * row_target + label_smoothing * _mean_over(z, candidate, of_row)
-    col_target = (1 - label_smoothing) * _mean_over(z, positive, 0) + label_smoothing * _mean_over(z, candidate, 0)
+        row_target = _logsumexp(pos.masked_fill(~valid, -torch.inf), 1)[:, None]
+    if image_ids is not None and same_image == "positive":
+        row_target, col_target = _mean_over(z, positive, of_row), _mean_over(z, positive, 0)
+    if label_smoothing:
+        row_target = (1 - label_smoothing) * row_target + label_smoothing * _mean_over(z, candidate, of_row)
+        col_target = (1 - label_smoothing) * col_target + label_smoothing * _mean_over(z, candidate, 0)
     col_term = torch.where(valid, col - col_target, 0)
     if positives == "logsum":
         captioned = valid.any(1)

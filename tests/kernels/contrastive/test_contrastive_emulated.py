@@ -147,10 +147,10 @@ def test_each_subset_of_gradients(needs):
 @pytest.mark.parametrize("scale", [14.3, 1000.0])
 def test_pairs_of_one_image(ops, monkeypatch, scale):
     """Tiles whole and ragged, and chunks of rows and columns; at 1000 by running maxima and the exact gradient."""
-    promises.pairs_of_one_image_are_left_out("cuda", torch.device("cpu"), scale, m=140, c=130)
+    promises.pairs_of_one_image_are_left_out("cuda", torch.device("cpu"), scale, n=140)
     promises.pairs_of_one_image_in_a_stretch_of_rows("cuda", torch.device("cpu"), scale)
     monkeypatch.setattr(settings, "workspace_bytes", 2**15)
-    promises.pairs_of_one_image_are_left_out("cuda", torch.device("cpu"), scale, m=140, c=130)
+    promises.pairs_of_one_image_are_left_out("cuda", torch.device("cpu"), scale, n=140)
 
 
 def test_sums_in_parts_of_the_workspace(ops, monkeypatch):

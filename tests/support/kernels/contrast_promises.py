@@ -185,21 +185,21 @@ def _softmax_gradients(x, y, scale, kept, own_rows, own_cols, lse, upstream):
     return [scale * torch.einsum(f"kmc,{other}", g, v.double()) for other, v in (("kcd->md", y), ("md->kcd", x))]
 
 
-def pairs_of_one_image_are_left_out(backend, device, scale=14.3, m=44, c=40, d=24):
+def pairs_of_one_image_are_left_out(backend, device, scale=14.3, n=44, d=24):
     """Of both sums and of every gradient, but for the pairs (j, j); an image may have no other pair at all."""
-    x, y = features(device, torch.float16, m, c, 2, d)
+    x, y = features(device, torch.float16, n, n, 2, d)
     gen = torch.Generator().manual_seed(1)
-    images = (torch.randint(12, (m,), generator=gen, dtype=torch.int32) * (torch.arange(m) > 5)).to(device)
-    masks = [(torch.rand(*shape, generator=gen) > 0.2).to(device) for shape in ((m,), (2, c))]
-    j = torch.arange(c, device=device)
+    images = (torch.randint(12, (n,), generator=gen, dtype=torch.int32) * (torch.arange(n) > 5)).to(device)
+    masks = [(torch.rand(*shape, generator=gen) > 0.2).to(device) for shape in ((n,), (2, n))]
+    j = torch.arange(n, device=device)
     for x_mask, y_mask in ((None, None), masks):
-        kept = (images[:, None] != images[None, :c]).expand(2, m, c).clone()
+        kept = (images[:, None] != images[None, :]).expand(2, n, n).clone()
         kept[:, j, j] = True
         kept = kept if x_mask is None else kept & x_mask[None, :, None] & y_mask[:, None]
         z = (scale * torch.einsum("md,kcd->kmc", x.double(), y.double())).masked_fill(~kept, -torch.inf)
         row, col = z.logsumexp(2), z.logsumexp(1)
         inputs = [v.detach().requires_grad_() for v in (x, y)]
-        arguments = torch.tensor(scale, device=device), x_mask, y_mask, True, False, "fp16", backend, images, images[:c]
+        arguments = torch.tensor(scale, device=device), x_mask, y_mask, True, False, "fp16", backend, images, images
         got = logsumexp_op(*inputs, *arguments)[:3]
         upstream = [torch.rand(v.shape, generator=gen).to(v) for v in got]
         grads = torch.autograd.grad(got, inputs, upstream)
