@@ -20,9 +20,9 @@ class Journal:
     def __init__(self, name: str):
         self.name = f"{name}.unfinished"
         stored = cache.read(self.name)
-        content = stored[0] if stored is not None else None
-        whole = isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content["answers"], dict)
-        self.answers: dict[str, Any] = content["answers"] if whole else {}
+        content = stored[0] if stored is not None and isinstance(stored[0], dict) else {}
+        answers = content.get("answers") if content.get("format") == FORMAT else None
+        self.answers: dict[str, Any] = answers if isinstance(answers, dict) else {}
         self._lock = threading.Lock()
 
     def run(self, jobs: list[dict[str, Any]], workers: int, limit_s: float, progress: Progress) -> list[dict[str, Any]]:
