@@ -19,6 +19,8 @@ from dreamlip_train.captions.sentences import split_sentences
 from dreamlip_train.jobs.user_error import UserError
 
 RAW = "raw_caption"
+LONG_CAPTION = "long_captions"
+"""The column of a long caption that no captioner of DreamLIP's wrote."""
 SHORT = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG = ("longIB_captions", "longSV_captions", "longLLA_captions")
 CAPTION_COLUMNS = (
@@ -38,9 +40,20 @@ LONGEST_CAPTION = 20_000
 captions are counted.
 """
 
+_CONTEXT_WORDS = 55  # which are some 77 tokens
 _MISSING = frozenset({"", "nan", "none", "null"})
 
 _OFFICIAL = re.compile(r"\n|</s>|[.]")
+
+
+def text_columns(text: str) -> dict[str, str]:
+    """A caption without a column, such as a KEY.txt, under its column: one of several sentences that CLIP's context
+    can't hold is a long caption, and will be split; any other is a raw one.
+    """
+    words = len(text[:LONGEST_CAPTION].split())
+    if words > _CONTEXT_WORDS and len(split_sub_captions(text)) > 1:
+        return {LONG_CAPTION: text}
+    return {RAW: text}
 
 
 def is_caption_column(name: str) -> bool:

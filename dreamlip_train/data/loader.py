@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.epoch_plan import ReaderLayout, batches_of_worker, plan_epoch
-from dreamlip_train.data.quarantine import BadCounts, append_quarantine, read_quarantine
+from dreamlip_train.data.quarantine import BadCounts, Quarantine, read_quarantine
 from dreamlip_train.data.shards.manifest import Counts, count_samples
 from dreamlip_train.data.shards.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
 from dreamlip_train.data.shards.shard_names import Shard, list_shards, shard_ids
@@ -124,7 +124,7 @@ def _set_aside(counts: Counts, ids: Mapping[str, str], data: DataConfig, quarant
         for shard, why in broken.items()
         if (ids[shard], "") not in known
     ]
-    append_quarantine(quarantine, entries)
+    Quarantine(quarantine).add(entries)
 
 
 @dataclass
@@ -147,6 +147,7 @@ class TrainLoader:
     bad: BadCounts = field(default_factory=BadCounts)
 
     def __post_init__(self) -> None:
+        self.left_out = Quarantine(self.quarantine)
         self.layout = ReaderLayout(self.world_size, max(1, self.data.num_workers), self.batch_size)
         self.heartbeats = Heartbeats(self.layout.workers)
         self.steps_per_epoch = sum(self.counts) // self.layout.global_batch
@@ -243,7 +244,7 @@ class TrainLoader:
         for entry in bad:
             self.bad.add(entry)
             logger.warning("left out: %s: %s: %s (%s)", entry["path"], entry["key"], entry["reason"], entry["detail"])
-        append_quarantine(self.quarantine, bad)
+        self.left_out.add(bad)
         if self.bad.seen >= _JUDGED_AFTER and self.bad.total > self.data.max_bad_fraction * self.bad.seen:
             raise RunError(
                 f"data.max_bad_fraction: {self.bad.total} of {self.bad.seen} samples could not be used (limit "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamlip_train.jobs.atomic_json import read_json_lines
+from dreamlip_train.jobs.line_file import LineFile
+
+logger = logging.getLogger("dreamlip_train")
 
 
 @dataclass
@@ -42,19 +46,39 @@ def read_quarantine(path: Path | None, ids: Mapping[str, str]) -> set[tuple[str,
     """(the shard's name within its set, key) of every sample that a run has left out so far, wherever the set lay then.
 
     Args:
-        ids: the name within the set of each shard's path (``shard_names.shard_ids``), for files that have paths.
+        ids: the name within the set of each shard's path (``shard_names.shard_ids``); files of before have other names.
     """
     if path is None or not path.exists():
         return set()
-    entries = [entry for entry in read_json_lines(path) if {"shard", "key"} <= entry.keys()]
-    return {(ids.get(entry["shard"], entry["shard"]), entry["key"]) for entry in entries}
+    known, names = set(), set(ids.values())
+    for entry in read_json_lines(path):
+        name, key = entry.get("shard"), entry.get("key")
+        if isinstance(name, str) and isinstance(key, str):
+            known.add((name if name in names else ids.get(str(entry.get("path", name)), name), key))
+    return known
 
 
-def append_quarantine(path: Path | None, entries: list[dict[str, Any]]) -> None:
-    """Note what was left out: {"shard": its name within the set, "path", "key", "reason", "detail"} each;
-    nothing where there is no file to note it in.
+class Quarantine:
+    """What one rank of a run leaves out, in a file of all ranks; a full disk ends nothing (``LineFile``).
+
+    Args:
+        path: None notes nothing.
     """
-    if path is not None and entries:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.file = None if path is None else LineFile(path, logger.error)
+
+    def add(self, entries: list[dict[str, Any]]) -> None:
+        """Note {"shard": its name within the set, "path", "key", "reason", "detail"} each."""
+        for entry in entries if self.file is not None else ():
+            self.file.write(json.dumps(entry))
+
+    def require_written(self) -> None:
+        """Everything noted is in the file, without which a resume would go on with other samples.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        if self.file is not None:
+            self.file.require_written()

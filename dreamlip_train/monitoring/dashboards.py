@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ class TensorBoard:
             self.make = None
         else:
             self.make = SummaryWriter
+            if not isinstance(threading.excepthook, _QuietAboutFullDisks):
+                threading.excepthook = _QuietAboutFullDisks(threading.excepthook)
 
     def add(self, step: int, numbers: dict[str, float]) -> None:
         """``numbers`` by name at ``step``, in the file when this returns."""
@@ -57,6 +60,19 @@ class TensorBoard:
         """Close the event file."""
         if self.writer is not None:
             self.writer.close()
+
+
+class _QuietAboutFullDisks:
+    """A ``threading.excepthook`` without the traceback that each of TensorBoard's writer threads ends with on a full
+    disk: ``TensorBoard.add`` gets the same error, and says it once.
+    """
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, arguments: Any) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread" or not issubclass(arguments.exc_type, OSError):
+            self.hook(arguments)
 
 
 def start_wandb(run_dir: Path, project: str, config: Any) -> Any:

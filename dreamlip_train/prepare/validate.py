@@ -4,6 +4,7 @@ manifest.json, and writes repaired copies.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import Counter, defaultdict
@@ -11,18 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.columns import CAPTION_COLUMNS, caption_pool, is_caption_column, split_sub_captions
+from dreamlip_train.captions.columns import caption_columns, caption_pool, is_caption_column, split_sub_captions
 from dreamlip_train.captions.statistics import CountTokens, Statistics, character_split_columns
 from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.data.shards.manifest import MANIFEST
 from dreamlip_train.data.shards.manifest_writer import Manifest
 from dreamlip_train.data.shards.shard_names import list_shards, local_folder
 from dreamlip_train.data.shards.shard_writer import ShardWriter, json_member
-from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard, record_of
+from dreamlip_train.data.shards.shards import RepeatedKey, ShardError, image_of, original_key, read_shard, record_of
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare.output_names import require_another_folder
+from dreamlip_train.prepare.output_names import require_another_folder, require_distinct_names
 from dreamlip_train.prepare.shard_copy import samples_of
 
 
@@ -43,35 +44,34 @@ def validate_shards(
 
     Args:
         crop: count images whose shorter side is smaller; 0 does not.
-        fix: folder for repaired copies: samples that can't be used and repeated keys left out, empty captions dropped,
-            captions stored as characters put together again.
+        fix: folder for repaired copies, which keep their names: samples that can't be used and those that come twice
+            (the same key and content) left out, keys that come twice told apart, empty captions dropped, captions
+            stored as characters put together again.
     Raises:
         UserError: the pattern matches nothing, no sample of the shards is usable, or ``fix`` is their own folder.
     """
     shards = list_shards(pattern, allow_pipe=allow_pipe, field="PATTERN")
     if fix:
         require_another_folder(shards, Path(fix), "--fix")
+        require_distinct_names(shards, "PATTERN", "--fix the folders one at a time")
+        Path(fix).mkdir(parents=True, exist_ok=True)
     several = len({os.path.dirname(shard) for shard in shards}) > 1
-    if fix and several:
-        raise UserError(
-            f"--fix: {pattern!r} are shards of several folders, whose names and keys may coincide; one at a time"
-        )
     whole, folders = Manifest(), defaultdict(Manifest)
     kinds: Counter[tuple[str, str]] = Counter()
-    keys = _Keys()
+    known = _KnownSamples()
     with Progress(f"validate {pattern}") as progress:
         checked = map_bounded(lambda shard: _check(shard, count_tokens, crop), shards)
-        for done, (shard, note, shard_keys, shard_kinds) in enumerate(checked, 1):
+        for done, (shard, note, digests, shard_kinds) in enumerate(checked, 1):
             kinds.update(shard_kinds)
             counts = Statistics(note["counts"])
-            keys.add(shard, shard_keys, counts)
+            known.add(shard, digests, counts)
             note["counts"] = counts.state
             folder, name = os.path.split(shard)
             folders[folder].add(name, note)
             whole.add(shard if several else name, note)
             total = whole.total
             progress.update(f"{done} of {len(shards)} shards, {total.samples} samples, {total.bad_count} findings")
-    for column in CAPTION_COLUMNS:
+    for column in sorted({column for column, _ in kinds}):
         lists, strings = kinds[column, "list"], kinds[column, "string"]
         if lists and strings:
             whole.total.add_bad("lists and strings in one column", column, f"{lists} lists, {strings} strings")
@@ -81,29 +81,35 @@ def validate_shards(
         why = whole.total.bad_summary() or "the shards are empty"
         raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {why}")
     if fix:
-        Path(fix).mkdir(parents=True, exist_ok=True)
-        for _ in map_bounded(lambda shard: _fix(shard, Path(fix), keys.repeated), shards):
+        for _ in map_bounded(lambda shard: _fix(shard, Path(fix), known.repeated), shards):
             pass
         validate_shards(fix, count_tokens=count_tokens)
     return whole.content()
 
 
-class _Keys:
-    """Which keys of a folder came before. Two sets may count from the same number: a key is one set's own."""
+class _KnownSamples:
+    """Which samples came before. Two sets may count from the same number: a sample is its key and its content."""
 
     def __init__(self) -> None:
-        self.owner: dict[tuple[str, str], str] = {}
-        self.repeated: set[tuple[str, int]] = set()
-        """(shard, position) of the samples whose key is another's."""
+        self.owner: dict[bytes, str] = {}
+        self.repeated: set[tuple[str, str]] = set()
+        """(shard, key) of the samples that came before."""
 
-    def add(self, shard: str, keys: Sequence[str], counts: Statistics) -> None:
-        """Count those keys of a shard that are taken as findings."""
-        folder = os.path.dirname(shard)
-        for position, key in enumerate(keys):
-            if (folder, key) in self.owner:
-                counts.add_bad("duplicate key", f"{shard}: {key}", f"also in {self.owner[folder, key]}")
-                self.repeated.add((shard, position))
-            self.owner.setdefault((folder, key), shard)
+    def add(self, shard: str, digests: Sequence[tuple[str, bytes]], counts: Statistics) -> None:
+        """Count those samples of a shard, (key, digest) each, that came before."""
+        for key, digest in digests:
+            if digest in self.owner:
+                counts.add_bad("duplicate sample", f"{shard}: {key}", f"also in {self.owner[digest]}")
+                self.repeated.add((shard, key))
+            self.owner.setdefault(digest, shard)
+
+
+def _digest(sample: Mapping[str, Any]) -> bytes:
+    digest = hashlib.blake2b(repr(str(original_key(sample))).encode(), digest_size=16)
+    for extension, content in sorted(sample.items()):
+        if extension != "key":
+            digest.update(f"{extension}:{len(content)}:".encode() + content)
+    return digest.digest()
 
 
 def _write_manifests(shards: Sequence[str], folders: Mapping[str, Manifest]) -> None:
@@ -117,17 +123,19 @@ def _write_manifests(shards: Sequence[str], folders: Mapping[str, Manifest]) -> 
 
 def _check(
     shard: str, count_tokens: CountTokens | None, crop: int
-) -> tuple[str, dict[str, Any], list[str], Counter[tuple[str, str]]]:
-    """(shard, what ``Manifest.add`` takes, keys, how often each column holds a list and a string)."""
-    counts, keys, kinds, with_image, size = Statistics(), [], Counter(), 0, 0
+) -> tuple[str, dict[str, Any], list[tuple[str, bytes]], Counter[tuple[str, str]]]:
+    """(shard, what ``Manifest.add`` takes, (key, digest) of those with a picture, how often each column holds a list
+    and a string).
+    """
+    counts, digests, kinds, size = Statistics(), [], Counter(), 0
     for _, sample in samples_of(shard, counts):
-        keys.append(sample["key"])
-        with_image += image_of(sample) is not None
+        if image_of(sample) is not None:
+            digests.append((sample["key"], _digest(sample)))
         size += sum(len(value) for value in sample.values() if isinstance(value, bytes))
         _check_sample(shard, sample, counts, kinds, count_tokens, crop)
     if local_folder(shard):
         size = os.path.getsize(shard) if os.path.exists(shard) else None
-    return shard, {"samples": with_image, "bytes": size, "counts": counts.state}, keys, kinds
+    return shard, {"samples": len(digests), "bytes": size, "counts": counts.state}, digests, kinds
 
 
 def _check_sample(
@@ -140,6 +148,8 @@ def _check_sample(
 ) -> None:
     name = f"{shard}: {sample['key']}"
     image = image_of(sample)
+    if isinstance(sample["key"], RepeatedKey):
+        counts.add_bad("duplicate key", name, f"an earlier sample is called {sample['key'].original}")
     if image is None:
         return counts.add_bad("no image", name, f"members {sorted(set(sample) - {'key'})}")
     try:
@@ -148,13 +158,13 @@ def _check_sample(
         return counts.add_bad("unreadable captions", name, str(error))
     for column in character_split_columns(record):
         counts.add_bad("caption stored as characters", name, column)
-    for column in CAPTION_COLUMNS:
-        if column in record and column not in character_split_columns(record):
+    for column in caption_columns(record):
+        if column not in character_split_columns(record):
             if split_sub_captions(record[column]):
                 kinds[column, "list" if isinstance(record[column], list) else "string"] += 1
             else:
                 counts.add_bad(f"empty {column}", name, repr(record[column])[:40])
-    if not caption_pool(record, [name for name in record if is_caption_column(name)]):
+    if not caption_pool(record):
         return counts.add_bad("no captions", name)
     try:
         height, width = decode_image(image).shape[-2:]
@@ -165,12 +175,12 @@ def _check_sample(
     counts.add_sample(record, count_tokens, "mask.png" in sample)
 
 
-def _fix(shard: str, folder: Path, repeated: set[tuple[str, int]]) -> None:
-    """The shard's repaired copy, without the samples at the ``repeated`` positions."""
+def _fix(shard: str, folder: Path, repeated: set[tuple[str, str]]) -> None:
+    """The shard's repaired copy, without the ``repeated`` (shard, key)."""
     with ShardWriter(folder / os.path.basename(shard)) as writer:
         try:
-            for position, sample in enumerate(read_shard(shard)):
-                fixed = None if (shard, position) in repeated else _fixed(sample)
+            for sample in read_shard(shard):
+                fixed = None if (shard, sample["key"]) in repeated else _fixed(sample)
                 if fixed is not None:
                     writer.add(fixed)
         except ShardError:
@@ -189,7 +199,7 @@ def _fixed(sample: dict[str, Any]) -> dict[str, Any] | None:
         return None
     split = character_split_columns(record)
     record |= {column: "".join(record[column]) for column in split}
-    record = {name: value for name, value in record.items() if name not in CAPTION_COLUMNS or split_sub_captions(value)}
-    if not caption_pool(record, [name for name in record if is_caption_column(name)]):
+    record = {name: value for name, value in record.items() if not is_caption_column(name) or split_sub_captions(value)}
+    if not caption_pool(record):
         return None
     return {**sample, "json": json_member(record)}

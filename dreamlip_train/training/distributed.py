@@ -31,7 +31,7 @@ def init_distributed() -> torch.device:
     # minute or until no compiler is found.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    device = _device(int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
+    device = _device(_whole_number(os.environ, "LOCAL_RANK", 0)) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
@@ -50,6 +50,8 @@ def world_of(environment: Mapping[str, str]) -> dict[str, str]:
         UserError: they contradict each other, or SLURM gave several tasks to a process that it did not start as one of
             them.
     """
+    if _whole_number(environment, "MASTER_PORT", 1) not in range(1, 2**16):
+        raise UserError(f"MASTER_PORT: got {environment['MASTER_PORT']}; a port is from 1 to 65535")
     given = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE")}
     if any(given.values()):
         rank, size = (int(value) if value.isdecimal() else -1 for value in given.values())
@@ -65,9 +67,9 @@ def world_of(environment: Mapping[str, str]) -> dict[str, str]:
         return address | (
             {} if environment.get("MASTER_PORT") else {"MASTER_PORT": _free_port() if size == 1 else "29500"}
         )
-    if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if _whole_number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _world_of_srun(environment)
-    if int(environment.get("SLURM_NTASKS") or 1) > 1 and not environment.get("SLURM_STEP_NUM_TASKS"):
+    if _whole_number(environment, "SLURM_NTASKS", 1) > 1 and not environment.get("SLURM_STEP_NUM_TASKS"):
         raise UserError(
             f"SLURM_NTASKS={environment['SLURM_NTASKS']}, but this process was not started by srun, "
             "so that each task would be "
@@ -83,19 +85,31 @@ def _world_of_srun(environment: Mapping[str, str]) -> dict[str, str]:
     if missing:
         raise UserError(f"{missing[0]}: is not set, though SLURM_STEP_NUM_TASKS is; start with srun or a launcher")
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    step = int(environment.get("SLURM_STEP_ID") or 0)
+    rank, size = _whole_number(environment, "SLURM_PROCID", 0), _whole_number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    if rank >= size:
+        raise UserError(
+            f"SLURM_PROCID={rank}, SLURM_STEP_NUM_TASKS={size}: a task's number is smaller than their number"
+        )
+    job, step = _whole_number(environment, "SLURM_JOB_ID", 0), _whole_number(environment, "SLURM_STEP_ID", 0)
     world = {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(_whole_number(environment, "SLURM_LOCALID", 0)),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
-        "MASTER_PORT": environment.get("MASTER_PORT")
-        or str(20_000 + (int(environment["SLURM_JOB_ID"]) + step) % 20_000),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + (job + step) % 20_000),
     }
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "")
     counts = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
-    node = int(environment.get("SLURM_NODEID") or 0)
+    node = _whole_number(environment, "SLURM_NODEID", 0)
     return world | ({"LOCAL_WORLD_SIZE": str(counts[node])} if node < len(counts) else {})
+
+
+def _whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A variable's value, ``default`` where it is not set or empty."""
+    value = environment.get(name) or str(default)
+    if not (value.isdecimal() and value.isascii() and len(value) < 19):
+        raise UserError(f"{name}: got {value!r}, which is no whole number; unset it, or set it to what it should be")
+    return int(value)
 
 
 def first_host(nodes: str) -> str:
@@ -136,5 +150,6 @@ def _share_cores(on_gpu: bool) -> None:
     set_by_user = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if not on_gpu and not set_by_user:
         # torchrun's name, the deepspeed launcher's name
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+        ranks = _whole_number(os.environ, next(name for name in names if os.environ.get(name)), 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, ranks)))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dreamlip_train.checkpoint import saving
-from dreamlip_train.checkpoint.ranks import SaveError
+from dreamlip_train.checkpoint.ranks import SaveError, all_or_none
 from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.config.batch import chunks_per_rank
 from dreamlip_train.config.schema import Config
@@ -145,6 +145,8 @@ class Loop:
         self.watchdog.now("saving a checkpoint")
         self.saved_at = time.monotonic()
         try:
+            with all_or_none():
+                self.loader.left_out.require_written()
             folder = self.run_dir / "checkpoints"
             path = saving.save(self.engine, folder, self.config, self.state, self.loader.fingerprint, self.average)
         except SaveError as error:

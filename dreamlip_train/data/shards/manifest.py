@@ -70,8 +70,11 @@ def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
         else:
             counts.broken[shard] = str(entry)
     if known is not None and kept != before:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_json(known, kept)
+        try:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_json(known, kept)
+        except OSError as error:
+            logger.warning("%s can't be written (%s): the next start counts again", known, error.strerror)
     counts.samples = {shard: counts.samples[shard] for shard in shards if shard in counts.samples}
     return counts
 

@@ -142,19 +142,20 @@ def local_folder(shard: str) -> Path | None:
 
 
 def shard_ids(shards: Sequence[str]) -> list[str]:
-    """What each shard is called within its set, wherever the set lies: as much of the end of its path as tells all of
-    them apart.
+    """What each shard is called within its set, wherever the set lies: its file name, and of several of one name which
+    of them it is.
 
-    >>> shard_ids(["/a/train/0.tar", "/a/val/0.tar"])
-    ['train/0.tar', 'val/0.tar']
+    >>> shard_ids(["/a/train/0.tar", "/a/val/0.tar", "/a/val/1.tar"])
+    ['0.tar', '2/0.tar', '1.tar']
     """
-    parts = [(os.path.abspath(shard) if scheme_of(shard) == "file" else shard).split("/") for shard in shards]
-    longest = max(map(len, parts), default=1)
-    for length in range(1, longest + 1):
-        ids = ["/".join(path[-length:]) for path in parts]
-        if len(set(ids)) == len(ids):
-            break
-    return ids if parts else []
+    times: Counter[str] = Counter()
+    ids = []
+    for shard in shards:
+        path = shard.partition("?")[0] if scheme_of(shard) == "http" else shard
+        name = os.path.basename(path)
+        times[name] += 1
+        ids.append(f"{times[name]}/{name}" if times[name] > 1 else name)  # no file name has a slash
+    return ids
 
 
 def open_shard(shard: str) -> IO[bytes] | Any:

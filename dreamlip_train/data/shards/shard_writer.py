@@ -20,6 +20,7 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self.path, self.samples, self.stack = path, 0, ExitStack()
+        self.keys: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
         self.partial = self.stack.enter_context(atomic_write(self.path))
@@ -29,7 +30,9 @@ class ShardWriter:
         return self
 
     def add(self, sample: Mapping[str, Any]) -> None:
-        """Append the members of one sample."""
+        """Append the members of one sample, whose key is its own: as a neighbor another of it would be read as one."""
+        assert sample["key"] not in self.keys, f"two samples of {self.path} have the key {sample['key']!r}"
+        self.keys.add(sample["key"])
         self.samples += 1
         for extension, data in sample.items():
             if extension != "key":

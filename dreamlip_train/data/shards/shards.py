@@ -16,13 +16,14 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 os.environ.setdefault("WDS_SECURE", "1")
 
 from webdataset.tariterators import base_plus_ext
 
+from dreamlip_train.captions.columns import text_columns
 from dreamlip_train.data.shards.shard_names import open_shard
 from dreamlip_train.jobs.atomic_json import parse_json
 
@@ -39,6 +40,12 @@ class ShardError(Exception):
     """A shard that could not be read to its end; ``args[0]`` says why."""
 
 
+class RepeatedKey(str):
+    """The key of a sample whose own, ``original``, an earlier sample of the shard had: that with a number."""
+
+    original: str
+
+
 class Oversized(bytes):
     """Stands for a member that was not read: empty, and with the ``size`` that its header claims."""
 
@@ -48,11 +55,34 @@ class Oversized(bytes):
 def read_shard(shard: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> Iterator[dict[str, Any]]:
     """Raw samples in file order: {"key": str, extension: bytes, ..}, extensions in lower case.
 
+    A key belongs to one sample: a later one of the same key gets a ``RepeatedKey``.
+
     Args:
         max_member_bytes: a member that claims more, or is sparse, is not read; ``Oversized`` stands in its place.
     Raises:
         ShardError: the tar is missing, truncated or no tar; the samples before the damage have been given.
     """
+    times: dict[str, int] = {}  # a key came
+    for sample in _grouped(shard, max_member_bytes):
+        key = sample["key"]
+        if key in times:
+            sample["key"] = _another_key(key, times)
+        times.setdefault(sample["key"], 1)
+        yield sample
+
+
+def _another_key(key: str, times: dict[str, int]) -> RepeatedKey:
+    """``key`` with a number that no sample of the shard has had."""
+    while True:
+        times[key] += 1
+        another = RepeatedKey(f"{key}~{times[key]}")
+        if another not in times:
+            another.original = key
+            return another
+
+
+def _grouped(shard: str, max_member_bytes: int) -> Iterator[dict[str, Any]]:
+    """Successive members of one key, as a sample."""
     current: dict[str, Any] = {}
     try:
         with open_shard(shard) as stream:
@@ -141,13 +171,19 @@ class _Bounded:
         return data
 
 
+def original_key(sample: Mapping[str, Any]) -> str:
+    """The key as the shard has it, for two samples perhaps."""
+    key = sample["key"]
+    return key.original if isinstance(key, RepeatedKey) else key
+
+
 def image_of(sample: dict[str, Any]) -> bytes | None:
     """The sample's image file, or None."""
     return next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
 
 
 def record_of(sample: dict[str, Any]) -> dict[str, Any]:
-    """The sample's caption columns: its json, and its txt as raw_caption where the json has none.
+    """The sample's caption columns: its json, and its txt (``text_columns``) where the json has no such column.
 
     Raises:
         ValueError: the json is not an object, or a member was too large to be read.
@@ -161,5 +197,7 @@ def record_of(sample: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise ValueError(f"its json holds a {type(record).__name__}, not an object")
     if "txt" in sample and not isinstance(record.get("raw_caption"), (str, list)):
-        record["raw_caption"] = sample["txt"].decode("utf-8", errors="replace")
+        for column, text in text_columns(sample["txt"].decode("utf-8", errors="replace")).items():
+            if not record.get(column):
+                record[column] = text
     return record

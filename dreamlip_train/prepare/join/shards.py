@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlip_train.captions.statistics import Statistics
-from dreamlip_train.data.shards.shards import record_of
+from dreamlip_train.data.shards.shards import original_key, record_of
 from dreamlip_train.jobs.atomic_file import atomic_write
 from dreamlip_train.jobs.finished import make_once
 from dreamlip_train.prepare.shard_copy import copy_shard, samples_of
@@ -51,9 +51,9 @@ def _write_index(file: Path, number: int, shard: str, on: str) -> dict[str, Any]
 def _value(sample: dict[str, Any], on: str) -> str:
     """What a sample is compared by, in its one spelling; "" if it has none."""
     if on == "key":
-        return str(sample["key"]).strip()
+        return original_key(sample).strip()
     if on == "path":
-        return normal_path(str(sample["key"]))
+        return normal_path(original_key(sample))
     try:
         record = record_of(sample)
     except ValueError:

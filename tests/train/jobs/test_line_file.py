@@ -24,7 +24,10 @@ def test_lines_wait_for_room_and_none_is_lost(tmp_path, full_disk):
     for line in lines[:8]:
         file.write(line)
     assert len(said) == 1 and "metrics.jsonl CAN'T BE WRITTEN" in said[0]
+    with pytest.raises(OSError, match="metrics.jsonl"):
+        file.require_written()
     full_disk()
+    file.require_written()
     file.write(lines[8])
     file.write(lines[9])
     file.close()
@@ -38,3 +41,15 @@ def test_a_line_that_a_crash_cut_off_gets_its_end(tmp_path):
     file.write("\ud800 next")
     file.close()
     assert (tmp_path / "x").read_bytes() == b"whole\nhal\n\\ud800 next\n"
+
+
+def test_a_file_that_cannot_be_made_is_made_when_it_can(tmp_path):
+    """A disk without room for a new file's name ended the run, where one without room for its lines did not."""
+    said = []
+    (tmp_path / "folder").write_text("in the way")
+    file = LineFile(tmp_path / "folder" / "x", said.append)
+    file.write("one")
+    (tmp_path / "folder").unlink()
+    file.write("two")
+    file.close()
+    assert (tmp_path / "folder" / "x").read_text() == "one\ntwo\n" and len(said) == 2

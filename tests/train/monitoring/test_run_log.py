@@ -21,7 +21,7 @@ def test_names_of_samples_are_printed_as_they_are(tmp_path, capsys):
     assert "[/nonsense] :dog: {x}" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # each ended with a traceback
 def test_a_full_disk_ends_no_run_and_loses_no_row(tmp_path, capsys):
     log = RunLog(tmp_path, 0, 100)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)

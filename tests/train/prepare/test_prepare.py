@@ -268,19 +268,21 @@ def test_validate_names_what_a_trainer_would_trip_over(tmp_path):
         ("json.json", b"{"),
         *sample("empty", 4, raw_caption=""),
         ("alone.json", b"{}"),
+        *sample("good", 5),
     ]
     write_tar(tmp_path / "a.tar", content)
-    write_tar(tmp_path / "b.tar", sample("good", 5))
+    write_tar(tmp_path / "b.tar", sample("good", 1))
     (tmp_path / "c.tar").write_text("<html>404</html>")
     manifest = validate_shards(str(tmp_path))
-    assert manifest["samples"] == 3
+    assert manifest["samples"] == 4
     for reason, name in {
         "caption stored as characters": "chars: longSV_captions",
         "damaged image": "broken",
         "unreadable captions": "json",
         "no captions": "empty",
         "no image": "alone",
-        "duplicate key": "good",
+        "duplicate key": "good~2",
+        "duplicate sample": "good",
         "shard could not be read to its end": "c.tar",
     }.items():
         entry = manifest["bad"][reason]

@@ -45,13 +45,15 @@ def dirty(tmp_path):
     write(
         folder / "00001.tar",
         [
-            ("a", jpeg(5, 300), good),  # its key is in the shard before
+            ("a", jpeg(5, 300), good),  # its key is in the shard before, its picture is not
+            ("c", jpeg(2, 300), good | {"longSV_captions": ["One.", "Two."]}),  # the same sample
             ("g", None, good),
             ("h", jpeg(6, 300), b'{"raw_caption": '),
             ("i", jpeg(7, 300), {"url": "no captions"}),
             ("j", jpeg(8, 300), good),
             ("k", jpeg(9, 300), good),
             ("j", jpeg(9, 300), good),
+            ("k", jpeg(9, 300), good),
         ],
     )
     return folder
@@ -65,6 +67,7 @@ EXPECTED = {
     "image smaller than 224 pixels": 1,
     "damaged image": 1,
     "duplicate key": 2,
+    "duplicate sample": 2,
     "no image": 1,
     "unreadable captions": 1,
     "no captions": 1,
@@ -79,8 +82,8 @@ def test_everything_a_trainer_would_trip_over_is_found(dirty, capsys):
     manifest = json.loads((dirty / "manifest.json").read_text())
     for reason, count in EXPECTED.items():
         assert f"{count} x {reason}" in printed, printed
-    assert "00001.tar: a: also in" in printed and "100 x 100" in printed and "longSV_captions: 1 lists, " in printed
-    assert {name: entry["samples"] for name, entry in manifest["shards"].items()} == {"00000.tar": 6, "00001.tar": 6}
+    assert "00001.tar: c: also in" in printed and "100 x 100" in printed and "longSV_captions: 2 lists, " in printed
+    assert {name: entry["samples"] for name, entry in manifest["shards"].items()} == {"00000.tar": 6, "00001.tar": 8}
 
 
 def test_three_examples_are_shown(tmp_path, capsys):
@@ -103,16 +106,14 @@ def test_fix_writes_copies_that_are_sound_and_leaves_the_originals(dirty, tmp_pa
     with pytest.raises(SystemExit):
         cli.main(["prepare", "validate", str(dirty), "--fix", str(tmp_path / "out")])
     assert before == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in dirty.glob("*.tar")}
-    found = {
-        s["key"]: json.loads(s["json"]) for name in sorted(before) for s in read_shard(str(tmp_path / "out" / name))
-    }
-    assert sorted(found) == ["a", "b", "c", "d", "e", "j", "k"]
+    found = [s for name in sorted(before) for s in read_shard(str(tmp_path / "out" / name))]
+    assert [s["key"] for s in found] == ["a", "b", "c", "d", "e", "a", "j", "k", "j~2"]
+    assert [s["jpg"] for s in found[5:]] == [jpeg(5, 300), jpeg(8, 300), jpeg(9, 300), jpeg(9, 300)]
+    found = {s["key"]: json.loads(s["json"]) for s in found}
     assert found["b"]["longSV_captions"] == "It is split." and found["d"] == {"longSV_captions": "One. Two."}
     again = validate_shards(str(tmp_path / "out"), index=False)
     assert set(again["bad"]) == {"lists and strings in one column"}  # both are read: nothing to repair
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 7
-    images = {s["key"]: s["jpg"] for s in read_shard(str(tmp_path / "out" / "00001.tar"))}
-    assert images["j"] == jpeg(8, 300)  # of a key that comes twice, the first stays
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 9
 
 
 def test_fix_into_the_same_folder_is_refused(dirty):
@@ -180,8 +181,15 @@ def test_two_sets_may_count_their_keys_from_the_same_number(tmp_path):
     both = f"{tmp_path / 'cc3m'}::{tmp_path / 'cc12m'}"
     checked = validate_shards(both)
     assert checked["samples"] == 2 and not checked["bad"] and len(checked["shards"]) == 2
-    with pytest.raises(UserError, match="--fix: .* shards of several folders"):
+    with pytest.raises(UserError, match="PATTERN: two shards are both called '00000.tar' .*--fix the folders one"):
         validate_shards(both, fix=str(tmp_path / "fixed"))
+    (tmp_path / "cc12m" / "00000.tar").rename(tmp_path / "cc12m" / "00001.tar")
+    validate_shards(both, fix=str(tmp_path / "fixed"))
+    (tmp_path / "cc3m" / "00000.tar").rename(tmp_path / "cc12m" / "00000.tar")
+    assert not validate_shards(str(tmp_path / "cc12m"))["bad"], "in one folder too"
+    for folder in ("fixed", "cc12m"):
+        keys = [s["key"] for i in range(2) for s in read_shard(str(tmp_path / folder / f"0000{i}.tar"))]
+        assert keys == ["000000000", "000000000"]
 
 
 def test_a_folder_that_cannot_be_written_does_not_cost_the_findings(tmp_path, capsys):

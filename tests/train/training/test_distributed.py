@@ -64,6 +64,34 @@ def test_half_a_world_is_a_message(environment):
         world_of(environment)
 
 
+NUMBERS = [
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_NODEID",
+    "MASTER_PORT",
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["a", "-1", "1.5", "1(x2)", "²", "9" * 30])
+def test_a_variable_that_is_no_number_is_a_message(name, value):
+    """A site's own wrapper or a typo ended in int()'s traceback."""
+    with pytest.raises(UserError, match=f"{name}"):
+        world_of(SRUN | {name: value})
+
+
+def test_numbers_that_contradict_each_other_are_a_message():
+    with pytest.raises(UserError, match="SLURM_PROCID=6, SLURM_STEP_NUM_TASKS=6"):
+        world_of(SRUN | {"SLURM_PROCID": "6"})
+    with pytest.raises(UserError, match="SLURM_NTASKS: got 'x'"):
+        world_of({"SLURM_NTASKS": "x"})
+    with pytest.raises(UserError, match="MASTER_PORT: got 70000"):
+        world_of({"MASTER_PORT": "70000"})
+
+
 @pytest.mark.parametrize(
     ("nodes", "host"),
     [

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shard_files import write_shards
+from shard_files import sample, write_index, write_shards, write_tar
 from tiny import batch, clean_environment, tiny_config, tiny_engine
 
 from dreamlip_train.checkpoint.files import complete_checkpoints, newest
@@ -203,8 +204,17 @@ def small_disk():
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, small_disk, capsys):
-    at_step(monkeypatch, {3: lambda _: small_disk(200_000), 5: lambda _: small_disk(None)})
+    """Kept exceptions once kept the files of failed saves open, deleted, until the disk was full of them."""
+    kept_open = []
+
+    def make_room(_):
+        small_disk(None)
+        targets = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        kept_open.extend(target for target in targets if "deleted" in target and str(tmp_path) in target)
+
+    at_step(monkeypatch, {3: lambda _: small_disk(200_000), 5: make_room})
     train(tiny_run(write_shards(tmp_path / "shards", [40]), 6, every_steps=1), tmp_path / "run")
+    assert not kept_open
     said = (tmp_path / "run" / "log.txt").read_text()
     for step, kept in ((3, 2), (4, 2)):
         assert (
@@ -217,6 +227,58 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, s
         "step-00000005",
     ]
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_costs_no_line_of_what_was_left_out(tmp_path, monkeypatch, small_disk):
+    """ENOSPC in quarantine.jsonl ended the run; and no checkpoint may be without what a resume of it skips."""
+    damaged_shards(tmp_path / "shards")
+    config = tiny_run(tmp_path / "shards", 6, every_steps=1)
+    config.data.max_bad_fraction = 1.0
+    at_step(monkeypatch, {2: lambda _: small_disk(300), 4: lambda _: small_disk(None)})
+    train(config, tmp_path / "run")
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "quarantine.jsonl CAN'T BE WRITTEN" in said and "quarantine.jsonl is written again" in said
+    noted = [json.loads(line)["key"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    train(config, tmp_path / "undisturbed")
+    lines = (tmp_path / "undisturbed" / "quarantine.jsonl").read_text().splitlines()
+    assert noted == [json.loads(line)["key"] for line in lines] and len(noted) > 8
+
+
+def damaged_shards(folder: Path) -> Path:
+    for shard in range(3):
+        write_tar(
+            folder / f"{shard:05d}.tar",
+            [
+                (name, b"\xff\xd8 no" if i % 4 == 0 and name.endswith("jpg") else data)
+                for i in range(24)
+                for name, data in sample(f"{shard}{i:03d}", i)
+            ],
+        )
+    write_index(folder, [24] * 3)
+    return folder
+
+
+@pytest.mark.parametrize("names", ["one set", "two sets of one name"])
+def test_resume_over_damaged_samples_from_moved_shards_in_a_new_folder_is_exact(tmp_path, names):
+    """0 of 30 losses were equal: what was left out was known by its path, and by the run folder."""
+    before, after = str(damaged_shards(tmp_path / "a" / "s")), str(tmp_path / "b" / "s")
+    if names == "two sets of one name":
+        before, after = f"{before}::{damaged_shards(tmp_path / 'a' / 't')}", f"{tmp_path / 'b' / 't'}::{after}"
+    config = tiny_run(before, 7, every_steps=3)
+    config.checkpoint.keep_last = 3
+    config.data.max_bad_fraction = 1.0
+    train(config, tmp_path / "run")
+    (tmp_path / "a").rename(tmp_path / "b")
+    if names == "two sets of one name":
+        (tmp_path / "b" / "s").rename(tmp_path / "b" / "x")  # so that their names change places
+        (tmp_path / "b" / "t").rename(tmp_path / "b" / "s")
+        (tmp_path / "b" / "x").rename(tmp_path / "b" / "t")
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    config.data.shards = after
+    train(config, tmp_path / "other", start=str(tmp_path / "run"))
+    whole = losses(tmp_path / "run")
+    assert losses(tmp_path / "other") == {step: whole[step] for step in (4, 5, 6, 7)}
 
 
 def test_a_run_whose_last_checkpoint_fails_says_so_and_fails(tmp_path, monkeypatch, small_disk):
