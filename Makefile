@@ -11,7 +11,7 @@ install: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch ninja "setuptools>=77" wheel
-	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,log,recaption,ray,benchmark,dev]"
+	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,log,recaption,ray,hub,benchmark,dev]"
 	touch $@
 
 demo: install
@@ -34,7 +34,7 @@ ptx: install
 
 # Hostile names, pictures, weights and models: nothing of it runs (SECURITY.md). Part of `make test` too.
 security: install
-	$(BIN)/python -m pytest tests/security
+	$(BIN)/python -m pytest tests/security tests/train/checkpoint/test_torchscript.py
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, each instruction set.
 TORCH = $(shell $(BIN)/python -c "import torch, pathlib; print(pathlib.Path(torch.__file__).parent)")

@@ -9,45 +9,37 @@ from collections.abc import Mapping
 from typing import Any
 
 from dreamlip_train.captions.columns import LONGEST_CAPTION, is_caption_column
+from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN
 
-IMAGE_COLUMN = "Image Path"
-# The names in DreamLIP's JSON files, and others in use, for the columns of its CSV files.
-ALIASES: dict[str, str] = {
-    "ImagePath": IMAGE_COLUMN,
-    "RawCaption": "raw_caption",
-    **{
-        f"{mllm}Caption{length.capitalize()}": f"{length}{mllm}_captions"
-        for mllm in ("IB", "SV", "LLA")
-        for length in ("short", "long")
-    },
-}
+IMAGE_BYTES = "image bytes"
+"""In a row whose table has the pictures inside: the picture's file."""
 _DEEPEST = 16
 _UNSEPARATED = re.compile(r"""(?<=['"])\s+(?=['"])""")
-
-
-def column_name(name: str) -> str:
-    """DreamLIP's name for a column that may have one of the others in use."""
-    return ALIASES.get(name, name)
 
 
 class CellError(ValueError):
     """A cell that is no text and no plain value."""
 
 
-def as_row(record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """(cells under DreamLIP's names without the empty ones, what was repaired or left out), or (None,
-    why the row can't be used).
+def as_row(record: Mapping[str, Any], rename: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
+    """(cells under our names without the empty ones, what was repaired or left out), or (None, why the row can't be
+    used).
 
-    Caption columns keep text, and lists of text; a list that was written as text is a list again. Bytes are UTF-8.
+    Caption columns keep text, and lists of text; a list that was written as text is a list again, and of a conversation
+    the answer is the caption. Bytes are UTF-8, but for a picture inside the table ({"bytes", "path"}).
+
+    Args:
+        rename: {the table's column: ours}, where they differ.
     """
     row: dict[str, Any] = {}
     notes: list[str] = []
     for name, cell in record.items():
-        name = column_name(name)
+        name = rename.get(name, name)
         try:
+            if name == IMAGE_COLUMN:
+                row |= _image(cell, notes)
+                continue
             value = _plain(cell, notes, name)
-            if name == IMAGE_COLUMN and (isinstance(value, bool) or not isinstance(value, str | int | None)):
-                return None, f"{name} holds a {type(cell).__name__}, not text"
             if is_caption_column(name):
                 value = _caption(value, notes, name)
         except CellError as error:
@@ -56,8 +48,25 @@ def as_row(record: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
             notes.append(f"{name} left out: {error}")
             continue
         if value not in (None, "", []):
-            row[_text(name, [], "")] = str(value) if name == IMAGE_COLUMN else value
+            row[_text(name, [], "")] = value
     return row, "; ".join(dict.fromkeys(notes))
+
+
+def _image(cell: Any, notes: list[str]) -> dict[str, Any]:
+    """The image column of a row: a name, or a picture's bytes and perhaps its name."""
+    row = {}
+    if isinstance(cell, Mapping) and ("bytes" in cell or "path" in cell):  # as Hugging Face's datasets keep pictures
+        if isinstance(cell.get("bytes"), bytes | bytearray):
+            row[IMAGE_BYTES] = bytes(cell["bytes"])
+        cell = cell.get("path")
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    value = _plain(cell, notes, IMAGE_COLUMN)
+    if value is None or value == "":
+        return row
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise CellError(f"a {type(cell).__name__}, not text")
+    return row | {IMAGE_COLUMN: str(value)}
 
 
 def _plain(value: Any, notes: list[str], name: str, depth: int = 0) -> Any:
@@ -100,6 +109,8 @@ def _caption(value: Any, notes: list[str], name: str) -> Any:
     """A caption cell's text or list of texts."""
     if isinstance(value, str):
         return _written_list(value, notes, name)
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return _answer(value)
     if isinstance(value, list):
         texts = [item for item in value if isinstance(item, str)]
         if any(isinstance(item, list | dict) for item in value):
@@ -108,6 +119,20 @@ def _caption(value: Any, notes: list[str], name: str) -> Any:
     if value is not None:
         raise CellError(f"a {type(value).__name__}, not text")
     return value
+
+
+def _answer(turns: list[dict[str, Any]]) -> str:
+    """What a model says of the picture in a conversation {"from", "value"} or {"role", "content"} of one question."""
+    answers = [
+        turn.get("value", turn.get("content"))
+        for turn in turns
+        if str(turn.get("from", turn.get("role"))).lower() in ("gpt", "assistant", "model")
+    ]
+    if len(answers) != 1:
+        raise CellError(f"a conversation with {len(answers)} answers is no caption")
+    if not isinstance(answers[0], str):
+        raise CellError("an answer that is no text")
+    return answers[0]
 
 
 def _written_list(text: str, notes: list[str], name: str) -> str | list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.cells import IMAGE_COLUMN, as_row, column_name
+from dreamlip_train.captions.cells import as_row
 from dreamlip_train.captions.columns import is_caption_column
+from dreamlip_train.captions.formats.files import arrow_source
+from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN
+from dreamlip_train.captions.formats.parquet_pictures import pictures_of
 from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
@@ -17,10 +20,12 @@ _BATCH = 1024
 
 
 def parquet_rows(
-    path: Path, check: Callable[[Path, list[str]], None]
+    path: Path, know: Callable[[list[str]], Mapping[str, str]]
 ) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
-    """``table.read_rows`` of a parquet file.
+    """``table.Table``'s rows of a parquet file, without the pictures that may be in it (formats/parquet_pictures.py).
 
+    Args:
+        know: of the columns' names, checked by it: {the file's: ours} where they differ.
     Raises:
         UserError: it is not readable, lacks columns, or a caption or image column holds something else than text (it is
             named).
@@ -28,13 +33,13 @@ def parquet_rows(
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(arrow_source(path))
         names = [field.name for field in file.schema_arrow]
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     except Exception as error:  # damaged footers: ArrowException, OSError, UnicodeDecodeError, MemoryError ..
         raise UserError(f"--captions: {str(path)!r} is not a readable parquet file: {_first_line(error)}") from error
-    check(path, [column_name(name) for name in names])
-    kept = _text_columns(path, file.schema_arrow)
+    rename = know(names)
+    kept = _text_columns(path, file, rename)
     done = 0
     for group, rows in enumerate(groups):
         begin = done
@@ -42,7 +47,7 @@ def parquet_rows(
             for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=kept):
                 for record in _records(batch):
                     done += 1
-                    yield done, *as_row(record)
+                    yield done, *as_row(record, rename)
         except Exception as error:  # pyarrow's decoders raise all kinds for damaged pages
             lost = max(begin + rows - done, 1)
             yield done + 1, None, f"row group {group}: {lost} rows are damaged: {_first_line(error)}"
@@ -68,11 +73,19 @@ def _values(column: Any) -> list[Any]:
         return [None if cell is None else cell.decode("utf-8", "replace") for cell in column.cast("binary").to_pylist()]
 
 
-def _text_columns(path: Path, schema: Any) -> list[str]:
+def _text_columns(path: Path, file: Any, rename: Mapping[str, str]) -> list[str]:
     """The columns that are read: text for captions and images, and all others but those with bytes inside."""
     kept, left_out = [], []
-    for field in schema:
-        ours = column_name(field.name)
+    pictures = pictures_of(file, rename)
+    for field in file.schema_arrow:
+        ours = rename.get(field.name, field.name)
+        if field.name == pictures:
+            if any(child.name == "path" for child in getattr(field.type, "fields", ())):
+                kept.append(f"{field.name}.path")
+            continue
+        if is_caption_column(ours) and _is_conversation(field.type):
+            kept.append(field.name)
+            continue
         if (ours == IMAGE_COLUMN or is_caption_column(ours)) and not _is_text(field.type, lists=ours != IMAGE_COLUMN):
             raise UserError(
                 f"--captions: the column {field.name!r} of {str(path)!r} holds {field.type}, not text; "
@@ -85,6 +98,12 @@ def _text_columns(path: Path, schema: Any) -> list[str]:
     if left_out:
         logger.warning("%s: columns that hold bytes are left out: %s", path, ", ".join(left_out))
     return kept
+
+
+def _is_conversation(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return (types.is_list(kind) or types.is_large_list(kind)) and types.is_struct(kind.value_type)
 
 
 def _is_text(kind: Any, lists: bool) -> bool:

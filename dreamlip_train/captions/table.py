@@ -1,7 +1,7 @@
-"""Rows of a caption table (CSV, TSV, parquet, JSON, JSON lines), one at a time: however large the file,
-and naming every row that cannot be read.
+"""Rows of a caption table (CSV, TSV, parquet, JSON, JSON lines, plain or compressed), one at a time: however large the
+file, and naming every row that cannot be read.
 
-All cells pass cells.py, which says what is text.
+All cells pass cells.py, which says what is text; formats/ knows the layouts that people publish.
 """
 
 from __future__ import annotations
@@ -9,73 +9,158 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.cells import IMAGE_COLUMN, as_row, column_name
-from dreamlip_train.captions.columns import CAPTION_COLUMNS
+from dreamlip_train.captions.cells import as_row
+from dreamlip_train.captions.columns import is_caption_column
 from dreamlip_train.captions.csv_rows import CsvRecords
+from dreamlip_train.captions.formats.annotations import records_of
+from dreamlip_train.captions.formats.files import is_compressed, open_text, read_text, require_kind
+from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN, describe_layout, renaming
 from dreamlip_train.captions.parquet_rows import parquet_rows
 from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
 
 logger = logging.getLogger("dreamlip_train")
 
-SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl")
-
 Row = tuple[int, dict[str, Any] | None, str]
 """(row number from 1, its cells or None, what is wrong with it or was repaired in its cells);
 empty cells are left out.
 """
+Check = Callable[[str, list[str], list[str]], None]
+"""Called with what names the table, its columns as they are called here, and as they are called in the file."""
 
 
-def read_rows(path: Path, check: Callable[[Path, list[str]], None] | None = None) -> Iterator[Row]:
-    """Every row of a table, columns under DreamLIP's CSV names (``column_name``).
+class Table:
+    """A caption table. Iterating gives every row, columns under our names.
 
     Args:
-        check: called with the path and the column names before any row is given; raises UserError for those it does not
-            accept. None wants the image column and a caption column.
+        columns: {our column: the table's}, as the user says; {} goes by the names (formats/layouts.py).
+        check: raises UserError for columns that are not accepted. None wants the image column and a caption column.
     Raises:
-        UserError: no such file, an empty one, another format, or one without the expected columns.
+        UserError: no such file, or of another kind; while iterating, before any row: an empty one, or one without the
+            expected columns.
     """
-    check = check or check_columns
-    if not path.is_file():
-        raise UserError(f"--captions: no file {str(path)!r}")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return parquet_rows(path, check)
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows(path, "\t" if suffix == ".tsv" else ",", check)
-    if suffix == ".jsonl":
-        return _json_lines(path, check)
-    if suffix == ".json":
-        return _json_rows(path, check)
-    raise UserError(f"--captions: {str(path)!r} is none of {', '.join(SUFFIXES)}")
 
+    def __init__(self, path: Path, columns: Mapping[str, str] | None = None, check: Check | None = None) -> None:
+        self.path, self.columns, self.check = path, dict(columns or {}), check or check_columns
+        self.kind = require_kind(path)
+        self.layout = ""
+        """The published layout it has, known from its first row on."""
+        self.lines: int | None = None
+        """Of a file of lines: how many were read."""
+        self.rename: dict[str, str] = {}
+        """{the table's column: ours}, known from the first row on."""
+        self.names: list[str] = []
+        """Its columns, under our names."""
 
-def _csv_rows(path: Path, delimiter: str, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        header: list[str] = []
-        records = CsvRecords(
-            file, delimiter, lambda cells: len(cells) == len(header) and _names_a_picture(cells, header)
-        )
+    def __iter__(self) -> Iterator[Row]:
+        if self.kind == "parquet":
+            rows = parquet_rows(self.path, self._know)
+        elif self.kind == "jsonl":
+            rows = self._json_lines()
+        elif self.kind == "json":
+            rows = self._json_rows()
+        else:
+            rows = self._csv_rows("\t" if self.kind == "tsv" else ",")
         number = 0
-        for line, cells, wrong in records:
+        try:
+            for number, row, wrong in rows:
+                yield number, row, wrong
+        except (OSError, EOFError) as error:
+            if not is_compressed(self.path):
+                raise
+            if not self.names:
+                raise UserError(f"--captions: {str(self.path)!r} is not readable: {error}") from error
+            yield number + 1, None, f"the file is damaged from here on: {error}"
+
+    def _know(self, names: list[str], form: str = "") -> dict[str, str]:
+        """What the columns are called here; once they are checked."""
+        self.layout = describe_layout(names, self.columns, form)
+        self.rename = renaming(names, self.columns, form)
+        self.names = [self.rename.get(name, name) for name in names]
+        self.check(f"--captions: {str(self.path)!r}", self.names, names)
+        missing = [theirs for theirs in self.columns.values() if theirs not in names]
+        if missing and self.check is check_columns:
+            raise UserError(f"--columns: {str(self.path)!r} has no column {missing[0]!r}; it has {_listed(names)}")
+        return self.rename
+
+    def _csv_rows(self, delimiter: str) -> Iterator[Row]:
+        with open_text(self.path) as file:
+            header: list[str] = []
+            records = CsvRecords(
+                file, delimiter, lambda cells: len(cells) == len(header) and _names_a_picture(cells, image)
+            )
+            number = image = 0
+            for line, cells, wrong in records:
+                self.lines = records.lines
+                if not header:
+                    header = _header(self.path, cells or [], delimiter)
+                    ours = [self._know(header).get(name, name) for name in header]
+                    image = ours.index(IMAGE_COLUMN) if IMAGE_COLUMN in ours else 0
+                    continue
+                number += 1
+                if cells is None:
+                    yield number, None, wrong
+                elif len(cells) != len(header):
+                    yield number, None, f"line {line}: {len(cells)} fields, the header has {len(header)}"
+                else:
+                    record = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+                    yield number, *as_row(record, self.rename)
             if not header:
-                header = _header(path, cells or [], delimiter)
-                check(path, header)
-                continue
-            number += 1
-            if cells is None:
-                yield number, None, wrong
-            elif len(cells) != len(header):
-                yield number, None, f"line {line}: {len(cells)} fields, the header has {len(header)}"
+                raise UserError(f"--captions: {str(self.path)!r} is empty")
+            logger.info("%s: %d rows on %d lines", self.path, number, records.lines)
+
+    def _json_lines(self) -> Iterator[Row]:
+        checked = False
+        with open_text(self.path) as file:
+            for number, line in enumerate(file, 1):
+                self.lines = number
+                if not line.strip():
+                    continue
+                try:
+                    record = parse_json(line)
+                except ValueError as error:
+                    yield number, None, f"line {number}: {error}"
+                    continue
+                if not isinstance(record, dict):
+                    yield number, None, f"line {number}: a {type(record).__name__}, not an object"
+                    continue
+                if not checked:
+                    self._know(list(record))
+                    checked = True
+                yield number, *as_row(record, self.rename)
+
+    def _json_rows(self) -> Iterator[Row]:
+        try:
+            content = parse_json(read_text(self.path))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"--captions: {str(self.path)!r} is not JSON: {error}") from error
+        records, form = records_of(content)
+        if not records:
+            raise UserError(
+                f"--captions: {str(self.path)!r} must hold a list of records, or an object of records by key, "
+                "and at least one"
+            )
+        self._know(
+            list(dict.fromkeys(name for record in records[:100] if isinstance(record, dict) for name in record)), form
+        )
+        for number, record in enumerate(records, 1):
+            if isinstance(record, dict):
+                yield number, *as_row(record, self.rename)
             else:
-                yield number, *as_row({name: cell for name, cell in zip(header, cells, strict=True) if cell})
-        if not header:
-            raise UserError(f"--captions: {str(path)!r} is empty")
-        logger.info("%s: %d rows on %d lines", path, number, records.lines)
+                yield number, None, f"record {number}: a {type(record).__name__}, not an object"
+
+
+def peeked(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, the first of which is read now: a table is checked and known then."""
+    iterator = iter(rows)
+    return chain([row for row in [next(iterator, None)] if row is not None], iterator)
 
 
 def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
@@ -86,68 +171,30 @@ def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
             f"{other!r}; "
             "name a tab-separated file .tsv, or convert it to CSV or parquet"
         )
-    header = [column_name(name.strip()) for name in cells]
+    header = [name.strip() for name in cells]
     repeated = [name for name, times in Counter(filter(None, header)).items() if times > 1]
     if repeated:
         raise UserError(f"--captions: {str(path)!r} has the column {repeated[0]!r} twice; rename one")
     return header
 
 
-def _names_a_picture(cells: list[str], header: list[str]) -> bool:
+def _names_a_picture(cells: list[str], image: int) -> bool:
     """Whether a line that has as many cells as the header is a row by itself, not a caption's line with as many
     commas.
     """
-    name = cells[header.index(IMAGE_COLUMN) if IMAGE_COLUMN in header else 0].strip()
+    name = cells[image].strip()
     return re.search(r"[./\\0-9]", name) is not None and (not re.search(r"\s", name) or "." in name[-5:])
 
 
-def _json_lines(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
-    checked = False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = parse_json(line)
-            except ValueError as error:
-                yield number, None, f"line {number}: {error}"
-                continue
-            if not isinstance(record, dict):
-                yield number, None, f"line {number}: a {type(record).__name__}, not an object"
-                continue
-            if not checked:
-                check(path, [column_name(name) for name in record])
-                checked = True
-            yield number, *as_row(record)
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
-def _json_rows(path: Path, check: Callable[[Path, list[str]], None]) -> Iterator[Row]:
-    """A list of records, or an object of records by key (which becomes the column "key")."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8-sig", errors="replace"))
-    except ValueError as error:
-        raise UserError(f"--captions: {str(path)!r} is not JSON: {error}") from error
-    if isinstance(content, dict):
-        content = [{"key": key, **value} if isinstance(value, dict) else value for key, value in content.items()]
-    if not isinstance(content, list) or not content:
+def check_columns(table: str, names: list[str], theirs: list[str]) -> None:
+    """A table needs the image column and at least one caption column."""
+    if IMAGE_COLUMN not in names or not any(is_caption_column(name) for name in names):
         raise UserError(
-            f"--captions: {str(path)!r} must hold a list of records, or an object of records by key, and at least one"
-        )
-    first = next((record for record in content if isinstance(record, dict)), {})
-    check(path, [column_name(name) for name in first])
-    for number, record in enumerate(content, 1):
-        if isinstance(record, dict):
-            yield number, *as_row(record)
-        else:
-            yield number, None, f"record {number}: a {type(record).__name__}, not an object"
-
-
-def check_columns(path: Path, names: list[str]) -> None:
-    """A table needs the image column and at least one of DreamLIP's caption columns."""
-    captions = [name for name in CAPTION_COLUMNS if name in names]
-    if IMAGE_COLUMN not in names or not captions:
-        raise UserError(
-            f"--captions: {str(path)!r} needs the column {IMAGE_COLUMN!r} and at least one of "
-            f"{', '.join(CAPTION_COLUMNS)}; "
-            f"it has {', '.join(map(repr, names))}"
+            f"{table} needs the column {IMAGE_COLUMN!r} and at least one of raw_caption, short.._captions and "
+            f"long.._captions; it has {_listed(theirs)}. If they are called otherwise, say how: "
+            "--columns url=THEIRS long=THEIRS"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -15,10 +16,16 @@ from dreamlip_train.cli import ablate, evaluate, prepare, report, show, train, w
 from dreamlip_train.cli.usage import PROGRAM, closest, usage
 from dreamlip_train.jobs.user_error import RunError, UserError
 
+# What the system says of a machine, a disk or a permission: never our bug.
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command. A UserError or RunError prints as one message and exits with 2;
-    anything else keeps its traceback.
+    """Run one command. A UserError or RunError, or what the system says of a disk or a permission, prints as one
+    message and exits with 2; anything else keeps its traceback.
     """
     arguments = _without_local_rank(list(sys.argv[1:] if arguments is None else arguments))
     for stream in (sys.stdout, sys.stderr):
@@ -32,8 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # who read the output has seen enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
-    except (UserError, RunError, ValueError, RuntimeError) as error:
-        if not isinstance(error, UserError | RunError) and not _raised_by_the_kernels(error):
+    except (UserError, RunError, OSError, ValueError, RuntimeError) as error:
+        of_the_machine = isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
+        if not (isinstance(error, UserError | RunError) or of_the_machine or _raised_by_the_kernels(error)):
             raise
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
         print(f"{rank}{PROGRAM}: {error}", file=sys.stderr)

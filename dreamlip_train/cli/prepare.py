@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
 from dreamlip_train.captions.columns import Splitter
+from dreamlip_train.captions.formats.files import kind_of
+from dreamlip_train.captions.formats.layouts import parse_columns
 from dreamlip_train.cli.usage import require_writable
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import FolderOptions, JoinOptions, RecaptionOptions, ScenesOptions
@@ -26,9 +30,11 @@ class UrlsOptions:
     """Write the URLs and captions of a table as the parquet file that img2dataset downloads from."""
 
     captions: tyro.conf.Positional[str]
-    """CSV, TSV, parquet, JSON or JSON lines with "Image Path" and DreamLIP's caption columns."""
+    """CSV, TSV, parquet, JSON or JSON lines with URLs and captions."""
     output: str
     """The .parquet file."""
+    columns: tuple[str, ...] = ()
+    """What the table calls them, as OURS=THEIRS words: --columns url=URL long=re_caption raw=alt."""
 
 
 def prepare_urls(arguments: list[str], program: str) -> None:
@@ -37,8 +43,10 @@ def prepare_urls(arguments: list[str], program: str) -> None:
     require_writable(options.output)
     from dreamlip_train.prepare.url_list import write_url_list
 
-    counts = write_url_list(options.captions, options.output)
-    print(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    written = write_url_list(options.captions, options.output, parse_columns(options.columns))
+    names = written.pop("columns")
+    print(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in written.items()))
+    print(f"img2dataset: --url_col url --save_additional_columns '{json.dumps(names)}'")
 
 
 def prepare_folder(arguments: list[str], program: str) -> None:
@@ -47,7 +55,8 @@ def prepare_folder(arguments: list[str], program: str) -> None:
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare import folder
 
-    folder.prepare_folder(**vars(options), count_tokens=count_tokens)
+    given = vars(options) | {"columns": parse_columns(options.columns)}
+    folder.prepare_folder(**given, count_tokens=count_tokens)
 
 
 def prepare_join(arguments: list[str], program: str) -> None:
@@ -56,7 +65,7 @@ def prepare_join(arguments: list[str], program: str) -> None:
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.prepare.join.join import format_join, join_captions
 
-    manifest = join_captions(**vars(options))
+    manifest = join_captions(**(vars(options) | {"columns": parse_columns(options.columns)}))
     print(format_join(manifest["join"]))
     print(format_summary(options.output, manifest))
 
@@ -68,7 +77,9 @@ class ValidateOptions:
     """
 
     pattern: tyro.conf.Positional[str]
-    """Shards: a folder, a glob or a brace pattern."""
+    """Shards: a folder, a glob or a brace pattern. Or a caption table: what it is taken for, and its rows."""
+    columns: tuple[str, ...] = ()
+    """Of a table: what it calls our columns, as OURS=THEIRS words."""
     fix: str = ""
     """Also write repaired copies of the shards into this folder: without what can't be used, captions stored as
     characters put together again.
@@ -80,8 +91,14 @@ class ValidateOptions:
 
 
 def prepare_validate(arguments: list[str], program: str) -> None:
-    """Check, index and repair existing shards (img2dataset, FLAIR, open_clip): PATTERN [--fix DIR]"""
+    """Check, index and repair shards (img2dataset, FLAIR, open_clip), or say what a table is: PATTERN [--fix DIR]"""
     options = tyro.cli(ValidateOptions, args=arguments, prog=program)
+    if kind_of(Path(options.pattern)) and Path(options.pattern).is_file():
+        from dreamlip_train.prepare.validate_table import format_table, validate_table
+
+        checked = validate_table(Path(options.pattern), parse_columns(options.columns))
+        print(format_table(options.pattern, checked))
+        sys.exit(1 if checked["bad"] else 0)
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare.validate import validate_shards

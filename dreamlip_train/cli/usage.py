@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,5 @@ def require_writable(output: str) -> None:
         raise UserError(f"--output: no folder {str(folder)!r}; make it first")
     if output and Path(output).is_dir():
         raise UserError(f"--output: {output!r} is a folder; give a file")
+    if output and not os.access(output if Path(output).exists() else folder, os.W_OK):
+        raise UserError(f"--output: {output!r} can't be written there; give another file")

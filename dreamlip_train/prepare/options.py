@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass
@@ -24,11 +24,15 @@ class FolderOptions:
     """Turn a caption table and a folder of images into shards and a manifest.json. A killed run resumes."""
 
     captions: str
-    """CSV, TSV, parquet, JSON or JSON lines with "Image Path" and DreamLIP's caption columns."""
-    images: str
-    """Folder of images, searched in depth."""
+    """CSV, TSV, parquet, JSON or JSON lines, plain, .gz or .zst; `prepare validate FILE` says what it is taken for. Or
+    hf:NAME:SPLIT, a data set of the Hugging Face hub (or a folder of its layout), which is streamed.
+    """
     output: str
     """Folder for the shards."""
+    images: str | None = None
+    """Folder of images, searched in depth; not needed where the table has the pictures inside."""
+    columns: tuple[str, ...] = ()
+    """What the table calls them, as OURS=THEIRS words: --columns url=URL long=re_caption raw=alt."""
     masks: str | None = None
     """Folder of label maps STEM.png: value j is the region that sentence j of each long caption describes."""
     shard_size: int = 1000
@@ -53,8 +57,8 @@ class JoinOptions:
     """What joins them: "url", "path" or "key", or the name of a json field of the samples and column of the tables."""
     table_column: str = ""
     """The tables' column that is compared, if it is called otherwise ("Image Path" for url and path)."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Captions under other names, as OURS THEIRS pairs: --columns longSV_captions caption_long raw_caption alt."""
+    columns: tuple[str, ...] = ()
+    """What the tables call them, as OURS=THEIRS words (or OURS THEIRS pairs): --columns longSV=caption_long raw=alt."""
     matched_only: bool = False
     """Leave out samples that no table knows."""
     memory_limit: str = "3GB"
@@ -92,6 +96,20 @@ class RecaptionOptions:
     """Asks for the long caption; empty leaves it out."""
     short_prompt: str = "Describe the image in short."
     """Asks for the short caption; empty leaves it out."""
+    summary_prompt: str = ""
+    """Asks for both at once, in place of the two above: the answer's first sentence is the short caption, the others
+    are the long one. Such as "Summarize the image in one sentence, then describe its details in one sentence each."
+    """
+    keep_above: float | None = None
+    """Leave out sentences whose cosine with the picture is lower by --clip-model, as hallucinations are; 0.2 or so for
+    OpenAI's CLIP. The scores of all sentences are kept in each sample's json (longNAME_scores, shortNAME_scores).
+    """
+    clip_model: str = "ViT-B-32"
+    """The judge of --keep-above: an open_clip folder, as `dreamlip-train export` writes it, or a name of open_clip's
+    table with --clip-weights.
+    """
+    clip_weights: str = ""
+    """An open_clip weights file of the named --clip-model."""
     max_tokens: int = 256
     """Length of a long caption; a short one gets a quarter of it."""
     batch_size: int = 16

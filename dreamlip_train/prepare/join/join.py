@@ -67,6 +67,10 @@ def join_captions(
     output, columns = Path(output), columns or {}
     column = table_column or (IMAGE_COLUMN if on in NORMAL else on)
     tables, shard_paths = find_tables(captions), list_shards(shards, field="--shards")
+    try:
+        str(output.resolve()).encode("utf-8")
+    except UnicodeEncodeError as error:  # DuckDB's and pyarrow's files
+        raise UserError(f"--output: the name of {str(output)!r} is not UTF-8; give another folder") from error
     require_distinct_names(shard_paths, "--shards", "join the folders one at a time")
     require_another_folder(shard_paths, output, "--output")
     for table in tables:
@@ -99,13 +103,14 @@ def _match_all(
     ray_address: str,
 ) -> dict[str, Any]:
     """Make ``state``/joined.parquet; return the report of matches."""
-    bad, sources = Statistics(), Counter()
+    bad, sources, lines = Statistics(), Counter(), 0
     stage = partial(stage_table, state=state / "tables", on=on, column=column, columns=columns)
     with Progress("read tables") as progress:
         staged = map_tasks(stage, list(enumerate(tables)), ray_address=ray_address)
         for number, note in enumerate(staged, 1):
             bad.merge(Statistics(note["counts"]))
             sources.update(note["sources"])
+            lines += note["lines"] or 0
             progress.update(f"{number} of {len(tables)}")
     index = partial(index_shard, state=state / "shards", on=on)
     with Progress("read shards") as progress:
@@ -122,7 +127,7 @@ def _match_all(
             "choose --on or --table-column "
             "so that the two agree"
         )
-    return report | {"rows_by_source": dict(sources), "counts": bad.state}
+    return report | {"lines": lines, "rows_by_source": dict(sources), "counts": bad.state}
 
 
 def _write_all(shards: Sequence[str], output: Path, state: Path, matched_only: bool, ray_address: str) -> Manifest:
@@ -145,7 +150,8 @@ def _write_all(shards: Sequence[str], output: Path, state: Path, matched_only: b
 def format_join(report: dict[str, Any]) -> str:
     """What ``join_captions`` found, as text to read."""
     examples = report["examples"]
-    lines = [f"{report['samples_matched']:>10} of {report['samples']} samples matched"]
+    lines = [f"{report['rows']:>10} rows to compare on {report['lines']} lines of text"] if report["lines"] else []
+    lines += [f"{report['samples_matched']:>10} of {report['samples']} samples matched"]
     for count, what, some in (
         (report["samples_unmatched"], "samples that no table knows", examples["samples"]),
         (report["rows_unmatched"], "rows whose picture is in no shard", examples["rows"]),

@@ -7,14 +7,14 @@ from __future__ import annotations
 import glob
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.captions.cells import column_name
-from dreamlip_train.captions.columns import CAPTION_COLUMNS
+from dreamlip_train.captions.columns import is_caption_column
+from dreamlip_train.captions.formats.files import SUFFIXES, kind_of
 from dreamlip_train.captions.statistics import Statistics
-from dreamlip_train.captions.table import SUFFIXES, read_rows
+from dreamlip_train.captions.table import Check, Table
 from dreamlip_train.jobs.atomic_file import atomic_write
 from dreamlip_train.jobs.finished import make_once
 from dreamlip_train.jobs.user_error import UserError
@@ -33,7 +33,7 @@ def find_tables(captions: str) -> list[Path]:
     tables: list[Path] = []
     for part in captions.split("::"):
         if Path(part).is_dir():
-            matches = sorted(path for path in Path(part).rglob("*") if path.suffix.lower() in SUFFIXES)
+            matches = sorted(path for path in Path(part).rglob("*") if kind_of(path))
         else:
             matches = [Path(name) for name in sorted(glob.glob(part))]
         if not matches:
@@ -48,24 +48,16 @@ def check_table(path: Path, column: str, columns: dict[str, str]) -> None:
     Raises:
         UserError: it can't be read or lacks the columns.
     """
-    next(read_rows(path, _check(column, columns)), None)
+    next(iter(Table(path, columns, _check(column))), None)
 
 
-def _wanted(columns: dict[str, str]) -> dict[str, str]:
-    """{column in the shards: column in the tables}."""
-    return {name: name for name in CAPTION_COLUMNS} | columns
-
-
-def _check(column: str, columns: dict[str, str]) -> Callable[[Path, list[str]], None]:
-    wanted = {column_name(name) for name in _wanted(columns).values()}
-
-    def check(table: Path, names: list[str]) -> None:
-        if column not in names or not wanted & set(names):
+def _check(column: str) -> Check:
+    def check(table: str, names: list[str], theirs: list[str]) -> None:
+        if column not in {*names, *theirs} or not any(is_caption_column(name) for name in names):
             raise UserError(
-                f"--captions: {str(table)!r} needs the column {column!r} and at least one of "
-                f"{', '.join(sorted(wanted))}; "
-                f"it has {', '.join(map(repr, names))}. --table-column names the compared one, "
-                "--columns OURS THEIRS maps captions"
+                f"{table} needs the column {column!r} and at least one of raw_caption, short.._captions and "
+                f"long.._captions; it has {', '.join(map(repr, theirs))}. --table-column names the compared one, "
+                "--columns long=THEIRS maps captions"
             )
 
     return check
@@ -75,18 +67,17 @@ def stage_table(
     task: tuple[int, Path], *, state: Path, on: str, column: str, columns: dict[str, str]
 ) -> dict[str, Any]:
     """One caption table to parquet: row number, compared value, captions as json. Returns {"counts": of what was wrong,
-    "sources": rows by caption column}.
+    "sources": rows by caption column, "lines": of a file of lines}.
     """
     number, table = task
     file = state / f"{number:05d}.parquet"
     return make_once(file, file.with_suffix(".json"), lambda: _stage(file, number, table, on, column, columns))
 
 
-def _stage(file: Path, number: int, table: Path, on: str, column: str, columns: dict[str, str]) -> dict[str, Any]:
+def _stage(file: Path, number: int, path: Path, on: str, column: str, columns: dict[str, str]) -> dict[str, Any]:
     import pyarrow
     import pyarrow.parquet
 
-    wanted = _wanted(columns)
     bad, sources = Statistics(), Counter()
     schema = pyarrow.schema(
         [
@@ -96,18 +87,18 @@ def _stage(file: Path, number: int, table: Path, on: str, column: str, columns: 
             ("captions", pyarrow.string()),
         ]
     )
-    normal = NORMAL.get(on, str.strip)
+    table, normal = Table(path, columns, _check(column)), NORMAL.get(on, str.strip)
     rows: list[tuple[int, int, str, str]] = []
     with atomic_write(file) as partial, pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
-        for row_number, row, wrong in _with_replacements(read_rows(table, _check(column, columns)), table, bad):
-            name = f"{table.name}: row {row_number}"
+        for row_number, row, wrong in _with_replacements(table, path, bad):
+            name = f"{path.name}: row {row_number}"
             if row is None:
                 bad.add_bad("malformed row", name, wrong)
                 continue
             if wrong:
                 bad.add_bad("table cell repaired or left out", name, wrong)
-            value = normal(str(row.get(column, "")))
-            captions = {ours: row[theirs] for ours, theirs in wanted.items() if row.get(theirs)}
+            value = normal(str(row.get(table.rename.get(column, column), "")))
+            captions = {name: cell for name, cell in row.items() if is_caption_column(name)}
             if not value or not captions:
                 bad.add_bad("no captions" if value else f"no {column}", name, value)
                 continue
@@ -117,10 +108,10 @@ def _stage(file: Path, number: int, table: Path, on: str, column: str, columns: 
                 writer.write_table(_as_table(rows, schema))
                 rows = []
         writer.write_table(_as_table(rows, schema))
-    return {"counts": bad.state, "sources": dict(sources)}
+    return {"counts": bad.state, "sources": dict(sources), "lines": table.lines}
 
 
-def _with_replacements(rows: Iterator[Any], path: Path, bad: Statistics) -> Iterator[Any]:
+def _with_replacements(rows: Iterable[Any], path: Path, bad: Statistics) -> Iterator[Any]:
     """The rows; those in which undecodable bytes were replaced are counted, and kept."""
     for number, row, wrong in rows:
         if row is not None and any(isinstance(cell, str) and "\ufffd" in cell for cell in row.values()):

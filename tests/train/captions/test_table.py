@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from dreamlip_train.captions.columns import caption_pool
-from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
+from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN
+from dreamlip_train.captions.table import Table
 from dreamlip_train.jobs.user_error import UserError
 
 HEADER = [IMAGE_COLUMN, "raw_caption", "shortSV_captions", "longSV_captions"]
@@ -41,7 +42,7 @@ def table(path, rows):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_was_written_is_read(tmp_path, suffix):
     rows = [row(i) for i in range(20)]
-    assert list(read_rows(table(tmp_path / f"t{suffix}", rows))) == [(i, r, "") for i, r in enumerate(rows, 1)]
+    assert list(Table(table(tmp_path / f"t{suffix}", rows))) == [(i, r, "") for i, r in enumerate(rows, 1)]
 
 
 @pytest.mark.parametrize("delimiter, suffix", [(",", ".csv"), ("\t", ".tsv")])
@@ -59,7 +60,7 @@ def test_a_stray_quote_costs_its_own_line(tmp_path, delimiter, suffix, column, s
         lines.append(delimiter.join(cells))
     path = tmp_path / f"t{suffix}"
     path.write_text("\n".join(lines) + "\n")
-    rows = list(read_rows(path))
+    rows = list(Table(path))
     whole = {r[IMAGE_COLUMN]: r for _, r, _ in rows if r is not None}
     others = [i for i in range(20) if i != stray]
     assert set(whole) == {f"http://x.org/{i}.jpg" for i in others}
@@ -73,14 +74,14 @@ def test_a_stray_quote_costs_its_own_line(tmp_path, delimiter, suffix, column, s
 def test_captions_of_several_lines_with_commas_are_whole(tmp_path):
     caption = "\n".join(["Yes, it is, indeed, so.", "A dog, a cat, a bird, a fish.", "", "The end."])
     path = table(tmp_path / "t.csv", [row(1) | {"longSV_captions": caption}, row(2)])
-    assert [r["longSV_captions"] for _, r, _ in read_rows(path)] == [caption, row(2)["longSV_captions"]]
+    assert [r["longSV_captions"] for _, r, _ in Table(path)] == [caption, row(2)["longSV_captions"]]
 
 
 def test_a_quote_that_is_never_closed_ends_with_its_line(tmp_path):
     path = tmp_path / "t.csv"
     body = "".join(f"http://x.org/{i}.jpg,raw {i},s,A ball.\n" for i in range(3000))
     path.write_text(",".join(HEADER) + '\nhttp://x.org/a.jpg,"raw,s,A ball.\n' + body)
-    rows = list(read_rows(path))
+    rows = list(Table(path))
     assert sum(r is not None for _, r, _ in rows) == 3000 and rows[0][1] is None and "line 2" in rows[0][2]
 
 
@@ -88,7 +89,7 @@ def test_bytes_are_utf8_or_a_finding(tmp_path):
     """A binary column trained as "b'A dog'"."""
     columns = {IMAGE_COLUMN: ["0.jpg", "1.jpg"], "raw_caption": [b"a caf\xc3\xa9", b"\xff\xd8"], "x": [b"1", b"2"]}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    (_, first, note), (_, second, wrong) = read_rows(tmp_path / "t.parquet")
+    (_, first, note), (_, second, wrong) = Table(tmp_path / "t.parquet")
     assert first["raw_caption"] == "a café" and not note
     assert "raw_caption" not in second and "raw_caption left out: bytes that are not UTF-8" in wrong
 
@@ -98,7 +99,7 @@ def test_bytes_are_utf8_or_a_finding(tmp_path):
 )
 def test_a_list_written_as_text_is_a_list_and_it_is_said(tmp_path, written):
     path = table(tmp_path / "t.csv", [row(1) | {"longSV_captions": written}])
-    ((_, cells, note),) = read_rows(path)
+    ((_, cells, note),) = Table(path)
     assert (
         cells["longSV_captions"] == ["A dog.", "It runs."]
         and "longSV_captions: a list that was written as text" in note
@@ -110,7 +111,7 @@ def test_other_types_are_refused_by_column_name(tmp_path):
     image = {"bytes": b"\xff\xd8\xff", "path": "x"}
     whole = pyarrow.table({IMAGE_COLUMN: ["0.jpg"], "raw_caption": ["a dog"], "image": [image]})
     pyarrow.parquet.write_table(whole, tmp_path / "t.parquet")
-    assert list(read_rows(tmp_path / "t.parquet")) == [(1, {IMAGE_COLUMN: "0.jpg", "raw_caption": "a dog"}, "")]
+    assert list(Table(tmp_path / "t.parquet")) == [(1, {IMAGE_COLUMN: "0.jpg", "raw_caption": "a dog"}, "")]
     for name, values in (
         ("raw_caption", [image]),
         ("longMine_captions", [[["a"]]]),
@@ -120,7 +121,7 @@ def test_other_types_are_refused_by_column_name(tmp_path):
         columns = {IMAGE_COLUMN: ["0.jpg"], "raw_caption": ["a dog"]} | {name: values}
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
         with pytest.raises(UserError, match=f"the column '{name}' of .* holds .*, not text"):
-            list(read_rows(tmp_path / "t.parquet"))
+            list(Table(tmp_path / "t.parquet"))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -132,7 +133,7 @@ def test_values_that_are_not_text_are_named(tmp_path, suffix):
         "depth": json.loads("[" * 40 + "]" * 40),
     }
     rows = list(
-        read_rows(
+        Table(
             table(
                 tmp_path / f"t{suffix}",
                 [row(1) | strange, {IMAGE_COLUMN: True, "raw_caption": "x"}, row(2) | {IMAGE_COLUMN: 5}],
@@ -147,7 +148,7 @@ def test_values_that_are_not_text_are_named(tmp_path, suffix):
         "depth left out: nested",
     ):
         assert part in rows[0][2]
-    assert rows[1] == (2, None, "Image Path holds a bool, not text") and rows[2][1][IMAGE_COLUMN] == "5"
+    assert rows[1] == (2, None, "Image Path: a bool, not text") and rows[2][1][IMAGE_COLUMN] == "5"
 
 
 def test_a_damaged_page_costs_its_row_group(tmp_path):
@@ -156,7 +157,7 @@ def test_a_damaged_page_costs_its_row_group(tmp_path):
     start = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(1).dictionary_page_offset
     data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
-    rows = list(read_rows(path))
+    rows = list(Table(path))
     assert [r[IMAGE_COLUMN] for _, r, _ in rows if r] == [f"http://x.org/{i}.jpg" for i in (*range(5), *range(10, 20))]
     assert "row group 1: 5 rows are damaged" in next(wrong for _, r, wrong in rows if r is None)
     assert [number for number, r, _ in rows if r] == [*range(1, 6), *range(11, 21)]
@@ -214,7 +215,7 @@ def test_mutated_tables_never_end_in_a_traceback(tmp_path, suffix):
                 data[place:place] = data[rng.randrange(len(data)) :][: rng.randint(1, 60)]
         path.write_bytes(data)
         try:
-            for number, cells, wrong in read_rows(path):
+            for number, cells, wrong in Table(path):
                 assert number >= 1 and (cells is not None or wrong)
                 if cells is not None:
                     json.dumps(cells, allow_nan=False, ensure_ascii=False).encode()
@@ -231,5 +232,5 @@ def test_a_line_longer_than_any_cell_costs_itself(tmp_path):
     path.write_text(
         ",".join(HEADER) + "\nhttp://x.org/1.jpg,raw,s," + "x" * (17 * 2**20) + "\nhttp://x.org/2.jpg,raw,s,A ball.\n"
     )
-    rows = list(read_rows(path))
+    rows = list(Table(path))
     assert rows[0][1] is None and rows[1][1][IMAGE_COLUMN] == "http://x.org/2.jpg"

@@ -19,7 +19,8 @@ from shard_files import jpeg, tokenize, write_tar
 from tiny import clean_environment
 
 from dreamlip_train import cli
-from dreamlip_train.captions.table import IMAGE_COLUMN, read_rows
+from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN
+from dreamlip_train.captions.table import Table
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
 from dreamlip_train.data.shards.shards import read_shard
@@ -381,7 +382,7 @@ def test_rows_are_numbered_and_named(tmp_path):
     table = write_csv(
         tmp_path / "c.csv", [(url(1), "a"), (url(2),), (url(3), "c")], header=(IMAGE_COLUMN, "raw_caption")
     )
-    assert [(number, bool(row)) for number, row, _ in read_rows(table)] == [(1, True), (2, False), (3, True)]
+    assert [(number, bool(row)) for number, row, _ in Table(table)] == [(1, True), (2, False), (3, True)]
 
 
 def test_a_wrong_column_claims_nothing(tmp_path, shards):

@@ -1,0 +1,86 @@
+"""Table files as text, plain or compressed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, TextIO
+
+from dreamlip_train.jobs.user_error import UserError
+
+_KINDS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".jsonlines": "jsonl",
+    ".ndjson": "jsonl",
+}
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = tuple(_KINDS)
+_LARGEST_JSON = 16 * 2**30  # characters: a document is parsed whole
+
+
+def kind_of(path: Path) -> str:
+    """ "csv", "tsv", "parquet", "json" or "jsonl", by the name (.gz and .zst aside); "" for any other file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+        if suffixes and suffixes[-1] == ".parquet":  # it is compressed inside
+            return ""
+    return _KINDS.get(suffixes[-1], "") if suffixes else ""
+
+
+def require_kind(path: Path) -> str:
+    """``kind_of``.
+
+    Raises:
+        UserError: no such file, or one that is no table by its name.
+    """
+    if not path.is_file():
+        raise UserError(f"--captions: no file {str(path)!r}")
+    kind = kind_of(path)
+    if not kind:
+        raise UserError(
+            f"--captions: {str(path)!r} is none of {', '.join(SUFFIXES)} (all but parquet also as .gz or .zst)"
+        )
+    return kind
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a table is compressed as a whole, by its name."""
+    return path.suffix.lower() in _COMPRESSED
+
+
+def open_text(path: Path) -> TextIO:
+    """The file's text, line ends as they are; bytes that are not UTF-8 are replaced."""
+    compression = _COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        return path.open(newline="", encoding="utf-8-sig", errors="replace")
+    import pyarrow
+
+    stream = io.BufferedReader(pyarrow.CompressedInputStream(arrow_source(path), compression), 2**20)
+    return io.TextIOWrapper(stream, newline="", encoding="utf-8-sig", errors="replace")
+
+
+def arrow_source(path: Path) -> Any:
+    """``path`` as pyarrow takes it, which knows names in UTF-8 alone."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return path.open("rb")
+    return str(path)
+
+
+def read_text(path: Path) -> str:
+    """The whole text of a JSON document.
+
+    Raises:
+        UserError: a compressed one grows without bounds.
+    """
+    with open_text(path) as file:
+        text = file.read(_LARGEST_JSON + 1)
+    if len(text) > _LARGEST_JSON:
+        raise UserError(f"--captions: {str(path)!r} is larger than {_LARGEST_JSON:,} characters; give it as JSON lines")
+    return text

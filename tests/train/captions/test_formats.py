@@ -1,0 +1,369 @@
+"""The files people bring, each of exactly its layout: what it is told to be, and its rows in our columns."""
+
+import gzip
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from shard_files import jpeg, sample, write_tar
+
+from dreamlip_train import cli
+from dreamlip_train.captions.columns import caption_pool, text_columns
+from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN, parse_columns
+from dreamlip_train.captions.table import Table
+from dreamlip_train.data.shards.shards import read_shard, record_of
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.prepare.folder import prepare_folder
+from dreamlip_train.prepare.join.join import join_captions
+from dreamlip_train.prepare.url_list import write_url_list
+from dreamlip_train.prepare.validate import validate_shards
+
+LONG = "In the center of the image, a red bus stands. Behind it, two trees grow."
+PIECES = ["In the center of the image, a red bus stands.", "Behind it, two trees grow."]
+
+
+def lines(records):
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def text(records):
+    return json.dumps(records).encode()
+
+
+# name: (file name, content, layout, {image: its sub-captions by column})
+LAYOUTS = {
+    "ShareGPT4V": (
+        "share-captioner_coco_lcs_sam_1246k_1107.json",
+        text(
+            [
+                {
+                    "id": "000000000009",
+                    "image": "coco/train2017/000000000009.jpg",
+                    "conversations": [
+                        {"from": "human", "value": "What do you see happening in this image?\n<image>"},
+                        {"from": "gpt", "value": LONG},
+                    ],
+                },
+                {
+                    "id": "sa_7",
+                    "image": "sam/images/sa_7.jpg",
+                    "conversations": [
+                        {"from": "human", "value": "<image>\nDescribe."},
+                        {"from": "gpt", "value": "A cat."},
+                    ],
+                },
+            ]
+        ),
+        "ShareGPT4V / LLaVA conversations",
+        {
+            "coco/train2017/000000000009.jpg": {"longSV_captions": PIECES},
+            "sam/images/sa_7.jpg": {"longSV_captions": ["A cat."]},
+        },
+    ),
+    "BLIP": (
+        "ccs_synthetic_filtered_large.json",
+        text([{"image": "/export/cc/1.jpg", "caption": "a dog"}, {"image": "/export/cc/2.jpg", "caption": "a cat"}]),
+        "ALBEF / BLIP annotations",
+        {"/export/cc/1.jpg": {"raw_caption": ["a dog"]}, "/export/cc/2.jpg": {"raw_caption": ["a cat"]}},
+    ),
+    "ALBEF, several captions": (
+        "flickr30k_val.json",
+        text([{"image": "flickr30k-images/1.jpg", "caption": ["A dog.", "One dog runs."]}]),
+        "ALBEF / BLIP annotations",
+        {"flickr30k-images/1.jpg": {"raw_caption": ["A dog.", "One dog runs."]}},
+    ),
+    "BLIP, a row per caption": (
+        "coco_karpathy_train.json",
+        text(
+            [
+                {"caption": "A dog.", "image": "val2014/1.jpg", "image_id": "coco_1"},
+                {"caption": "One dog runs.", "image": "val2014/1.jpg", "image_id": "coco_1"},
+                {"caption": "A cat.", "image": "val2014/2.jpg", "image_id": "coco_2"},
+            ]
+        ),
+        "ALBEF / BLIP annotations",
+        {
+            "val2014/1.jpg": {"raw_caption": ["A dog.", "One dog runs."]},
+            "val2014/2.jpg": {"raw_caption": ["A cat."]},
+        },
+    ),
+    "FLAIR, Urban1k": (
+        "annotations.json",
+        text({"annotations": [{"image_id": 0, "image": "1.jpg", "caption": LONG}]}),
+        "FLAIR annotations",
+        {"1.jpg": {"long_captions": PIECES}},
+    ),
+    "FLAIR, fine-grained": (
+        "test_annotations.json",
+        text(
+            {
+                "annotations": [
+                    {"image_id": 0, "image": "docci/test_00731.jpg", "caption": "A white toilet", "caption_id": 0},
+                    {"image_id": 0, "image": "docci/test_00731.jpg", "caption": "It has a lid", "caption_id": 1},
+                ]
+            }
+        ),
+        "FLAIR annotations",
+        {"docci/test_00731.jpg": {"long_captions": ["A white toilet", "It has a lid"]}},
+    ),
+    "COCO": (
+        "captions_val2017.json",
+        text(
+            {
+                "info": {"year": 2017},
+                "images": [{"id": 179765, "file_name": "000000179765.jpg", "height": 480}],
+                "annotations": [
+                    {"image_id": 179765, "id": 38, "caption": "A black bike."},
+                    {"image_id": 179765, "id": 182, "caption": "A Honda."},
+                ],
+            }
+        ),
+        "COCO captions",
+        {"000000179765.jpg": {"raw_caption": ["A black bike.", "A Honda."]}},
+    ),
+    "DOCCI": (
+        "docci_descriptions.jsonlines",
+        lines(
+            [
+                {"example_id": "train_00000", "split": "train", "image_file": "train_00000.jpg", "description": LONG},
+                {"example_id": "test_00000", "split": "test", "image_file": "test_00000.jpg", "description": "A can."},
+            ]
+        ),
+        "DOCCI descriptions",
+        {"train_00000.jpg": {"long_captions": PIECES}, "test_00000.jpg": {"long_captions": ["A can."]}},
+    ),
+    "DreamLIP JSON": (
+        "records.json",
+        text([{"ImagePath": "http://h/1.jpg", "RawCaption": "a bus", "LLACaptionLong": LONG}]),
+        "DreamLIP's JSON",
+        {"http://h/1.jpg": {"raw_caption": ["a bus"], "longLLA_captions": PIECES}},
+    ),
+    "gz": (
+        "captions.csv.gz",
+        gzip.compress(f'Image Path,raw_caption,longIB_captions\n1.jpg,a bus,"{LONG}"\n'.encode()),
+        "DreamLIP's columns",
+        {"1.jpg": {"raw_caption": ["a bus"], "longIB_captions": PIECES}},
+    ),
+    "zst": (
+        "docci.jsonl.zst",
+        pyarrow.compress(lines([{"image_file": "1.jpg", "description": LONG}]), codec="zstd", asbytes=True),
+        "DOCCI descriptions",
+        {"1.jpg": {"long_captions": PIECES}},
+    ),
+}
+
+
+def pools(rows):
+    found = {}
+    for _, row, wrong in rows:
+        assert row is not None and not wrong, wrong
+        pool = found.setdefault(row[IMAGE_COLUMN], {})
+        for piece in caption_pool(row):
+            pool.setdefault(piece.source, []).append(piece.text)
+    return found
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_layout_is_known_by_its_columns(case, tmp_path, capsys):
+    name, content, layout, expected = LAYOUTS[case]
+    (tmp_path / name).write_bytes(content)
+    table = Table(tmp_path / name)
+    assert pools(table) == expected and table.layout == layout
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", "validate", str(tmp_path / name)])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and f"{layout}, {len(expected)} rows" in printed and IMAGE_COLUMN in printed
+
+
+PUBLISHED = {
+    "Recap-DataComp": {
+        "url": "http://h/1.jpg",
+        "re_caption": LONG,
+        "org_caption": "bus for sale",
+        "sha256": "00",
+        "key": "0",
+        "re_clip_score": 0.3,
+    },
+    "PixelProse": {
+        "uid": "0",
+        "url": "http://h/1.jpg",
+        "key": "0",
+        "status": "success",
+        "original_caption": "bus for sale",
+        "vlm_model": "gemini-pro-vision",
+        "vlm_caption": LONG,
+    },
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_published_parquet_is_known_and_joined(case, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([PUBLISHED[case]]), tmp_path / "t.parquet")
+    table = Table(tmp_path / "t.parquet")
+    assert pools(table) == {"http://h/1.jpg": {"raw_caption": ["bus for sale"], "long_captions": PIECES}}
+    assert table.layout == case
+    url = json.dumps({"url": "http://h/1.jpg"}).encode()
+    write_tar(tmp_path / "in" / "00000.tar", [("0.jpg", jpeg(1)), ("0.json", url)])
+    join_captions(str(tmp_path / "t.parquet"), str(tmp_path / "in"), tmp_path / "out")
+    (sample,) = read_shard(str(tmp_path / "out" / "00000.tar"))
+    assert record_of(sample)["long_captions"] == LONG and record_of(sample)["raw_caption"] == "bus for sale"
+
+
+def pictures(folder):
+    """[(the picture, its record)] of a folder's shards."""
+    return [
+        (s.get("jpg") or s["png"], record_of(s)) for tar in sorted(folder.glob("*.tar")) for s in read_shard(str(tar))
+    ]
+
+
+def hub_parquet(path, count=5, group=2):
+    rows = [{"image": {"bytes": jpeg(i), "path": f"{i % 2}.jpg"}, "caption": LONG, "width": i} for i in range(count)]
+    rows[1]["image"] = {"bytes": b"no picture", "path": None}
+    rows[2]["image"] = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary"])
+def test_pictures_inside_a_parquet_file_need_no_folder(tmp_path, kind, capsys):
+    path = hub_parquet(tmp_path / "train-00000-of-00001.parquet")
+    if kind == "binary":
+        table = pyarrow.parquet.read_table(path).to_pylist()
+        flat = [{**row, "image": row["image"] and row["image"]["bytes"]} for row in table]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), path, row_group_size=2)
+    words = ["--captions", str(path), "--output", str(tmp_path / "out"), "--columns", "image=image", "long=caption"]
+    cli.main(["prepare", "folder", *words, "--shard-size", "2"])
+    made = pictures(tmp_path / "out")
+    assert [picture for picture, _ in made] == [jpeg(i) for i in (0, 3, 4)], "also two of one path"
+    assert [record["width"] for _, record in made] == [0, 3, 4] and made[0][1]["long_captions"] == LONG
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {reason: entry["count"] for reason, entry in manifest["bad"].items()} == {
+        "damaged image": 1,
+        "image not found": 1,
+    }
+    assert manifest["table"]["rows"] == 5
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "validate", str(path), "--columns", "image=image", "long=caption"])
+    assert "image -> Image Path, the pictures themselves" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--images: the table has no pictures inside"):
+        (tmp_path / "t.csv").write_text("Image Path,raw_caption\n1.jpg,a dog\n")
+        prepare_folder(tmp_path / "t.csv", None, tmp_path / "none")
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path):
+    """A folder of the hub's layout, which ``datasets`` reads without the network."""
+    hub_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    columns = {IMAGE_COLUMN: "image", "long_captions": "caption"}
+    manifest = prepare_folder(f"hf:{tmp_path / 'set'}", None, tmp_path / "out", columns=columns, shard_size=2)
+    assert [picture for picture, _ in pictures(tmp_path / "out")] == [jpeg(i) for i in (0, 3, 4)]
+    assert manifest["samples"] == 3 and manifest["bad"]["malformed row"]["examples"] == ["row 3: no picture"]
+    for name in ("hf:", "hf:a:b:c:d", f"hf:{tmp_path / 'none'}", f"hf:{tmp_path / 'set'}:nosplit"):
+        with pytest.raises(UserError, match="--captions: "):
+            prepare_folder(name, None, tmp_path / "none", columns=columns)
+
+
+def test_columns_under_any_name(tmp_path):
+    """SynthCI and others: `prepare folder` knew DreamLIP's names alone."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "t.tsv").write_text(f"file\tcaption\traw_caption\tdense\n1.jpg\ta bus\tnot this\t{LONG}\n")
+    columns = parse_columns(["image=file", "raw=caption", "longQwen=dense"])
+    assert columns == parse_columns(["image", "file", "raw", "caption", "longQwen_captions", "dense"])
+    prepare_folder(tmp_path / "t.tsv", tmp_path / "images", tmp_path / "out", columns=columns)
+    ((_, record),) = pictures(tmp_path / "out")
+    assert record == {
+        IMAGE_COLUMN: "1.jpg",
+        "raw_caption": "a bus",
+        "raw_caption of the table": "not this",
+        "longQwen_captions": LONG,
+    }
+    for words in (
+        ["long=nothing"],
+        ["long"],
+        ["long=dense", "short=dense"],
+        ["raw=caption", "raw_caption=dense"],
+        ["x=dense"],
+    ):
+        with pytest.raises(UserError, match="--columns"):
+            prepare_folder(tmp_path / "t.tsv", tmp_path / "images", tmp_path / "o", columns=parse_columns(words))
+    (tmp_path / "u.tsv").write_text(f"URL\tdense\nhttp://h/1.jpg\t{LONG}\n")
+    made = write_url_list(tmp_path / "u.tsv", tmp_path / "u.parquet", parse_columns(["url=URL", "longQwen=dense"]))
+    assert made["columns"] == ["longQwen_captions"]
+    assert pyarrow.parquet.read_table(tmp_path / "u.parquet").to_pylist() == [
+        {"url": "http://h/1.jpg", "longQwen_captions": LONG}
+    ]
+
+
+def test_a_long_caption_in_a_text_file_is_split(tmp_path):
+    """An open_clip shard of recaptioned pictures: the KEY.txt was one raw caption, cut at the context."""
+    long = " ".join(f"Sentence {i} of the caption says something more of the picture." for i in range(8))
+    assert text_columns(long) == {"long_captions": long}
+    for short in ("A bus. A tree.", "word " * 200, ""):
+        assert text_columns(short) == {"raw_caption": short}
+    write_tar(
+        tmp_path / "0.tar",
+        [("a.jpg", jpeg(1)), ("a.txt", long.encode()), ("b.jpg", jpeg(2)), ("b.txt", b"A bus. A tree.")],
+    )
+    pools = [[(piece.source, piece.text) for piece in caption_pool(record)] for _, record in pictures(tmp_path)]
+    assert len(pools[0]) == 8 and {source for source, _ in pools[0]} == {"long_captions"}
+    assert pools[1] == [("raw_caption", "A bus. A tree.")]
+    assert not validate_shards(str(tmp_path))["bad"]
+    write_tar(tmp_path / "0.tar", [*sample("a", 1, long_captions="Mine. Too."), ("a.txt", long.encode())])
+    ((_, record),) = pictures(tmp_path)
+    assert record["long_captions"] == "Mine. Too."  # the json comes first
+
+
+def test_a_dialog_is_no_caption(tmp_path):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = [
+        {"id": 1, "image": "1.jpg", "conversations": turns * 2},
+        {"id": 2, "conversations": turns},
+        {
+            "id": 3,
+            "image": "3.jpg",
+            "conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A."}],
+        },
+        {"id": 4, "image": "4.jpg", "conversations": "none"},
+        {"id": 5, "image": ["5.jpg"], "conversations": turns},
+    ]
+    (tmp_path / "t.json").write_text(json.dumps(records))
+    rows = [row for _, row, _ in Table(tmp_path / "t.json")]
+    assert [row.get("longSV_captions") for row in rows] == [None, "a", "A.", "none", "a"]
+    assert [row.get(IMAGE_COLUMN) for row in rows] == ["1.jpg", None, "3.jpg", "4.jpg", "5.jpg"]
+
+
+def test_a_damaged_compressed_table_keeps_what_comes_before(tmp_path):
+    whole = gzip.compress(
+        b"Image Path,raw_caption\n" + b"".join(b"%d.jpg,a dog %d\n" % (i, i * i) for i in range(20_000))
+    )
+    (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) // 2])
+    rows = list(Table(tmp_path / "t.csv.gz"))
+    assert 1000 < len(rows) < 20_000 and rows[0][1][IMAGE_COLUMN] == "0.jpg"
+    for name, content in (("a.csv.gz", b"no gzip"), ("a.json.zst", b"no zstd"), ("a.jsonl.zst", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="--captions"):
+            assert not list(Table(tmp_path / name))
+            raise UserError("--captions: empty")
+    with pytest.raises(UserError, match="is none of"):
+        (tmp_path / "t.parquet.gz").write_bytes(b"")
+        Table(tmp_path / "t.parquet.gz")
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    """pyarrow takes names in UTF-8 alone: a traceback."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for case in ("gz", "zst"):
+        name, content, *_ = LAYOUTS[case]
+        (folder / name).write_bytes(content)
+        assert len(list(Table(folder / name))) == 1
+    rows = pyarrow.Table.from_pylist([{IMAGE_COLUMN: "http://h/0.jpg", "raw_caption": "a dog"}])
+    pyarrow.parquet.write_table(rows, tmp_path / "t.parquet")
+    table = (tmp_path / "t.parquet").rename(folder / "t.parquet")
+    assert len(list(Table(table))) == 1 and write_url_list(table, folder / "u.parquet")["rows"] == 1
+    write_tar(tmp_path / "in" / "0.tar", sample("a", 1))
+    with pytest.raises(UserError, match="--output: the name of .* is not UTF-8"):
+        join_captions(str(table), str(tmp_path / "in"), folder / "out")
