@@ -34,7 +34,7 @@ LAYERS = {
         "data": "jobs config captions",
         "model": "jobs config",
         "checkpoint": "jobs config data model",
-        "prepare": "jobs captions data",
+        "prepare": "jobs config captions data model",
         "monitoring": "jobs captions prepare",  # until environment is split and the doctor lies in cli
         "evaluation": "jobs config data model",
         "reporting": "jobs config captions data checkpoint evaluation",

@@ -97,7 +97,7 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
     """
     from matplotlib import pyplot as plt
 
-    from dreamlip_train.reporting.style import COLORS, STYLE
+    from dreamlip_train.reporting.style import COLORS, STYLE, legend_label
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -118,7 +118,7 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
                     *zip(*points, strict=True),
                     marker="o",
                     markersize=3,
-                    label=f"{source} (mean {mean(kinds[kind]):.1f})",
+                    label=legend_label(f"{source} (mean {mean(kinds[kind]):.1f})"),
                     **style,
                 )
             axis.set(title=title, ylabel="% of the captions", xlabel=title.split()[0].lower())

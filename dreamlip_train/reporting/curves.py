@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from dreamlip_train.jobs.atomic_json import read_json_lines
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.reporting.style import COLORS, STYLE
+from dreamlip_train.reporting.style import COLORS, STYLE, legend_label
 
 
 def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
@@ -101,7 +101,7 @@ def plot_runs(metrics: dict[str, Path], png: str | Path) -> None:
             axis.remove()
         for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, title, unit, lines, colors, legend=False)
-        handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
+        handles = [Line2D([], [], color=color, label=legend_label(label)) for label, color in colors.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
         figure.savefig(png, dpi=150, facecolor="white")
         plt.close(figure)
@@ -119,7 +119,9 @@ def _draw_panel(
     colors = colors or dict(zip(lines, COLORS, strict=False))
     for label, points in lines.items():
         marker = "o" if len(points) < 15 else None
-        axis.plot(*zip(*points, strict=True), label=label, color=colors[label], marker=marker, markersize=4)
+        axis.plot(
+            *zip(*points, strict=True), label=legend_label(label), color=colors[label], marker=marker, markersize=4
+        )
     axis.set(title=title, xlabel="step", ylabel=unit)
     axis.margins(x=0.02)
     highest = max(value for points in lines.values() for _, value in points)

@@ -30,3 +30,8 @@ STYLE: dict[Any, Any] = {  # keys of matplotlib's rcParams
     "lines.linewidth": 1.6,
     "text.parse_math": False,  # captions and names are text: a "$" in them is a dollar
 }
+
+
+def legend_label(text: str) -> str:
+    """``text`` as a legend shows it: matplotlib hides labels that begin with an underscore, as a run's name may."""
+    return f" {text}" if text.startswith("_") else text

@@ -262,6 +262,7 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
         "model_max_length": context_length,
         "do_lower_case": True,
         "errors": "replace",
+        "split_special_tokens": True,  # "<|endoftext|>" in a caption is text, as to open_clip
         **names,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

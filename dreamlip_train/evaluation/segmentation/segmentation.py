@@ -23,6 +23,7 @@ from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
+_MOST_SIDES = 16
 _LOGIT_SCALE = 100.0  # of the softmax that the background threshold applies to; CLIP's
 
 
@@ -122,7 +123,10 @@ def evaluate_segmentation(
         for done, (image, labels) in enumerate(_pictures(pairs, layout), 1):
             height, width = image.shape[-2:]
             shorter = min(height, width)
-            scaled = [max(resize, round(height * resize / shorter)), max(resize, round(width * resize / shorter))]
+            # A row of 65,000 pixels would become gigabytes: what is longer than this is squeezed.
+            scaled = [
+                min(max(resize, round(length * resize / shorter)), _MOST_SIDES * resize) for length in (height, width)
+            ]
             large = functional.resize(image, scaled, InterpolationMode.BICUBIC, antialias=True)
             predicted = predict(
                 similarity_map(model, large, text_CD, stride=stride, batch_size=batch_size), (height, width), threshold

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dreamlip_train.jobs.atomic_json import read_json_lines
 from dreamlip_train.jobs.user_error import RunError
@@ -25,8 +26,8 @@ class AnswerFile:
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], max_bad_fraction: float) -> None:
         self.path, self.max_bad_fraction = path, max_bad_fraction
-        self.captions: dict[str, dict[str, str]] = {}
-        columns = {prompt.column for prompt in prompts}
+        self.captions: dict[str, dict[str, Any]] = {}
+        columns = {column for prompt in prompts for column in prompt.columns}
         for answer in read_json_lines(path) if path.exists() else ():
             if columns <= answer.keys() and "key" in answer:
                 self.captions[answer.pop("key")] = answer

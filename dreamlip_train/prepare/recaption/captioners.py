@@ -15,15 +15,36 @@ from dreamlip_train.jobs.user_error import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, the column its answer goes to, and how many tokens the answer may have."""
+    """A question, the column its answer goes to, and how many tokens the answer may have.
+
+    With ``summary_column`` the answer's first sentence goes there, and the others to ``column``.
+    """
 
     column: str
     text: str
     max_tokens: int
+    summary_column: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that an answer fills."""
+        return [self.column, *filter(None, [self.summary_column])]
+
+    def captions(self, text: Any, cut: bool) -> dict[str, str]:
+        """The captions in an answer that the token limit ``cut`` off, or did not.
+
+        Raises:
+            ValueError: it says nothing.
+        """
+        caption = caption_text(text, cut)
+        if not self.summary_column:
+            return {self.column: caption}
+        summary, *rest = split_sub_captions(caption)
+        return {self.column: " ".join(rest) or summary, self.summary_column: summary}
 
 
-Answer = dict[str, str] | Exception
-"""Captions by column, or why there are none."""
+Answer = dict[str, Any] | Exception
+"""Captions by column (and scores, of a filter), or why there are none."""
 
 
 def caption_text(text: Any, cut: bool) -> str:
@@ -95,7 +116,7 @@ class LocalModel:
                 answer = answers[place]
                 if isinstance(answer, dict):
                     try:
-                        answer[prompt.column] = caption_text(text, cut)
+                        answer |= prompt.captions(text, cut)
                     except ValueError as error:
                         answers[place] = error
         return answers

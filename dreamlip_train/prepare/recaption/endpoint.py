@@ -10,12 +10,14 @@ import io
 import os
 import random
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from dreamlip_train.data.images import decode_image, media_type
 from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare.recaption.captioners import Answer, Prompt, caption_text
+from dreamlip_train.prepare.recaption.captioners import Answer, Prompt
 
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0
@@ -74,7 +76,10 @@ class Endpoint:
     async def _answer(self, image: bytes) -> Answer:
         try:
             picture = _data_url(image)
-            return {prompt.column: await self._patiently(picture, prompt) for prompt in self.prompts}
+            answer: dict[str, str] = {}
+            for prompt in self.prompts:
+                answer |= await self._patiently(picture, prompt)
+            return answer
         except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
             raise UserError(
                 f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
@@ -82,12 +87,12 @@ class Endpoint:
         except (self.openai.OpenAIError, ValueError, TimeoutError) as error:
             return error
 
-    async def _patiently(self, picture: str, prompt: Prompt) -> str:
+    async def _patiently(self, picture: str, prompt: Prompt) -> dict[str, str]:
         pause = _FIRST_PAUSE
         for attempt in range(self.retries + 1):
             wanted = 0.0
             try:
-                return await asyncio.wait_for(self._ask(picture, prompt), self.timeout)
+                return prompt.captions(*await asyncio.wait_for(self._ask(picture, prompt), self.timeout))
             except self.openai.APIStatusError as error:
                 if attempt == self.retries or (error.status_code < 500 and error.status_code not in (408, 409, 429)):
                     raise
@@ -102,7 +107,7 @@ class Endpoint:
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("unreachable")
 
-    async def _ask(self, picture: str, prompt: Prompt) -> str:
+    async def _ask(self, picture: str, prompt: Prompt) -> tuple[Any, bool]:
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt.text}]
         asked = self.client.chat.completions.with_streaming_response.create(
             model=self.model,
@@ -116,29 +121,35 @@ class Endpoint:
                 body += part
                 if len(body) > _LARGEST_ANSWER:
                     raise ValueError(f"the server's answer is larger than {_LARGEST_ANSWER:,} bytes")
-        return _caption(bytes(body))
+        return _answer(bytes(body))
 
 
-def _caption(body: bytes) -> str:
-    """The caption in a chat completion.
+def _answer(body: bytes) -> tuple[Any, bool]:
+    """(what a chat completion says, whether the token limit cut it off).
 
     Raises:
         ValueError: there is none.
     """
     try:
         choice = parse_json(body)["choices"][0]
-        text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        return choice["message"]["content"], choice.get("finish_reason") == "length"
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the server's answer is no chat completion: {body[:100]!r}") from error
-    return caption_text(text, cut)
 
 
 def _retry_after(headers: Any) -> float:
-    """Seconds that the server wants to be left alone, as far as it says so in seconds; at most a minute."""
+    """Seconds that the server wants to be left alone, said in seconds or as a date; at most a minute."""
+    value = headers.get("retry-after", "0")
     try:
-        return min(max(0.0, float(headers.get("retry-after", 0))), _LONGEST_PAUSE)
-    except ValueError:  # a date: the doubling pauses must do
-        return 0.0
+        seconds = float(value)
+    except ValueError:
+        try:
+            at = parsedate_to_datetime(value)
+            now = parsedate_to_datetime(headers["date"]) if headers.get("date") else datetime.now(UTC)  # its own clock
+            seconds = (at - now).total_seconds()
+        except (ValueError, TypeError, OverflowError):  # no date, or one with a time zone and one without
+            return 0.0
+    return min(max(0.0, seconds), _LONGEST_PAUSE)
 
 
 def _data_url(image: bytes) -> str:

@@ -45,9 +45,11 @@ def recaption_shards(options: RecaptionOptions) -> Counter[str]:
     require_distinct_names(shards, "SHARDS", "recaption the folders one at a time")
     job = {
         "shards": sorted(os.path.basename(shard) for shard in shards),
-        "prompts": [vars(prompt) for prompt in settings.prompts],
+        "prompts": [{name: value for name, value in vars(prompt).items() if value} for prompt in settings.prompts],
         "model": options.model,
     }
+    if settings.keep_above is not None:
+        job["filter"] = [settings.clip_model, settings.clip_weights, settings.keep_above]
     total: Counter[str] = Counter()
     with (
         job_folder(output, STATE, job, "captions of other shards, prompts or another model", shared=True),
@@ -65,13 +67,20 @@ def recaption_shards(options: RecaptionOptions) -> Counter[str]:
     return total
 
 
+def _prompts(options: RecaptionOptions) -> tuple[Prompt, ...]:
+    long, short = f"long{options.name}_captions", f"short{options.name}_captions"
+    if options.summary_prompt:
+        return (Prompt(long, options.summary_prompt, options.max_tokens, summary_column=short),)
+    asked = (
+        Prompt(long, options.long_prompt, options.max_tokens),
+        Prompt(short, options.short_prompt, max(1, options.max_tokens // 4)),
+    )
+    return tuple(prompt for prompt in asked if prompt.text)
+
+
 def _settings(options: RecaptionOptions) -> Settings:
     """What a worker needs of the options, checked."""
-    asked = (
-        (f"long{options.name}_captions", options.long_prompt, options.max_tokens),
-        (f"short{options.name}_captions", options.short_prompt, max(1, options.max_tokens // 4)),
-    )
-    prompts = tuple(Prompt(column, text, tokens) for column, text, tokens in asked if text)
+    prompts = _prompts(options)
     if not prompts:
         raise UserError("--long-prompt, --short-prompt: both are empty; there is nothing to ask")
     if not options.name.isidentifier():
@@ -80,6 +89,12 @@ def _settings(options: RecaptionOptions) -> Settings:
         raise UserError(
             f"--batch-size, --max-tokens, --retries, --timeout: got {options.batch_size}, {options.max_tokens}, "
             f"{options.retries}, {options.timeout}; too small"
+        )
+    has_weights = bool(options.clip_weights) or Path(options.clip_model).is_dir()
+    if options.keep_above is not None and not (-1 <= options.keep_above <= 1 and has_weights):
+        raise UserError(
+            f"--keep-above, --clip-model, --clip-weights: got {options.keep_above}, {options.clip_model!r}, "
+            f"{options.clip_weights!r}; give a cosine from -1 to 1, and an open_clip folder, or a name and its weights"
         )
     return Settings(
         output=Path(options.output),
@@ -93,6 +108,9 @@ def _settings(options: RecaptionOptions) -> Settings:
         max_bad_fraction=options.max_bad_fraction,
         stale_minutes=options.stale_minutes,
         trust_remote_code=options.trust_remote_code,
+        clip_model=options.clip_model,
+        clip_weights=options.clip_weights,
+        keep_above=options.keep_above,
         owner=f"ray:{options.ray}" if options.ray else "",
     )
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dreamlip_train.jobs.finished import finished, make_once
 from dreamlip_train.jobs.work_claims import Claims
 from dreamlip_train.prepare.recaption.answers import AnswerFile
 from dreamlip_train.prepare.recaption.captioners import LocalModel, Prompt
+from dreamlip_train.prepare.recaption.clip_filter import ClipFilter
 from dreamlip_train.prepare.recaption.endpoint import Endpoint
 from dreamlip_train.prepare.shard_copy import copy_shard
 
@@ -33,6 +35,9 @@ class Settings:
     max_bad_fraction: float
     stale_minutes: float
     trust_remote_code: bool
+    clip_model: str = ""
+    clip_weights: str = ""
+    keep_above: float | None = None
     owner: str = ""
 
     def paths(self, shard: str) -> tuple[Path, Path]:
@@ -74,9 +79,12 @@ class ShardTask:
         settings, name = self.settings, os.path.basename(shard)
         with AnswerFile(settings.state / f"{name}.jsonl", settings.prompts, settings.max_bad_fraction) as answers:
             for batch in _batches(shard, set(answers.captions), settings.batch_size):
-                captioner = _captioner(settings)
+                captioner, images = _captioner(settings), [image for _, image in batch]
                 claims.renew(name)
-                answers.add([key for key, _ in batch], captioner.answer([image for _, image in batch]))
+                answered = captioner.answer(images)
+                if settings.keep_above is not None:
+                    answered = _clip_filter(settings).apply(images, answered)
+                answers.add([key for key, _ in batch], answered)
                 claims.renew(name)
         return answers
 
@@ -119,3 +127,9 @@ def _captioner(settings: Settings) -> Any:
                 settings.model, settings.prompts, trust_remote_code=settings.trust_remote_code
             )
     return _captioners[settings]
+
+
+@lru_cache(1)
+def _clip_filter(settings: Settings) -> ClipFilter:
+    """The filter, made once per process."""
+    return ClipFilter(settings.clip_model, settings.clip_weights, settings.keep_above or 0.0)

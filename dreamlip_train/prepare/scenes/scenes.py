@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-import multiprocessing
 import os
-import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +18,14 @@ from typing import Any, Literal
 import numpy as np
 
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
+from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import ScenesOptions
 from dreamlip_train.prepare.scenes.captions import caption_scene
 from dreamlip_train.prepare.scenes.scene import compose_scene, paint_scene
 
 Split = Literal["train", "val"]
+_SCENES_AT_ONCE = 32
 
 
 def write_scene(folder: Path, seed: int, split: Split, index: int) -> dict[str, str]:
@@ -51,7 +52,7 @@ def prepare_scenes(
     Returns:
         {"train": {"samples", "captions", "images", "masks"}, "val": {...}} with the paths as strings.
     Raises:
-        UserError: a negative count.
+        UserError: a negative count, or ``output`` can't be written.
     """
     if num_train < 0 or num_val < 0:
         raise UserError(f"prepare scenes: num_train and num_val must be >= 0, got {num_train} and {num_val}")
@@ -62,7 +63,7 @@ def prepare_scenes(
         folder = Path(output) / split
         for name in ("images", "masks"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        rows = _map_processes(partial(write_scene, folder, seed, split), count)
+        rows = _rows(partial(write_scene, folder, seed, split), count)
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, ["Image Path", *CAPTION_COLUMNS])
         writer.writeheader()
@@ -84,11 +85,10 @@ def prepare_scenes(
     return summary
 
 
-def _map_processes(function: Any, count: int) -> list[Any]:
-    processes = min(os.cpu_count() or 1, 16, count // 100)
+def _rows(function: Callable[[int], dict[str, str]], count: int) -> list[dict[str, str]]:
+    """``map(function, range(count))``, a few at a time."""
+    processes = min(len(os.sched_getaffinity(0)), 16, count // 100)
     if processes < 2:
         return [function(i) for i in range(count)]
-    # The children only paint: forking is safe on Linux whatever the parent has imported, and ten times quicker to
-    # start.
-    with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(processes) as pool:
-        return pool.map(function, range(count), chunksize=32)
+    parts = (range(begin, min(begin + _SCENES_AT_ONCE, count)) for begin in range(0, count, _SCENES_AT_ONCE))
+    return [row for rows in map_bounded(lambda part: [function(i) for i in part], parts, processes) for row in rows]

@@ -144,10 +144,17 @@ def test_the_tokenizer_gives_open_clips_numbers(tmp_path):
     export._write_hf_dir(model, {**TOWERS, "text_cfg": {**TOWERS["text_cfg"], "context_length": 16}}, tmp_path / "hf")
     theirs = CLIPTokenizer.from_pretrained(tmp_path / "hf")
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
-    for text in ("a photo of a dog", "Two RED cars, isn't it?", "12,000 trees", "word " * 40):
+    special = ("the <|endoftext|> sign", "<|startoftext|> is no word")
+    for text in ("a photo of a dog", "Two RED cars, isn't it?", "12,000 trees", "word " * 40, "caf\u0301e", *special):
         row = theirs(text, truncation=True)["input_ids"]
         ours = tokenizer([text])[0]
         assert row == ours[: len(row)].tolist() and not ours[len(row) :].any(), text
+    # What docs/interoperability.md says is different, and what it advises.
+    for text in ("bread &amp; butter", "\u201cyes\u201d", "\ufb01ne", "sch\u00c3\u00b6n"):
+        ours = tokenizer.encode(text)
+        assert theirs(text)["input_ids"][1:-1] != ours
+        assert theirs(open_clip.tokenizer.basic_clean(text))["input_ids"][1:-1] == ours
+    assert theirs("an <end_of_text> here")["input_ids"][1:-1] != tokenizer.encode("an <end_of_text> here")
 
 
 def test_the_image_processor_gives_open_clips_pixels(tmp_path):

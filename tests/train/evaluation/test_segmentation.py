@@ -79,6 +79,17 @@ def test_a_picture_of_pure_colors_is_segmented_right(tmp_path):
     assert f"mIoU {found['miou']:.1f} %" in format_segmentation(found)
 
 
+def test_a_row_of_pixels_does_not_become_gigabytes(tmp_path):
+    """1 x 65,000 pixels were resized to 48 x 3,120,000."""
+    labels = np.zeros((1, 65_000), np.uint8)
+    labels[:, 30_000:] = 1
+    write_pair(tmp_path, "a", labels)
+    found = evaluate_segmentation(
+        ByColor(), read_segmentation(tmp_path, THREE), THREE, ("{c}",), "cpu", resize=48, stride=32
+    )
+    assert found["pixel_accuracy"] > 90
+
+
 def test_swapped_classes_score_zero(tmp_path):
     labels = np.full((48, 48), 1, np.uint8)
     labels[:, 24:] = 2

@@ -14,14 +14,19 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer
+from safetensors.torch import save_file
 from shard_files import jpeg, write_tar
-from tiny import clean_environment
-from tiny_llava import save_tiny_llava
+from tiny import TOWERS, clean_environment, tiny_model
+from tiny_captioners import FAMILIES, save_tiny
+from tiny_llava import WORDS, save_tiny_llava
 
 from dreamlip_train import cli
+from dreamlip_train.captions.columns import split_sub_captions
 from dreamlip_train.data.shards.shards import read_shard
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.jobs.work_claims import Claims
+from dreamlip_train.model.build import build_model
+from dreamlip_train.model.open_clip_weights import open_clip_state_dict
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.recaption import captioners, endpoint
 from dreamlip_train.prepare.recaption.captioners import caption_text
@@ -284,6 +289,65 @@ def test_without_a_chat_template_llava_gets_its_own_form(tmp_path):
     assert model._question("Describe the image in details") == "USER: <image>\nDescribe the image in details ASSISTANT:"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_current_captioners_are_asked_through_their_own_classes(family, tmp_path):
+    """Their processors, templates and generation; weights are random, so that any words will do."""
+    model = captioners.LocalModel(str(save_tiny(family, tmp_path)), [captioners.Prompt("c", "Describe the image", 6)])
+    assert family.replace("-", "").lower() in type(model.model).__name__.lower()
+    one, two = model.answer([jpeg(1, 60), jpeg(2, 90)])
+    assert {word for answer in (one, two) for word in answer["c"].split()} <= set(WORDS), "without the question"
+    assert model.answer([jpeg(2, 90)]) == [two]  # padding does not show
+
+
+def test_a_summary_and_its_details_are_asked_for_at_once(tmp_path, shards):
+    with ChatServer() as server:
+        counts = through(server, shards, tmp_path / "out", summary_prompt="Describe in detail")
+        assert counts["captioned"] == 24 and len(server.requests) == 24
+        assert through(server, shards, tmp_path / "out", summary_prompt="Describe in detail") == {"done before": 3}
+    record = records(tmp_path / "out")["0003"]
+    assert record["shortX_captions"] == f"Picture {number(3)}."
+    assert record["longX_captions"] == "It has details. And a half sent"
+    prompt = captioners.Prompt("long", "?", 9, summary_column="short")
+    assert prompt.captions("One. Two is cu", True) == {"short": "One.", "long": "One."}
+
+
+@pytest.fixture
+def clip_folder(tmp_path) -> Path:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    model = build_model(tiny_model(), seed=3)
+    settings = TOWERS | {"text_cfg": TOWERS["text_cfg"] | {"context_length": 16}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    save_file(open_clip_state_dict(model), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_sentences_that_clip_does_not_find_in_the_picture_are_left_out(tmp_path, shards, clip_folder):
+    options = {"clip_model": str(clip_folder), "short_prompt": ""}
+    with ChatServer() as server:
+        through(server, shards, tmp_path / "all", keep_above=-1.0, **options)
+        found = records(tmp_path / "all")
+        scores = sorted(score for record in found.values() for score in record["longX_scores"])
+        limit = scores[len(scores) // 2]
+        through(server, shards, tmp_path / "half", keep_above=limit, **options)
+        with pytest.raises(UserError, match="--output: .* holds captions of other"):
+            through(server, shards, tmp_path / "half", keep_above=0.1, **options)
+        with pytest.raises(UserError, match="--keep-above, --clip-model"):
+            through(server, shards, tmp_path / "none", keep_above=0.1)
+    left = 0
+    for key, record in records(tmp_path / "half").items():
+        sentences = split_sub_captions(found[key]["longX_captions"])
+        assert record["longX_scores"] == found[key]["longX_scores"] and len(sentences) == 3
+        kept = split_sub_captions(record["longX_captions"])
+        assert all(
+            (text in kept) == (score > limit)
+            for text, score in zip(sentences, record["longX_scores"], strict=True)
+            if abs(score - limit) > 1e-3
+        )
+        left += len(sentences) - len(kept)
+    assert 20 < left < 52  # of 72
+
+
 ERRORS = {
     "model": ({"model": "/nothing/here"}, "--model: '/nothing/here' is no image-text-to-text model"),
     "name": ({"name": "a b"}, "--name: got 'a b'"),
@@ -316,6 +380,26 @@ def test_a_server_that_wants_a_pause_gets_it(tmp_path, shards):
     assert time.monotonic() - began > 2 * 3 * 0.2  # two prompts, three shards one after another
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT", "date": "Fri, 31 Dec 1999 23:59:47 GMT"}, 12),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}, 0),  # it is over
+        ({"retry-after": "Fri, 31 Dec 2999 23:59:59 GMT"}, 60),
+        ({"retry-after": "Fri, 31 Dec 1999 23:59:59", "date": "Fri, 31 Dec 1999 23:59:47 GMT"}, 0),
+        ({"retry-after": "soon"}, 0),
+        ({"retry-after": "nan"}, 0),
+        ({"retry-after": "1e999"}, 60),
+        ({"retry-after": "-5"}, 0),
+        ({}, 0),
+    ],
+)
+def test_a_pause_is_asked_for_in_seconds_or_until_a_date(headers, seconds):
+    """A date was taken for nothing."""
+    assert endpoint._retry_after(headers) == seconds
+
+
 def test_half_a_character_of_an_answer_costs_only_itself(tmp_path, shards):
     with ChatServer(lambda attempt, image: "surrogate") as server:
         counts = through(server, shards, tmp_path / "out")
@@ -327,24 +411,3 @@ def test_two_sets_whose_shards_have_one_name_are_refused(tmp_path, shards):
     write_tar(tmp_path / "more" / "00000.tar", [("a.jpg", jpeg(1)), ("a.json", b"{}")])
     with pytest.raises(UserError, match="SHARDS: two shards are both called '00000.tar'"):
         recaption_shards(RecaptionOptions(f"{shards}::{tmp_path / 'more'}", str(tmp_path / "out"), model="x"))
-
-
-def test_code_of_a_model_folder_is_not_run_and_nothing_is_asked(tmp_path, shards):
-    """transformers asks on standard input whether to run it, which blocks a job and reads from its user."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoProcessor": "code.P"}})
-    )
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass P: pass\n")
-    words = ["recaption", str(shards), "--output", str(tmp_path / "out"), "--model", str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-m", "dreamlip_train", *words],
-        input="y\ny\ny\n",
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and "--trust-remote-code" in done.stderr and "[y/N]" not in done.stdout + done.stderr
-    assert not (tmp_path / "ran").exists()

@@ -1,6 +1,7 @@
 """Pictures are drawn, are not blank, and show the numbers and patches they are given."""
 
 import json
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -109,3 +110,18 @@ def test_user_text_is_never_mathematics(tmp_path):
         figure.savefig(tmp_path / "grouping.png")
     for name in ("runs", "captions", "grouping"):
         assert pixels(tmp_path / f"{name}.png").std() > 1
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    ink = []
+    kinds = {kind: Counter({3: 2}) for kind in ("sub_captions", "tokens", "sub_caption_tokens")}
+    for name in ("hello_captions", "_hell_captions"):
+        plot_histograms({name: kinds}, tmp_path / "captions.png")
+        ink.append(int((pixels(tmp_path / "captions.png") < 100).sum()))
+    assert abs(ink[1] - ink[0]) < 0.1 * ink[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib says which label it leaves out
+        plot_runs(
+            {"_a": metrics(tmp_path / "a.jsonl", [1, 2]), "b": metrics(tmp_path / "b.jsonl", [1, 2])},
+            tmp_path / "r.png",
+        )
