@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -55,7 +56,7 @@ def prepare_folder(arguments: list[str], program: str) -> None:
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare import folder
 
-    given = vars(options) | {"columns": parse_columns(options.columns)}
+    given: dict[str, Any] = vars(options) | {"columns": parse_columns(options.columns)}
     folder.prepare_folder(**given, count_tokens=count_tokens)
 
 
@@ -65,7 +66,8 @@ def prepare_join(arguments: list[str], program: str) -> None:
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.prepare.join.join import format_join, join_captions
 
-    manifest = join_captions(**(vars(options) | {"columns": parse_columns(options.columns)}))
+    given: dict[str, Any] = vars(options) | {"columns": parse_columns(options.columns)}
+    manifest = join_captions(**given)
     print(format_join(manifest["join"]))
     print(format_summary(options.output, manifest))
 

@@ -71,8 +71,9 @@ class Quarantine:
 
     def add(self, entries: list[dict[str, Any]]) -> None:
         """Note {"shard": its name within the set, "path", "key", "reason", "detail"} each."""
-        for entry in entries if self.file is not None else ():
-            self.file.write(json.dumps(entry))
+        if self.file is not None:
+            for entry in entries:
+                self.file.write(json.dumps(entry))
 
     def require_written(self) -> None:
         """Everything noted is in the file, without which a resume would go on with other samples.

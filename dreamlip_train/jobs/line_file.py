@@ -49,9 +49,8 @@ class LineFile:
 
     def _write_waiting(self) -> None:
         try:
-            if self.waiting and self.file is None:
-                self.file = self._open()
             while self.waiting:
+                self.file = self.file or self._open()
                 written = self.file.write(self.waiting[0])
                 if written < len(self.waiting[0]):  # the disk filled up in the middle of the line
                     self.waiting[0] = self.waiting[0][written:]

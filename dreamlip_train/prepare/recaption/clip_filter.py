@@ -42,15 +42,15 @@ class ClipFilter:
         import torch
 
         filtered: list[Answer] = list(answers)
-        captioned = [place for place, answer in enumerate(answers) if isinstance(answer, Mapping)]
+        captioned = {place: answer for place, answer in enumerate(answers) if isinstance(answer, dict)}
         if not captioned:
             return filtered
         size = self.model.image_size
         pictures = torch.stack([resize_center_crop(decode_image(images[place]), size) for place in captioned])
         with torch.inference_mode():
             features, _ = self.model.encode_images(pictures.to(self.device))
-            for feature, place in zip(features, captioned, strict=True):
-                filtered[place] = self._filtered(feature, answers[place])
+            for feature, (place, answer) in zip(features, captioned.items(), strict=True):
+                filtered[place] = self._filtered(feature, answer)
         return filtered
 
     def _filtered(self, image: Any, answer: Mapping[str, str]) -> dict[str, Any]:
