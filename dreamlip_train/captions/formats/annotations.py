@@ -48,8 +48,9 @@ def _grouped(records: list[Any]) -> list[Any]:
             grouped.append(record)
         elif image in first:
             together = grouped[first[image]]
-            before = together["caption"]
-            together["caption"] = [*(before if isinstance(before, list) else [before]), record["caption"]]
+            if isinstance(together["caption"], str):
+                together["caption"] = [together["caption"]]
+            together["caption"].append(record["caption"])
         else:
             first[image] = len(grouped)
             grouped.append({name: value for name, value in record.items() if name != "caption_id"})

@@ -56,7 +56,7 @@ class HubTable:
         rename: dict[str, str] | None = None
         for number, record in enumerate(self.rows, 1):
             if rename is None:
-                names = list(record)
+                names = [str(name) for name in record]
                 self.layout = describe_layout(names, self.columns)
                 rename = renaming(names, self.columns)
                 self.check(f"--captions: {self.name!r}", [rename.get(name, name) for name in names], names)

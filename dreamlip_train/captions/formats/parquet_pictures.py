@@ -55,7 +55,9 @@ class ParquetPictures:
 
     def __init__(self, path: Path, column: str) -> None:
         self.path, self.column = path, column
-        self._group, self._cells, self._file = -1, None, None
+        self._group = -1
+        self._cells: Any = None
+        self._file: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "column": self.column, "_group": -1, "_cells": None, "_file": None}

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from tiny import clean_environment
 
+import dreamlip_train
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.user_error import RunError
@@ -99,3 +102,9 @@ list(map_bounded(work, range(2), processes=2))
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.2)
     assert len(workers) == 2
+
+
+def test_no_other_pool_is_used():
+    """multiprocessing.Pool never notices that one of its processes was killed; `prepare scenes` waited for ever."""
+    package = Path(dreamlip_train.__file__).parent
+    assert not [path for path in package.rglob("*.py") if re.search(r"\bPool\(", path.read_text())]
