@@ -6,6 +6,7 @@ say "radii".
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -92,6 +93,13 @@ def coverage(shape: str, center: tuple[float, float], radius: float, angle: floa
     return np.asarray(canvas.reduce(_OVERSAMPLE), np.float32) / 255
 
 
+@functools.cache
+def _grid(size: int) -> tuple[Array, Array]:
+    """x [1, size] and y [size, 1] of the pixels."""
+    ramp = np.arange(size, dtype=np.float32)
+    return ramp[None, :], ramp[:, None]
+
+
 def smooth_noise(rng: np.random.Generator, size: int, cells: int, stretch: int = 1) -> Array:
     """[size, size] noise in about [0, 1], smooth over size / cells pixels; stretch > 1 draws it out along x."""
     coarse = Image.fromarray((rng.random((cells, max(2, cells // stretch))) * 255).astype(np.uint8))
@@ -161,14 +169,14 @@ def textured(
     main = np.array(COLORS[color], np.float32) / 255 + rng.uniform(-0.03, 0.03, 3).astype(np.float32)
     # The second tone stays in the color's family, so that the color's name remains true of the whole object.
     other = main + 0.62 * (1 - main) if main.mean() < 0.45 else main * 0.38
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    x, y = _grid(size)
     x, y = (x - center[0]) / radius, (y - center[1]) / radius
     angle = rng.uniform(0, math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
     across = y * math.cos(angle) - x * math.sin(angle)
     phase = rng.uniform(0, 1)
     if texture == "plain":
-        share = np.zeros_like(x)
+        share = np.zeros((size, size), np.float32)
     elif texture == "striped":
         share = np.clip(4 * np.sin(2 * math.pi * (along * 1.25 + phase)) + 0.5, 0, 1) * 0.9
     elif texture == "dotted":
@@ -197,7 +205,7 @@ def place(
     in radians.
     """
     size = image.shape[0]
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    x, y = _grid(size)
     dx, dy = math.cos(light), math.sin(light)
     shift = max(2, round(0.22 * radius))
     shadow = Image.fromarray((cover * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.16 * radius + 1))

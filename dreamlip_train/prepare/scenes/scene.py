@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dreamlip_train.prepare.scenes import painting
@@ -50,15 +51,48 @@ class Scene:
 def compose_scene(rng: np.random.Generator, image_size: int = 96) -> Scene:
     """3-5 objects in different ninths of the picture, none touching another, no two of the same color."""
     count = int(rng.integers(3, 6))
-    colors = rng.choice(list(painting.COLORS), count, replace=False)
-    background = str(rng.choice(painting.BACKGROUNDS))
-    while True:
-        cells = rng.choice(9, count, replace=False)
-        objects = tuple(
-            _compose_object(rng, str(color), int(cell), image_size) for color, cell in zip(colors, cells, strict=True)
+    background = _one_of(rng, painting.BACKGROUNDS)
+    colors = rng.permutation(len(painting.COLORS))[:count]
+    sizes, radii, cells, centers = _layout(rng, count)
+    unit = image_size / 96
+    objects = tuple(
+        SceneObject(
+            shape=_one_of(rng, painting.SHAPES),
+            color=tuple(painting.COLORS)[colors[i]],
+            texture=_one_of(rng, painting.TEXTURES),
+            size=sizes[i],
+            place=PLACES[cells[i]],
+            center=(float(centers[i, 0] * unit), float(centers[i, 1] * unit)),
+            radius=float(radii[i] * unit),
+            angle=float(rng.uniform(-0.25, 0.25)),
         )
-        if not _any_touch(objects):
-            return Scene(background, objects, image_size)
+        for i in range(count)
+    )
+    return Scene(background, objects, image_size)
+
+
+def _one_of(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    return choices[rng.integers(len(choices))]  # rng.choice makes an array of strings first
+
+
+def _layout(
+    rng: np.random.Generator, count: int
+) -> tuple[list[str], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Sizes, radii, ninths of the picture and centers [count, 2] (x, y; a picture of 96 pixels), drawn until no two
+    objects touch.
+    """
+    while True:
+        sizes = [_one_of(rng, tuple(RADII)) for _ in range(count)]
+        radii = np.array([RADII[size] for size in sizes]) * rng.uniform(0.94, 1.06, count)
+        cells = rng.permutation(9)[:count]
+        # A large object would leave the picture from the middle of an outer ninth: pull its center in.
+        margin = (radii * 1.12 + 1)[:, None]
+        middles = 16 + 32 * np.stack([cells % 3, cells // 3], 1)
+        centers = np.clip(middles + rng.uniform(-4, 4, middles.shape), margin, 96 - margin)
+        gaps = np.linalg.norm(centers[:, None] - centers, axis=-1) - 1.06 * (radii[:, None] + radii)
+        np.fill_diagonal(gaps, 0)
+        if (gaps >= 0).all():
+            return sizes, radii, cells, centers
 
 
 def paint_scene(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
@@ -73,24 +107,3 @@ def paint_scene(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, Im
         image = painting.place(image, surface, cover, thing.center, thing.radius, light)
         mask[cover >= 0.5] = j
     return painting.develop(image, rng), Image.fromarray(mask)
-
-
-def _compose_object(rng: np.random.Generator, color: str, cell: int, image_size: int) -> SceneObject:
-    unit = image_size / 96
-    size = str(rng.choice(list(RADII)))
-    radius = RADII[size] * float(rng.uniform(0.94, 1.06))
-    row, column = divmod(cell, 3)
-    # A large object would leave the picture from the middle of an outer ninth: pull its center in.
-    margin = radius * 1.12 + 1
-    x, y = (float(np.clip(16 + 32 * c + rng.uniform(-4, 4), margin, 96 - margin)) for c in (column, row))
-    shape, texture = str(rng.choice(painting.SHAPES)), str(rng.choice(painting.TEXTURES))
-    return SceneObject(
-        shape, color, texture, size, PLACES[cell], (x * unit, y * unit), radius * unit, float(rng.uniform(-0.25, 0.25))
-    )
-
-
-def _any_touch(objects: tuple[SceneObject, ...]) -> bool:
-    pairs = ((a, b) for i, a in enumerate(objects) for b in objects[:i])
-    return any(
-        np.hypot(a.center[0] - b.center[0], a.center[1] - b.center[1]) < 1.06 * (a.radius + b.radius) for a, b in pairs
-    )
