@@ -95,17 +95,19 @@ def subcaption_grouping_loss(
     threshold: float | None = None,
     normalization: str = "minmax",
     contrast: str = "image",
+    candidates: int = 4,
     direction: str = "both",
     group: Group = None,
     backend: str = "auto",
     grouping_backend: str | None = None,
     contrastive_backend: str | None = None,
 ) -> Tensor:
-    """Contrast of each sub-caption with its own group of patches, docs/math.md eq. 16-17.
+    """Contrast of each sub-caption with its own group of patches, docs/math.md eq. 16-17 and 20.
 
     With ``v = unit(group_patches(...))`` and ``t = unit(text_features)``: cross-entropy of
     ``logit_scale * v @ t.T`` against the diagonal, within each image's own K sub-captions (contrast="image", the paper)
-    or over all N*K ("batch").
+    or over all N*K ("batch"). With "conditioned" a sub-caption pools the patches of ``candidates`` images and picks the
+    one it is of, which no code of the patches that ignores the picture can answer (eq. 20, FLAIR's conditioning).
 
     Args:
         patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``; but texts of
@@ -114,6 +116,9 @@ def subcaption_grouping_loss(
         image_mask: [N] bool, False for an image that only fills a batch: its captions are missing.
         text_mask: [N, K] bool; missing sub-captions are out of numerator and denominator. An image with one
             contributes 0 within itself.
+        candidates: of "conditioned", at least 2: so many consecutive images make a block, within which a sub-caption
+            picks its image; the last block of a rank takes what is left. Where it divides a rank's images the loss
+            does not depend on the number of ranks.
         direction: "both", or "t2v" for the paper's one: each sub-caption picks its group among the groups.
         group: as in ``multi_positive_contrastive_loss``. Patches never travel; contrast="batch" gathers the pooled
             [n, K, D].
@@ -133,7 +138,7 @@ def subcaption_grouping_loss(
     n, k, d = text_features.shape
     check_mask(fn, "image_mask", image_mask, (n,), text_features)
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
-    check_contrast(fn, contrast, direction)
+    check_contrast(fn, contrast, direction, candidates)
     grouping_backend = dispatch.requested(fn, "group_patches", grouping_backend, backend)
     contrastive_backend = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
@@ -150,7 +155,7 @@ def subcaption_grouping_loss(
         queries, text_features = (t.masked_fill(~text_mask[..., None], 0) for t in (queries, text_features))
     pooled = group_patches(
         patch_features,
-        queries,
+        _of_the_block(queries, candidates) if contrast == "conditioned" else queries,
         threshold=threshold,
         normalization=normalization,
         patch_mask=patch_mask,
@@ -160,6 +165,8 @@ def subcaption_grouping_loss(
         pooled, text = unit(pooled.to(scale.dtype)), unit(text_features.to(scale.dtype))
         if contrast == "image":
             over_texts, over_groups, pos = _within_image(pooled, text, scale, text_mask)
+        elif contrast == "conditioned":
+            over_texts, over_groups, pos = _among_images(pooled, text, scale, image_mask, text_mask, candidates)
         else:
             over_texts, over_groups, pos = _over_the_batch(pooled, text, scale, text_mask, chosen, group)
         pair = over_groups - pos
@@ -180,6 +187,39 @@ def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | No
         alone = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
         z = z.masked_fill(~((mask[:, :, None] & mask[:, None, :]) | alone), -torch.inf)
     return z.logsumexp(2), z.logsumexp(1), scale * (pooled * text).sum(-1)
+
+
+def _of_the_block(text: Tensor, candidates: int) -> Tensor:
+    """[n, candidates * K, D]: for each image the sub-captions of its block; zeros where the last block is short."""
+    n, k, d = text.shape
+    block = _padded(text, candidates).reshape(-1, candidates * k, d)
+    return block.repeat_interleave(candidates, dim=0)[:n]
+
+
+def _among_images(
+    pooled: Tensor, text: Tensor, scale: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, candidates: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp over the sub-captions of a slot and over the images of a block of z [blocks, image, image that the
+    sub-caption is of, K], and the logit of each sub-caption in its own image: three [n, K], any value where masked.
+    """
+    n, k, _ = text.shape
+    z = scale * (pooled * _of_the_block(text, candidates)).sum(-1)
+    z = _padded(z, candidates).reshape(-1, candidates, candidates, k)
+    images = torch.ones(n, dtype=torch.bool, device=z.device) if image_mask is None else image_mask
+    texts = images[:, None].expand(n, k) if text_mask is None else text_mask
+    images = _padded(images, candidates).reshape(-1, candidates, 1, 1)
+    texts = _padded(texts, candidates).reshape(-1, 1, candidates, k)
+    # What is masked meets only itself: its own sums stay finite, nobody else's see it.
+    alone = torch.eye(candidates, dtype=torch.bool, device=z.device)[:, :, None]
+    z = z.masked_fill(~((images & texts) | alone), -torch.inf)
+    over_texts, over_images, pos = z.logsumexp(2), z.logsumexp(1), z.diagonal(dim1=1, dim2=2).mT
+    return over_texts.flatten(0, 1)[:n], over_images.flatten(0, 1)[:n], pos.flatten(0, 1)[:n]
+
+
+def _padded(rows: Tensor, multiple: int) -> Tensor:
+    """``rows`` and zeros (False) up to a multiple."""
+    missing = -len(rows) % multiple
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
 def _over_the_batch(
@@ -223,7 +263,9 @@ def check_pooling(fn: str, threshold: float | None, normalization: str) -> None:
         )
 
 
-def check_contrast(fn: str, contrast: str, direction: str) -> None:
+def check_contrast(fn: str, contrast: str, direction: str, candidates: int) -> None:
     """Raise ValueError unless these options of the grouping's contrast exist."""
-    check_choice(fn, "contrast", contrast, ("image", "batch"))
+    check_choice(fn, "contrast", contrast, ("image", "batch", "conditioned"))
+    if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 2:
+        raise ValueError(f"{fn}: candidates must be an integer of at least 2, got {candidates!r}")
     check_choice(fn, "direction", direction, ("both", "t2v"))

@@ -165,14 +165,20 @@ def subcaption_grouping_loss(
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     contrast: str = "image",
+    candidates: int = 4,
     direction: str = "both",
     patch_mask: Tensor | None = None,
     **options,
 ) -> Tensor:
-    """Contrast of each sub-caption with its own group of patches, eq. 16-17. Options as patch_weights -> scalar."""
+    """Contrast of each sub-caption with its own group of patches, eq. 16-17 and 20. Options as patch_weights ->
+    scalar.
+    """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
     patch_mask = _of_present_images(image_mask, patch_mask, patch_features)
     text_features = _without_masked(text_features, text_mask)
+    if contrast == "conditioned":
+        options |= dict(direction=direction, image_mask=image_mask, text_mask=text_mask, patch_mask=patch_mask)
+        return _conditioned(patch_features, text_features, logit_scale, candidates, **options)
     group = unit(group_patches(patch_features, text_features, patch_mask=patch_mask, **options))
     text = unit(text_features)
     n, k, d = text.shape
@@ -189,6 +195,28 @@ def subcaption_grouping_loss(
     t2v = torch.where(valid, over_groups - pos, 0)
     pair = t2v if direction == "t2v" else (t2v + torch.where(valid, over_texts - pos, 0)) / 2
     return pair.sum() / valid.sum().clamp(min=1)
+
+
+def _conditioned(
+    patches, texts, scale, candidates, *, direction, image_mask, text_mask, patch_mask, **options
+) -> Tensor:
+    # Eq. 20, a caption at a time: it pools the patches of each image of its block and picks its own image.
+    n, k, _ = texts.shape
+    valid = torch.ones(n, k, dtype=torch.bool, device=texts.device) if text_mask is None else text_mask
+    total = torch.zeros((), dtype=texts.dtype, device=texts.device)
+    for first in range(0, n, candidates):
+        block = [i for i in range(first, min(first + candidates, n)) if image_mask is None or image_mask[i]]
+        mask = None if patch_mask is None else patch_mask[block]
+        for slot in range(k):
+            text_BD = unit(texts[block, slot])
+            group = unit(group_patches(patches[block], text_BD.expand(len(block), -1, -1), patch_mask=mask, **options))
+            z = scale * (group * text_BD).sum(-1)  # [images, captions]
+            for at, i in enumerate(block):
+                if valid[i, slot]:
+                    t2v = torch.logsumexp(z[:, at], 0) - z[at, at]
+                    v2t = torch.logsumexp(z[at, valid[block, slot]], 0) - z[at, at]
+                    total = total + (t2v if direction == "t2v" else (t2v + v2t) / 2)
+    return total / valid.sum().clamp(min=1)
 
 
 def _without_masked(features: Tensor, mask: Tensor | None) -> Tensor:

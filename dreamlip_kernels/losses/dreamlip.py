@@ -19,9 +19,9 @@ from .sigmoid import MultiPositiveSigmoidLoss
 class DreamLIPLoss(ClipLossArguments):
     """``mpcl_weight * multi-positive contrast + grouping_weight * sub-caption grouping``, docs/math.md eq. 18.
 
-    Takes ClipLoss's positional arguments and, by keyword, the options of both functions;
-    threshold, normalization, contrast and direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss
-    as the contrast, where negatives and positives have no meaning. label_smoothing and same_image (for image_ids)
+    Takes ClipLoss's positional arguments and, by keyword, the options of both functions; threshold, normalization,
+    contrast, candidates and direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss as the
+    contrast, where negatives and positives have no meaning. label_smoothing and same_image (for image_ids)
     belong to the contrast of either kind; the grouping term has hard targets. ``contrastive_backend`` and
     ``grouping_backend`` name the backend of each op; ``backend`` is the shorthand for both, which applies where an op
     has it ("cuda" and "cpp" choose the pooling and leave the contrast at "auto").
@@ -46,6 +46,7 @@ class DreamLIPLoss(ClipLossArguments):
         threshold: float | None = None,
         normalization: str = "minmax",
         contrast: str = "image",
+        candidates: int = 4,
         direction: str = "both",
         group: Group = None,
         backend: str = "auto",
@@ -77,6 +78,7 @@ class DreamLIPLoss(ClipLossArguments):
             threshold=threshold,
             normalization=normalization,
             contrast=contrast,
+            candidates=candidates,
             direction=direction,
             group=group,
             backend=backend,

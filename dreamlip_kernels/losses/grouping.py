@@ -27,6 +27,7 @@ class SubcaptionGroupingLoss(ClipLossArguments):
         threshold: float | None = None,
         normalization: str = "minmax",
         contrast: str = "image",
+        candidates: int = 4,
         direction: str = "both",
         group: Group = None,
         backend: str = "auto",
@@ -36,11 +37,12 @@ class SubcaptionGroupingLoss(ClipLossArguments):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
         name = type(self).__name__
         check_pooling(name, threshold, normalization)
-        check_contrast(name, contrast, direction)
+        check_contrast(name, contrast, direction, candidates)
         self.options = dict(
             threshold=threshold,
             normalization=normalization,
             contrast=contrast,
+            candidates=candidates,
             direction=direction,
             grouping_backend=dispatch.requested(name, "group_patches", grouping_backend, backend),
             contrastive_backend=dispatch.requested(name, "bidirectional_logsumexp", contrastive_backend, backend),

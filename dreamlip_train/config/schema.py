@@ -120,8 +120,14 @@ class LossConfig:
     """sigma of the patch pooling; None means 1/P."""
     normalization: Normalization = "minmax"
     """How similarities become patch weights."""
-    contrast: Literal["image", "batch"] = "image"
-    """Whose captions a pooled group is contrasted with: its own image's, or the whole batch's."""
+    contrast: Literal["image", "batch", "conditioned"] = "image"
+    """What a pooled group is contrasted with: the captions of its own image, or of the whole batch; "conditioned":
+    what the same caption pools in other images (docs/math.md eq. 20).
+    """
+    candidates: int = 4
+    """Images among which a sub-caption picks its own with contrast="conditioned": consecutive ones of a rank's
+    share, or of its chunk.
+    """
     direction: Literal["both", "t2v"] = "both"
     """Both directions of the grouping contrast, or the paper's single one."""
     backend: str = "auto"

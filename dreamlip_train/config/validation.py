@@ -100,9 +100,11 @@ def _check_grouping(config: Config) -> None:
     if weight > 0 and config.loss.contrast == "image" and config.data.num_sub_captions == 1:
         what_to_do = (
             "with data.num_sub_captions=1 the within-image contrast has no negatives; "
-            'give more sub-captions, loss.contrast="batch", or weight 0'
+            'give more sub-captions, loss.contrast="conditioned", or weight 0'
         )
         refuse("loss.grouping_weight", weight, what_to_do)
+    if config.loss.candidates < 2:
+        refuse("loss.candidates", config.loss.candidates, "a sub-caption picks among at least 2 images")
     why = "only the grouping loss uses it, and loss.grouping_weight is 0"
     if weight == 0 and config.model.local_logit_scale:
         refuse("model.local_logit_scale", True, f"{why}; set it to False")

@@ -97,6 +97,7 @@ def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
         threshold=loss.threshold,
         normalization=loss.normalization,
         contrast=loss.contrast,
+        candidates=loss.candidates,
         direction=loss.direction,
         backend=loss.backend,
         contrastive_backend=loss.contrastive_backend,

@@ -44,6 +44,7 @@ CASES += [dict(loss="contrastive", masked=False, label_smoothing=0.1), dict(loss
 CASES += [dict(loss="contrastive", negatives=n, masked=True, **t) for n in ("slot", "all") for t in TARGETS]
 CASES += [dict(loss="sigmoid", masked=True, images=True, **TARGETS[2])]
 CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
+CASES += [dict(loss="grouping", contrast="conditioned", candidates=3, masked=True, images=m) for m in (False, True)]
 
 
 # Backward in three stretches of rows, of unequal length where n does not divide.

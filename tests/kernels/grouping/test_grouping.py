@@ -1,5 +1,7 @@
 """group_patches, patch_weights and the grouping loss against the float64 oracle, and the defined degenerate cases."""
 
+import math
+
 import pytest
 import torch
 from numerics import assert_no_worse_than_torch, three_ways, value_and_grads, worst_of
@@ -12,6 +14,7 @@ from dreamlip_kernels.ops.group_patches import group_patches_torch
 from dreamlip_kernels.ops.group_patches.group_patches import NORMALIZATIONS
 
 BACKENDS = ["torch", "cpp"]
+CONTRASTS = ["image", "batch", "conditioned"]
 # (N, P, K, D): one of everything; tiny; B/32's and B/16's grids, with and without a class token;
 # the widths of real towers; a width and a number of captions that fill no vector and no block.
 SHAPES = [(1, 1, 1, 8), (3, 49, 3, 96), (4, 196, 8, 512), (2, 197, 1, 768), (5, 16, 8, 8), (2, 25, 13, 37)]
@@ -94,7 +97,7 @@ def test_patch_weights(normalization, masked):
     torch.testing.assert_close(weights @ reference.unit(patches), pooled, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("contrast", ["image", "batch"])
+@pytest.mark.parametrize("contrast", CONTRASTS)
 @pytest.mark.parametrize("direction", ["both", "t2v"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
@@ -110,6 +113,48 @@ def test_loss(contrast, direction, masked, scale):
         three_ways(op, oracle, (*region_like(6, 25, 5, 24, first_seed=100 * i), torch.tensor(scale))) for i in range(6)
     ]
     assert_no_worse_than_torch("loss", *worst_of(draws))
+
+
+@pytest.mark.parametrize("candidates", [2, 3, 4, 9])
+def test_images_that_a_sub_caption_picks_among(candidates):
+    """Seven images: a short last block, a single image in one, all in one. An absent image and its captions, NaN and
+    all, are nobody's candidates.
+    """
+    patches, texts = region_like(7, 25, 3, 24, torch.float64)
+    image_mask = torch.tensor([1, 1, 0, 1, 1, 1, 1]).bool()
+    text_mask = torch.rand(7, 3, generator=torch.Generator().manual_seed(4)) > 0.3
+    broken = patches.masked_fill(~image_mask[:, None, None], torch.nan)
+    options = dict(contrast="conditioned", candidates=candidates, image_mask=image_mask, text_mask=text_mask)
+    for direction in ("both", "t2v"):
+        oracle = lambda x, t, d=direction: reference.subcaption_grouping_loss(x, t, 9.0, direction=d, **options)  # noqa: E731
+        op = lambda x, t, d=direction: dk.subcaption_grouping_loss(x, t, 9.0, direction=d, **options)  # noqa: E731
+        expected = value_and_grads(oracle, (patches, texts))
+        for inputs in ((patches, texts), (broken, texts)):
+            for got, gold in zip(value_and_grads(op, inputs), expected, strict=True):
+                torch.testing.assert_close(got, gold)
+    present = [i for i in range(7) if image_mask[i]]
+    alone = dk.subcaption_grouping_loss(patches[present[:1]], texts[present[:1]], 9.0, contrast="conditioned")
+    assert alone == 0, "an image alone in its block has nothing to be told from"
+
+
+def test_a_code_of_the_patches_that_ignores_the_picture_is_no_answer():
+    """Patches that are the same in every image and hold each caption: within the image, and over the batch's captions,
+    that is nearly a perfect answer, which is what training at full weight found; asked for the image it is chance.
+    """
+    texts = region_like(8, 16, 2, 64)[1]
+    codebook = reference.unit(texts).flatten(0, 1).expand(8, -1, -1)
+    options = dict(threshold=0.9, direction="t2v")
+    losses = [float(dk.subcaption_grouping_loss(codebook, texts, 50.0, contrast=c, **options)) for c in CONTRASTS]
+    assert max(losses[:2]) < 0.05 and losses[2] == pytest.approx(math.log(4), abs=1e-4)
+
+
+@pytest.mark.parametrize("candidates", [1, 0, -4, True, 2.0, None])
+def test_candidates_that_are_none(candidates):
+    patches, texts = region_like(2, 4, 2, 8)
+    with pytest.raises(ValueError, match="candidates must be an integer of at least 2"):
+        dk.subcaption_grouping_loss(patches, texts, 1.0, contrast="conditioned", candidates=candidates)
+    with pytest.raises(ValueError, match="candidates"):
+        dk.DreamLIPLoss(contrast="conditioned", candidates=candidates)
 
 
 @pytest.mark.parametrize("contrast", ["image", "batch"])
@@ -140,7 +185,7 @@ def test_patches_of_an_autocast_tower_with_float32_captions(contrast):
 def test_masked_captions_change_nothing_and_take_no_gradient():
     patches, texts = region_like(4, 16, 3, 8)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
-    for contrast in ("image", "batch"):
+    for contrast in CONTRASTS:
         op = lambda x, t, c=contrast: dk.subcaption_grouping_loss(x, t, 5.0, text_mask=mask, contrast=c)  # noqa: E731
         garbled = torch.where(mask[..., None], texts, 100 * torch.randn_like(texts))
         first, second = value_and_grads(op, (patches, texts)), value_and_grads(op, (patches, garbled))
@@ -272,7 +317,7 @@ def test_nan_behind_a_mask_has_no_effect(backend, normalization):
             torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("contrast", ["image", "batch"])
+@pytest.mark.parametrize("contrast", CONTRASTS)
 def test_nan_captions_behind_a_mask_have_no_effect(contrast):
     patches, texts = region_like(4, 16, 3, 8)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
