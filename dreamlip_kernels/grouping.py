@@ -153,14 +153,12 @@ def subcaption_grouping_loss(
     patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
         queries, text_features = (t.masked_fill(~text_mask[..., None], 0) for t in (queries, text_features))
-    pooled = group_patches(
-        patch_features,
-        _of_the_block(queries, candidates) if contrast == "conditioned" else queries,
-        threshold=threshold,
-        normalization=normalization,
-        patch_mask=patch_mask,
-        backend=grouping_backend,
-    )
+    options = dict(threshold=threshold, normalization=normalization, patch_mask=patch_mask, backend=grouping_backend)
+    if contrast == "conditioned":  # K sub-captions a call: fused kernels take no K * candidates
+        asked = _of_the_block(queries, candidates).split(k, dim=1)
+        pooled = torch.cat([group_patches(patch_features, part, **options) for part in asked], dim=1)
+    else:
+        pooled = group_patches(patch_features, queries, **options)
     with without_autocast(text_features.device):
         pooled, text = unit(pooled.to(scale.dtype)), unit(text_features.to(scale.dtype))
         if contrast == "image":
