@@ -4,17 +4,23 @@ BIN := .venv/bin
 OUT ?= benchmarks/out
 DEMO := data/demo$(addprefix -,$(DEMO_TRAIN))
 
-.PHONY: demo test test-slow security ptx sanitize lint bench wheels gpu gpu-build gpu-test gpu-contrast gpu-rest gpu-ablate ablate install matrix wheels-release clean
+.PHONY: demo test test-slow security ptx sanitize lint bench wheels gpu gpu-build gpu-test gpu-contrast gpu-rest gpu-ablate ablate install install-train matrix wheels-release clean
+
+# What the trainer needs, without compiling anything: files are compiled as they are imported, C++ with the rest below.
+install-train: .venv/.train
+.venv/.train: pyproject.toml constraints.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch "setuptools>=77" wheel
+	DREAMLIP_NO_EXTENSION=1 $(BIN)/python -m pip install -q --no-compile --no-build-isolation -c constraints.txt -e ".[train]"
+	touch $@
 
 install: .venv/.installed
-.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch ninja "setuptools>=77" wheel
+.venv/.installed: .venv/.train $(wildcard csrc/*)
+	$(BIN)/python -m pip install -q -c constraints.txt ninja
 	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e ".[train,log,recaption,ray,hub,benchmark,dev]"
 	touch $@
 
-demo: install
+demo: install-train
 	$(BIN)/dreamlip-train prepare scenes --output $(DEMO)/scenes --num-train $(or $(DEMO_TRAIN),6000) --num-val 200
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/train/captions.csv --images $(DEMO)/scenes/train/images --shard-size 100 --output $(DEMO)/shards/train
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/val/captions.csv --images $(DEMO)/scenes/val/images --masks $(DEMO)/scenes/val/masks --output $(DEMO)/shards/val

@@ -1,6 +1,7 @@
 """Builds csrc/ where torch and a compiler are at hand.
 
-Without them the packages install as pure Python and say what they lack. DREAMLIP_NO_CUDA=1 leaves the CUDA sources out.
+Without them the packages install as pure Python and say what they lack. DREAMLIP_NO_CUDA=1 leaves the CUDA sources out,
+DREAMLIP_NO_EXTENSION=1 all of csrc/.
 TORCH_CUDA_ARCH_LIST chooses the architectures; no GPU is needed to build. For a release, DREAMLIP_LOCAL_VERSION=cuda
 makes 0.1.0+cuda of 0.1.0, and DREAMLIP_REPOSITORY is the address that the links of an index page begin with.
 """
@@ -37,6 +38,8 @@ def tell(message: str) -> None:
 
 def extension() -> dict:
     """setup()'s arguments for the compiled kernels, or none with the reason told."""
+    if os.environ.get("DREAMLIP_NO_EXTENSION") == "1":
+        return {}
     try:
         import torch
         from torch.utils import cpp_extension
