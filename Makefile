@@ -21,7 +21,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install-train
-	$(BIN)/dreamlip-train prepare scenes --output $(DEMO)/scenes --num-train $(or $(DEMO_TRAIN),6000) --num-val 200
+	$(BIN)/dreamlip-train prepare scenes --output $(DEMO)/scenes --num-train $(or $(DEMO_TRAIN),4000) --num-val 200
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/train/captions.csv --images $(DEMO)/scenes/train/images --shard-size 100 --output $(DEMO)/shards/train
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/val/captions.csv --images $(DEMO)/scenes/val/images --masks $(DEMO)/scenes/val/masks --output $(DEMO)/shards/val
 	$(BIN)/dreamlip-train train demo --run-dir $(or $(DEMO_RUN),runs/demo) --data.shards $(DEMO)/shards/train --data.val-shards $(DEMO)/shards/val $(DEMO_FLAGS)
