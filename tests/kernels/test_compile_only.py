@@ -207,6 +207,7 @@ def instructions(path):
     return [line for line in text.splitlines() if not re.match(r"\s*(\.loc|\.file|//|\$L__(tmp|func)\w*:)", line)]
 
 
+@pytest.mark.slow
 def test_images_that_are_not_compared_leave_no_trace(tmp_path):
     """Off by default, the comparison costs nothing: the kernels without it have the same instructions."""
     ours, without = tmp_path / "ours", tmp_path / "without"
