@@ -1,4 +1,4 @@
-"""Exact, memory-linear losses for language-image pre-training with many captions an image. Needs torch alone."""
+"""Exact, memory-linear losses for language-image pre-training with many captions per image. Needs torch alone."""
 
 from .backends.explain import explain
 from .backends.settings import configure

@@ -1,9 +1,9 @@
-"""Image-text contrast with many captions an image (docs/math.md sections 1 and 2).
+"""Image-text contrast with many captions per image (docs/math.md sections 1 and 2).
 
     features -> gathered_logsumexp (images travel, one rectangle a rank, logits never stored) -> [K,
     n] arithmetic -> scalar
 
-N images (n on this rank), K sub-captions an image, D width.
+N images (n on this rank), K sub-captions per image, D width.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     patches, texts -> group_patches (similarity, min-max, threshold, weighted mean; local to a rank)
                    -> contrast within the image, or over the batch by gathered_logsumexp -> scalar
 
-N images, K sub-captions an image, P patches, D width.
+N images, K sub-captions per image, P patches, D width.
 """
 
 from __future__ import annotations

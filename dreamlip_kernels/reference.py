@@ -4,7 +4,7 @@ a definition changes here first.
 Nothing here is fast and everything is materialized. It computes in the dtype it is given, so float64 inputs give the
 gold values of the tests and 16-bit inputs show what eager code of that dtype loses.
 
-N images, K sub-captions an image, D width, P patches, M rows, C columns. Equation numbers are those of docs/math.md.
+N images, K sub-captions per image, D width, P patches, M rows, C columns. Equation numbers are those of docs/math.md.
 """
 
 from __future__ import annotations

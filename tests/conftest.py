@@ -32,6 +32,7 @@ _LONG = (
     "test_train",
     "test_faults",
     "test_map_tasks",
+    "test_shared_work",
     "test_recaption",
     "test_photographs",
     "test_contrastive",

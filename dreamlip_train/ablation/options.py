@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class AblationOptions:
-    """Train the paper's ablations on the built-in scenes, and write one table and plot. Started again it goes on."""
+    """Train the paper's ablations on the built-in scenes, and write one table and plot. Started again, it resumes."""
 
     output: str
     """Folder for the data, the runs, and ablation.{json,md,png}."""

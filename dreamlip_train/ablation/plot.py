@@ -1,4 +1,4 @@
-"""The picture of an ablation: a row a variant, a panel a score, a dot a seed and a bar for their mean."""
+"""The picture of an ablation: a row per variant, a panel per score, a dot per seed and a bar for their mean."""
 
 from __future__ import annotations
 

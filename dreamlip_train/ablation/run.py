@@ -1,7 +1,7 @@
 """The paper's ablations in miniature: a grid of recipes on the built-in scenes, several seeds, one table and one plot.
 
 Each run is `dreamlip-train train` in a process of its own, in a run folder of its own: started again, finished runs are
-kept and others go on.
+kept and others resume.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def ablate(options: AblationOptions) -> dict[str, Any]:
                 write_results(folder, settings, _by_variant(variants, done))
         except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
             failed[variant.name, seed] = str(error)
-        progress.update(f"{len(done)} of {len(cells)} runs, {len(failed)} failed; last {run.name}")
+        progress.advance(text=f"{len(failed)} failed; last {run.name}")
 
-    with Progress("ablate") as progress, ThreadPoolExecutor(jobs) as pool:
+    with Progress("ablate", len(cells), "runs") as progress, ThreadPoolExecutor(jobs) as pool:
         try:
             list(pool.map(one, cells))
         except KeyboardInterrupt:
@@ -135,7 +135,7 @@ def _prepare_data(data: Path, num_train: int, num_val: int) -> tuple[str, str]:
 
 
 def _train(run: Path, config: str, threads: int) -> None:
-    """`dreamlip-train train` with this config, unless the run is finished; a broken-off one goes on."""
+    """`dreamlip-train train` with this config, unless the run is finished; an interrupted one resumes."""
     if (run / "summary.json").is_file():
         return
     run.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 A quote that is opened and not closed joins lines until the next quote. A record of several lines is therefore only
 believed where none of its further lines is a row by itself; otherwise its first line is reported,
-and reading goes on with the second.
+and reading continues with the second.
 """
 
 from __future__ import annotations

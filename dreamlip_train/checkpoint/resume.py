@@ -20,7 +20,7 @@ from dreamlip_train.checkpoint.files import (
     newest,
     put_aside,
     read_manifest,
-)  # fmt: skip
+)
 from dreamlip_train.checkpoint.ranks import on_first_rank
 from dreamlip_train.config.schema import Config
 from dreamlip_train.config.toml import differences, read_config
@@ -154,9 +154,9 @@ def _require_shared(run_dir: Path) -> None:
 
 def _damaged(checkpoint: Path) -> list[str]:
     """Damaged files, the reading shared by the ranks."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, damaged_files(checkpoint, dist.get_rank(), dist.get_world_size()))
-    return [name for names in found for name in names]
+    damaged_by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(damaged_by_rank, damaged_files(checkpoint, dist.get_rank(), dist.get_world_size()))
+    return [name for names in damaged_by_rank for name in names]
 
 
 def _require_undamaged(checkpoint: Path) -> None:
@@ -180,13 +180,13 @@ def check_fits(checkpoint: Path, config: Config, data: str, accept_changes: bool
     manifest = read_manifest(checkpoint)
     changed = differences(read_config(checkpoint / "config.toml"), config)
     for name, (old, new) in changed.items():
-        said = f"{name}: {checkpoint} was written with {old!r}, this run has {new!r}"
+        problem = f"{name}: {checkpoint} was written with {old!r}, this run has {new!r}"
         section, field = name.split(".")
         if field in _FIXED.get(section, ()):
-            raise UserError(f"{said}; use its value, or another --run-dir")
+            raise UserError(f"{problem}; use its value, or another --run-dir")
         if field not in _FREE.get(section, ()) and not accept_changes:
             raise UserError(
-                f"{said}; use its value, another --run-dir, or --accept-changes if the run is meant to go on "
+                f"{problem}; use its value, another --run-dir, or --accept-changes if the run is meant to go on "
                 "differently"
             )
     if data and manifest["data"] and data != manifest["data"]:

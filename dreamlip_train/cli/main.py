@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -10,10 +9,9 @@ import sys
 import traceback
 from typing import Any
 
-import tyro
-
-from dreamlip_train.cli import ablate, evaluate, prepare, report, show, train, weights
+from dreamlip_train.cli import ablate, doctor, evaluate, prepare, report, show, train, weights
 from dreamlip_train.cli.usage import PROGRAM, closest, usage
+from dreamlip_train.jobs.progress_line import set_progress_style
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 # What the system says of a machine, a disk or a permission: never our bug.
@@ -67,6 +65,11 @@ def _dispatch(arguments: list[str]) -> None:
     """Walk COMMANDS along the first words and hand the rest to the command that they name."""
     words: list[str] = []
     command: Any = COMMANDS
+    while arguments and arguments[0].split("=")[0] == "--progress":
+        option = arguments.pop(0)
+        if "=" not in option and not arguments:
+            raise UserError("--progress: give a style before the command: auto, bar, lines, json or off")
+        set_progress_style(option.partition("=")[2] if "=" in option else arguments.pop(0))
     while isinstance(command, dict):
         if not arguments or arguments[0] in ("-h", "--help"):
             print(usage(words, command))
@@ -77,26 +80,6 @@ def _dispatch(arguments: list[str]) -> None:
         words.append(word)
         command = command[word]
     command(arguments, f"{PROGRAM} {' '.join(words)}")
-
-
-def _doctor(arguments: list[str], program: str) -> None:
-    """What this machine can run, and with a PATTERN whether those shards are sound"""
-
-    def doctor(pattern: tyro.conf.Positional[str] = "", qualify: bool = False) -> None:
-        """Versions, devices and kernel backends of this machine; with a PATTERN also a check of those shards.
-
-        Args:
-            qualify: first test and time the kernels on the GPU (or the CPU), for a minute or two; training uses what it
-                finds (docs/backends.md).
-        """
-        from dreamlip_train.monitoring.environment import examine, qualify_kernels
-
-        if qualify:
-            qualify_kernels()
-        with contextlib.suppress(BrokenPipeError):
-            print(examine(pattern))
-
-    tyro.cli(doctor, args=arguments, prog=program)
 
 
 COMMANDS: dict[str, Any] = {
@@ -111,5 +94,5 @@ COMMANDS: dict[str, Any] = {
     "plot": report.plot,
     "show": show.show,
     "explore": show.explore,
-    "doctor": _doctor,
+    "doctor": doctor.doctor,
 }

@@ -116,7 +116,7 @@ def prepare_validate(arguments: list[str], program: str) -> None:
 
 @dataclass
 class StatsOptions:
-    """Sub-captions and tokens a caption, by source, as a table and a picture: the paper's Figure 3 from your data."""
+    """Sub-captions and tokens per caption, by source, as a table and a picture: the paper's Figure 3 from your data."""
 
     pattern: tyro.conf.Positional[str]
     """Shards: a folder, a glob or a brace pattern."""

@@ -28,11 +28,11 @@ class TrainOptions:
     """
     settings: Annotated[Config, tyro.conf.arg(name="")]
     resume: str = "auto"
-    """"auto" goes on from the newest whole checkpoint of the run folder, or starts. "never" insists on a new folder.
+    """"auto" resumes from the newest whole checkpoint of the run folder, or starts. "never" insists on a new folder.
     A path starts from that checkpoint.
     """
     accept_changes: bool = False
-    """Go on from a checkpoint although settings of the recipe (data draws, loss, optimizer) differ from its own."""
+    """Resume from a checkpoint although settings of the recipe (data draws, loss, optimizer) differ from its own."""
     config: str | None = None
     """TOML file with any of the settings below; a run's own config.toml is one."""
     deepspeed_config: str | None = None

@@ -21,7 +21,11 @@ def usage(words: list[str], commands: dict[str, Any]) -> str:
             lines += [f"  {name + ' ' + sub:<20} {first_line(inner)}" for sub, inner in command.items()]
         else:
             lines.append(f"  {name:<20} {first_line(command)}")
-    return "\n".join([*lines, "", "Each takes --help."])
+    lines += [
+        "",
+        "Each takes --help. Before the command, --progress auto|bar|lines|json|off says how progress is shown.",
+    ]
+    return "\n".join(lines)
 
 
 def first_line(function: Callable[..., Any]) -> str:

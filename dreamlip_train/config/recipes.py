@@ -117,7 +117,7 @@ def clip_cc3m_vitb16() -> Config:
 
 
 def laclip_cc3m_vitb16() -> Config:
-    """Baseline: one caption an image and step, drawn from raw, short and sentences (LaCLIP's text augmentation;
+    """Baseline: one caption per image and step, drawn from raw, short and sentences (LaCLIP's text augmentation;
     Fan et al., 2023).
     """
     return _without_grouping(cc3m_vitb16(), sources=_PAPER_SOURCES, k=1)

@@ -1,5 +1,5 @@
-"""Who reads which samples of an epoch: every sample once, whatever the number of ranks and loader workers,
-also when that number changes in mid-epoch.
+"""Who reads which samples of an epoch, and where a resumed run picks it up: every sample once, whatever the number of
+ranks and loader workers, also when that number changes in mid-epoch.
 
     the epoch's samples, shards permuted:   0 ............................................. total
     dealt in equal stretches to readers:    | rank 0 worker 0 | rank 0 worker 1 | rank 1 worker 0 | .. | remainder |
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReaderLayout:
-    """``ranks`` x ``workers`` readers that take ``batch_size`` samples a rank and step, for ``steps`` steps of the
+    """``ranks`` x ``workers`` readers that take ``batch_size`` samples per rank and step, for ``steps`` steps of the
     epoch (or its rest).
     """
 

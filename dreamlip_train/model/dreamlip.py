@@ -50,7 +50,7 @@ def logit_multiplier(log_scale: Tensor) -> Tensor:
 
 
 class DreamLIP(nn.Module):
-    """open_clip's towers with patch features and K sub-captions an image.
+    """open_clip's towers with patch features and K sub-captions per image.
 
     ``forward(images [n,3,H,W], text [n,K,L], or the same captions packed)`` returns a dict:
     image_features [n,D] and text_features [n,K,D], unit length; patch_features [n,P,D], projected,
@@ -170,7 +170,9 @@ class DreamLIP(nn.Module):
         """open_clip's CLIP.encode_text for any length up to the context, without its fixed-length check."""
         clip, (count, length) = self.clip, tokens.shape
         if length > clip.context_length:
-            raise UserError(f"DreamLIP: text has {length} tokens a row, model.context_length is {clip.context_length}")
+            raise UserError(
+                f"DreamLIP: text has {length} tokens per row, model.context_length is {clip.context_length}"
+            )
         ends = torch.arange(count, device=tokens.device) * length + tokens.argmax(
             dim=-1
         )  # the end token has the highest id

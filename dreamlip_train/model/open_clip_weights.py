@@ -30,9 +30,9 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
             f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}"
         ) from error
     if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        reasons = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise UserError(
-            f"model.pretrained: {path!r} comes from another model: {shown}. Give the model.name or model.config it "
+            f"model.pretrained: {path!r} comes from another model: {reasons}. Give the model.name or model.config it "
             "was trained with"
         )
     for key in ("logit_scale", "logit_bias"):
@@ -52,12 +52,12 @@ def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:
     return state
 
 
-def _mismatches(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
-    """What keeps ``given`` from loading, position counts aside: those are resized."""
-    problems = [f"{key} is missing" for key in expected if key not in given]
-    problems += [f"{key} is not in this model" for key in given if key not in expected]
-    for key in expected.keys() & given.keys():
-        want, got = tuple(expected[key].shape), tuple(given[key].shape)
+def _mismatches(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> list[str]:
+    """What keeps ``loaded`` from loading, position counts aside: those are resized."""
+    problems = [f"{key} is missing" for key in expected if key not in loaded]
+    problems += [f"{key} is not in this model" for key in loaded if key not in expected]
+    for key in expected.keys() & loaded.keys():
+        want, got = tuple(expected[key].shape), tuple(loaded[key].shape)
         if key.endswith("positional_embedding"):
             want, got = want[1:], got[1:]
         if want != got and expected[key].numel() != 1:

@@ -46,28 +46,39 @@ def pack_captions(tokens: Tensor) -> PackedCaptions:
         tokens: on the CPU, the end token the largest of its row (CLIP's has the highest id);
             what stands after it is dropped.
     """
-    flat = tokens.flatten(0, -2).numpy()
-    count, context = flat.shape
+    flat_BC = tokens.flatten(0, -2).numpy()
+    count, context = flat_BC.shape
     length = -(-context // ALIGNMENT) * ALIGNMENT
-    sizes = flat.argmax(axis=-1) + 1 if count else np.zeros(0, dtype=np.int64)
-    waiting = np.split(np.argsort(sizes, kind="stable"), np.cumsum(np.bincount(sizes, minlength=context + 1))[:-1])
-    starts, rows, taken = np.zeros(count, dtype=np.int64), 0, [0] * (context + 1)
-    for layout, times in _layouts(np.bincount(sizes, minlength=context + 1).tolist(), length):
-        begin = 0
+    size_B = flat_BC.argmax(axis=-1) + 1 if count else np.zeros(0, dtype=np.int64)
+    start_B, rows = _place(size_B, context, length)
+
+    column_C = np.arange(context)
+    kept_BC = column_C < size_B[:, None]
+    target = (start_B[:, None] + column_C)[kept_BC]  # where each kept token goes, of the R*L positions
+    packed, positions = np.zeros((2, rows * length), dtype=np.int64)
+    captions = np.full(rows * length, -1)
+    packed[target] = flat_BC[kept_BC]
+    positions[target] = np.broadcast_to(column_C, kept_BC.shape)[kept_BC]
+    captions[target] = np.repeat(np.arange(count), size_B)
+    by_row = (torch.from_numpy(part).view(rows, length) for part in (packed, positions, captions))
+    return PackedCaptions(*by_row, ends=torch.from_numpy(start_B + size_B - 1))
+
+
+def _place(size_B: np.ndarray, context: int, length: int) -> tuple[np.ndarray, int]:
+    """(where each caption starts, of the positions of all rows one after another; the number of rows)."""
+    counts = np.bincount(size_B, minlength=context + 1)
+    of_size = np.split(np.argsort(size_B, kind="stable"), np.cumsum(counts)[:-1])  # the captions of each size, in order
+    placed = [0] * (context + 1)  # how many of each size have their place
+    start_B, rows = np.zeros(len(size_B), dtype=np.int64), 0
+    for layout, times in _layouts(counts.tolist(), length):
+        first_position = np.arange(rows, rows + times) * length
         for size in layout:
-            which = waiting[size][taken[size] : taken[size] + times]
-            starts[which] = np.arange(rows, rows + times) * length + begin
-            taken[size] += times
-            begin += size
+            captions = of_size[size][placed[size] : placed[size] + times]  # one for each row of this layout
+            start_B[captions] = first_position
+            placed[size] += times
+            first_position = first_position + size
         rows += times
-    column = np.arange(context)
-    kept = column < sizes[:, None]
-    target = (starts[:, None] + column)[kept]
-    packed = np.zeros((3, rows * length), dtype=np.int64)
-    packed[2] = -1
-    packed[:, target] = flat[kept], np.broadcast_to(column, kept.shape)[kept], np.repeat(np.arange(count), sizes)
-    tokens, positions, captions = torch.from_numpy(packed).view(3, rows, length)
-    return PackedCaptions(tokens, positions, captions, torch.from_numpy(starts + sizes - 1))
+    return start_B, rows
 
 
 def _layouts(counts: list[int], length: int) -> Iterator[tuple[list[int], int]]:

@@ -1,5 +1,5 @@
 """CLIP's tokens, as open_clip's SimpleTokenizer gives them, at the rate a loader needs:
-with K captions an image text costs as much as pixels.
+with K captions per image, text costs as much as pixels.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
         """The ids of a text, without start and end."""
         # What ftfy and html.unescape repair is not in such a text.
         plain = text.isascii() and text.isprintable() and "&" not in text
-        found: list[int] = []
+        tokens: list[int] = []
         for word in (text.lower() if plain else self.clean_fn(text)).split():
-            found += self.words.get(word) or self._look_up(word)
-        return found
+            tokens += self.words.get(word) or self._look_up(word)
+        return tokens
 
     def _look_up(self, word: str) -> list[int]:
         """The ids of what stands between two spaces, kept; no token reaches across a space."""

@@ -67,7 +67,7 @@ def prepare_folder(
         raise UserError(f"--shard-size: got {shard_size}; give at least 1")
     if masks is not None and not Path(masks).is_dir():
         raise UserError(f"--masks: no folder {str(masks)!r}")
-    table, source = _opened(captions, images, columns)
+    table, source, rows = _opened(captions, images, columns)
     job = {
         "captions": _identity(captions),
         "images": str(Path(images).resolve()) if images else None,
@@ -77,7 +77,7 @@ def prepare_folder(
     }
     with job_folder(output, STATE, job, "shards of another table, folder or shard size") as state:
         writer = _RowWriter(output, state, source, Path(masks) if masks else None, count_tokens)
-        manifest = _write_all(writer, table, shard_size)
+        manifest = _write_all(writer, table, shard_size, rows)
         if not manifest.shards:
             why = manifest.total.bad_summary() or "it has no rows"
             raise UserError(f"--captions: no row of {str(captions)!r} gave a sample: {why}")
@@ -89,8 +89,9 @@ def prepare_folder(
 
 def _opened(
     captions: str | Path, images: str | Path | None, columns: Mapping[str, str] | None
-) -> tuple[Table | HubTable, ImageIndex | ParquetPictures | None]:
-    """The rows, checked, and where their pictures are; None: in the rows."""
+) -> tuple[Table | HubTable, ImageIndex | ParquetPictures | None, int | None]:
+    """The rows, checked; where their pictures are (None: in the rows); how many there are, where that is known."""
+    count = None
     if str(captions).startswith(HUB):
         table: Table | HubTable = HubTable(str(captions), columns)
         source = None if images is None else ImageIndex(_folder(images))
@@ -100,8 +101,8 @@ def _opened(
         inside = picture_column(Path(captions), columns or {})
         source = ParquetPictures(Path(captions), inside) if inside else ImageIndex(_folder(images))
     if isinstance(source, ImageIndex):
-        source.pair(str(row[IMAGE_COLUMN]) for _, row, _ in table if row and row.get(IMAGE_COLUMN))
-    return table, source
+        count = source.pair(str((row or {}).get(IMAGE_COLUMN) or "") for _, row, _ in table)
+    return table, source, count
 
 
 def _folder(images: str | Path | None) -> Path:
@@ -119,16 +120,17 @@ def _identity(captions: str | Path) -> list[Any]:
     return [str(Path(captions).resolve()), stat.st_size, stat.st_mtime_ns]
 
 
-def _write_all(writer: _RowWriter, table: Table | HubTable, shard_size: int) -> Manifest:
+def _write_all(writer: _RowWriter, table: Table | HubTable, shard_size: int, rows: int | None) -> Manifest:
     """Every shard; of rows that bring their pictures in this process, which holds one shard then."""
     manifest = Manifest()
     run = map if isinstance(table, HubTable) else map_bounded
-    with Progress(f"prepare {writer.output}") as progress:
+    count = None if rows is None else -(-rows // shard_size)
+    with Progress(f"prepare {writer.output}", count, "shards") as progress:
         for name, note in run(writer.write, _by_shard(table, shard_size, isinstance(writer.source, ImageIndex))):
             manifest.add(name, note)
             writer.rows += note.get("rows", 0)
             total = manifest.total
-            progress.update(f"{len(manifest.shards)} shards, {total.samples} samples, {total.bad_count} left out")
+            progress.advance(text=f"{total.samples:,} samples, {total.bad_count:,} left out")
     return manifest
 
 

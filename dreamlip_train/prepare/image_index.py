@@ -32,10 +32,16 @@ class ImageIndex:
                     for alias in {name, name.rsplit(".", 1)[0]}:
                         self.by_name[alias].append(path)
 
-    def pair(self, values: Iterable[str]) -> None:
-        """Note, from all the rows' values, which files more than one of them would take by name."""
+    def pair(self, values: Iterable[str]) -> int:
+        """Note, from all the rows' values, which files more than one of them would take by name; returns how many rows
+        there are.
+        """
         first: dict[str, str] = {}
+        rows = 0
         for value in values:
+            rows += 1
+            if not value:
+                continue
             try:
                 path = self._match(value)
             except LookupError:
@@ -44,6 +50,7 @@ class ImageIndex:
                 self.rival[path] = repr(value)  # its very path: who comes by the name alone means another file
             elif first.setdefault(path, value) != value:
                 self.rival.setdefault(path, f"{first[path]!r} and {value!r}")
+        return rows
 
     def find(self, value: str) -> str:
         """The image's path below the folder.

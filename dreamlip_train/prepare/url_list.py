@@ -42,7 +42,7 @@ def write_url_list(
     counts = {"rows": 0, "without a URL": 0, "malformed": 0}
     rows: list[dict[str, Any]] = []
     with (
-        Progress(f"urls {captions}") as progress,
+        Progress(f"urls {captions}", unit="rows") as progress,
         atomic_write(output) as partial,
         partial.open("wb") as file,  # pyarrow opens names in UTF-8 alone
         pyarrow.parquet.ParquetWriter(file, schema) as writer,
@@ -57,7 +57,7 @@ def write_url_list(
             if len(rows) == _ROWS_PER_GROUP:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))
                 rows = []
-                progress.update(f"{counts['rows']} rows")
+                progress.advance(_ROWS_PER_GROUP)
         writer.write_table(pyarrow.Table.from_pylist(rows, schema))
         if not counts["rows"]:
             raise UserError(f"--captions: no row of {str(captions)!r} has a URL in {IMAGE_COLUMN!r}")

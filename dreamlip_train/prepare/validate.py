@@ -59,9 +59,9 @@ def validate_shards(
     whole, folders = Manifest(), defaultdict(Manifest)
     kinds: Counter[tuple[str, str]] = Counter()
     known = _KnownSamples()
-    with Progress(f"validate {pattern}") as progress:
+    with Progress(f"validate {pattern}", len(shards), "shards") as progress:
         checked = map_bounded(lambda shard: _check(shard, count_tokens, crop), shards)
-        for done, (shard, note, digests, shard_kinds) in enumerate(checked, 1):
+        for shard, note, digests, shard_kinds in checked:
             kinds.update(shard_kinds)
             counts = Statistics(note["counts"])
             known.add(shard, digests, counts)
@@ -70,7 +70,7 @@ def validate_shards(
             folders[folder].add(name, note)
             whole.add(shard if several else name, note)
             total = whole.total
-            progress.update(f"{done} of {len(shards)} shards, {total.samples} samples, {total.bad_count} findings")
+            progress.advance(text=f"{total.samples:,} samples, {total.bad_count:,} findings")
     for column in sorted({column for column, _ in kinds}):
         lists, strings = kinds[column, "list"], kinds[column, "string"]
         if lists and strings:
@@ -81,8 +81,9 @@ def validate_shards(
         why = whole.total.bad_summary() or "the shards are empty"
         raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {why}")
     if fix:
-        for _ in map_bounded(lambda shard: _fix(shard, Path(fix), known.repeated), shards):
-            pass
+        with Progress(f"repair {pattern}", len(shards), "shards") as progress:
+            for _ in map_bounded(lambda shard: _fix(shard, Path(fix), known.repeated), shards):
+                progress.advance()
         validate_shards(fix, count_tokens=count_tokens)
     return whole.content()
 

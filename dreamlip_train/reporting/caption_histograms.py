@@ -31,13 +31,13 @@ def caption_histograms(
     if max_shards and max_shards < len(shards):
         shards = [shards[i * len(shards) // max_shards] for i in range(max_shards)]
     total: Histograms = {}
-    with Progress(f"stats {pattern}") as progress:
-        for done, found in enumerate(map_bounded(lambda shard: _of_shard(shard, count_tokens, splitter), shards), 1):
-            for source, kinds in found.items():
+    with Progress(f"stats {pattern}", len(shards), "shards") as progress:
+        for histograms in map_bounded(lambda shard: _of_shard(shard, count_tokens, splitter), shards):
+            for source, kinds in histograms.items():
                 own = total.setdefault(source, {kind: Counter() for kind in _KINDS})
                 for kind, histogram in kinds.items():
                     own[kind].update(histogram)
-            progress.update(f"{done} of {len(shards)} shards")
+            progress.advance()
     if not total:
         raise UserError(f"PATTERN: no sample of {pattern!r} has a caption in {', '.join(CAPTION_COLUMNS)}")
     order = [*CAPTION_COLUMNS, *sorted(total)]
@@ -45,7 +45,7 @@ def caption_histograms(
 
 
 def _of_shard(shard: str, count_tokens: CountTokens, splitter: Splitter) -> Histograms:
-    found: Histograms = {}
+    histograms: Histograms = {}
     try:
         for sample in read_shard(shard):
             try:
@@ -56,14 +56,14 @@ def _of_shard(shard: str, count_tokens: CountTokens, splitter: Splitter) -> Hist
                 pieces = [piece.text for piece in caption_pool(record, [source], splitter)]
                 if not pieces:
                     continue
-                kinds = found.setdefault(source, {kind: Counter() for kind in _KINDS})
+                kinds = histograms.setdefault(source, {kind: Counter() for kind in _KINDS})
                 lengths = [count_tokens(piece) for piece in pieces]
                 kinds["sub_captions"][len(pieces)] += 1
                 kinds["tokens"][sum(length - 2 for length in lengths) + 2] += 1
                 kinds["sub_caption_tokens"].update(lengths)
     except ShardError:
         pass  # `prepare validate` reports it
-    return found
+    return histograms
 
 
 def mean(histogram: Counter[int]) -> float:
@@ -93,7 +93,7 @@ def format_histograms(histograms: Histograms) -> str:
 
 def plot_histograms(histograms: Histograms, png: str | Path) -> None:
     """Two panels: the share of captions with each number of sub-captions, and with each number of tokens,
-    one line a source.
+    one line per source.
     """
     from matplotlib import pyplot as plt
 
@@ -102,8 +102,8 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         for axis, kind, title, width in (
-            (axes[0], "sub_captions", "Sub-captions a caption", 1),
-            (axes[1], "tokens", "Tokens a caption", 8),
+            (axes[0], "sub_captions", "Sub-captions per caption", 1),
+            (axes[1], "tokens", "Tokens per caption", 8),
         ):
             for number, (source, kinds) in enumerate(histograms.items()):
                 if (

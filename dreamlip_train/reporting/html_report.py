@@ -44,7 +44,7 @@ Content = dict[str, Any]
 
 
 def write_report(run: str | Path, output: str | Path = "", *, examples: int = 6) -> Path:
-    """Write the page and return its path. What the run has no data for is said in its place, the rest is there.
+    """Write the page and return its path. What the run has no data for is named in its place, the rest is there.
 
     Raises:
         UserError: ``run`` is not a run folder with logged steps.
@@ -181,9 +181,9 @@ def _examples(model: Any, config: Config, device: torch.device, count: int) -> C
 def _example(one: Example) -> Content:
     pictures = [
         {"image": _jpeg(picture), "kind": "own" if own else "other", "label": f"{place}. cosine {cosine:.2f}"}
-        for place, (picture, cosine, own) in enumerate(one.found, 1)
+        for place, (picture, cosine, own) in enumerate(one.nearest, 1)
     ]
-    if one.rank > len(one.found):
+    if one.rank > len(one.nearest):
         pictures.append({"image": _jpeg(one.picture), "kind": "truth", "label": f"its own: {one.rank}."})
     return {"caption": one.caption, "pictures": pictures}
 

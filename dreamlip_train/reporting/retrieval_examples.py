@@ -23,7 +23,7 @@ class Example:
     caption: str
     picture: Tensor
     rank: int
-    found: list[tuple[Tensor, float, bool]]
+    nearest: list[tuple[Tensor, float, bool]]
     """(picture, cosine similarity, whether it is the caption's own)."""
 
 
@@ -33,7 +33,7 @@ def retrieval_examples(
     device: torch.device | str,
     *,
     count: int = 6,
-    shown: int = 5,
+    per_caption: int = 5,
     batch_size: int = 64,
     max_samples: int = 2000,
 ) -> tuple[list[Example], list[Example]]:
@@ -63,8 +63,8 @@ def retrieval_examples(
     wrong = [i for i in rank_N.argsort(descending=True).tolist() if rank_N[i] > 1][:count]
 
     def example(row: int) -> Example:
-        best = similarity_NN[row].topk(min(shown, len(samples))).indices.tolist()
-        found = [(samples[i]["image"], float(similarity_NN[row, i]), i == row) for i in best]
-        return Example(" ".join(samples[row]["sentences"]), samples[row]["image"], int(rank_N[row]), found)
+        best = similarity_NN[row].topk(min(per_caption, len(samples))).indices.tolist()
+        nearest = [(samples[i]["image"], float(similarity_NN[row, i]), i == row) for i in best]
+        return Example(" ".join(samples[row]["sentences"]), samples[row]["image"], int(rank_N[row]), nearest)
 
     return [example(row) for row in right], [example(row) for row in wrong]

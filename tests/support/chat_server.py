@@ -9,6 +9,13 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from shard_files import jpeg
+
+from dreamlip_train.prepare.options import RecaptionOptions
+from dreamlip_train.prepare.recaption.recaption import recaption_shards
+
+PER_SHARD = 8
+
 GARBAGE = (
     b"<html>gateway</html>",
     b'{"choices": []}',
@@ -108,3 +115,12 @@ def drip(handler) -> None:
             time.sleep(0.2)
     except OSError:
         pass  # the client has given up
+
+
+def number(i):
+    return sum(jpeg(i)) % 10007
+
+
+def through(server, shards, output, **changes):
+    settings = {"model": "served", "endpoint": server.url, "batch_size": 4, "timeout": 1.0, "name": "X"} | changes
+    return recaption_shards(RecaptionOptions(str(shards), str(output), **settings))

@@ -1,4 +1,4 @@
-"""Shards for tests: tars of small pictures with captions, whole or broken in a chosen way."""
+"""Shards for tests: tars of small pictures with captions, whole or broken in a chosen way, and their loader."""
 
 import io
 import json
@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from dreamlip_train.config.schema import DataConfig
+from dreamlip_train.data.loader import train_loader
+from dreamlip_train.data.shards.shards import read_shard
 
 
 def jpeg(seed: int, size: int = 40) -> bytes:
@@ -64,3 +68,34 @@ def tokenize(texts: list[str]) -> tuple[torch.Tensor, int]:
     return torch.tensor([[min(ord(c), 126) for c in text[-12:].ljust(12)] for text in texts]), sum(
         len(text) > 12 for text in texts
     )
+
+
+def records(folder) -> dict[str, dict]:
+    """The json of every sample of a folder's shards, by key."""
+    return {
+        sample["key"]: json.loads(sample["json"])
+        for shard in sorted(Path(folder).glob("*.tar"))
+        for sample in read_shard(str(shard))
+    }
+
+
+def loader(folder, *, workers=0, batch_size=8, rank=0, world_size=1, seed=0, quarantine=None, **data):
+    config = DataConfig(shards=str(folder), num_workers=workers, num_sub_captions=3, shuffle_buffer=20, **data)
+    return train_loader(
+        config,
+        image_size=16,
+        tokenize=tokenize,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        quarantine=quarantine,
+    )
+
+
+def keys(batches):
+    return [key for batch in batches for key in batch["keys"]]
+
+
+def same(a, b):
+    return a["keys"] == b["keys"] and all(torch.equal(a[name], b[name]) for name in ("images", "text", "text_mask"))

@@ -34,6 +34,7 @@ from dreamlip_train.checkpoint.interoperability.model_card import model_card
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import Config, ModelConfig
 from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.open_clip_weights import open_clip_state_dict
@@ -86,9 +87,11 @@ def export_checkpoint(
     written = output.with_name(output.name + ".partial")
     shutil.rmtree(written, ignore_errors=True)
     written.parent.mkdir(parents=True, exist_ok=True)
-    writers[to](model, settings, written)
     try:
-        difference = _difference(model, config.model.name, written, to)
+        with Progress("export: write the weights"):
+            writers[to](model, settings, written)
+        with Progress("export: load them as their consumer does and compare features"):
+            difference = _difference(model, config.model.name, written, to)
         if difference is not None and not max(difference.values()) <= _TOLERANCE:
             raise RuntimeError(
                 f"--to {to}: loaded back, features differ by up to {max(difference.values()):.2g}; this is a defect, "

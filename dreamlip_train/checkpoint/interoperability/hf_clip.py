@@ -109,12 +109,12 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: a weight has no place there.
     """
-    found: dict[str, Tensor] = {}
+    translated: dict[str, Tensor] = {}
     for name, value in state.items():
         block = _BLOCK.fullmatch(name)
         if block:
             tower = "vision_model" if block[1] else "text_model"
-            found |= _block_weights(f"{tower}.encoder.layers.{block[2]}.", block[3], value)
+            translated |= _block_weights(f"{tower}.encoder.layers.{block[2]}.", block[3], value)
             continue
         stem = next(
             (
@@ -126,8 +126,8 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         if stem is None:
             raise UserError(f"--to hf-dir: transformers' CLIP has no place for {name!r}; use open_clip-dir")
-        found[_NAMES[stem] + name[len(stem) :]] = value.T if name in ("visual.proj", "text_projection") else value
-    return {name: value.contiguous() for name, value in found.items()}
+        translated[_NAMES[stem] + name[len(stem) :]] = value.T if name in ("visual.proj", "text_projection") else value
+    return {name: value.contiguous() for name, value in translated.items()}
 
 
 def _block_weights(prefix: str, name: str, value: Tensor) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
         UserError: a weight is missing or has no place there.
     """
     weights = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
-    found, used = {}, set()
+    translated, used = {}, set()
     for name, like in expected.items():
         parts = list(clip_state_dict({name: like}))
         missing = [part for part in parts if part not in weights]
@@ -214,14 +214,14 @@ def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
             raise UserError(f"WEIGHTS: model.safetensors has no {missing[0]!r}; give a whole CLIPModel folder")
         used |= set(parts)
         value = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
-        found[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
+        translated[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
     unknown = sorted(weights.keys() - used)
     if unknown:
         raise UserError(
             f"WEIGHTS: open_clip's CLIP has no place for {unknown[0]!r}"
             + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
         )
-    return found
+    return translated
 
 
 def processor_config(image_size: int) -> dict[str, Any]:

@@ -119,22 +119,22 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     raise UserError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
 
 
-def _name_of(settings: dict[str, Any], given: str, folder: Path) -> str:
-    """open_clip's name of the model ``settings`` describe; a given name must agree with them."""
+def _name_of(settings: dict[str, Any], model_name: str, folder: Path) -> str:
+    """open_clip's name of the model ``settings`` describe; ``model_name`` must agree with them."""
     wanted = _comparable(settings)
-    if given:
-        named = _comparable(_settings(given))
+    if model_name:
+        named = _comparable(_settings(model_name))
         differ = [
-            f"{key} {wanted.get(key)!r} (there) and {named.get(key)!r} ({given})"
+            f"{key} {wanted.get(key)!r} (there) and {named.get(key)!r} ({model_name})"
             for key in wanted | named
             if wanted.get(key) != named.get(key)
         ]
         if differ:
             raise UserError(
-                f"--model: {str(folder)!r} is not {given}: {'; '.join(differ[:4])}. Leave --model out to have its "
+                f"--model: {str(folder)!r} is not {model_name}: {'; '.join(differ[:4])}. Leave --model out to have its "
                 "name looked up"
             )
-        return given
+        return model_name
     names = [name for name in known_models() if _comparable(_settings(name)) == wanted]
     if not names:
         raise UserError(

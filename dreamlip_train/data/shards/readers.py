@@ -4,7 +4,7 @@ and gives whole batches.
     shards -> the samples of its pieces -> shuffle buffer -> skip to the resume point -> decode, draw, crop -> batch
 
 Everything random is a pure function of the seed, the epoch, the stretch and the sample's key, so a resumed epoch
-repeats to the bit.
+is bit-exact.
 """
 
 from __future__ import annotations

@@ -105,20 +105,21 @@ def _match_all(
     """Make ``state``/joined.parquet; return the report of matches."""
     bad, sources, lines = Statistics(), Counter(), 0
     stage = partial(stage_table, state=state / "tables", on=on, column=column, columns=columns)
-    with Progress("read tables") as progress:
+    with Progress("read tables", len(tables), "tables") as progress:
         staged = map_tasks(stage, list(enumerate(tables)), ray_address=ray_address)
-        for number, note in enumerate(staged, 1):
+        for note in staged:
             bad.merge(Statistics(note["counts"]))
             sources.update(note["sources"])
             lines += note["lines"] or 0
-            progress.update(f"{number} of {len(tables)}")
+            progress.advance()
     index = partial(index_shard, state=state / "shards", on=on)
-    with Progress("read shards") as progress:
+    with Progress("read shards", len(shards), "shards") as progress:
         indexed = map_tasks(index, list(enumerate(shards)), ray_address=ray_address)
-        for number, note in enumerate(indexed, 1):
+        for note in indexed:
             bad.merge(Statistics(note["counts"]))
-            progress.update(f"{number} of {len(shards)}")
-    report = match(state, memory_limit)
+            progress.advance()
+    with Progress("match"):
+        report = match(state, memory_limit)
     if report["samples_matched"] == 0:
         examples = report["examples"]
         raise UserError(
@@ -140,10 +141,10 @@ def _write_all(shards: Sequence[str], output: Path, state: Path, matched_only: b
         state=state / "written",
         matched_only=matched_only,
     )
-    with Progress(f"write {output}") as progress:
-        for done, (name, note) in enumerate(map_tasks(work, list(enumerate(shards)), ray_address=ray_address), 1):
+    with Progress(f"write {output}", len(shards), "shards") as progress:
+        for name, note in map_tasks(work, list(enumerate(shards)), ray_address=ray_address):
             manifest.add(name, note)
-            progress.update(f"{done} of {len(shards)} shards, {manifest.total.samples} samples")
+            progress.advance(text=f"{manifest.total.samples:,} samples")
     return manifest
 
 

@@ -93,7 +93,7 @@ def _captions_of(joined: Path, shard: int) -> dict[int, list[dict[str, Any]]]:
     import pyarrow.compute
     import pyarrow.parquet
 
-    found: dict[int, list[dict[str, Any]]] = {}
+    by_position: dict[int, list[dict[str, Any]]] = {}
     with pyarrow.parquet.ParquetFile(joined) as file:
         column = file.schema_arrow.get_field_index("shard")
         for group in range(file.metadata.num_row_groups):
@@ -103,5 +103,5 @@ def _captions_of(joined: Path, shard: int) -> dict[int, list[dict[str, Any]]]:
             rows = file.read_row_group(group)
             rows = rows.filter(pyarrow.compute.equal(rows["shard"], shard))
             for position, captions in zip(rows["position"].to_pylist(), rows["captions"].to_pylist(), strict=True):
-                found.setdefault(position, []).append(json.loads(captions))
-    return found
+                by_position.setdefault(position, []).append(json.loads(captions))
+    return by_position

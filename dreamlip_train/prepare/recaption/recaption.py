@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dreamlip_train.data.shards.manifest import count_samples
 from dreamlip_train.data.shards.manifest_writer import Manifest
-from dreamlip_train.data.shards.shard_names import list_shards
+from dreamlip_train.data.shards.shard_names import Shard, list_shards, scheme_of
 from dreamlip_train.jobs.finished import finished
 from dreamlip_train.jobs.job_folder import job_folder
 from dreamlip_train.jobs.map_tasks import map_tasks
@@ -50,14 +50,8 @@ def recaption_shards(options: RecaptionOptions) -> Counter[str]:
     }
     if settings.keep_above is not None:
         job["filter"] = [settings.clip_model, settings.clip_weights, settings.keep_above]
-    total: Counter[str] = Counter()
-    with (
-        job_folder(output, STATE, job, "captions of other shards, prompts or another model", shared=True),
-        Progress(f"recaption {output}") as progress,
-    ):
-        for counts in _each(settings, shards, options.ray):
-            total.update(counts)
-            progress.update(", ".join(f"{count} {what}" for what, count in total.items()))
+    with job_folder(output, STATE, job, "captions of other shards, prompts or another model", shared=True):
+        total = _caption_all(settings, shards, options.ray)
         manifest = Manifest()
         for shard in shards:
             note = finished(*settings.paths(shard))
@@ -115,13 +109,41 @@ def _settings(options: RecaptionOptions) -> Settings:
     )
 
 
-def _each(settings: Settings, shards: Sequence[str], ray_address: str) -> Iterator[Counter[str]]:
+def _caption_all(settings: Settings, shards: list[Shard], ray_address: str) -> Counter[str]:
     """The shards one after another in this process, whose model they share, or as tasks on Ray."""
+    total: Counter[str] = Counter()
     if ray_address:
         gpus = 0 if settings.endpoint else 1
-        yield from map_tasks(ShardTask(settings), shards, ray_address=ray_address, gpus_if_any=gpus)
-    else:
-        yield from map(ShardTask(settings), shards)
+        with Progress(f"recaption {settings.output}", len(shards), "shards") as progress:
+            for counts in map_tasks(ShardTask(settings), shards, ray_address=ray_address, gpus_if_any=gpus):
+                total.update(counts)
+                progress.advance(text=_told(total))
+        return total
+    samples = _samples(settings, shards)
+    with Progress(f"recaption {settings.output}", sum(samples.values()) if samples else None, "images") as progress:
+
+        def on_batch(counts: Counter[str]) -> None:
+            total.update(counts)
+            progress.advance(counts.total(), _told(total))
+
+        task = ShardTask(settings, on_batch)
+        for shard in shards:
+            counts = task(shard)
+            asked = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_batch has counted
+            total.update(counts)
+            progress.skip(max(0, samples.get(shard, 0) - asked))
+    return total
+
+
+def _samples(settings: Settings, shards: list[Shard]) -> dict[str, int]:
+    """Samples by shard where that costs little: in a manifest, or counted once of local files; else nothing."""
+    if any(scheme_of(shard) != "file" for shard in shards):
+        return {}
+    return count_samples(shards, settings.state / "counts.json").samples
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
 def format_counts(counts: Counter[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,10 +47,14 @@ class Settings:
 
 
 class ShardTask:
-    """Called with a shard, captions it, unless it is done or somebody else's; returns what was done, as counts."""
+    """Called with a shard, captions it, unless it is done or somebody else's; returns what was done, as counts.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    Args:
+        on_batch: called with the counts of each batch of pictures.
+    """
+
+    def __init__(self, settings: Settings, on_batch: Callable[[Counter[str]], None] = lambda _: None) -> None:
+        self.settings, self.on_batch = settings, on_batch
 
     def __call__(self, shard: str) -> Counter[str]:
         settings, name = self.settings, os.path.basename(shard)
@@ -81,11 +85,13 @@ class ShardTask:
             for batch in _batches(shard, set(answers.captions), settings.batch_size):
                 captioner, images = _captioner(settings), [image for _, image in batch]
                 claims.renew(name)
+                before = answers.counts.copy()
                 answered = captioner.answer(images)
                 if settings.keep_above is not None:
                     answered = _clip_filter(settings).apply(images, answered)
                 answers.add([key for key, _ in batch], answered)
                 claims.renew(name)
+                self.on_batch(answers.counts - before)
         return answers
 
 

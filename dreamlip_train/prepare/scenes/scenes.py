@@ -19,6 +19,7 @@ import numpy as np
 
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.jobs.process_pool import map_bounded
+from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import ScenesOptions
 from dreamlip_train.prepare.scenes.captions import caption_scene
@@ -91,4 +92,9 @@ def _rows(function: Callable[[int], dict[str, str]], count: int) -> list[dict[st
     if processes < 2:
         return [function(i) for i in range(count)]
     parts = (range(begin, min(begin + _SCENES_AT_ONCE, count)) for begin in range(0, count, _SCENES_AT_ONCE))
-    return [row for rows in map_bounded(lambda part: [function(i) for i in part], parts, processes) for row in rows]
+    scenes = []
+    with Progress("scenes", count, "scenes") as progress:
+        for rows in map_bounded(lambda part: [function(i) for i in part], parts, processes):
+            scenes += rows
+            progress.advance(len(rows))
+    return scenes

@@ -141,7 +141,7 @@ def test_patches_are_left_out_on_request(model):
 def test_wrong_picture_size_and_too_long_text_are_named(model):
     with pytest.raises(ValueError, match=r"\[n, 3, 32, 32\], got \(2, 3, 64, 64\)"):
         model.encode_images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"17 tokens a row, model.context_length is 16"):
+    with pytest.raises(ValueError, match=r"17 tokens per row, model.context_length is 16"):
         model(pictures(1), torch.full((1, 1, 17), 49407))
 
 

@@ -19,8 +19,6 @@ from tiny import batch, clean_environment, tiny_config, tiny_engine
 
 from dreamlip_train.checkpoint.files import complete_checkpoints, newest
 from dreamlip_train.config.toml import format_config
-from dreamlip_train.monitoring.loss_spikes import LossSpikes
-from dreamlip_train.monitoring.watchdog import Watchdog
 from dreamlip_train.training import loop
 from dreamlip_train.training.run import train
 from dreamlip_train.training.step import move_batch, train_step
@@ -146,40 +144,6 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path, num
     assert newest(tmp_path / "checkpoints").name == f"step-{step:08d}"
     for log in ("log.txt", "logs/rank-0001.txt"):
         assert f"after step {step}, saved as " in (tmp_path / log).read_text().splitlines()[-1]
-
-
-SLEEPER = """
-import time
-from dreamlip_train.monitoring.stop_signals import StopRequest
-with StopRequest() as stop:
-    print("ready", flush=True)
-    for _ in range(200):
-        time.sleep(0.1)
-print(stop.name, flush=True)
-"""
-
-
-def test_the_same_signal_again_leaves_at_once_and_an_echo_does_not():
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.readline()
-    for number, pause in (
-        (signal.SIGINT, 0.1),
-        (signal.SIGINT, 0.1),
-        (signal.SIGTERM, 1.3),
-    ):  # a launcher's echo, then its own signal
-        process.send_signal(number)
-        time.sleep(pause)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGINT
-    assert said.count("finishing the step") == 1 and "SIGINT again: leaving now" in said
 
 
 def at_step(monkeypatch, actions: dict[int, object]) -> None:
@@ -310,32 +274,6 @@ def test_a_loss_spike_is_reported_with_its_samples(tmp_path, monkeypatch):
     spikes = [json.loads(line) for line in (tmp_path / "run" / "spikes.jsonl").read_text().splitlines()]
     assert [spike["step"] for spike in spikes] == [55, 56] and len(spikes[0]["samples"]) == 8
     assert spikes[0]["loss"] > 1.5 * spikes[0]["median"]
-
-
-def test_what_is_a_spike_and_what_is_noise():
-    spikes = LossSpikes()
-    noise = [3 + 0.1 * ((7 * i) % 11 - 5) / 5 for i in range(100)]
-    assert [spikes.check(loss) for loss in noise] == [None] * 100
-    assert spikes.check(float("nan")) is None and spikes.check(3.3) is None
-    assert spikes.check(6.0) == pytest.approx(3.0, abs=0.05)
-    falling = LossSpikes()
-    assert [falling.check(10 * 0.99**i) for i in range(300)] == [None] * 300
-    assert LossSpikes().check(1e9) is None  # nothing to compare it with
-
-
-def test_silence_is_broken_with_what_is_waited_for():
-    said = []
-    with Watchdog(
-        3, said.append, lambda seconds: [f"worker 1 silent for over {seconds} s"], quiet_seconds=0.5
-    ) as watchdog:
-        for _ in range(6):
-            watchdog.now("in step 7")
-            time.sleep(0.1)
-        assert not said
-        watchdog.now("waiting for data")
-        time.sleep(2.3)
-    assert said[0].startswith("rank 3 has been waiting for data for") and "worker 1 silent for over 0.5 s" in said[0]
-    assert 2 <= len(said) <= 4  # after each doubling, not at every look
 
 
 def test_a_crash_keeps_its_traceback_in_the_log(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Whole runs on the built-in scenes: from the command line to the report, interrupted and resumed,
-launched on two ranks, and failing.
-"""
+launched on two ranks, and failing."""
 
 import json
 import re
@@ -13,56 +12,9 @@ from pathlib import Path
 import browser
 import pytest
 from tiny import clean_environment
+from tiny_scenes import train_words
 
 from dreamlip_train import cli
-
-BASE = """
-[data]
-num_sub_captions = 3
-num_workers = 1
-shuffle_buffer = 16
-[model]
-name = "tiny"
-context_length = 16
-[model.config]
-embed_dim = 32
-vision_cfg = {image_size = 32, patch_size = 8, width = 32, layers = 2, head_width = 16}
-text_cfg = {width = 32, heads = 2, layers = 2}
-[optim]
-warmup_steps = 2
-[train]
-global_batch_size = 8
-steps = 6
-[logging]
-every_steps = 1
-[checkpoint]
-every_steps = 3
-"""
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    """Shards of 64 training and 12 held-out scenes, made by the commands a user types, and base.toml."""
-    folder = tmp_path_factory.mktemp("scenes")
-    cli.main(["prepare", "scenes", "--output", str(folder), "--num-train", "64", "--num-val", "12"])
-    for split in ("train", "val"):
-        source = folder / split
-        words = [
-            "--captions",
-            str(source / "captions.csv"),
-            "--images",
-            str(source / "images"),
-            "--masks",
-            str(source / "masks"),
-        ]
-        cli.main(["prepare", "folder", *words, "--output", str(folder / "shards" / split), "--shard-size", "16"])
-    (folder / "base.toml").write_text(BASE)
-    return folder
-
-
-def train_words(scenes: Path, run: Path, *extra: str) -> list[str]:
-    shards = ["--data.shards", str(scenes / "shards/train"), "--data.val-shards", str(scenes / "shards/val")]
-    return ["train", "demo", "--run-dir", str(run), "--config", str(scenes / "base.toml"), *shards, *extra]
 
 
 @pytest.fixture(scope="module")
@@ -252,42 +204,6 @@ def test_a_report_says_what_it_has_no_data_for(scenes, run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["report", str(tmp_path)])
     assert "RUN: no file" in capsys.readouterr().err
-
-
-def test_a_diverging_run_stops_and_names_its_samples(scenes, tmp_path, capsys):
-    words = train_words(
-        scenes,
-        tmp_path / "run",
-        "--optim.lr",
-        "1e30",
-        "--train.max-nonfinite-steps",
-        "2",
-        "--train.steps",
-        "9",
-        "--checkpoint.every-steps",
-        "1",
-    )
-    with pytest.raises(SystemExit):
-        cli.main(words)
-    assert "train.max_nonfinite_steps: 2 steps in a row were not finite" in capsys.readouterr().err
-    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
-    assert len(skipped) == 2 and len(skipped[0]["samples"]) == 8 and skipped[0]["samples"][0]["shard"].endswith(".tar")
-    assert (tmp_path / "run/checkpoints/step-00000001/manifest.json").is_file()
-
-
-def test_unknown_shards_are_named_before_anything_is_written(scenes, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(train_words(scenes, tmp_path / "run", "--data.shards", str(tmp_path / "none*.tar")))
-    assert "data.shards: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("held_out, error", [("none*.tar", "matches no shard"), ("base.toml", "no sample of")])
-def test_held_out_shards_are_tried_before_a_run_and_not_at_its_end(scenes, tmp_path, capsys, held_out, error):
-    with pytest.raises(SystemExit):
-        cli.main(train_words(scenes, tmp_path / "run", "--data.val-shards", str(scenes / held_out)))
-    message = capsys.readouterr().err
-    assert "data.val_shards: " in message and error in message
-    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoints").exists()
 
 
 def launched(words: list[str], *arguments: str) -> None:

@@ -1,78 +1,21 @@
 """prepare join: captions meet the pictures they belong to, whatever the tables look like; killed runs go on;
-originals stay as they are.
-"""
+originals stay as they are."""
 
-import csv
-import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from shard_files import jpeg, tokenize, write_tar
-from tiny import clean_environment
+from caption_tables import COLUMNS, caption, digests, rows, url, write_csv
+from shard_files import records, tokenize
 
 from dreamlip_train import cli
 from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN
 from dreamlip_train.captions.table import Table
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.loader import train_loader
-from dreamlip_train.data.shards.shards import read_shard
-from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.join.join import join_captions
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
-
-COLUMNS = ["raw_caption", "shortSV_captions", "longSV_captions"]
-
-
-def url(i):
-    return f"http://images.example.com/set%20one/{i:04d}.jpg"
-
-
-def caption(i):
-    return f"Long {i}. It has two sentences."
-
-
-@pytest.fixture
-def shards(tmp_path) -> Path:
-    """3 shards of 10 samples as img2dataset makes them; sample i has url i, and a key of its own."""
-    for shard in range(3):
-        members = []
-        for i in range(10 * shard, 10 * shard + 10):
-            record = {"url": url(i), "width": 40, "caption": None, "key": f"{i:09d}", "number": f"n{i}"}
-            members += [(f"{i:09d}.jpg", jpeg(i)), (f"{i:09d}.json", json.dumps(record).encode())]
-        write_tar(tmp_path / "in" / f"{shard:05d}.tar", members)
-    return tmp_path / "in"
-
-
-def write_csv(path, rows, header=(IMAGE_COLUMN, *COLUMNS), **options):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, **options)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path
-
-
-def rows(numbers):
-    return [(url(i), f"raw {i}", f"short {i}", caption(i)) for i in numbers]
-
-
-def records(folder) -> dict[str, dict]:
-    return {
-        sample["key"]: json.loads(sample["json"])
-        for shard in sorted(Path(folder).glob("*.tar"))
-        for sample in read_shard(str(shard))
-    }
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).glob("*.tar")}
 
 
 def test_captions_meet_their_pictures_and_the_report_counts_both_sides(tmp_path, shards, capsys):
@@ -271,139 +214,8 @@ def test_damaged_shards_give_what_they_have(tmp_path, shards):
     assert len(records(tmp_path / "out")) == manifest["join"]["samples_matched"]
 
 
-def test_a_killed_join_goes_on_and_gives_the_same(tmp_path, shards):
-    table = write_csv(tmp_path / "c.csv", rows(range(30)))
-    join_captions(str(table), str(shards), tmp_path / "whole")
-    words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    for wanted in ("tables/00000.parquet", "joined.parquet", "written/00000.tar.json"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dreamlip_train", *words], env=clean_environment(), start_new_session=True
-        )
-        while not (tmp_path / "out" / ".join" / wanted).exists() and process.poll() is None:
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    first = (tmp_path / "out" / "00000.tar").stat().st_mtime_ns
-    cli.main(words)
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-    assert (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == first  # not done again
-    assert json.loads((tmp_path / "out/manifest.json").read_text()) == json.loads(
-        (tmp_path / "whole/manifest.json").read_text()
-    )
-
-
-ERRORS = {
-    "no match": (
-        lambda t, s: (write_csv(t / "c.csv", [("http://other.com/x.jpg", "r", "s", "l")]), {}),
-        "--on url: none of 30 samples matches any of 1 rows.*other.com/x.jpg",
-    ),
-    "no table": (lambda t, s: (t / "none.csv", {}), "--captions: .* matches no table"),
-    "columns": (
-        lambda t, s: (write_csv(t / "c.csv", [("x", "y")], header=("a", "b")), {}),
-        "needs the column 'Image Path' .* it has 'a', 'b'",
-    ),
-    "delimiter": (
-        lambda t, s: (write_csv(t / "c.csv", rows([1]), delimiter=";"), {}),
-        "read as separated by ',', but its header .* has ';'",
-    ),
-    "empty": (lambda t, s: ((t / "c.csv").write_text("") or t / "c.csv", {}), "is empty"),
-    "no rows": (lambda t, s: (write_csv(t / "c.csv", []), {}), "none of 30 samples matches any of 0 rows"),
-    "same folder": (
-        lambda t, s: (write_csv(t / "c.csv", rows([1])), {"output": s}),
-        "--output: .* is the folder of the shards",
-    ),
-    "no ray": (
-        lambda t, s: (write_csv(t / "c.csv", rows([1])), {"ray": "127.0.0.1:1"}),
-        "--ray: no cluster at '127.0.0.1:1'",
-    ),
-}
-
-
-@pytest.mark.parametrize("error", ERRORS)
-def test_what_can_not_be_joined_is_said(tmp_path, shards, error):
-    make, message = ERRORS[error]
-    table, changes = make(tmp_path, shards)
-    with pytest.raises(ValueError, match=message):
-        join_captions(str(table), str(shards), changes.pop("output", tmp_path / "out"), **changes)
-
-
-def test_after_no_match_another_choice_may_use_the_folder(tmp_path, shards):
-    table = write_csv(tmp_path / "c.csv", [(f"{i:09d}", f"raw {i}") for i in range(4)], header=("key", "raw_caption"))
-    with pytest.raises(ValueError, match="--on url: none of"):
-        join_captions(str(table), str(shards), tmp_path / "out", table_column="key")
-    assert join_captions(str(table), str(shards), tmp_path / "out", on="key")["join"]["samples_matched"] == 4
-
-
-@pytest.mark.parametrize("limit", ["nonsense", "1KB"])
-def test_a_memory_limit_that_is_none_or_too_small_is_named(tmp_path, shards, limit):
-    table = write_csv(tmp_path / "c.csv", rows(range(30)))
-    with pytest.raises(ValueError, match=f"--memory-limit: got '{limit}': .*give more, such as 3GB"):
-        join_captions(str(table), str(shards), tmp_path / "out", memory_limit=limit)
-
-
-def test_a_disk_that_fills_up_in_the_join_itself_says_what_to_do(tmp_path, shards):
-    """DuckDB's errors are not OSErrors."""
-    table = write_csv(tmp_path / "c.csv", rows(range(30)))
-    join_captions(str(table), str(shards), tmp_path / "out")
-    for name in ("joined.parquet", "report.json"):
-        (tmp_path / "out" / ".join" / name).unlink()
-    words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    code = "import resource; from dreamlip_train import cli; "
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); cli.main({words!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 2 and "make room and give the same command again" in done.stderr, done.stderr[-2000:]
-    cli.main(words)
-
-
-def test_another_join_into_the_same_folder_is_refused(tmp_path, shards):
-    join_captions(str(write_csv(tmp_path / "c.csv", rows(range(30)))), str(shards), tmp_path / "out")
-    with pytest.raises(ValueError, match="--output: .* holds the join of other tables"):
-        join_captions(str(write_csv(tmp_path / "d.csv", rows(range(30)))), str(shards), tmp_path / "out")
-
-
-def test_a_full_disk_names_what_to_do_and_keeps_what_is_done(tmp_path, shards):
-    """In a process of its own, which may write no file over 60 kB: the tables fit, a shard does not."""
-    table = write_csv(tmp_path / "c.csv", rows(range(30)))
-    words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    code = "import resource; from dreamlip_train import cli; "
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)); cli.main({words!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 2 and "make room and give the same command again" in done.stderr, done.stderr[-2000:]
-    assert not list((tmp_path / "out").glob("*.tar*"))
-    cli.main(words)
-    assert len(records(tmp_path / "out")) == 30
-
-
 def test_rows_are_numbered_and_named(tmp_path):
     table = write_csv(
         tmp_path / "c.csv", [(url(1), "a"), (url(2),), (url(3), "c")], header=(IMAGE_COLUMN, "raw_caption")
     )
     assert [(number, bool(row)) for number, row, _ in Table(table)] == [(1, True), (2, False), (3, True)]
-
-
-def test_a_wrong_column_claims_nothing(tmp_path, shards):
-    """The failed attempt once kept the output folder, and came with a traceback of a worker."""
-    table = write_csv(tmp_path / "c.csv", rows(range(10)), header=("picture", *COLUMNS))
-    with pytest.raises(UserError, match="needs the column 'Image Path'"):
-        join_captions(str(table), str(shards), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert join_captions(str(table), str(shards), tmp_path / "out", table_column="picture")["samples"] == 10
-
-
-def test_two_joins_do_not_write_one_folder(tmp_path, shards):
-    table = write_csv(tmp_path / "c.csv", rows(range(10)))
-    code = "import sys, time; from pathlib import Path; from dreamlip_train.jobs.job_folder import job_folder\n"
-    code += f"with job_folder(Path({str(tmp_path / 'out')!r}), '.join', {{}}, ''):\n"
-    code += "    print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], env=clean_environment(), stdout=subprocess.PIPE) as other:
-        try:
-            other.stdout.readline()
-            with pytest.raises(UserError, match="--output: .* is in use by process"):
-                join_captions(str(table), str(shards), tmp_path / "out")
-        finally:
-            other.kill()
-    assert join_captions(str(table), str(shards), tmp_path / "out")["samples"] == 10
