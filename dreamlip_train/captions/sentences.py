@@ -84,11 +84,12 @@ def _split_line(line: str) -> Iterator[str]:
     if marker is None:
         yield from _split_item(line)
         return
-    # Items that follow one another within the line: "1. A ball 2. A box".
-    begin, number = marker.end(), 1
-    if marker.group().strip(" ().") == "1":
+    # Items that follow one another within the line: "1. A ball 2. A box", "4. A ball 5. A box".
+    begin, first = marker.end(), marker.group().strip(" ().")
+    if first.isdecimal():
+        number = int(first)
         for inner in _INNER_MARKER.finditer(line, marker.end()):
-            if int(inner.group(1)) == number + 1:
+            if int(inner.group(1)) == number + 1 and (first == "1" or not line[inner.end()].islower()):
                 yield from _split_item(line[begin : inner.start()])
                 begin, number = inner.end(), number + 1
     yield from _split_item(line[begin:])

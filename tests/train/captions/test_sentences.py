@@ -57,6 +57,18 @@ def tokenizer():
     return CaptionTokenizer(77)
 
 
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("2) Two dogs. 3) Three cats.", ["Two dogs.", "Three cats."]),
+        ("9. A ball 10. A box", ["A ball", "A box"]),
+    ],
+)
+def test_a_line_that_goes_on_with_a_list(text, pieces):
+    """Only lists that begin with 1 were seen within a line."""
+    assert split_sub_captions(text) == pieces
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["text"][:30])
 def test_pieces_are_a_readers(case):
     assert split_sub_captions(case["text"]) == case["pieces"]
