@@ -62,7 +62,8 @@ def demo() -> Config:
             config={"embed_dim": 128, "vision_cfg": vision, "text_cfg": {"width": 96, "heads": 4, "layers": 1}},
             context_length=32,
         ),
-        loss=LossConfig(contrast="conditioned", direction="t2v"),
+        # Torch code pools: a run of minutes must not begin by compiling C++ for one.
+        loss=LossConfig(contrast="conditioned", direction="t2v", grouping_backend="torch"),
         optim=OptimConfig(lr=3e-3, warmup_steps=40, weight_decay=0.05),
         train=TrainConfig(global_batch_size=128, steps=400, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
