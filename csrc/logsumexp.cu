@@ -7,6 +7,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+
 namespace dreamlip {
 namespace {
 
@@ -143,6 +145,24 @@ void logsumexp_finish_cuda(const at::Tensor& x, const at::Tensor& y, const std::
     if (rows && r.K)
       launch<T>(finish_kernel<T>, dim3(tiles_of(rows), r.K), r, exponent_of(scale, multiplier), sums, columns,
                 out.mutable_data_ptr<float>());
+  });
+}
+
+void logsumexp_pairs_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
+                          const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                          const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
+                          const at::Tensor& multiplier, int64_t diagonal, at::Tensor out) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    const Rectangle<T> r = describe<T>(x, y, x_mask, y_mask, x_images, y_images);
+    TORCH_CHECK(out.is_contiguous() && out.numel() == int64_t(r.K) * r.C, "logsumexp: out must be dense [K, ", r.C,
+                "], got ", out.sizes());
+    floats(out, 0, "out");
+    const int64_t first = std::max<int64_t>(0, -diagonal), stop = std::min<int64_t>(r.C, r.M - diagonal);
+    if (first < stop && r.K)
+      launch<T>(pairs_kernel<T>, dim3(tiles_of(stop - first), r.K), r, exponent_of(scale, multiplier), int(diagonal),
+                int(first), out.mutable_data_ptr<float>());
   });
 }
 

@@ -3,6 +3,7 @@
 //
 //   exp_sums    a band of rows x one tile of columns a block: both sums of exp2(slope x . y - offset) in one pass
 //   finish      their totals' logarithms; again with running maxima where a total left float32's range
+//   pairs       the logits of the pairs (diagonal + j, j)
 //   gradient    G = a exp(z - row) + b exp(z - col), a tile a block, rounded once
 //
 // No atomics: each sum is one block's own, in an order that nothing changes. Logits never leave the registers.
@@ -221,6 +222,27 @@ DREAMLIP_DEVICE void finish(const Sides<T>& sides, const Labels& row_labels, con
     exact_rows(sides, row_labels, col_labels, exponent.slope(), out, shared, thread, first_row);
 }
 
+// pos[c] = *multiplier x[diagonal + c] . y[c] for the 128 columns from first_col that have a row: the diagonal of a
+// tile, so that a pair's logit is the same sum here and in exp_sums. A tensor core cuts what it adds, and a positive
+// without that error is no part of the sum that it is divided by: the scale's gradient, left over where positives and
+// sums cancel, would be off by hundreds of the error of a logit.
+template <class T>
+DREAMLIP_DEVICE void pairs(const Rectangle<T>& r, Exponent exponent, int diagonal, float* pos, char* shared, int thread,
+                           int first_col, int k) {
+  using Tiles = LogitTiles<T>;
+  const Sides<T> sides = r.slot(k);
+  const Tiles logits(sides, shared, thread);
+  const float multiplier = *exponent.multiplier;
+  const int stop = r.C < r.M - diagonal ? r.C : r.M - diagonal;
+  const auto corner = [&](int) { return Corner{first_col + diagonal, first_col}; };
+  logits.stream(1, corner, [&](Corner at, const typename Tiles::Logits& acc) {
+    Tiles::each_logit([&](int i, int half, int j, int e) {
+      const int c = logits.col(j, e);
+      if (logits.row(i, half) == c && at.col + c < stop) pos[at.col + c] = acc[i][j][2 * half + e] * multiplier;
+    });
+  });
+}
+
 #ifdef __CUDACC__
 template <class T>
 __global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
@@ -242,6 +264,16 @@ __global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
   else
     finish(r.slot(k), r.row_labels(), r.column_labels(k), exponent, parts, out + long(k) * r.M, shared, threadIdx.x,
            blockIdx.x * LogitTiles<T>::kTile);
+}
+
+// out [K, C], from column first_col on.
+template <class T>
+__global__ void __launch_bounds__(LogitTiles<T>::kThreads, 2)
+    pairs_kernel(const __grid_constant__ Rectangle<T> r, Exponent exponent, int diagonal, int first_col, float* out) {
+  extern __shared__ __align__(128) char shared[];
+  const int k = blockIdx.y;
+  pairs(r, exponent, diagonal, out + long(k) * r.C, shared, threadIdx.x, first_col + blockIdx.x * LogitTiles<T>::kTile,
+        k);
 }
 #endif
 

@@ -26,6 +26,12 @@ void logsumexp_finish_cuda(const at::Tensor& x, const at::Tensor& y, const std::
                            const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
                            const at::Tensor& multiplier, const at::Tensor& parts, bool columns, at::Tensor out);
 
+// out [K, C]: the logits of the pairs (diagonal + j, j) where there is such a row; elsewhere it stays as it is.
+void logsumexp_pairs_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,
+                          const std::optional<at::Tensor>& y_mask, const std::optional<at::Tensor>& x_images,
+                          const std::optional<at::Tensor>& y_images, const at::Tensor& scale,
+                          const at::Tensor& multiplier, int64_t diagonal, at::Tensor out);
+
 // g [S, rows, cols]: coefficients of the rows from first_row and the columns from first_col of the slots from
 // first_slot; the pairs (diagonal + j, j) are 0. row_vectors [3, K, M], col_vectors [3, K, C]: see Coefficients.
 void logsumexp_gradient_cuda(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& x_mask,

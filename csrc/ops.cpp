@@ -17,11 +17,12 @@ TORCH_LIBRARY(dreamlip_csrc, m) {
       "patch_pool_backward(Tensor patches, Tensor texts, Tensor similarity, Tensor inv_norm, float threshold, int "
       "normalization, "
       "Tensor? patch_mask, Tensor d_pooled) -> (Tensor, Tensor)");
-#define DREAMLIP_RECTANGLE \
+#define DREAMLIP_RECTANGLE                                                                                 \
   "Tensor x, Tensor y, Tensor? x_mask, Tensor? y_mask, Tensor? x_images, Tensor? y_images, Tensor scale, " \
   "Tensor multiplier, "
   m.def("logsumexp_sums(" DREAMLIP_RECTANGLE "int first_tile, int band_rows, Tensor(a!) row, Tensor(b!) col) -> ()");
   m.def("logsumexp_finish(" DREAMLIP_RECTANGLE "Tensor parts, bool columns, Tensor(a!) out) -> ()");
+  m.def("logsumexp_pairs(" DREAMLIP_RECTANGLE "int diagonal, Tensor(a!) out) -> ()");
   m.def("logsumexp_gradient(" DREAMLIP_RECTANGLE
         "Tensor flag, Tensor row_vectors, Tensor col_vectors, int first_row, int first_col, int first_slot, "
         "int? diagonal, Tensor(a!) g) -> ()");
@@ -39,6 +40,7 @@ TORCH_LIBRARY_IMPL(dreamlip_csrc, CUDA, m) {
   m.impl("patch_pool_backward", &dreamlip::patch_pool_backward_cuda);
   m.impl("logsumexp_sums", &dreamlip::logsumexp_sums_cuda);
   m.impl("logsumexp_finish", &dreamlip::logsumexp_finish_cuda);
+  m.impl("logsumexp_pairs", &dreamlip::logsumexp_pairs_cuda);
   m.impl("logsumexp_gradient", &dreamlip::logsumexp_gradient_cuda);
 }
 #endif

@@ -26,7 +26,6 @@ class SubcaptionGroupingLoss(ClipLossArguments):
         *,
         threshold: float | None = None,
         normalization: str = "minmax",
-        normalize_patches: bool = True,
         contrast: str = "image",
         candidates: int = 4,
         direction: str = "both",
@@ -42,7 +41,6 @@ class SubcaptionGroupingLoss(ClipLossArguments):
         self.options = dict(
             threshold=threshold,
             normalization=normalization,
-            normalize_patches=normalize_patches,
             contrast=contrast,
             candidates=candidates,
             direction=direction,

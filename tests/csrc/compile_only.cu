@@ -13,6 +13,7 @@ namespace dreamlip {
 #define DREAMLIP_LOGSUMEXP(T)                                                                                         \
   template __global__ void exp_sums_kernel<T>(const __grid_constant__ Rectangle<T>, Exponent, Bands, float*, float*); \
   template __global__ void finish_kernel<T>(const __grid_constant__ Rectangle<T>, Exponent, Parts, bool, float*);     \
+  template __global__ void pairs_kernel<T>(const __grid_constant__ Rectangle<T>, Exponent, int, int, float*);         \
   template __global__ void gradient_kernel<T>(const __grid_constant__ Rectangle<T>,                                   \
                                               const __grid_constant__ Coefficients, const __grid_constant__ Chunk,    \
                                               Exponent, const int*, T*);

@@ -1,5 +1,5 @@
-// csrc/logsumexp.cuh and csrc/logsumexp_gradient.cuh compiled for the CPU: tests/support/kernels/emulated_logsumexp.py calls
-// these in place of the launches of csrc/logsumexp.cu, with the same arguments.
+// csrc/logsumexp.cuh and csrc/logsumexp_gradient.cuh compiled for the CPU: tests/support/kernels calls these where
+// csrc/logsumexp.cu would launch, with the same arguments.
 #define DREAMLIP_EMULATE
 #include "logsumexp_gradient.cuh"
 
@@ -74,6 +74,16 @@ extern "C" void emulate_finish(const Call* call, const Parts* parts, int transpo
         finish(transposed ? r.slot_transposed(k) : r.slot(k), transposed ? r.column_labels(k) : r.row_labels(),
                transposed ? r.row_labels() : r.column_labels(k), Exponent{call->scale, call->multiplier}, own,
                out + long(k) * rows, shared, thread, tile * 128);
+      });
+}
+
+extern "C" void emulate_pairs(const Call* call, int diagonal, float* out) {
+  const int first = diagonal < 0 ? -diagonal : 0, stop = call->C < call->M - diagonal ? call->C : call->M - diagonal;
+  for (int k = 0; k < call->K; ++k)
+    for (int col = first; col < stop; col += 128)
+      block(*call, [&](auto type, char* shared, int thread) {
+        pairs(rectangle<decltype(type)>(*call), Exponent{call->scale, call->multiplier}, diagonal,
+              out + long(k) * call->C, shared, thread, col, k);
       });
 }
 

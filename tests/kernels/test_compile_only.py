@@ -267,11 +267,11 @@ def test_cuda_kernels(arch, tmp_path):
     assert run.returncode == 0, run.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", run.stderr)]
-    assert len(spills) == len(registers) == 14 and all(pair == ("0", "0") for pair in spills), run.stderr
+    assert len(spills) == len(registers) == 16 and all(pair == ("0", "0") for pair in spills), run.stderr
     # 256 threads a block of the grouping; of the contrast 128, two blocks a processor.
     assert max(registers) <= 255
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     code = subprocess.run([disassembler, cubin], capture_output=True, text=True, check=True).stdout
     for instruction in ("HMMA", "LDSM", "LDGSTS"):
-        assert len(re.findall(rf"\b{instruction}\b", code)) >= 14, f"no {instruction}"
+        assert len(re.findall(rf"\b{instruction}\b", code)) >= 16, f"no {instruction}"
     assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code), "local memory or atomics"

@@ -1,8 +1,7 @@
 """The CUDA C++ backend of bidirectional_logsumexp: csrc/logsumexp.cu, and torch code around it. It needs no Triton.
 
     forward   sums (a band of rows x one column tile, both sums of exp2(z - offset) in one pass) -> finish (their
-              logarithms;
-              running maxima where a sum left float32's range)
+              logarithms; running maxima where a sum left float32's range) -> pairs (the positives' logits)
     backward  for each chunk of pairs: gradient (z again, one exp2 a pair, 16-bit G) -> dx += G y, dy += G.T x (cuBLAS)
 
 The arithmetic is the Triton backend's (docs/math.md, section 5).
@@ -70,9 +69,7 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     _ops.logsumexp_finish(*call, row_parts, False, row)
     _ops.logsumexp_finish(*call, column_parts.transpose(0, 1), True, col)
     if paired:
-        for slot, dots in zip(operands.y, pos, strict=True):
-            torch.sum(operands.x.float() * slot, dim=-1, out=dots)
-        pos.mul_(operands.slope)
+        _ops.logsumexp_pairs(*call, 0, pos)
         if rectangle.x_images is not None:
             add_own_pairs(rectangle, row, col, pos)
     return row, col, pos, kept
@@ -177,9 +174,9 @@ class _Passes:
         if positives == self.own_cols:
             z = upstream.pos[:, self.own_cols] * LOG2E
         else:  # pos holds the logits of positives alone
-            partners = self.operands.x[self.own_rows].float()
-            dots = [torch.sum(partners * slot[self.own_cols], dim=-1) for slot in self.operands.y]
-            z = torch.stack(dots) * (self.operands.slope * LOG2E)
+            logits = torch.empty_like(upstream.col)
+            _ops.logsumexp_pairs(*self.call, self.diagonal, logits)
+            z = logits[:, self.own_cols] * LOG2E
         own = torch.exp2(z - row) * d_row + torch.exp2(z - col) * d_col
         ours = slice(positives.start - self.own_cols.start, max(positives.start, positives.stop) - self.own_cols.start)
         if self.call.x_images is not None:  # what is left out of both sums, unless it is a positive

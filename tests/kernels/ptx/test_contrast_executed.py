@@ -1,31 +1,17 @@
 """The contrast's compiled code, executed: what the shipped launchers launch on sm_80, 86 and 90, run on a CPU against
 the float64 oracle.
-
-Bounds are relative to the largest value. Sums are float32 sums of products of the operands as they are, so row and col
-are right to a few float32 roundings; gradients carry one rounding of G to the operands' type, and the error of a logit
-is that of its exponential. float32 features are rounded to float16 first, as the oracle's then are,
-or multiplied as three TF32 products.
 """
 
 import contrast_promises as promises
 import pytest
 import torch
-from numerics import clip_like, value_and_grads
-from ptx import FIRST_AHEAD, LAST_AHEAD, TOGETHER, UnknownInstruction, device
+from numerics import value_and_grads
+from ptx import FIRST_AHEAD, LAST_AHEAD, TOGETHER, UnknownInstruction, contrast_cases, device
 from ptx.cases import cases
+from ptx.contrast_cases import KINDS, features, float32_errors, masks_of, within
 
 import dreamlip_kernels as dk
-from dreamlip_kernels import reference
 from dreamlip_kernels.backends.settings import settings
-
-# dtype, settings.float32; bounds of row and col, of dx and dy, and of dscale, relative to the sum of the terms' sizes:
-# it is one number, left over where large terms cancel.
-KINDS = {
-    "bf16": (torch.bfloat16, "fp16", 3e-6, 2**-6, 2**-8),
-    "fp16": (torch.float16, "fp16", 3e-6, 2**-9, 2**-11),
-    "fp32": (torch.float32, "fp16", 3e-6, 2**-9, 2**-11),
-    "tf32x3": (torch.float32, "torch", 3e-6, 3e-5, 3e-6),
-}
 
 
 @pytest.fixture
@@ -35,52 +21,10 @@ def kind(request, monkeypatch):
     return request.param
 
 
-def rounded(kind, v):
-    """What the kernels multiply of ``v``, in float64."""
-    return v.half().double() if kind == "fp32" and v.ndim else v.double()
-
-
-def within(kind, got, gold, terms):
-    """row, col, dx, dy, dscale are finite where gold is, and as near as KINDS says; ``terms``:
-    the sizes of dscale's, summed.
-    """
-    _, _, logits, gradients, scales = KINDS[kind]
-    exponents = logits * max(v[torch.isfinite(v)].abs().max().item() for v in gold[:2])
-    bounds = dict(row=logits, col=logits, dx=gradients + exponents, dy=gradients + exponents, dscale=scales + exponents)
-    for (name, bound), value, wanted in zip(bounds.items(), got, gold, strict=True):
-        value, finite = value.detach().double(), torch.isfinite(wanted)
-        assert torch.equal(value[~finite], wanted[~finite].double()), f"{name}: infinities differ"
-        largest = terms if name == "dscale" else wanted[finite].abs().max().item()
-        error = (value - wanted)[finite].abs().max().item()
-        assert error <= bound * largest, f"{name}: error {error:.2e} exceeds {bound * largest:.2e} ({largest:.2e})"
-
-
 def check(kind, capability, x, y, scale, schedule=TOGETHER, **masks):
-    def op(x, y, s):
-        return dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks)
-
-    def oracle(x, y, s):
-        return reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))
-
     with device(capability, schedule=schedule) as launches:
-        got = value_and_grads(op, (x, y, torch.tensor(scale)))
-    x, y, s = (rounded(kind, v) for v in (x, y, torch.tensor(scale)))
-    d_scaled = value_and_grads(oracle, (s * x, y, torch.ones_like(s)))[2]  # dscale is the sum of x * d_scaled
-    within(kind, got, value_and_grads(oracle, (x, y, s)), (x * d_scaled).abs().sum().item())
+        contrast_cases.check(kind, "triton", x, y, scale, **masks)
     return launches
-
-
-def features(kind, m, c, k, d, seed=0):
-    x, y = clip_like(max(m, c), k, d, KINDS[kind][0], seed)
-    return x[:m], y[:c].transpose(0, 1)
-
-
-def masks_of(m, c, k, which):
-    gen = torch.Generator().manual_seed(1)
-    y_mask, x_mask = torch.rand(c, k, generator=gen).T > 0.4, torch.rand(m, 2, generator=gen)[:, 0] > 0.3
-    return {"none": {}, "x": dict(x_mask=x_mask), "y": dict(y_mask=y_mask), "x, y": dict(x_mask=x_mask, y_mask=y_mask)}[
-        which
-    ]
 
 
 ALL = pytest.mark.ptx
@@ -194,15 +138,8 @@ def test_positives_carry_the_error_of_their_sums(monkeypatch, capability):
     """Three TF32 products, cut as a tensor core cuts them, at a scale where positives and sums nearly cancel: positives
     from products that were not cut took the scale's gradient to 1.1e-4, and on an H100 beyond its bound too."""
     monkeypatch.setattr(settings, "float32", "torch")
-    inputs = (*clip_like(128, 2, 512, torch.float32, noise=4.0), torch.tensor(50.0))
-
-    def loss(backend):
-        return lambda *i: dk.multi_positive_contrastive_loss(*i, backend=backend)
-
-    gold = value_and_grads(loss("torch"), [v.double() for v in inputs])
     with device(capability):
-        got = value_and_grads(loss("triton"), inputs)
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, gold, strict=True)]
+        errors = float32_errors("triton", 128, 2, 512)
     assert max(errors) < 2e-5, errors
 
 

@@ -100,14 +100,19 @@ class EmulatedOps:
         sums = _Parts(parts.data_ptr(), parts.shape[1], parts.stride(1), parts.stride(0))
         self.library.emulate_finish(call, ctypes.byref(sums), int(columns), ctypes.c_void_p(out.data_ptr()))
 
+    def logsumexp_pairs(self, *arguments):
+        *tensors, diagonal, out = arguments
+        assert out.is_contiguous()
+        call = self._call("pairs", *tensors)
+        self.library.emulate_pairs(call, diagonal, ctypes.c_void_p(out.data_ptr()))
+
     def logsumexp_gradient(self, *arguments):
         *tensors, flag, rows, cols, first_row, first_col, first_slot, diagonal, g = arguments
         assert g.stride(2) == rows.stride(2) == cols.stride(2) == 1
         call = self._call("gradient", *tensors)
         coefficients = _Coefficients(rows.data_ptr(), cols.data_ptr(), *rows.stride()[:2], *cols.stride()[:2])
-        chunk = _Chunk(
-            first_row, g.shape[1], first_col, g.shape[2], first_slot, g.shape[0], g.stride(1), g.stride(0),
-            0 if diagonal is None else diagonal, diagonal is not None,
-        )  # fmt: skip
+        corner = (first_row, g.shape[1], first_col, g.shape[2], first_slot, g.shape[0])
+        crossed = (0 if diagonal is None else diagonal, diagonal is not None)
+        chunk = _Chunk(*corner, g.stride(1), g.stride(0), *crossed)
         references = (ctypes.byref(coefficients), ctypes.byref(chunk))
         self.library.emulate_gradient(call, int(flag), *references, ctypes.c_void_p(g.data_ptr()))

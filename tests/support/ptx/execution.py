@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +21,18 @@ from .tensor_copies import TensorMap
 from .wave import WARP, Wave
 
 LANES = 2048  # threads of a wave, about: enough to make numpy's overhead small
+
+
+@dataclass(frozen=True)
+class Struct:
+    """An argument that is a C struct: its layout as ``struct.pack`` names it, and its fields, pointers as tensors."""
+
+    layout: str
+    fields: tuple[Any, ...]
+
+    def __init__(self, layout: str, *fields: Any):
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "fields", fields)
 
 
 @dataclass
@@ -52,8 +65,8 @@ def execute(
 
     Args:
         text: PTX, of which ``kernel`` is the entry to run.
-        arguments: for each parameter a CPU tensor (its address), TensorMap, int, float, bool, bytes (a struct), or
-        None (a null pointer).
+        arguments: for each parameter a CPU tensor (its address), TensorMap, int, float, bool, Struct, bytes (a struct
+        without pointers), or None (a null pointer).
         grid: blocks in x, y and z.
         shared_bytes: dynamic shared memory of a block.
         threads: of a block, where the PTX doesn't say.
@@ -68,10 +81,7 @@ def execute(
     """
     kernel_program = program(text, kernel)
     names = names or [f"argument {i}" for i in range(len(arguments))]
-    tensors = {
-        name: _extent(value) for name, value in zip(names, arguments, strict=True) if isinstance(value, torch.Tensor)
-    }
-    memory = GlobalMemory(tensors)
+    memory = GlobalMemory(dict(_tensors(names, arguments)))
     parameters, places, maps = _parameters(kernel_program, arguments, memory)
     threads = kernel_program.threads or threads
     if threads is None or threads % WARP:
@@ -97,6 +107,15 @@ def execute(
             execution.instructions += scheduler.executed
             execution.unfenced_products += wave.unfenced_products
     return execution
+
+
+def _tensors(names: list[str], arguments: list[Any]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and extent of every tensor among the arguments, those inside structs too."""
+    for name, value in zip(names, arguments, strict=True):
+        if isinstance(value, torch.Tensor):
+            yield name, _extent(value)
+        elif isinstance(value, Struct):
+            yield from _tensors([f"{name}, field {i}" for i in range(len(value.fields))], list(value.fields))
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -128,10 +147,19 @@ def _parameters(kernel: Program, arguments: list[Any], memory: GlobalMemory):
 def _encoded(value: Any, parameter, memory: GlobalMemory) -> bytes:
     if isinstance(value, bytes):
         return value
+    if isinstance(value, Struct):
+        return struct.pack(value.layout, *(_address(v, memory) for v in value.fields))
     if isinstance(value, torch.Tensor):
-        return struct.pack("<Q", memory.address(value.data_ptr()) if value.numel() else 0)
+        return struct.pack("<Q", _address(value, memory))
     if value is None:
         return bytes(parameter.bytes)
     if isinstance(value, float):
         return struct.pack("<d" if parameter.bytes == 8 else "<f", value)
     return (int(value) & (1 << 8 * parameter.bytes) - 1).to_bytes(parameter.bytes, "little")
+
+
+def _address(value: Any, memory: GlobalMemory) -> Any:
+    """A tensor's address, 0 for None; other values as they are."""
+    if isinstance(value, torch.Tensor):
+        return memory.address(value.data_ptr()) if value.numel() else 0
+    return 0 if value is None else value
