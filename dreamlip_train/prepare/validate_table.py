@@ -24,11 +24,12 @@ def validate_table(path: Path, columns: dict[str, str]) -> dict[str, Any]:
     """
     table, counts, rows = Table(path, columns), Statistics(), 0
     inside = None
-    with Progress(f"validate {path}") as progress:
+    with Progress(f"validate {path}", unit="rows") as progress:
         for rows, (number, row, wrong) in enumerate(table, 1):
             if rows == 1:
                 inside = picture_column(path, columns)
             name = f"row {number}"
+            progress.advance(text=f"{counts.bad_count} findings")
             if row is None:
                 counts.add_bad("malformed row", name, wrong)
                 continue
@@ -40,7 +41,6 @@ def validate_table(path: Path, columns: dict[str, str]) -> dict[str, Any]:
                 counts.add_bad("no captions", name)
             else:
                 counts.add_sample(row, None)
-            progress.update(f"{rows} rows, {counts.bad_count} findings")
     read = [IMAGE_COLUMN, *caption_columns(dict.fromkeys(table.names))]
     theirs = {ours: name for name, ours in table.rename.items() if ours in table.names}
     return {
