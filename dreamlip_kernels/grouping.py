@@ -8,6 +8,8 @@ N images, K sub-captions per image, P patches, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def group_patches(
     threshold: float | None = None,
     normalization: str = "minmax",
     patch_mask: Tensor | None = None,
+    normalize_patches: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """One embedding a sub-caption: the weighted mean of the patches it is about, docs/math.md eq. 9-12.
@@ -49,6 +52,8 @@ def group_patches(
         threshold: sigma; None means 1 / (number of valid patches of the image).
         normalization: "minmax", "softmax" or "none", see above.
         patch_mask: [N, P] bool, False for padding patches.
+        normalize_patches: False pools the patches as they are, ``score / score.sum(-1) @ patch_features``, as
+            DreamLIP's eq. 7 prints it; torch code that keeps the [N, P, D] unit patches for backward.
         backend: "auto" or one that ``explain()`` lists.
 
     Returns:
@@ -61,8 +66,22 @@ def group_patches(
     _check(fn, patch_features, text_features, threshold, normalization, patch_mask)
     (n, p, d), k = patch_features.shape, text_features.shape[1]
     patch_features, text_features = promoted(patch_features, text_features)
+    if not normalize_patches:
+        dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d, raw=1)
+        return _pooled_as_they_are(patch_features, text_features, threshold, normalization, patch_mask)
     chosen = dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d)
     return group_patches_op(patch_features, text_features, threshold, normalization, patch_mask, chosen)[0]
+
+
+def _pooled_as_they_are(patches, texts, threshold, normalization, patch_mask) -> Tensor:
+    dtype = accumulate_dtype(patches)
+    wide = patches.to(dtype)  # once, so that a patch's two gradients are rounded together
+    if patch_mask is not None:
+        wide = wide.masked_fill(~patch_mask[..., None], 0)
+    options = dict(threshold=threshold, normalization=normalization, patch_mask=patch_mask)
+    weights = patch_weights(wide, texts.to(dtype), **options)
+    with without_autocast(patches.device):
+        return (weights @ wide).to(texts.dtype)
 
 
 def patch_weights(
@@ -94,6 +113,7 @@ def subcaption_grouping_loss(
     patch_mask: Tensor | None = None,
     threshold: float | None = None,
     normalization: str = "minmax",
+    normalize_patches: bool = True,
     contrast: str = "image",
     candidates: int = 4,
     direction: str = "both",
@@ -110,8 +130,9 @@ def subcaption_grouping_loss(
     one it is of, which no code of the patches that ignores the picture can answer (eq. 20, FLAIR's conditioning).
 
     Args:
-        patch_features, text_features, patch_mask, threshold, normalization: as in ``group_patches``; but texts of
-            another dtype than the patches' are rounded for the pooling, and contrasted as they are.
+        patch_features, text_features, patch_mask, threshold, normalization, normalize_patches: as in
+            ``group_patches``; but texts of another dtype than the patches' are rounded for the pooling, and contrasted
+            as they are.
         logit_scale: the multiplier of this loss, its own or the contrastive one.
         image_mask: [N] bool, False for an image that only fills a batch: its captions are missing.
         text_mask: [N, K] bool; missing sub-captions are out of numerator and denominator. An image with one
@@ -153,10 +174,10 @@ def subcaption_grouping_loss(
     patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
         queries, text_features = (t.masked_fill(~text_mask[..., None], 0) for t in (queries, text_features))
-    options = dict(threshold=threshold, normalization=normalization, patch_mask=patch_mask, backend=grouping_backend)
-    if contrast == "conditioned":  # K sub-captions a call: fused kernels take no K * candidates
-        asked = _of_the_block(queries, candidates).split(k, dim=1)
-        pooled = torch.cat([group_patches(patch_features, part, **options) for part in asked], dim=1)
+    options: dict[str, Any] = dict(threshold=threshold, normalization=normalization, backend=grouping_backend)
+    options |= dict(patch_mask=patch_mask, normalize_patches=normalize_patches)
+    if contrast == "conditioned":
+        pooled = _pooled_for_the_block(patch_features, queries, candidates, options)
     else:
         pooled = group_patches(patch_features, queries, **options)
     with without_autocast(text_features.device):
@@ -185,6 +206,12 @@ def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | No
         alone = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
         z = z.masked_fill(~((mask[:, :, None] & mask[:, None, :]) | alone), -torch.inf)
     return z.logsumexp(2), z.logsumexp(1), scale * (pooled * text).sum(-1)
+
+
+def _pooled_for_the_block(patches: Tensor, queries: Tensor, candidates: int, options: dict[str, Any]) -> Tensor:
+    # K sub-captions a call: fused kernels take no K * candidates.
+    asked = _of_the_block(queries, candidates).split(queries.shape[1], dim=1)
+    return torch.cat([group_patches(patches, part, **options) for part in asked], dim=1)
 
 
 def _of_the_block(text: Tensor, candidates: int) -> Tensor:

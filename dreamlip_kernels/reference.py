@@ -148,13 +148,20 @@ def patch_weights(
 
 
 def group_patches(
-    patch_features: Tensor, text_features: Tensor, *, patch_mask: Tensor | None = None, **options
+    patch_features: Tensor,
+    text_features: Tensor,
+    *,
+    patch_mask: Tensor | None = None,
+    normalize_patches: bool = True,
+    **options,
 ) -> Tensor:
-    """``patch_weights(...) @ unit(patch_features)``: one embedding per sub-caption, eq.
-    12 -> [N,K,D], not normalized.
+    """``patch_weights(...) @ unit(patch_features)``: one embedding per sub-caption, eq. 12 -> [N,K,D], not normalized.
+
+    Without ``normalize_patches`` the mean is of the patches as they are, as DreamLIP's eq. 7 prints it.
     """
     patch_features = _without_masked(patch_features, patch_mask)
-    return patch_weights(patch_features, text_features, patch_mask=patch_mask, **options) @ unit(patch_features)
+    weights = patch_weights(patch_features, text_features, patch_mask=patch_mask, **options)
+    return weights @ (unit(patch_features) if normalize_patches else patch_features)
 
 
 def subcaption_grouping_loss(

@@ -61,8 +61,17 @@ def _triton(case: Case) -> str | None:
     return None
 
 
+def _raw(case: Case) -> str | None:
+    """Fused pooling is of unit patches; ``raw=1`` among the sizes says that a call pools them as they are."""
+    return (
+        "it pools patches of unit length, and normalize_patches=False asks for them as they are"
+        if (case.sizes.get("raw"))
+        else None
+    )
+
+
 def _triton_pool(case: Case) -> str | None:
-    if (why := _triton(case)) is not None or case.sizes.get("K", 0) <= 32:
+    if (why := _raw(case) or _triton(case)) is not None or case.sizes.get("K", 0) <= 32:
         return why
     return f"it takes K up to 32 sub-captions, got K={case.sizes['K']}"
 
@@ -76,13 +85,15 @@ def _cuda(case: Case) -> str | None:
 
 
 def _cuda_pool(case: Case) -> str | None:
-    if (why := _cuda(case)) is not None or not case.sizes:
+    if (why := _raw(case) or _cuda(case)) is not None or not case.sizes:
         return why
     p, k, d = case.sizes["P"], case.sizes["K"], case.sizes["D"]
     return extension.why_not_pool(case.device, p, k, d, case.dtype.itemsize)
 
 
 def _cpp(case: Case, build: bool = False) -> str | None:
+    if (why := _raw(case)) is not None:
+        return why
     if case.device.type != "cpu":
         return "it runs on CPU tensors"
     return extension.why_not("cpu", build)
@@ -145,7 +156,7 @@ def select(op: str, x: Tensor, requested: str = "auto", **sizes: int) -> str:
 
     Args:
         sizes: the op's shape by the letters of its docstring: M, C, K, D of ``bidirectional_logsumexp``;
-            N, P, K, D of ``group_patches``.
+            N, P, K, D of ``group_patches``, and raw=1 where its patches are pooled as they are.
 
     Raises:
         ValueError: no such backend for this op.  RuntimeError: the requested backend cannot run here,

@@ -20,8 +20,8 @@ class DreamLIPLoss(ClipLossArguments):
     """``mpcl_weight * multi-positive contrast + grouping_weight * sub-caption grouping``, docs/math.md eq. 18.
 
     Takes ClipLoss's positional arguments and, by keyword, the options of both functions; threshold, normalization,
-    contrast, candidates and direction belong to the grouping term. pairs="sigmoid" takes the sigmoid loss as the
-    contrast, where negatives and positives have no meaning. label_smoothing and same_image (for image_ids)
+    normalize_patches, contrast, candidates and direction belong to the grouping term. pairs="sigmoid" takes the sigmoid
+    loss as the contrast, where negatives and positives have no meaning. label_smoothing and same_image (for image_ids)
     belong to the contrast of either kind; the grouping term has hard targets. ``contrastive_backend`` and
     ``grouping_backend`` name the backend of each op; ``backend`` is the shorthand for both, which applies where an op
     has it ("cuda" and "cpp" choose the pooling and leave the contrast at "auto").
@@ -45,6 +45,7 @@ class DreamLIPLoss(ClipLossArguments):
         same_image: SameImage = "ignore",
         threshold: float | None = None,
         normalization: str = "minmax",
+        normalize_patches: bool = True,
         contrast: str = "image",
         candidates: int = 4,
         direction: str = "both",
@@ -77,6 +78,7 @@ class DreamLIPLoss(ClipLossArguments):
         self.grouping = SubcaptionGroupingLoss(
             threshold=threshold,
             normalization=normalization,
+            normalize_patches=normalize_patches,
             contrast=contrast,
             candidates=candidates,
             direction=direction,

@@ -26,6 +26,7 @@ class SubcaptionGroupingLoss(ClipLossArguments):
         *,
         threshold: float | None = None,
         normalization: str = "minmax",
+        normalize_patches: bool = True,
         contrast: str = "image",
         candidates: int = 4,
         direction: str = "both",
@@ -41,6 +42,7 @@ class SubcaptionGroupingLoss(ClipLossArguments):
         self.options = dict(
             threshold=threshold,
             normalization=normalization,
+            normalize_patches=normalize_patches,
             contrast=contrast,
             candidates=candidates,
             direction=direction,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 logger = logging.getLogger("dreamlip_train")
+
+_NAMED = re.compile(r"--|\w+\.\w+: ")  # an error that says which flag or field it is about
 
 
 class SaveError(RunError):
@@ -71,8 +74,10 @@ def on_first_rank(work: Callable[[], list[str]]) -> None:
         try:
             for line in work():
                 logger.warning(line)
-        except (OSError, UserError) as error:
-            outcome = [str(error)]
+        except OSError as error:
+            outcome = [f"--run-dir: {error}"]
+        except UserError as error:
+            outcome = [str(error) if _NAMED.match(str(error)) else f"--run-dir: {error}"]
     dist.broadcast_object_list(outcome)
     if outcome[0] is not None:
-        raise UserError(outcome[0] if outcome[0].startswith("--") else f"--run-dir: {outcome[0]}")
+        raise UserError(outcome[0])

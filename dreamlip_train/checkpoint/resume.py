@@ -30,15 +30,16 @@ logger = logging.getLogger("dreamlip_train")
 
 # Other values of these need other tensors in the checkpoint, or are another recipe altogether.
 _FIXED = {
+    "data": ("proportions",),  # the position in an epoch follows from them
     "model": ("name", "config", "context_length", "patch_projection", "local_logit_scale", "init_logit_bias"),
     "optim": ("vision_lr_scale", "text_lr_scale", "layer_decay"),  # other groups of parameters
     "train": ("global_batch_size", "precision"),
     "deepspeed": ("zero_stage",),
 }
-# These say where, how fast and how often, not what is trained. data.shards is compared by what it amounts to.
+# These say where, how fast and how often, not what is trained. The shards are compared by what they amount to.
 _FREE = {
     "data": (
-        *("shards", "val_shards", "num_workers", "pin_memory", "allow_pipe"),
+        *("shards", "mixture", "val_shards", "num_workers", "pin_memory", "allow_pipe"),
         *("max_bad_fraction", "max_member_mb", "stall_seconds", "eval_source"),
     ),
     "model": ("pretrained",),
@@ -51,7 +52,7 @@ _FREE = {
     "checkpoint": ("every_steps", "every_minutes", "keep_last"),
     "logging": ("every_steps", "wandb_project"),
     "deepspeed": ("config",),
-    "eval": ("every_steps", "weights", "batch_size", "max_samples", "threshold"),
+    "eval": ("every_steps", "weights", "batch_size", "max_samples", "threshold", "zero_shot", "zero_shot_root"),
 }
 
 

@@ -45,6 +45,18 @@ def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Con
         raise UserError(f"--model: {str(path)!r} brings its own config; leave --model out")
     if not path.is_dir():
         raise UserError(f"no file or folder {str(path)!r}; give a run folder, a checkpoint folder or an open_clip file")
+    state, config = read_weights(path)
+    model = build_model(config.model, seed=0)
+    model.load_state_dict(state)
+    return model.eval(), config
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Config]:
+    """DreamLIP's state dict, in fp32, and the config of a run folder or a checkpoint folder.
+
+    Raises:
+        UserError: no whole, undamaged checkpoint is there.
+    """
     checkpoint = find_checkpoint(path)
     if damaged := damaged_files(checkpoint):
         raise UserError(
@@ -54,12 +66,10 @@ def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Con
     config = read_config(checkpoint / "config.toml")
     # The weights follow; the file they once started from may be gone.
     config.model.pretrained = ""
-    model = build_model(config.model, seed=0)
     state = _state_dict(checkpoint, config.deepspeed.zero_stage)
     if config.eval.weights == "ema":
         state |= read_average(checkpoint)
-    model.load_state_dict({name: value.float() for name, value in state.items()})
-    return model.eval(), config
+    return {name: value.float() for name, value in state.items()}, config
 
 
 def _state_dict(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:

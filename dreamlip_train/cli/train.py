@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from dreamlip_train.cli.name_value import TABLES
 from dreamlip_train.cli.usage import closest, first_line
+from dreamlip_train.config.presets import PRESETS, apply_preset
 from dreamlip_train.config.recipes import RECIPES
 from dreamlip_train.config.renamed import refuse_renamed_flags
 from dreamlip_train.config.schema import Config
@@ -56,11 +58,15 @@ def train(arguments: list[str], program: str) -> None:
     file = _value_of("--config", arguments)
     if file is not None:
         base = read_config(file, base)
+    preset = _value_of("--loss.preset", arguments)
+    if preset in PRESETS:  # else tyro says what there is
+        base = apply_preset(base, preset)
     options = tyro.cli(
         TrainOptions,
         args=arguments[1:],
         default=TrainOptions(run_dir=tyro.MISSING, settings=base),
         prog=f"{program} {arguments[0]}",
+        registry=TABLES,
     )
     config = options.settings
     if options.deepspeed_config is not None:

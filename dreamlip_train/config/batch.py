@@ -39,14 +39,9 @@ def chunks_per_rank(config: Config, ranks: int) -> int:
 
 
 def _check_caching(config: Config, images: int) -> None:
-    chunk, stage = config.train.chunk_size, config.deepspeed.zero_stage
-    if stage not in (1, 2):
+    if config.loss.grouping_weight > 0 and config.loss.contrast == "batch" and config.loss.direction != "both":
         what_to_do = (
-            f"{images} images per rank need gradient caching, which runs with deepspeed.zero_stage 1 or 2, not {stage}"
+            f'{images} images per rank need gradient caching, in which loss.contrast="batch" has both directions; '
+            'give loss.direction="both", or 0 to take them at once'
         )
-        refuse("train.chunk_size", chunk, f"{what_to_do}; set 0 to take them at once")
-    if config.loss.grouping_weight > 0 and config.loss.contrast == "batch":
-        what_to_do = (
-            'loss.contrast="batch" needs the patches of the whole batch at once; use loss.contrast="image", or 0'
-        )
-        refuse("train.chunk_size", chunk, what_to_do)
+        refuse("train.chunk_size", config.train.chunk_size, what_to_do)

@@ -28,6 +28,10 @@ from dreamlip_train.config.schema import (
 
 # The paper's main tables train on the raw caption and ShareGPT4V's short and long ones.
 _PAPER_SOURCES = ("raw_caption", "shortSV_captions", "longSV_captions")
+_ALL_SOURCES = (
+    "raw_caption",
+    *(f"{kind}{mllm}_captions" for mllm in ("IB", "LLA", "SV") for kind in ("short", "long")),
+)
 
 
 def demo() -> Config:
@@ -104,12 +108,30 @@ def yfcc15m_vitb16() -> Config:
 
 def merged30m_vitb32() -> Config:
     """ViT-B/32 on CC3M + CC12M + YFCC15M: global batch 6144."""
-    return _large("ViT-B-32", global_batch_size=6144, weight_decay=0.2, eps=1e-6)
+    return _merged("ViT-B-32")
 
 
 def merged30m_vitb16() -> Config:
     """ViT-B/16 on CC3M + CC12M + YFCC15M: global batch 6144."""
-    return _large("ViT-B-16", global_batch_size=6144, weight_decay=0.2, eps=1e-6)
+    return _merged("ViT-B-16")
+
+
+def captioners_cc3m_vitb16() -> Config:
+    """ViT-B/16 on CC3M with the captions of all three MLLMs: the paper's Table 7, last row."""
+    config = cc3m_vitb16()
+    config.data.caption_sources = _ALL_SOURCES  # how the paper shares the draws among them is not published
+    return config
+
+
+def laion_coyo_vitb16() -> Config:
+    """ViT-B/16 on the recaptioned LAION-49M and COYO-24M, or subsets of them: raw and long captions, global batch
+    6144.
+    """
+    # Neither the paper nor FLAIR trains on these: the settings are those of the merged set, the next in size.
+    config = _large("ViT-B-16", global_batch_size=6144, weight_decay=0.2, eps=1e-6)
+    config.data.caption_sources = ("raw_caption", "longSV_captions")  # there are no short ones
+    config.data.mixture = {name: f"shards/{name}" for name in ("laion49m", "coyo24m")}
+    return config
 
 
 def clip_cc3m_vitb16() -> Config:
@@ -147,6 +169,13 @@ def _without_grouping(config: Config, *, sources: tuple[str, ...], k: int) -> Co
     """The recipe with the contrastive loss alone: nothing else differs, so that rows compare."""
     config.data.caption_sources, config.data.num_sub_captions = sources, k
     config.loss.grouping_weight, config.model.local_logit_scale = 0.0, False
+    return config
+
+
+def _merged(model: str) -> Config:
+    config = _large(model, global_batch_size=6144, weight_decay=0.2, eps=1e-6)
+    # In proportion to their sizes: every sample once an epoch, and each step has all three sets.
+    config.data.mixture = {name: f"shards/{name}" for name in ("cc3m", "cc12m", "yfcc15m")}
     return config
 
 
@@ -197,6 +226,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         yfcc15m_vitb16,
         merged30m_vitb32,
         merged30m_vitb16,
+        captioners_cc3m_vitb16,
+        laion_coyo_vitb16,
         clip_cc3m_vitb16,
         laclip_cc3m_vitb16,
         stablerep_cc3m_vitb16,

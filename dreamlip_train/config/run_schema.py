@@ -76,6 +76,8 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, such as 0.999, kept beside them and in checkpoints;
     0 keeps none. Needs ZeRO 0 to 2.
     """
+    undropped_steps: int = 0
+    """Last steps of the run in which model.patch_dropout drops nothing (FLIP's unmasked finish)."""
     seed: int = 0
     """Seeds weights, shard order, caption draws and crops."""
     qualify: Literal["auto", "always", "never"] = "auto"

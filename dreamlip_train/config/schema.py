@@ -29,6 +29,10 @@ class DataConfig:
     """Training shards: a glob ("data/*.tar"), a brace pattern ("cc3m-{0000..0575}.tar"), a folder with a manifest.json,
     or several joined with "::".
     """
+    mixture: dict[str, str] = field(default_factory=dict)
+    """Several training sets instead of `shards`: a name and the shards of each, cc3m=shards/cc3m cc12m=shards/cc12m."""
+    proportions: dict[str, float] = field(default_factory=dict)
+    """Weight of each set of the mixture in every step; empty draws each in proportion to its size, once an epoch."""
     val_shards: str = ""
     """Held-out shards, same forms; empty means no evaluation during or after training."""
     num_sub_captions: int = 8
@@ -52,6 +56,16 @@ class DataConfig:
     """Up to this many consecutive sentences are merged into one sub-caption (1 = single sentences)."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Area range of the random resized crop."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of its width over its height."""
+    flip_prob: float = 0.0
+    """Probability of mirroring a picture. Captions that say left and right become wrong with it."""
+    color_jitter_prob: float = 0.0
+    """Probability of changing a picture's colors by color_jitter (open_clip's color_jitter_prob)."""
+    color_jitter: tuple[float, float, float, float] = (0.32, 0.32, 0.32, 0.08)
+    """Strengths of changes in brightness, contrast, saturation and hue."""
+    gray_scale_prob: float = 0.0
+    """Probability of taking a picture's colors away (open_clip's gray_scale_prob)."""
     num_workers: int = 2
     """Loader processes per rank; 0 loads in the training process."""
     pin_memory: bool = True
@@ -69,6 +83,11 @@ class DataConfig:
     eval_source: str = "longSV_captions"
     """Column whose sentences are the queries of evaluation; the first long column a sample has where it is missing."""
 
+    @property
+    def pattern(self) -> str:
+        """The training shards of all sets as one pattern."""
+        return self.shards or "::".join(self.mixture.values())
+
 
 @dataclass
 class ModelConfig:
@@ -81,13 +100,17 @@ class ModelConfig:
     set in recipes or a TOML file.
     """
     pretrained: str = ""
-    """An open_clip weights file to start from."""
+    """Weights to start from: an open_clip file or folder, an open_clip tag of this model such as "openai", which is
+    downloaded, a transformers CLIP folder, or a run of this trainer. Positions are fitted to context_length.
+    """
     context_length: int = 77
     """Tokens per caption; longer ones are truncated and keep their end token."""
     patch_projection: Literal["shared", "local"] = "shared"
     """"shared": patch tokens pass ln_post and visual.proj like the class token. "local":
     a train-only projection of their own.
     """
+    patch_dropout: float = 0.0
+    """Part of the patches that a training step leaves out of the image tower, another one for each image (FLIP)."""
     local_logit_scale: bool = True
     """Give the grouping loss its own learned temperature."""
     init_temperature: float = 0.07
@@ -100,6 +123,11 @@ class ModelConfig:
 class LossConfig:
     """The objective, docs/math.md eq. 18."""
 
+    preset: Literal["ours", "paper", "release"] = "ours"
+    """"paper" is DreamLIP's eq. 5 to 9 to the letter, "release" what its public code means (docs/math.md, section 6):
+    normalization, normalize_patches, threshold, contrast, direction and model.local_logit_scale are set so. "ours" sets
+    nothing.
+    """
     mpcl_weight: float = 1.0
     """lambda_mpcl: weight of the multi-positive contrastive loss."""
     grouping_weight: float = 1.0
@@ -120,6 +148,8 @@ class LossConfig:
     """sigma of the patch pooling; None means 1/P."""
     normalization: Normalization = "minmax"
     """How similarities become patch weights."""
+    normalize_patches: bool = True
+    """Pool patches of unit length; False pools them as they are, in torch code."""
     contrast: Literal["image", "batch", "conditioned"] = "image"
     """What a pooled group is contrasted with: the captions of its own image, or of the whole batch; "conditioned":
     what the same caption pools in other images (docs/math.md eq. 20).
@@ -140,7 +170,7 @@ class LossConfig:
 
 @dataclass
 class EvalConfig:
-    """Evaluation on data.val_shards."""
+    """Evaluation on data.val_shards, and zero-shot."""
 
     every_steps: int = 0
     """Steps between evaluations during training; 0 evaluates once at the end."""
@@ -150,6 +180,10 @@ class EvalConfig:
     """"ema" evaluates and exports the moving average of the weights (train.ema_decay)."""
     max_samples: int = 0
     """Evaluate on the first so many held-out samples; 0 means all."""
+    zero_shot: tuple[str, ...] = ()
+    """Data sets that are classified as well, by clip_benchmark's names, such as ("imagenet1k", "cifar10")."""
+    zero_shot_root: str = ""
+    """Where they lie: a folder, with "{dataset}" in it for a data set's name."""
     threshold: float | None = None
     """Threshold of the patch selection that localization and grouping.png show; None takes loss.threshold (1/P there
     keeps nearly every patch).

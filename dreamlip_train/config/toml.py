@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from dreamlip_train.config.presets import PRESETS, apply_preset
 from dreamlip_train.config.renamed import refuse_renamed_keys
 from dreamlip_train.config.schema import Config
 from dreamlip_train.jobs.user_error import UserError
@@ -33,7 +34,10 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config: {str(path)!r} is not TOML: {error}") from error
     refuse_renamed_keys(settings, str(path))
-    return override(base or Config(), settings)
+    base, loss = base or Config(), settings.get("loss")
+    if isinstance(loss, dict) and loss.get("preset") in PRESETS:  # what else the file says wins
+        base = apply_preset(base, loss["preset"])
+    return override(base, settings)
 
 
 def override(config: Any, settings: dict[str, Any], section: str = "") -> Any:

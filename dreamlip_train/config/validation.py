@@ -4,8 +4,10 @@ before anything is built.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
+from dreamlip_train.config.presets import settings_of
 from dreamlip_train.config.run_schema import OptimConfig
 from dreamlip_train.config.schema import Config, DataConfig, LossConfig
 from dreamlip_train.jobs.user_error import UserError
@@ -31,6 +33,7 @@ _AT_LEAST = {
     "train.chunk_size": (0, "0 takes a rank's images at once"),
     "train.epochs": (0, "give train.epochs or train.steps"),
     "train.steps": (0, "0 means train.epochs"),
+    "train.undropped_steps": (0, "0 drops patches to the end"),
     "train.max_nonfinite_steps": (1, "give at least 1"),
     "checkpoint.every_steps": (1, "give at least 1"),
     "checkpoint.every_minutes": (0, "0 goes by steps alone"),
@@ -40,7 +43,10 @@ _AT_LEAST = {
     "eval.batch_size": (1, "give at least 1"),
     "eval.max_samples": (0, "0 means all"),
 }
-_FRACTIONS = ("data.max_bad_fraction", "optim.final_lr_fraction")
+_FRACTIONS = (
+    *("data.max_bad_fraction", "data.flip_prob", "data.color_jitter_prob", "data.gray_scale_prob"),
+    "optim.final_lr_fraction",
+)
 
 
 def validate(config: Config) -> None:
@@ -53,25 +59,59 @@ def validate(config: Config) -> None:
         if not 0 <= value_of(config, name) <= 1:
             refuse(name, value_of(config, name), "give a fraction in [0, 1]")
     _check_captions(config.data)
+    _check_mixture(config.data)
+    _check_preset(config)
     _check_loss(config.loss)
     _check_bias(config)
     _check_grouping(config)
     _check_optimizer(config.optim)
     _check_training(config)
-    if config.eval.every_steps and not config.data.val_shards:
+    if config.eval.every_steps and not config.data.val_shards and not config.eval.zero_shot:
         refuse("eval.every_steps", config.eval.every_steps, "it evaluates on data.val_shards, which is empty")
+    if bool(config.eval.zero_shot) != bool(config.eval.zero_shot_root):
+        what_to_do = "give both eval.zero_shot and eval.zero_shot_root, or none"
+        refuse("eval.zero_shot_root", config.eval.zero_shot_root, what_to_do)
 
 
 def _check_captions(data: DataConfig) -> None:
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
         refuse("data.crop_scale", data.crop_scale, "give 0 < low <= high <= 1")
+    low, high = data.crop_ratio
+    if not 0 < low <= high < math.inf:
+        refuse("data.crop_ratio", data.crop_ratio, "give 0 < narrowest <= widest")
+    if not (all(0 <= strength < math.inf for strength in data.color_jitter) and data.color_jitter[3] <= 0.5):
+        refuse("data.color_jitter", data.color_jitter, "strengths are >= 0, that of the hue at most 0.5")
     negative = {name: weight for name, weight in data.source_weights.items() if not weight >= 0}
     if negative:
         refuse("data.source_weights", negative, "weights are >= 0")
     unused = [name for name in data.source_weights if data.caption_sources and name not in data.caption_sources]
     if unused:
-        refuse("data.source_weights", unused, f"these columns are not in data.caption_sources {data.caption_sources}")
+        what_to_do = (
+            f"these columns are not in data.caption_sources {data.caption_sources}; give the weights of those that are "
+            "(--data.source-weights NAME=WEIGHT ..., or --data.source-weights alone for 1 each)"
+        )
+        refuse("data.source_weights", unused, what_to_do)
+
+
+def _check_mixture(data: DataConfig) -> None:
+    if data.mixture and data.shards:
+        what_to_do = f"data.mixture has {', '.join(data.mixture)}; give one of them (--data.mixture alone empties it)"
+        refuse("data.shards", data.shards, what_to_do)
+    if data.proportions and data.proportions.keys() != data.mixture.keys():
+        what_to_do = f"give a weight for each set of data.mixture ({', '.join(data.mixture) or 'it has none'}), or none"
+        refuse("data.proportions", data.proportions, what_to_do)
+    if not all(0 < weight < math.inf for weight in data.proportions.values()):
+        refuse("data.proportions", data.proportions, "weights are > 0; leave a set out of data.mixture to skip it")
+
+
+def _check_preset(config: Config) -> None:
+    """A run must not carry a name that it does not follow."""
+    name = config.loss.preset
+    for field, value in settings_of(config, name).items():
+        if value_of(config, field) != value:
+            what_to_do = f'loss.preset="{name}" has {value!r}; leave it out, or give loss.preset="ours"'
+            refuse(field, value_of(config, field), what_to_do)
 
 
 def _check_loss(loss: LossConfig) -> None:
@@ -127,6 +167,10 @@ def _check_optimizer(optim: OptimConfig) -> None:
 
 def _check_training(config: Config) -> None:
     train = config.train
+    if not 0 <= config.model.patch_dropout < 1:
+        refuse("model.patch_dropout", config.model.patch_dropout, "give a part in [0, 1); 0 drops nothing")
+    if train.undropped_steps and not config.model.patch_dropout:
+        refuse("train.undropped_steps", train.undropped_steps, "model.patch_dropout is 0: nothing is dropped at all")
     if train.steps == train.epochs == 0:
         refuse("train.epochs", 0, "give train.epochs or train.steps")
     if not 0 <= train.ema_decay < 1:

@@ -139,30 +139,34 @@ def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], rng: random.Random) -> Tensor:
-    """torchvision's bicubic RandomResizedCrop(size, scale) of a uint8 image, drawn from ``rng`` -> [3, size,
+def random_resized_crop(
+    image: Tensor, size: int, scale: tuple[float, float], rng: random.Random, ratio: tuple[float, float] = RATIOS
+) -> Tensor:
+    """torchvision's bicubic RandomResizedCrop(size, scale, ratio) of a uint8 image, drawn from ``rng`` -> [3, size,
     size] uint8.
     """
     height, width = image.shape[-2:]
-    top, left, crop_height, crop_width = _crop_box(height, width, scale, rng)
+    top, left, crop_height, crop_width = _crop_box(height, width, scale, rng, ratio)
     return functional.resized_crop(
         image, top, left, crop_height, crop_width, [size, size], InterpolationMode.BICUBIC, antialias=True
     )
 
 
-def _crop_box(height: int, width: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
+def _crop_box(
+    height: int, width: int, scale: tuple[float, float], rng: random.Random, ratios: tuple[float, float] = RATIOS
+) -> tuple[int, int, int, int]:
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(RATIOS[0]), math.log(RATIOS[1])))
+        ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
     # No such box fits: the largest centered one within the ratios.
     crop_width, crop_height = width, height
-    if width / height < RATIOS[0]:
-        crop_height = min(height, round(width / RATIOS[0]))
-    elif width / height > RATIOS[1]:
-        crop_width = min(width, round(height * RATIOS[1]))
+    if width / height < ratios[0]:
+        crop_height = min(height, round(width / ratios[0]))
+    elif width / height > ratios[1]:
+        crop_width = min(width, round(height * ratios[1]))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 

@@ -3,8 +3,8 @@
     {"images" uint8 [n,3,H,W], "text" int64 [n,K,L], "text_mask" bool [n,K], "cut" captions that lost their ends,
     "keys", "shards"}
 
-epoch_plan.py says who reads what, readers.py does it in the workers; here are the loader of a rank and its count of
-what could not be used.
+data_sets.py lists the shards, epoch_plan.py says who reads what, shards/readers.py does it in the workers; here are the
+loader of a rank and its count of what could not be used.
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from dreamlip_train.config.schema import DataConfig
-from dreamlip_train.data.epoch_plan import ReaderLayout, batches_of_worker, plan_epoch
+from dreamlip_train.data.data_sets import DataSet, data_sets
+from dreamlip_train.data.epoch_plan import ReaderLayout, ReaderPlan, batches_of_worker, plan_epoch
+from dreamlip_train.data.mixture import Mixture
 from dreamlip_train.data.quarantine import BadCounts, Quarantine, read_quarantine
-from dreamlip_train.data.shards.manifest import Counts, count_samples
-from dreamlip_train.data.shards.readers import EpochOrder, Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
-from dreamlip_train.data.shards.shard_names import Shard, list_shards, shard_ids
+from dreamlip_train.data.shards.readers import Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
+from dreamlip_train.data.shards.sample_stream import ReadingContext, SampleStream
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 logger = logging.getLogger("dreamlip_train")
 
-_COUNTS = "sample_counts.json"  # in the run folder: what no index beside the shards says
 _LOOK_EVERY = 5  # seconds after which a wait for a batch looks whether it still makes sense
 _JUDGED_AFTER = 200  # samples seen before data.max_bad_fraction can stop a run: a first bad sample is no rate
 
@@ -61,24 +60,11 @@ def train_loader(
     Raises:
         UserError: no shard matches, or there are too few shards or samples for this many readers (the field is named).
     """
-    shards = list_shards(data.shards, allow_pipe=data.allow_pipe)
-    readers = world_size * max(1, data.num_workers)
-    if len(shards) < readers:
-        raise UserError(
-            f"data.num_workers: {len(shards)} shards for {world_size} ranks x {max(1, data.num_workers)} workers = "
-            f"{readers} readers; "
-            f"use --data.num-workers {max(1, len(shards) // world_size)}, fewer ranks, or smaller shards (prepare "
-            "--shard-size)"
-        )
     quarantine = None if quarantine is None else Path(quarantine)
-    ids: dict[str, str] = dict(zip(shards, shard_ids(shards), strict=True))
-    counts = _shared_counts(shards, quarantine)
-    if counts.broken:
-        _set_aside(counts, ids, data, quarantine if rank == 0 else None)
+    sets, ids = data_sets(data, rank=rank, world_size=world_size, quarantine=quarantine)
     return TrainLoader(
         data=data,
-        shards=list(counts.samples),
-        counts=list(counts.samples.values()),
+        sets=sets,
         ids=ids,
         image_size=image_size,
         tokenize=tokenize,
@@ -90,43 +76,6 @@ def train_loader(
     )
 
 
-def _shared_counts(shards: list[Shard], quarantine: Path | None) -> Counts:
-    """Samples in each shard; of several ranks the first one counts, once for the run folder."""
-    known = None if quarantine is None else quarantine.with_name(_COUNTS)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return count_samples(shards, known)
-    result: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [count_samples(shards, known)]
-        except UserError as error:
-            result = [error]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], UserError):
-        raise result[0]
-    return result[0]
-
-
-def _set_aside(counts: Counts, ids: Mapping[str, str], data: DataConfig, quarantine: Path | None) -> None:
-    """Note the shards that can't be counted; RunError if they are too many."""
-    broken, total = counts.broken, len(counts.broken) + len(counts.samples)
-    names = "; ".join(f"{shard}: {why}" for shard, why in broken.items())
-    if len(broken) > data.max_bad_fraction * total or not counts.samples:
-        raise RunError(
-            f"data.max_bad_fraction: {len(broken)} of {total} shards can't be read to their ends (limit "
-            f"{data.max_bad_fraction:.0%}): {names}. "
-            "Fetch them again, leave them out of data.shards, or raise the limit"
-        )
-    logger.warning("set aside: %d of %d shards, which can't be read to their ends: %s", len(broken), total, names)
-    known = read_quarantine(quarantine, ids)
-    entries = [
-        {"shard": ids[shard], "path": shard, "key": "", "reason": "shard could not be counted", "detail": why}
-        for shard, why in broken.items()
-        if (ids[shard], "") not in known
-    ]
-    Quarantine(quarantine).add(entries)
-
-
 @dataclass
 class TrainLoader:
     """One rank's batches, epoch by epoch; ``steps_per_epoch`` is the same on every rank, ``bad`` counts what was left
@@ -134,9 +83,8 @@ class TrainLoader:
     """
 
     data: DataConfig
-    shards: list[str]
-    counts: list[int]
-    ids: Mapping[str, str]
+    sets: list[DataSet]
+    ids: dict[str, str]
     image_size: int
     tokenize: Tokenize
     batch_size: int
@@ -150,20 +98,44 @@ class TrainLoader:
         self.left_out = Quarantine(self.quarantine)
         self.layout = ReaderLayout(self.world_size, max(1, self.data.num_workers), self.batch_size)
         self.heartbeats = Heartbeats(self.layout.workers)
-        self.steps_per_epoch = sum(self.counts) // self.layout.global_batch
+        proportions = self.data.proportions if self.data.mixture else {}
+        self.mixture = Mixture({of.name: of.size for of in self.sets}, proportions)
+        self.steps_per_epoch = self.mixture.total // self.layout.global_batch
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"train.global_batch_size: {self.layout.global_batch} images per step, but "
-                f"{len(self.shards)} shards have {sum(self.counts)} samples; lower train.global_batch_size, "
+                f"{len(self.shards)} shards have {self.mixture.total} samples; lower train.global_batch_size, "
                 "or give more data"
             )
 
     @property
+    def shards(self) -> list[str]:
+        """The shards of all sets."""
+        return [shard for of in self.sets for shard in of.shards]
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples in each of ``shards``."""
+        return [count for of in self.sets for count in of.counts]
+
+    @property
     def fingerprint(self) -> str:
-        """Tells data sets apart: the shards' names and sample counts, wherever they lie."""
-        listed = [(os.path.basename(shard), count) for shard, count in zip(self.shards, self.counts, strict=True)]
+        """Tells data sets apart: the sets' names, the shards' names and sample counts, wherever they lie."""
+        listed = [
+            (*([of.name] if of.name else []), os.path.basename(shard), count)
+            for of in self.sets
+            for shard, count in zip(of.shards, of.counts, strict=True)
+        ]
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-        return f"{len(listed)} shards, {sum(self.counts)} samples, {digest}"
+        sizes = ", ".join(f"{of.name} {of.size}" for of in self.sets if of.name)
+        return f"{len(listed)} shards, {self.mixture.total} samples{sizes and f' ({sizes})'}, {digest}"
+
+    def drawn(self, epoch: int, steps: int) -> dict[str, dict[str, float]]:
+        """Draws of each set, and how often that is the whole set, after ``steps`` steps of ``epoch``; {} without a
+        mixture.
+        """
+        batch = self.layout.global_batch
+        return self.mixture.passes(epoch, self.steps_per_epoch * batch, steps * batch) if self.data.mixture else {}
 
     def after(self, steps: int) -> list[ReaderLayout]:
         """What ``epoch`` takes to go on after ``steps`` steps of these readers."""
@@ -178,14 +150,17 @@ class TrainLoader:
         The batches may be taken by another.
         """
         begun = past[-1].steps if past and past[-1].same_readers(self.layout) else 0
-        steps, streams = plan_epoch(sum(self.counts), past[:-1] if begun else past, self.layout)
-        own = streams[self.rank * self.layout.workers :][: self.layout.workers]
-        make = _MakeReader(self, epoch, own, begun, steps)
+        steps, plans = plan_epoch(self.mixture, epoch, past[:-1] if begun else past, self.layout)
+        own = plans[self.rank * self.layout.workers :][: self.layout.workers]
+        make = _MakeReader(self, own, begun)
         dataset = ReaderDataset(make, self.layout.workers, begun % self.layout.workers, self.heartbeats)
         loader = DataLoader(
             dataset,
             batch_size=None,
             num_workers=self.data.num_workers,
+            # It draws a seed for its workers, which need none: from the global generator a resumed run would draw once
+            # more than an uninterrupted one, and drop other patches.
+            generator=torch.Generator(),
             worker_init_fn=partial(start_worker, beats=self.heartbeats),
             pin_memory=self.data.pin_memory and torch.cuda.is_available(),
             prefetch_factor=4 if self.data.num_workers else None,
@@ -271,24 +246,21 @@ def worker_error(error: BaseException | str) -> RunError:
 class _MakeReader:
     """Builds a worker's reader inside the worker."""
 
-    def __init__(self, loader: TrainLoader, epoch: int, streams: list[Any], begun: int, steps: int) -> None:
-        self.loader, self.epoch, self.streams, self.begun, self.steps = loader, epoch, streams, begun, steps
+    def __init__(self, loader: TrainLoader, plans: list[ReaderPlan], begun: int) -> None:
+        self.loader, self.plans, self.begun = loader, plans, begun
         self.known_bad = read_quarantine(loader.quarantine, loader.ids)
 
     def __call__(self, worker: int, beat: Callable[[str], None]) -> tuple[Reader, int]:
-        loader, workers = self.loader, len(self.streams)
-        done, all_ = (batches_of_worker(steps, worker, workers) for steps in (self.begun, self.steps))
-        reader = Reader(
-            EpochOrder(loader.shards, loader.counts, loader.seed, self.epoch),
-            self.streams[worker],
-            done * loader.batch_size,
-            data=loader.data,
-            image_size=loader.image_size,
-            tokenize=loader.tokenize,
-            batch_size=loader.batch_size,
-            salt=f"{loader.seed}-{self.epoch}",
-            known_bad=self.known_bad,
-            ids=loader.ids,
-            beat=beat,
+        loader, plan = self.loader, self.plans[worker]
+        done = batches_of_worker(self.begun, worker, len(self.plans))
+        context = ReadingContext(
+            loader.data, loader.image_size, loader.seed, self.known_bad, loader.ids, beat, alone=len(loader.sets) == 1
         )
-        return reader, all_ - done
+        streams = [
+            SampleStream(of, pieces, skip, max(1, int(loader.data.shuffle_buffer * share)), context)
+            for of, pieces, skip, share in zip(
+                loader.sets, plan.pieces, plan.batches[:done].sum(axis=0).tolist(), loader.mixture.shares, strict=True
+            )
+        ]
+        rest = plan.batches[done:].tolist()
+        return Reader(streams, rest, loader.data.num_sub_captions, loader.tokenize), len(rest)

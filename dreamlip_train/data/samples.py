@@ -14,6 +14,7 @@ from torch import Tensor
 from dreamlip_train.captions.columns import caption_columns, caption_pool, is_too_long, is_whole, split_sub_captions
 from dreamlip_train.captions.sampling import sample_sub_captions
 from dreamlip_train.config.schema import DataConfig
+from dreamlip_train.data.augment import augment
 from dreamlip_train.data.images import ImageError, decode_image, decode_labels, random_resized_crop, resize_center_crop
 from dreamlip_train.data.shards.shards import Oversized, image_of, record_of
 
@@ -47,7 +48,8 @@ def prepare_sample(
     )
     if not drawn:
         raise BadSample("no captions", f"none in {', '.join(data.caption_sources) or 'any caption column'}")
-    image = random_resized_crop(_image(sample), image_size, data.crop_scale, rng)
+    image = random_resized_crop(_image(sample), image_size, data.crop_scale, rng, data.crop_ratio)
+    image = augment(image, data, rng)
     return (
         key,
         image,

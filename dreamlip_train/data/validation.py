@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dreamlip_train.config.schema import DataConfig
@@ -16,11 +16,20 @@ from dreamlip_train.jobs.user_error import UserError
 logger = logging.getLogger("dreamlip_train")
 
 
-def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> Iterator[dict[str, Any]]:
+def val_samples(
+    data: DataConfig,
+    *,
+    image_size: int,
+    max_samples: int = 0,
+    wanted: Callable[[int], bool] = lambda position: True,
+) -> Iterator[dict[str, Any]]:
     """Held-out samples in file order, for evaluation.
 
+    Args:
+        max_samples: how many of the first ones are looked at, 0 for all.
+        wanted: whether the sample at a position is decoded; the others are passed over.
     Yields:
-        {"key": str, "image": uint8 [3, S, S], "sentences": the sub-captions of data.eval_source or,
+        {"position": int, "key": str, "image": uint8 [3, S, S], "sentences": the sub-captions of data.eval_source or,
         where it is missing, of the first long caption the sample has, "raw": str or None, "mask":
         uint8 [S, S] label map of the same geometry, or None}
 
@@ -28,14 +37,16 @@ def val_samples(data: DataConfig, *, image_size: int, max_samples: int = 0) -> I
         UserError: data.val_shards is empty or matches nothing.
     """
     bad = BadCounts()
-    given = 0
+    position = -1
     for shard in list_shards(data.val_shards, allow_pipe=data.allow_pipe, field="data.val_shards"):
         for sample in _held_out(shard, bad):
-            if max_samples and given >= max_samples:
+            position += 1
+            if max_samples and position >= max_samples:
                 break
+            if not wanted(position):
+                continue
             try:
-                yield val_sample(sample, data, image_size)
-                given += 1
+                yield {"position": position, **val_sample(sample, data, image_size)}
             except BadSample as error:
                 bad.add({"shard": shard, "key": sample["key"], "reason": error.args[0], "detail": error.args[1]})
     if bad.total:

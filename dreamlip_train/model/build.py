@@ -11,46 +11,57 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transformer import VisionTransformer
+from torch import Tensor
 
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.model.dreamlip import DreamLIP
-from dreamlip_train.model.open_clip_weights import load_open_clip_weights
-from dreamlip_train.model.tokenizer import CaptionTokenizer
+from dreamlip_train.model.dreamlip import TRAIN_ONLY, DreamLIP
+from dreamlip_train.model.image_tower import has_patches, size_of, why_no_patches
+from dreamlip_train.model.open_clip_weights import fit_weights, load_open_clip_weights
+from dreamlip_train.model.tokenizer import CaptionTokenizer, HubTokenizer
 
-_VISION_WITHOUT_PATCHES = ("timm_model_name", "attentional_pool")
 
-
-def build_model(model: ModelConfig, seed: int) -> DreamLIP:
+def build_model(model: ModelConfig, seed: int, weights: dict[str, Tensor] | None = None) -> DreamLIP:
     """The model ``model`` describes, its new weights a function of ``seed`` alone, in fp32 on the CPU.
 
+    Args:
+        weights: what ``pretrained`` stands for, by open_clip's names and DreamLIP's for the train-only ones; None reads
+            it as an open_clip weights file.
     Raises:
-        UserError: the name is unknown, the image tower has no patch tokens, the text tower is not a causal CLIP one,
-            or ``pretrained`` does not fit.
+        UserError: the name is unknown, the towers are of a kind that can't be trained here, or ``pretrained`` does not
+            fit.
     """
     settings = _tower_settings(model)
+    kind = open_clip.CustomTextCLIP if settings.pop("custom_text", False) else open_clip.CLIP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            clip = open_clip.CLIP(
-                **settings, init_logit_scale=math.log(1 / model.init_temperature), nonscalar_logit_scale=True
-            )
+            clip = kind(**settings, init_logit_scale=math.log(1 / model.init_temperature), nonscalar_logit_scale=True)
         except Exception as error:  # open_clip and torch raise whatever the settings lead them to
             if not model.config:
                 raise
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"model.config: {reason}; give open_clip's embed_dim, vision_cfg and text_cfg") from error
-    _check_towers(clip, model.name)
-    if model.pretrained:
+    text = settings["text_cfg"]
+    tokenizer = _tokenizer(text, model.context_length)
+    _check_towers(clip, model, tokenizer)
+    if weights is not None:
+        fit_weights(clip, {k: v for k, v in weights.items() if k not in TRAIN_ONLY}, model.pretrained)
+    elif model.pretrained:
         load_open_clip_weights(clip, model.pretrained)
-    return DreamLIP(
+    built = DreamLIP(
         clip,
-        CaptionTokenizer(model.context_length),
+        tokenizer,
         local_projection=model.patch_projection == "local",
         local_logit_scale=model.local_logit_scale,
         logit_bias=model.init_logit_bias,
+        **_normalization(model),
     )
+    own = dict(built.named_parameters())
+    with torch.no_grad():
+        for name in TRAIN_ONLY & own.keys() & (weights or {}).keys():
+            own[name].copy_(weights[name].reshape(own[name].shape))
+    return built
 
 
 @functools.cache
@@ -80,50 +91,48 @@ def _tower_settings(model: ModelConfig) -> dict[str, Any]:
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     if not isinstance(vision, dict) or not isinstance(text, dict):
         raise UserError("model.config: vision_cfg and text_cfg must be tables, as in open_clip's model configs")
-    without_patches = [key for key in _VISION_WITHOUT_PATCHES if vision.get(key)] or (
-        [] if isinstance(vision.get("layers", 12), int) else ["layers"]
-    )
-    if without_patches or vision.get("final_ln_after_pool"):
-        field = (without_patches or ["final_ln_after_pool"])[0]
+    if "multimodal_cfg" in settings or text.get("hf_model_name"):
         raise UserError(
-            f"model.name: the image tower of {model.name!r} gives no patch tokens after its norm "
-            f"(vision_cfg.{field}={vision[field]!r}); use a plain ViT"
+            f"model.name: the text tower of {model.name!r} is not open_clip's own (it has a decoder, or is one of "
+            "transformers'); use a model whose text_cfg describes a tower of open_clip"
         )
-    if (
-        settings.pop("custom_text", False)
-        or "multimodal_cfg" in settings
-        or text.get("hf_model_name")
-        or text.get("hf_tokenizer_name")
-    ):
-        raise UserError(
-            f"model.name: the text tower of {model.name!r} is not CLIP's own causal one; "
-            "use a plain CLIP configuration such as ViT-B-16"
-        )
+    settings.pop("init_logit_bias", None)  # model.init_logit_bias is ours
     if model.config and text.get("context_length", model.context_length) != model.context_length:
         raise UserError(
             f"model.context_length: got {model.context_length}, but model.config's text_cfg.context_length is "
             f"{text['context_length']}; give one of them"
         )
     text["context_length"] = model.context_length
+    if model.patch_dropout:
+        vision["patch_dropout"] = model.patch_dropout
     return settings
 
 
-def _check_towers(clip: open_clip.CLIP, name: str) -> None:
-    visual, vocabulary = clip.visual, open_clip.SimpleTokenizer().vocab_size
-    if not isinstance(visual, VisionTransformer) or visual.proj is None or visual.pool_type not in ("tok", "avg"):
+def _tokenizer(text: dict[str, Any], context_length: int) -> CaptionTokenizer | HubTokenizer:
+    if text.get("hf_tokenizer_name"):
+        return HubTokenizer(text["hf_tokenizer_name"], context_length, text.get("tokenizer_kwargs") or {})
+    return CaptionTokenizer(context_length)
+
+
+def _normalization(model: ModelConfig) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of the pictures that the published weights of this model take."""
+    tags = [] if model.config else open_clip.list_pretrained_tags_by_model(model.name)
+    about = open_clip.get_pretrained_cfg(model.name, tags[0]) if tags else {}
+    return {name: tuple(about[name]) for name in ("mean", "std") if about.get(name)}
+
+
+def _check_towers(clip: Any, model: ModelConfig, tokenizer: CaptionTokenizer | HubTokenizer) -> None:
+    visual = clip.visual
+    if model.patch_projection == "local" and not has_patches(visual):
         raise UserError(
-            f"model.name: the image tower of {name!r} gives no projected patch tokens; use a ViT whose "
-            "vision_cfg.pool_type is 'tok' or 'avg'"
+            f"model.patch_projection: the image tower of {model.name!r} gives no patch tokens "
+            f'({why_no_patches(visual)}); use "shared"'
         )
-    if visual.image_size[0] != visual.image_size[1]:
-        raise UserError(f"model.config: vision_cfg.image_size must be square, got {visual.image_size}")
-    if clip.attn_mask is None or clip.text_pool_type != "argmax":
+    height, width = size_of(visual)
+    if height != width:
+        raise UserError(f"model.config: vision_cfg.image_size must be square, got {(height, width)}")
+    if clip.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.name: the text tower of {name!r} must be causal and pooled at its end token "
-            "(no_causal_mask=False, pool_type='argmax')"
-        )
-    if clip.vocab_size < vocabulary:
-        raise UserError(
-            f"model.config: text_cfg.vocab_size is {clip.vocab_size}, CLIP's tokenizer has {vocabulary} tokens; "
+            f"model.config: text_cfg.vocab_size is {clip.vocab_size}, its tokenizer has {tokenizer.vocab_size} tokens; "
             "leave it out"
         )

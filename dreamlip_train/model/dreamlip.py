@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.model.packing import PackedCaptions, RowAttention, row_mask
-from dreamlip_train.model.tokenizer import CaptionTokenizer
+from dreamlip_train.model import image_tower, text_tower
+from dreamlip_train.model.packing import PackedCaptions
+from dreamlip_train.model.tokenizer import CaptionTokenizer, HubTokenizer
 
 MAX_LOGIT_SCALE = math.log(100.0)
 LOGIT_SCALARS = ("logit_scale", "logit_scale_local", "logit_bias")
+TRAIN_ONLY = {"local_proj", "logit_scale_local", "logit_bias"}
+"""Parameters beside open_clip's, which no export has."""
 
 
 class BoundedBelowLog100(torch.autograd.Function):
@@ -60,25 +63,22 @@ class DreamLIP(nn.Module):
 
     def __init__(
         self,
-        clip: open_clip.CLIP,
-        tokenizer: CaptionTokenizer,
+        clip: open_clip.CLIP | open_clip.CustomTextCLIP,
+        tokenizer: CaptionTokenizer | HubTokenizer,
         *,
         local_projection: bool,
         local_logit_scale: bool,
         logit_bias: float | None = None,
+        mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN,
+        std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD,
     ) -> None:
         super().__init__()
         self.clip = clip
-        # An attribute, not state: checkpoints do not change, and open_clip's own encode_image(normalize=True) is never
-        # called here.
-        self.clip.visual.output_tokens = True
-        for block in self.clip.transformer.resblocks:
-            if (
-                type(block.attn) is nn.MultiheadAttention
-            ):  # open_clip's other blocks have an attention that takes masks by row
-                block.attn.__class__ = RowAttention
+        image_tower.use_tokens(clip.visual)
+        if self.packs_captions:
+            text_tower.allow_masks_by_row(self._text)
         self.tokenize = tokenizer
-        self.local_proj = nn.Parameter(clip.visual.proj.detach().clone()) if local_projection else None
+        self.local_proj = image_tower.new_projection(clip.visual) if local_projection else None
         # One element, not zero-dimensional: DeepSpeed cannot broadcast 0-dim parameters.
         self.logit_scale_local = nn.Parameter(clip.logit_scale.detach().clone()) if local_logit_scale else None
         # Here and not in open_clip's CLIP, which has one too: a bias changes no ranking, and weights without it load
@@ -86,23 +86,46 @@ class DreamLIP(nn.Module):
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), logit_bias))
         self.channels_last = False
         # Not buffers: a bf16 engine would round buffers to bf16, and training would see other pixels than evaluation.
-        self.image_mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-        self.image_std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+        self.image_mean = torch.tensor(mean).view(3, 1, 1)
+        self.image_std = torch.tensor(std).view(3, 1, 1)
 
     @property
     def image_size(self) -> int:
         """Side of the square input picture in pixels."""
-        return self.clip.visual.image_size[0]
+        return image_tower.size_of(self.clip.visual)[0]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches; P = rows * columns, row by row."""
-        return tuple(self.clip.visual.grid_size)
+        return image_tower.grid_of(self.clip.visual)
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of every feature."""
+        return image_tower.width_of(self.clip.visual)
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether the image tower gives patch features, which the grouping loss needs."""
+        return image_tower.has_patches(self.clip.visual)
+
+    @property
+    def packs_captions(self) -> bool:
+        """Whether captions may share rows, or be cropped to the longest: not in a bidirectional text tower."""
+        return text_tower.is_packable(self._text)
+
+    @property
+    def _text(self) -> nn.Module:
+        return text_tower.text_tower(self.clip)
 
     @property
     def context_length(self) -> int:
         """Tokens a caption."""
         return self.clip.context_length
+
+    def drop_patches(self, part: float) -> None:
+        """From now on training leaves this part of the patches out; of a model that was built to drop some."""
+        image_tower.drop_patches(self.clip.visual, part)
 
     def compile_towers(self, backend: str = "inductor") -> None:
         """torch.compile both towers: one graph each, for one picture size and for any number of packed rows."""
@@ -133,17 +156,16 @@ class DreamLIP(nn.Module):
             "logit_bias": None if self.logit_bias is None else self.logit_bias.float().sum(),
         }
 
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit image features [n,D] and projected patch features [n,P,D] of images [n,3,H,W] (uint8,
-        or float in [0,1]).
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Unit image features [n,D] and projected patch features [n,P,D], None where the tower has none, of images
+        [n,3,H,W] (uint8, or float in [0,1]).
         """
         image_features, patch_features = self._image_features(images, patches=True)
-        assert patch_features is not None
-        return image_features, patch_features.float()
+        return image_features, None if patch_features is None else patch_features.float()
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Unit features [B,D] of token rows [B,L]."""
-        return self._text_features(crop_to_longest(tokens))
+        return self._text_features(crop_to_longest(tokens) if self.packs_captions else tokens)
 
     def _image_features(self, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
         if (
@@ -159,40 +181,28 @@ class DreamLIP(nn.Module):
         pixels = images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
         pixels = (pixels - self.image_mean.to(pixels.device)) / self.image_std.to(pixels.device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        pooled, tokens = visual(pixels.to(visual.conv1.weight.dtype, memory_format=layout))
+        weight = next(visual.parameters())
+        pooled, tokens = image_tower.embed(visual, pixels.to(weight.dtype, memory_format=layout))
         image_features = F.normalize(pooled.float(), dim=-1)
-        if not patches:
+        if not patches or tokens is None:
             return image_features, None
-        projection = visual.proj if self.local_proj is None else self.local_proj
-        return image_features, tokens @ projection
+        if self.local_proj is not None:
+            return image_features, tokens @ self.local_proj
+        return image_features, image_tower.project(visual, tokens)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        """open_clip's CLIP.encode_text for any length up to the context, without its fixed-length check."""
-        clip, (count, length) = self.clip, tokens.shape
-        if length > clip.context_length:
+        """open_clip's encode_text, of a packable tower for any length up to the context."""
+        if tokens.shape[1] > self.context_length:
             raise UserError(
-                f"DreamLIP: text has {length} tokens per row, model.context_length is {clip.context_length}"
+                f"DreamLIP: text has {tokens.shape[1]} tokens per row, model.context_length is {self.context_length}"
             )
-        ends = torch.arange(count, device=tokens.device) * length + tokens.argmax(
-            dim=-1
-        )  # the end token has the highest id
-        return self._pooled_text(tokens, clip.positional_embedding[:length], clip.attn_mask[:length, :length], ends)
+        if not self.packs_captions:
+            return text_tower.whole_text_features(self.clip, tokens)
+        return text_tower.text_features(self._text, tokens)
 
     def _packed_text_features(self, tokens: Tensor, positions: Tensor, captions: Tensor, ends: Tensor) -> Tensor:
         """``_text_features`` of the captions in a PackedCaptions' tensors."""
-        embedding = self.clip.positional_embedding
-        return self._pooled_text(tokens, F.embedding(positions, embedding), row_mask(captions, embedding.dtype), ends)
-
-    def _pooled_text(self, tokens: Tensor, positions: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
-        """Unit features [B,D] at ``ends``, indices into the flattened token rows; ``positions`` are embeddings."""
-        clip = self.clip
-        dtype = clip.transformer.get_cast_dtype()
-        x = clip.token_embedding(tokens).to(dtype) + positions.to(dtype)
-        x = clip.ln_final(clip.transformer(x, attn_mask=mask)).flatten(0, 1).index_select(0, ends)
-        projection = clip.text_projection
-        if projection is not None:
-            x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
-        return F.normalize(x.float(), dim=-1)
+        return text_tower.packed_text_features(self._text, tokens, positions, captions, ends)
 
 
 def crop_to_longest(tokens: Tensor) -> Tensor:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import open_clip
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
+import torch
+from open_clip.model import resize_pos_embed
 from torch import Tensor
 
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import MAX_LOGIT_SCALE, DreamLIP
 
+_KEPT_POSITIONS = 20
+
 
 def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
-    """Copy an open_clip weights file into ``clip``, position embeddings resized to its picture size and context length.
+    """``fit_weights`` of an open_clip weights file.
 
     Raises:
         UserError: the file cannot be read, holds more than tensors, or comes from another model (the first keys and
@@ -23,24 +26,62 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
         raise UserError(f"model.pretrained: no file {path!r}; give an open_clip weights file")
     try:
         state = open_clip.factory.load_state_dict(path, weights_only=True)
-        problems = _mismatches(clip.state_dict(), state)
+        state = {key: torch.as_tensor(value) for key, value in state.items()}
     except Exception as error:  # torch's reader raises whatever the bytes lead it to
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"model.pretrained: {path!r} is not an open_clip weights file of tensors only: {reason}"
         ) from error
+    fit_weights(clip, state, path)
+
+
+def fit_weights(clip: open_clip.CLIP, state: dict[str, Tensor], source: str) -> None:
+    """Copy open_clip's ``state`` into ``clip``: image position embeddings resized to its picture size, text position
+    embeddings cut or stretched (``stretch_positions``) to its context length.
+
+    Raises:
+        UserError: ``state`` comes from another model; ``source`` and what differs are named.
+    """
+    if (
+        hasattr(clip, "text") and "positional_embedding" in state
+    ):  # weights of a plain CLIP, whose text tower is no module
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    if "logit_bias" not in clip.state_dict():  # DreamLIP has its own
+        state = {key: value for key, value in state.items() if key != "logit_bias"}
+    problems = _mismatches(clip.state_dict(), state)
     if problems:
         reasons = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise UserError(
-            f"model.pretrained: {path!r} comes from another model: {reasons}. Give the model.name or model.config it "
+            f"model.pretrained: {source!r} comes from another model: {reasons}. Give the model.name or model.config it "
             "was trained with"
         )
+    state = dict(state)
     for key in ("logit_scale", "logit_bias"):
         if key in state:
             state[key] = state[key].reshape(clip.state_dict()[key].shape)
     resize_pos_embed(state, clip)
-    resize_text_pos_embed(state, clip)
+    for key in ("positional_embedding", "text.positional_embedding"):
+        if key in state:
+            state[key] = stretch_positions(state[key], len(clip.state_dict()[key]))
     clip.load_state_dict(state)
+
+
+def stretch_positions(positions: Tensor, length: int) -> Tensor:
+    """Position embeddings [C, width] for ``length`` positions, as Long-CLIP does (Zhang et al., 2024): the first 20
+    (of short contexts half) stay, which nearly all captions that these were trained on end within; the rest are
+    linearly interpolated, and extrapolated beyond the last. Fewer positions are the first ones.
+
+    From 77 to 248 each of the rest becomes 4.
+    """
+    count = len(positions)
+    if length <= count:
+        return positions[:length]
+    kept = min(_KEPT_POSITIONS, count // 2)
+    place = kept + torch.arange(length - kept, dtype=torch.float64) * ((count - kept) / (length - kept))
+    low = place.floor().long().clamp(max=max(count - 2, 0))
+    part = (place - low)[:, None].to(positions.dtype)
+    stretched = positions[low] + part * (positions[(low + 1).clamp(max=count - 1)] - positions[low])
+    return torch.cat([positions[:kept], stretched])
 
 
 def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:

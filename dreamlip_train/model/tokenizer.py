@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import functools
 import heapq
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.tokenizer import bytes_to_unicode
 from torch import Tensor
+
+from dreamlip_train.jobs.user_error import UserError
 
 _WORDS_KEPT = 200_000
 _LONG_WORD = 64  # bytes; longer ones are merged in n log n instead of n squared, and not kept
@@ -112,3 +115,32 @@ def _tokenizer() -> CaptionTokenizer:
 def count_tokens(text: str) -> int:
     """CLIP tokens of a text, start and end included, before any truncation."""
     return len(_tokenizer().encode(text)) + 2
+
+
+class HubTokenizer:
+    """The tokenizer of another text tower (SigLIP's) from the Hugging Face hub, its cache, or a folder, as open_clip
+    uses it. Called like CaptionTokenizer.
+
+    Raises:
+        UserError: it is not there.
+    """
+
+    def __init__(self, name: str, context_length: int, options: dict[str, Any]) -> None:
+        try:
+            self.inner = open_clip.tokenizer.HFTokenizer(name, context_length=context_length, **options)
+        except Exception as error:  # whatever transformers, the hub and the network raise
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"model.config: the tokenizer {name!r} can't be had: {reason}; give the folder of a copy as "
+                "text_cfg.hf_tokenizer_name"
+            ) from error
+        self.context_length, self.vocab_size = context_length, len(self.inner.tokenizer)
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
+        return self.with_cut([texts] if isinstance(texts, str) else texts, context_length)[0]
+
+    def with_cut(self, texts: list[str], context_length: int | None = None) -> tuple[Tensor, int]:
+        """The tokens, and how many of the texts were longer than the context and lost their ends."""
+        length = context_length or self.context_length
+        whole = self.inner.tokenizer([self.inner.clean_fn(text) for text in texts])["input_ids"]
+        return self.inner(texts, length), sum(len(ids) > length for ids in whole)

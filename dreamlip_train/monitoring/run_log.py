@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -111,6 +113,44 @@ class RunLog:
 
     def _print_loudly(self, text: str) -> None:
         self._print(text, "bold red")
+
+
+class EarlyLines(logging.Handler):
+    """A context in which what is logged before a run's log is open goes to standard error and is kept for that log:
+    that a checkpoint was put aside, a lock taken over, shards set aside. Where no log opens (a start that is refused)
+    rank 0's lines are appended to ``run_dir``/log.txt at the end.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.run_dir = run_dir
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        self.lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)
+
+    def hand_over(self, log: RunLog) -> None:
+        """The lines so far into ``log``, with the times at which they came; further ones are the log's own."""
+        logging.getLogger("dreamlip_train").removeHandler(self)
+        for line in self.lines:
+            log.text.write(line)
+        self.lines = []
+
+    def __enter__(self) -> EarlyLines:
+        logging.getLogger("dreamlip_train").addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("dreamlip_train").removeHandler(self)
+        if self.lines and self.run_dir.is_dir() and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                file = LineFile(self.run_dir / "log.txt", lambda text: None)
+                for line in self.lines:
+                    file.write(line)
+                file.close()
 
 
 class _ToRunLog(logging.Handler):

@@ -49,7 +49,7 @@ class StepMetrics:
         the rest is rank 0's.
 
         Args:
-            about: step, epoch, lr, grad_norm, skipped_steps.
+            about: step, epoch, lr, grad_norm, skipped_steps; of a mixture also draws and set_epochs, by set.
             values: the logit scales and bias by name.
         """
         parts, counts, wait = self._over_ranks(losses)
@@ -59,6 +59,7 @@ class StepMetrics:
         row |= {"lr": about["lr"], "grad_norm": about["grad_norm"]} | pace | {"data_wait": wait}
         row |= {"captions_cut": int(counts["cut"]), "memory": memory_gb(self.device)}
         row |= {"skipped_steps": about["skipped_steps"]}
+        row |= {name: about[name] for name in ("draws", "set_epochs") if name in about}
         self.log.row({name: _finite_or_none(value) for name, value in row.items()}, self._summary(row, parts))
         advice = self.watch.advice(wait, self.num_workers, len(os.sched_getaffinity(0)))
         if advice:

@@ -190,7 +190,7 @@ def _example(one: Example) -> Content:
 
 def _data(config: Config) -> Content:
     sets, captions = [], []
-    for name, pattern in (("training", config.data.shards), ("held out", config.data.val_shards)):
+    for name, pattern in (("training", config.data.pattern), ("held out", config.data.val_shards)):
         if not pattern:
             continue
         shards = list_shards(pattern, allow_pipe=False, field=name)

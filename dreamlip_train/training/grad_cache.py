@@ -1,13 +1,14 @@
 """Gradient caching: the loss on the whole batch, the towers on a chunk of it at a time (Gao et al., 2021,
 with K captions and patches).
 
-    pass 1   every chunk through the towers without a graph -> features of the whole batch -> contrastive loss -> its
-             gradient at the features
-    pass 2   every chunk again, now with a graph: <features, their gradients> + its part of the grouping loss, backward
+    pass 1   every chunk through the towers without a graph -> features of the whole batch -> the losses that need all
+             of them -> their gradients at the features
+    pass 2   every chunk again, now with a graph: <features, their gradients> + its part of the other loss, backward
 
 Memory is one chunk's activations and the batch's features. The gradient is that of the one-pass step:
 the random states of pass 1 are replayed, so that patch dropout drops the same patches.
-The contrast within an image needs nobody else's patches; one over the batch would need all of them at once.
+A contrast within the image needs nobody else's patches: it belongs to pass 2. One over the batch needs the pooled
+groups of all, [n, K, D], which are features of pass 1 like the others.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from dreamlip_kernels import DreamLIPLoss
+from dreamlip_kernels import DreamLIPLoss, group_patches, multi_positive_contrastive_loss
 from dreamlip_train.model.dreamlip import LOGIT_SCALARS
-from dreamlip_train.training.step import StepResult, finite_everywhere
+from dreamlip_train.training.step import StepResult, finite_everywhere, unsharded_grad_norm
 
-_ROWS = ("image_features", "text_features")
+_ROWS = ("image_features", "text_features", "groups")
 
 
 def split_batch(batch: dict[str, Any], chunks: int) -> list[dict[str, Any]]:
@@ -39,58 +41,126 @@ def split_batch(batch: dict[str, Any], chunks: int) -> list[dict[str, Any]]:
 def cached_train_step(
     engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str, Any]], lr: float, *, patches: bool = True
 ) -> StepResult:
-    """``engine.train_step`` of the batch that ``chunks`` (each as ``move_batch`` gives it) make up, under ZeRO 1 or 2.
+    """``engine.train_step`` of the batch that ``chunks`` (each as ``move_batch`` gives it) make up.
 
     The engine must have been built with gradient_accumulation_steps = len(chunks).
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    states, features = _features(engine, chunks)
-    mask = torch.cat([chunk["text_mask"] for chunk in chunks])
-    losses, gradients = {}, None
-    if loss_fn.mpcl_weight > 0:
-        contrastive = loss_fn.mpcl_weight * loss_fn.contrastive(**features, text_mask=mask)
-        losses["contrastive_loss"] = contrastive.detach()
-        if not finite_everywhere(contrastive):
-            return StepResult(losses, False, math.nan, {"logit_scale": features["logit_scale"].detach()})
-        gradients = dict(zip(features, torch.autograd.grad(contrastive, list(features.values())), strict=True))
     grouped = patches and loss_fn.grouping_weight > 0
-    shares, total, first, scales = _shares(chunks), torch.zeros((), device=mask.device), 0, {}
+    pooled = grouped and loss_fn.grouping.options["contrast"] == "batch"
+    states, features = _features(engine, loss_fn, chunks, pooled)
+    mask = torch.cat([chunk["text_mask"] for chunk in chunks])
+    losses = _losses_of_the_batch(loss_fn, features, mask)
+    gradients: dict[str, Tensor] = {}
+    if losses:
+        total = sum(losses.values())
+        losses = {name: value.detach() for name, value in losses.items()}
+        if not finite_everywhere(total):
+            return StepResult(losses, False, math.nan, {"logit_scale": features["logit_scale"].detach()})
+        found = torch.autograd.grad(total, list(features.values()), allow_unused=True)
+        gradients = {name: value for name, value in zip(features, found, strict=True) if value is not None}
+    shares, first, within = _shares(chunks), 0, torch.zeros((), device=mask.device)
     for chunk, state, share in zip(chunks, states, shares, strict=True):
         rows = slice(first, first + len(chunk["images"]))
         first = rows.stop
         with _replayed(state):
             out = engine(chunk["images"], chunk["text"], grouped)
+        if pooled:
+            out["groups"] = _groups(loss_fn, out)
         surrogate = out["image_features"].sum() * 0
-        if gradients is not None:
-            surrogate = sum((out[name] * gradients[name][rows]).sum() for name in _ROWS)
-            if rows.start == 0:  # scale and bias are one parameter each, whose gradient counts once
-                surrogate = surrogate + sum(out[name] * gradients[name] for name in gradients if name not in _ROWS)
-        if grouped:
-            scale = out["logit_scale"] if out["logit_scale_local"] is None else out["logit_scale_local"]
-            local = loss_fn.grouping(out["patch_features"], out["text_features"], scale, text_mask=chunk["text_mask"])
+        for name, gradient in gradients.items():
+            if name in _ROWS:
+                surrogate = surrogate + (out[name] * gradient[rows]).sum()
+            elif rows.start == 0:  # scale and bias are one parameter each, whose gradient counts once
+                surrogate = surrogate + out[name] * gradient
+        if grouped and not pooled:
+            local = loss_fn.grouping(
+                out["patch_features"], out["text_features"], _local_scale(out), text_mask=chunk["text_mask"]
+            )
             local = loss_fn.grouping_weight * share * local
-            total = total + local.detach()
+            within = within + local.detach()
             surrogate = surrogate + local
         engine.backward(surrogate, scale_wrt_gas=False)
-        engine.step()
-        scales = {name: out[name].detach() for name in LOGIT_SCALARS if out[name] is not None}
-    if grouped:
-        losses["grouping_loss"] = total
-    grad_norm = float(engine.get_global_grad_norm())
-    return StepResult(losses, engine.was_step_applied() and math.isfinite(grad_norm), grad_norm, scales)
+        if chunk is not chunks[-1]:
+            engine.step()
+    if grouped and not pooled:
+        losses["grouping_loss"] = within
+    scales = {name: out[name].detach() for name in LOGIT_SCALARS if out[name] is not None}
+    return StepResult(losses, *_last_step(engine), scales)
 
 
-def _features(engine: Any, chunks: list[dict[str, Any]]) -> tuple[list[tuple[Tensor, ...]], dict[str, Tensor]]:
-    """Pass 1: each chunk's random state before it, and what the contrastive loss takes, by name, as leaves."""
+def _last_step(engine: Any) -> tuple[bool, float]:
+    """The step after the last chunk: whether it moved the weights, and the gradient norm. Under ZeRO-0, whose optimizer
+    would apply a NaN, one that is not finite is not taken; what counts the micro-batches goes on.
+    """
+    grad_norm = unsharded_grad_norm(engine)
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        engine.optimizer.zero_grad()
+        engine.micro_steps += 1
+        return False, grad_norm
+    engine.step()
+    if grad_norm is None:
+        grad_norm = float(engine.get_global_grad_norm())
+    return engine.was_step_applied() and math.isfinite(grad_norm), grad_norm
+
+
+def _losses_of_the_batch(loss_fn: DreamLIPLoss, features: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """The weighted losses that need the features of the whole batch."""
+    losses = {}
+    if loss_fn.mpcl_weight > 0:
+        names = ("image_features", "text_features", "logit_scale", "logit_bias")
+        contrastive = loss_fn.contrastive(**{n: features[n] for n in names if n in features}, text_mask=mask)
+        losses["contrastive_loss"] = loss_fn.mpcl_weight * contrastive
+    if "groups" in features:
+        # Every group is an image with one caption (docs/math.md, eq. 17).
+        flat = mask.flatten()
+        grouping = multi_positive_contrastive_loss(
+            F.normalize(features["groups"].flatten(0, 1), dim=-1),
+            F.normalize(features["text_features"].flatten(0, 1), dim=-1)[:, None],
+            _local_scale(features),
+            image_mask=flat,
+            text_mask=flat[:, None],
+            group=loss_fn.group,
+            backend=loss_fn.grouping.options["contrastive_backend"],
+        )
+        losses["grouping_loss"] = loss_fn.grouping_weight * grouping
+    return losses
+
+
+def _groups(loss_fn: DreamLIPLoss, out: dict[str, Tensor]) -> Tensor:
+    """The patches that each sub-caption selects, pooled: [n, K, D]."""
+    options = loss_fn.grouping.options
+    patches = out["patch_features"]
+    return group_patches(
+        patches,
+        out["text_features"].to(patches.dtype),
+        **{name: options[name] for name in ("threshold", "normalization", "normalize_patches")},
+        backend=options["grouping_backend"],
+    ).float()
+
+
+def _local_scale(features: dict[str, Tensor | None]) -> Tensor:
+    own = features.get("logit_scale_local")
+    return features["logit_scale"] if own is None else own
+
+
+def _features(
+    engine: Any, loss_fn: DreamLIPLoss, chunks: list[dict[str, Any]], pooled: bool
+) -> tuple[list[tuple[Tensor, ...]], dict[str, Tensor]]:
+    """Pass 1: each chunk's random state before it, and what the losses of the batch take, by name, as leaves."""
     states, outs = [], []
     with torch.no_grad():
         for chunk in chunks:
             states.append(_random_state(engine.device))
-            out = engine(chunk["images"], chunk["text"], False)
+            out = engine(chunk["images"], chunk["text"], pooled)
+            if pooled:
+                out["groups"] = _groups(loss_fn, out)
+            out.pop("patch_features")
             outs.append(out)
-    leaves = {name: torch.cat([out[name] for out in outs]) for name in _ROWS}
-    leaves |= {name: outs[-1][name].clone() for name in ("logit_scale", "logit_bias") if outs[-1][name] is not None}
+    rows = [name for name in _ROWS if name in outs[0]]
+    leaves = {name: torch.cat([out[name] for out in outs]) for name in rows}
+    leaves |= {name: outs[-1][name].clone() for name in LOGIT_SCALARS if outs[-1][name] is not None}
     return states, {name: leaf.requires_grad_() for name, leaf in leaves.items()}
 
 

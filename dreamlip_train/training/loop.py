@@ -18,7 +18,7 @@ from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.config.batch import chunks_per_rank
 from dreamlip_train.config.schema import Config
 from dreamlip_train.data.loader import TrainLoader
-from dreamlip_train.evaluation.held_out import StoppedError, evaluate
+from dreamlip_train.evaluation.sharing import StoppedError
 from dreamlip_train.jobs.user_error import RunError
 from dreamlip_train.model.weight_average import WeightAverage
 from dreamlip_train.monitoring.run_log import RunLog
@@ -27,6 +27,7 @@ from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
 from dreamlip_train.training.engine.engine import evaluation_model
 from dreamlip_train.training.engine.optimizer import learning_rate
+from dreamlip_train.training.evaluation import evaluate_run, headline
 from dreamlip_train.training.grad_cache import cached_train_step, split_batch
 from dreamlip_train.training.prefetch import training_batches
 from dreamlip_train.training.step import StepResult, dreamlip_loss, move_batch, train_step
@@ -85,6 +86,8 @@ class Loop:
             lr = learning_rate(state.step, self.total_steps, config.optim)
             self.watchdog.now(f"in step {state.step + 1}")
             self.metrics.count(batch)
+            dropped = config.model.patch_dropout if state.step < self.total_steps - config.train.undropped_steps else 0
+            self.engine.module.drop_patches(dropped)
             result = one_step(self.engine, loss_fn, moved, lr, patches=patches)
             state.advance(self.loader.layout, self.loader.steps_per_epoch)
             state.seconds = before + time.perf_counter() - began
@@ -108,10 +111,10 @@ class Loop:
 
     def _move(self, batch: dict[str, Any]) -> Any:
         """``batch`` as the step takes it, on the device: whole, or in the chunks of gradient caching."""
-        device, pack = self.engine.device, self.config.train.pack_captions
+        device, pack, whole = self.engine.device, self.config.train.pack_captions, not self.engine.module.packs_captions
         if self.chunks > 1:
-            return [move_batch(chunk, device, pack) for chunk in split_batch(batch, self.chunks)]
-        return move_batch(batch, device, pack)
+            return [move_batch(chunk, device, pack, whole) for chunk in split_batch(batch, self.chunks)]
+        return move_batch(batch, device, pack, whole)
 
     def _is_due(self, every_steps: int, *, at_the_end: bool) -> bool:
         """Whether what happens ``every_steps`` steps (0: never) happens after this one;
@@ -138,6 +141,7 @@ class Loop:
         state = self.state
         about = {"step": state.step, "epoch": state.epoch, "lr": lr, "grad_norm": result.grad_norm}
         about |= {"skipped_steps": state.skipped_steps}
+        about |= self.loader.drawn(state.epoch, state.position)
         self.metrics.row(about, result.losses, result.scales)
 
     def _save(self) -> None:
@@ -165,27 +169,16 @@ class Loop:
             )
 
     def _evaluate(self) -> None:
-        """Held-out numbers on the way, as a row of metrics.jsonl. Collective; rank 0 computes."""
-        self.watchdog.now("evaluating, or waiting for rank 0 to")
+        """Held-out numbers on the way, as a row of metrics.jsonl. Collective."""
+        self.watchdog.now("evaluating")
         average = self.average if self.config.eval.weights == "ema" else None
-        with evaluation_model(self.engine, self.config.model, average) as model:
-            if dist.get_rank() == 0:
-                self._evaluate_here(model)
-        dist.barrier()
-        self.metrics.watch.restart()
-
-    def _evaluate_here(self, model: Any) -> None:
-        config, step = self.config, self.state.step
-        asked_to_stop = lambda: self.stop.name is not None  # noqa: E731
-        selection = config.selection()
+        step, device = self.state.step, self.engine.device
         try:
-            report = evaluate(
-                model, config.data, config.eval, self.engine.device, **selection, should_stop=asked_to_stop
-            )
+            with evaluation_model(self.engine, self.config.model, average) as model:
+                report = evaluate_run(model, self.config, device, lambda: self.stop.name is not None)
         except StoppedError:
-            self.log.message(f"step {step}: the evaluation was broken off by {self.stop.name}")
-            return
-        recall = report["retrieval"]["long_caption"]
-        t2i, i2t = recall["t2i"]["r_at_1"], recall["i2t"]["r_at_1"]
-        text = f"step {step}  held-out R@1 by long caption: text to image {t2i:.1f}, image to text {i2t:.1f}"
-        self.log.row({"step": step, **report}, text)
+            self.log.message(f"step {step}: the evaluation was broken off by {self.stop.name or 'another rank'}")
+        else:
+            if dist.get_rank() == 0:
+                self.log.row({"step": step, **report}, f"step {step}  {headline(report)}")
+        self.metrics.watch.restart()

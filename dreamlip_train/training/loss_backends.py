@@ -31,7 +31,8 @@ def check_backends(loss: LossConfig, device: torch.device) -> None:
     for op in dispatch.ops():
         field = _field_of(op, loss)
         try:
-            dispatch.select(op, torch.empty(0, device=device), requested_backend(loss, op))
+            raw = {} if loss.normalize_patches or op != "group_patches" else {"raw": 1}
+            dispatch.select(op, torch.empty(0, device=device), requested_backend(loss, op), **raw)
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error) if str(error).startswith("loss.") else f"{field}: {error}") from error
 
@@ -134,16 +135,18 @@ def release_backends() -> None:
 
 def _calls(config: Config, model: DreamLIP, device: torch.device, images: int) -> dict[str, Any]:
     """For each op an empty tensor of the dtype, and the sizes, that a step calls it with."""
-    k, d = config.data.num_sub_captions, model.clip.visual.output_dim
+    k, d = config.data.num_sub_captions, model.embed_dim
     rows, columns = model.grid
+    seen = max(1, int(rows * columns * (1 - config.model.patch_dropout)))
     patches = torch.empty(0, device=device, dtype=torch.float32 if config.train.precision == "fp32" else torch.bfloat16)
     chunk = min(images, config.train.chunk_size or images)
     world = images * dist.get_world_size()
+    raw = {} if config.loss.normalize_patches else {"raw": 1}
     sigmoid = {"sigmoid_pairs": (torch.empty(0, device=device), {"M": world, "C": images * k, "D": d})}
     return (sigmoid if config.loss.pairs == "sigmoid" else {}) | {
         "bidirectional_logsumexp": (
             torch.empty(0, device=device),
             {"M": world, "C": images, "K": k, "D": d},
         ),
-        "group_patches": (patches, {"N": chunk, "P": rows * columns, "K": k, "D": d}),
+        "group_patches": (patches, {"N": chunk, "P": seen, "K": k, "D": d} | raw),
     }

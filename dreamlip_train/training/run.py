@@ -5,6 +5,7 @@ and the report is written.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dreamlip_train.checkpoint import files, loading, resume
+from dreamlip_train.checkpoint.interoperability.pretrained import pretrained_weights
 from dreamlip_train.checkpoint.ranks import on_first_rank
 from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.config.batch import chunks_per_rank, images_per_rank
@@ -20,15 +22,16 @@ from dreamlip_train.config.toml import format_config
 from dreamlip_train.config.validation import validate
 from dreamlip_train.data.loader import TrainLoader, is_worker_error, train_loader, worker_error
 from dreamlip_train.data.validation import check_held_out
-from dreamlip_train.evaluation.held_out import StoppedError
+from dreamlip_train.evaluation.sharing import StoppedError
 from dreamlip_train.jobs.folder_lock import FolderLock
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.flops import peak_flops, training_flops
+from dreamlip_train.model.image_tower import why_no_patches
 from dreamlip_train.model.weight_average import WeightAverage
 from dreamlip_train.monitoring.environment import versions
-from dreamlip_train.monitoring.run_log import RunLog
+from dreamlip_train.monitoring.run_log import EarlyLines, RunLog
 from dreamlip_train.monitoring.step_metrics import StepMetrics
 from dreamlip_train.monitoring.stop_signals import StopRequest
 from dreamlip_train.monitoring.watchdog import Watchdog
@@ -36,6 +39,7 @@ from dreamlip_train.training.distributed import init_distributed
 from dreamlip_train.training.engine.deepspeed_config import check_deepspeed_config
 from dreamlip_train.training.engine.engine import build_engine, evaluation_model
 from dreamlip_train.training.engine.optimizer import learning_rate
+from dreamlip_train.training.evaluation import check_zero_shot, evaluate_run
 from dreamlip_train.training.loop import Loop
 from dreamlip_train.training.loss_backends import check_backends, choose_backends, qualify_device, release_backends
 from dreamlip_train.training.summary import final_report
@@ -59,12 +63,12 @@ def train(
     """
     validate(config)
     check_deepspeed_config(config.deepspeed.config)  # refuses what DeepSpeed would ignore, before anything is built
-    if not config.data.shards:
+    if not (config.data.shards or config.data.mixture):
         raise UserError(
             "data.shards: is empty; give the training shards, such as --data.shards 'shards/*.tar' (`dreamlip-train "
             "prepare` makes them)"
         )
-    with StopRequest() as stop:
+    with StopRequest() as stop, EarlyLines(Path(run_dir)) as early:
         device = init_distributed()
         images_per_rank(config, dist.get_world_size())  # refuses a world that can't share the batch
         check_backends(config.loss, device)
@@ -73,7 +77,7 @@ def train(
             lock = FolderLock(Path(run_dir), "run.lock", "--run-dir")
             on_first_rank(lambda: _enter(stack, lock))
             stack.callback(release_backends)
-            return _train(config, Path(run_dir), start, accept_changes, device, stop, qualified)
+            return _train(config, Path(run_dir), start, accept_changes, device, stop, qualified, early)
 
 
 def _enter(stack: contextlib.ExitStack, lock: FolderLock) -> list[str]:
@@ -89,12 +93,13 @@ def _train(
     device: torch.device,
     stop: StopRequest,
     qualified: str,
+    early: EarlyLines,
 ) -> dict[str, Any] | None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     start_from = resume.starting_point(run_dir, start)
     if start_from:
         resume.restore_quarantine(start_from, run_dir)
-    model = build_model(config.model, config.train.seed)
+    model = _model(config, start_from)
     loader = _loader(config, run_dir, model)
     changed = resume.check_fits(start_from, config, loader.fingerprint, accept_changes) if start_from else {}
     kept = files.read_manifest(start_from).get("backends", {}) if start_from else {}
@@ -102,6 +107,7 @@ def _train(
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
     log = RunLog(run_dir, rank, total_steps, config.logging.wandb_project, config)
     try:
+        early.hand_over(log)
         log.message(_header(config, run_dir, device, total_steps, loader, choice.reasons))
         for line in filter(None, [qualified, *choice.changes]):
             log.message(line)
@@ -141,6 +147,29 @@ def _train(
     return summary
 
 
+def _model(config: Config, start_from: Path | None) -> DreamLIP:
+    """A checkpoint has the weights; what its run once started from may be gone."""
+    model = dataclasses.replace(config.model, pretrained="") if start_from else config.model
+    built = build_model(model, config.train.seed, pretrained_weights(model))
+    _check_model(config, built)
+    return built
+
+
+def _check_model(config: Config, model: DreamLIP) -> None:
+    """Refuse what the towers of ``model`` can't give."""
+    if config.loss.grouping_weight > 0 and not model.has_patches:
+        why = why_no_patches(model.clip.visual)
+        raise UserError(
+            f"loss.grouping_weight: the image tower of {config.model.name!r} gives no patch tokens ({why}); give "
+            "loss.grouping_weight=0 and model.local_logit_scale=False to train the contrast alone, or use a ViT"
+        )
+    if config.train.compile and not model.packs_captions:
+        raise UserError(
+            f"train.compile: the text tower of {config.model.name!r} is not causal, so captions are not packed, for "
+            "which alone it is compiled; leave it off"
+        )
+
+
 def _average(config: Config, engine: Any, start_from: Path | None) -> WeightAverage | None:
     if not config.train.ema_decay:
         return None
@@ -164,6 +193,7 @@ def _loader(config: Config, run_dir: Path, model: DreamLIP) -> TrainLoader:
     )
     if config.data.val_shards:
         check_held_out(config.data, image_size=model.image_size)
+    check_zero_shot(config.eval)
     return loader
 
 
@@ -204,20 +234,20 @@ def _report(
     stop: StopRequest,
     average: WeightAverage | None,
 ) -> dict[str, Any] | None:
-    """Evaluation, pictures and summary.json of the trained model, by rank 0."""
+    """Evaluation of the trained model by all ranks, pictures and summary.json by rank 0."""
     facts = {"steps": state.step, "seconds": state.seconds, "skipped_steps": state.skipped_steps}
     facts |= {"ranks": dist.get_world_size(), "device": device.type}
     facts |= {"backends": state.backends, "versions": versions()}
     with evaluation_model(engine, config.model, average if config.eval.weights == "ema" else None) as model:
-        if dist.get_rank() != 0:
-            return None
         try:
-            return final_report(model, config, run_dir, log, facts, device, should_stop=lambda: stop.name is not None)
+            report = evaluate_run(model, config, device, lambda: stop.name is not None)
         except StoppedError:
             log.message(
-                f"the report was broken off by {stop.name}; everything is trained and saved, the same command writes it"
+                f"the report was broken off by {stop.name or 'another rank'}; everything is trained and saved, "
+                "the same command writes it"
             )
             return None
+        return final_report(model, config, run_dir, log, facts, report) if dist.get_rank() == 0 else None
 
 
 def _header(

@@ -29,11 +29,12 @@ class StepResult:
     scales: dict[str, Tensor]
 
 
-def move_batch(batch: dict[str, Any], device: torch.device, pack: bool = True) -> dict[str, Any]:
+def move_batch(batch: dict[str, Any], device: torch.device, pack: bool = True, whole: bool = False) -> dict[str, Any]:
     """``batch`` on ``device``, its captions packed into rows before they travel, or without ``pack`` cropped to the
-    longest of them.
+    longest of them, or ``whole`` for a text tower that sees the padding.
     """
-    batch = {**batch, "text": pack_captions(batch["text"]) if pack else crop_to_longest(batch["text"])}
+    if not whole:
+        batch = {**batch, "text": pack_captions(batch["text"]) if pack else crop_to_longest(batch["text"])}
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, (Tensor, PackedCaptions)) else value
         for key, value in batch.items()
@@ -56,7 +57,7 @@ def train_step(
     if not finite_everywhere(loss):
         return StepResult(losses, False, math.nan, scales)
     engine.backward(loss)
-    grad_norm = _unsharded_grad_norm(engine)
+    grad_norm = unsharded_grad_norm(engine)
     if grad_norm is not None and not math.isfinite(grad_norm):
         engine.optimizer.zero_grad()
         return StepResult(losses, False, grad_norm, scales)
@@ -76,7 +77,7 @@ def finite_everywhere(loss: Tensor) -> bool:
     return not bool(broken)
 
 
-def _unsharded_grad_norm(engine: Any) -> float | None:
+def unsharded_grad_norm(engine: Any) -> float | None:
     """Global gradient norm under ZeRO-0, whose optimizer would apply a NaN; None where DeepSpeed checks for itself."""
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         return None
@@ -85,9 +86,10 @@ def _unsharded_grad_norm(engine: Any) -> float | None:
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
-    """The objective that ``loss`` describes."""
+def dreamlip_loss(loss: LossConfig, group: dist.ProcessGroup | None = None) -> DreamLIPLoss:
+    """The objective that ``loss`` describes, over the ranks of ``group`` (None: all)."""
     return DreamLIPLoss(
+        group=group,
         mpcl_weight=loss.mpcl_weight,
         grouping_weight=loss.grouping_weight,
         pairs=loss.pairs,
@@ -96,6 +98,7 @@ def dreamlip_loss(loss: LossConfig) -> DreamLIPLoss:
         label_smoothing=loss.label_smoothing,
         threshold=loss.threshold,
         normalization=loss.normalization,
+        normalize_patches=loss.normalize_patches,
         contrast=loss.contrast,
         candidates=loss.candidates,
         direction=loss.direction,

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dreamlip_train.config.schema import Config
 from dreamlip_train.data.validation import val_samples
-from dreamlip_train.evaluation.held_out import evaluate, format_report
+from dreamlip_train.evaluation.held_out import format_report
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.user_error import RunError
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.monitoring.run_log import RunLog
+from dreamlip_train.training.evaluation import headline
 
 
 def final_report(
@@ -23,23 +22,17 @@ def final_report(
     run_dir: Path,
     log: RunLog,
     facts: dict[str, Any],
-    device: torch.device,
-    should_stop: Callable[[], bool],
+    report: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluate on data.val_shards where given, write summary.json (``facts`` and the numbers), print the table,
-    draw the pictures.
+    """Write summary.json (``facts`` and the numbers of the last evaluation, ``report``), print the table, draw the
+    pictures.
 
     A picture that can't be drawn is a line in the log: no number is lost to it.
     """
-    summary, selection = dict(facts), config.selection()
-    if config.data.val_shards:
-        report = evaluate(model, config.data, config.eval, device, **selection, should_stop=should_stop)
-        summary |= report
-        recall = report["retrieval"]["long_caption"]
-        log.row(
-            {"step": facts["steps"], **report},
-            f"held-out R@1 {recall['t2i']['r_at_1']:.1f} / {recall['i2t']['r_at_1']:.1f}",
-        )
+    summary = facts | report
+    if report:
+        log.row({"step": facts["steps"], **report}, headline(report))
+    if "retrieval" in report:
         log.message(format_report(report))
     path = run_dir / "summary.json"
     try:

@@ -61,6 +61,13 @@ def tiny_config(zero_stage: int = 1, precision: str = "fp32", **train) -> Config
     )
 
 
+def held_out_config(zero_stage: int, folder: Path) -> Config:
+    """That of an evaluation of ``folder``/val, whose batches do not divide evenly over ranks."""
+    config = tiny_config(zero_stage)
+    config.data.val_shards, config.eval.batch_size = str(folder / "val"), 4
+    return config
+
+
 def batch(step: int, rank: int = 0, world_size: int = 1) -> dict:
     """This rank's rows of the global batch of ``step``: the same pictures and captions whatever the number of ranks."""
     generator = torch.Generator().manual_seed(1000 + step)

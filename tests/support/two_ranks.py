@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import GLOBAL_BATCH, STEPS, batch, run_steps, tiny_config, tiny_engine
+from tiny import GLOBAL_BATCH, STEPS, batch, held_out_config, run_steps, tiny_config, tiny_engine
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.checkpoint.files import complete_checkpoints
@@ -20,10 +20,13 @@ from dreamlip_train.checkpoint.loading import load
 from dreamlip_train.checkpoint.ranks import SaveError
 from dreamlip_train.checkpoint.saving import save
 from dreamlip_train.checkpoint.state import TrainState
+from dreamlip_train.evaluation.sharing import Share, StoppedError
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
 from dreamlip_train.training.distributed import init_distributed
 from dreamlip_train.training.engine.engine import build_engine, evaluation_model
 from dreamlip_train.training.engine.optimizer import learning_rate
+from dreamlip_train.training.evaluation import evaluate_run
 from dreamlip_train.training.grad_cache import cached_train_step, split_batch
 from dreamlip_train.training.step import move_batch, train_step
 
@@ -103,8 +106,37 @@ def in_chunks(stage: int, chunk: int) -> list[float]:
     return (losses / 2).tolist()
 
 
+def held_out(folder: Path) -> dict:
+    """The evaluation of the first model by both ranks, under ZeRO-1 and 3; what each rank sees of an error, and of a
+    wish to stop, of rank 1 alone.
+    """
+    found = {}
+    for stage in (1, 3):
+        config = held_out_config(stage, folder)
+        engine = build_engine(build_model(config.model, 0), config, init_distributed())
+        with evaluation_model(engine, config.model) as model:
+            found[str(stage)] = evaluate_run(model, config, engine.device, lambda: False)
+    second = dist.get_rank() == 1
+
+    def fail_on_the_second(batch: int) -> int:
+        if second:
+            raise UserError(f"batch {batch} is bad")
+        return batch
+
+    for what, work, stop in (("error", fail_on_the_second, False), ("stop", lambda batch: batch, second)):
+        try:
+            found[what] = Share(distributed=True).map(work, range(9), lambda stop=stop: stop)
+        except (UserError, StoppedError) as error:
+            found[what] = f"{type(error).__name__} {error}"
+    everyone = [None, None]
+    dist.all_gather_object(everyone, found)
+    assert everyone[0] == everyone[1]
+    return found
+
+
 folder = Path(sys.argv[1])
 facts = {
+    "held_out": held_out(folder),
     "losses": {},
     "moved": {},
     "resumed": {},

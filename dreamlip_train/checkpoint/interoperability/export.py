@@ -131,6 +131,7 @@ def model_settings(model: ModelConfig) -> dict[str, Any]:
     settings = copy.deepcopy(model.config) or open_clip.get_model_config(model.name)
     assert settings is not None  # the model was built from them
     settings["text_cfg"]["context_length"] = model.context_length
+    settings.pop("init_logit_bias", None)  # the weights have none; it changes no ranking
     return settings
 
 
@@ -143,8 +144,8 @@ def _write_open_clip_dir(model: DreamLIP, settings: dict[str, Any], path: Path) 
 
     path.mkdir(exist_ok=True)
     preprocess = {
-        "mean": list(open_clip.OPENAI_DATASET_MEAN),
-        "std": list(open_clip.OPENAI_DATASET_STD),
+        "mean": model.image_mean.flatten().tolist(),
+        "std": model.image_std.flatten().tolist(),
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }

@@ -50,6 +50,8 @@ def clip_config(settings: dict[str, Any]) -> dict[str, Any]:
         UserError: the model has something CLIPModel has not; it is named.
     """
     vision, text = settings["vision_cfg"], settings["text_cfg"]
+    if settings.get("custom_text") or "timm_model_name" in vision or text.get("no_causal_mask"):
+        raise UserError("--to hf-dir: transformers' CLIP has only CLIP's own ViT and text tower; use open_clip-dir")
     if vision.get("pool_type", "tok") != "tok":
         raise UserError(
             f"--to hf-dir: the image tower pools by {vision['pool_type']!r}, transformers' CLIP only by the class "

@@ -41,12 +41,12 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output: no folder {str(output.absolute().parent)!r}; make it first")
     if source.is_dir():
-        state, settings = _read_folder(source)
+        state, settings = read_folder(source)
         name = _name_of(settings, model_name, source)
     elif source.is_file():
         if not model_name:
             raise UserError(f"--model: say which open_clip model {str(source)!r} holds, such as ViT-B-16")
-        name, state = model_name, _read_file(source, model_name)
+        name, state = model_name, read_file(source, _settings(model_name), model_name)
     else:
         raise UserError(f"WEIGHTS: no file or folder {str(source)!r}")
     with atomic_write(output) as partial:
@@ -66,11 +66,16 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
     )
 
 
-def _read_file(path: Path, model_name: str) -> dict[str, Tensor]:
+def read_file(path: Path, settings: dict[str, Any], model_name: str) -> dict[str, Tensor]:
+    """open_clip's state dict of a weights file that holds the model of open_clip's ``settings``, in fp32.
+
+    Raises:
+        UserError: it holds none, or a TorchScript archive of other activations.
+    """
     if path.suffix == ".safetensors":
         return _safetensors(path)
     if is_torchscript(path):
-        if not _settings(model_name).get("quick_gelu"):
+        if not settings.get("quick_gelu"):
             raise UserError(
                 f"--model: {str(path)!r} is a TorchScript archive, as OpenAI published its weights: "
                 f"those have QuickGELU activations and {model_name} "
@@ -101,8 +106,12 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"WEIGHTS: {str(path)!r} can't be read: {error}") from error
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(open_clip's state dict, its model config) of an open_clip or transformers folder."""
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(open_clip's state dict, its model config) of an open_clip or transformers folder.
+
+    Raises:
+        UserError: it is neither, or can't be read.
+    """
     ours, theirs = folder / "open_clip_config.json", folder / "config.json"
     if ours.is_file():
         settings = read_json_object(ours, "WEIGHTS").get("model_cfg")
@@ -121,21 +130,16 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _name_of(settings: dict[str, Any], model_name: str, folder: Path) -> str:
     """open_clip's name of the model ``settings`` describe; ``model_name`` must agree with them."""
-    wanted = _comparable(settings)
+    wanted = comparable(settings)
     if model_name:
-        named = _comparable(_settings(model_name))
-        differ = [
-            f"{key} {wanted.get(key)!r} (there) and {named.get(key)!r} ({model_name})"
-            for key in wanted | named
-            if wanted.get(key) != named.get(key)
-        ]
+        differ = differences(settings, _settings(model_name), model_name)
         if differ:
             raise UserError(
                 f"--model: {str(folder)!r} is not {model_name}: {'; '.join(differ[:4])}. Leave --model out to have its "
                 "name looked up"
             )
         return model_name
-    names = [name for name in known_models() if _comparable(_settings(name)) == wanted]
+    names = [name for name in known_models() if comparable(_settings(name)) == wanted]
     if not names:
         raise UserError(
             f"WEIGHTS: open_clip has no model built like {str(folder)!r}; describe it in model.config of a TOML file, "
@@ -151,7 +155,17 @@ def _settings(name: str) -> dict[str, Any]:
     return settings
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+def differences(there: dict[str, Any], here: dict[str, Any], name: str, ignore: tuple[str, ...] = ()) -> list[str]:
+    """In what two of open_clip's model configs differ, as text; ``name`` is that of the second one."""
+    wanted, got = comparable(there), comparable(here)
+    return [
+        f"{key} {wanted.get(key)!r} (there) and {got.get(key)!r} ({name})"
+        for key in wanted | got
+        if wanted.get(key) != got.get(key) and key not in ignore
+    ]
+
+
+def comparable(settings: dict[str, Any]) -> dict[str, Any]:
     """What makes two models of this kind the same, defaults filled in."""
     vision = {"head_width": 64, "mlp_ratio": 4.0, "pool_type": "tok", "image_size": 224} | settings["vision_cfg"]
     text = {"context_length": 77, "vocab_size": 49408, "mlp_ratio": 4.0} | settings["text_cfg"]

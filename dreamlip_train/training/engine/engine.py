@@ -69,7 +69,9 @@ def evaluation_model(engine: Any, model: ModelConfig, average: WeightAverage | N
     if engine.zero_optimization_stage() == 3:
         whole = build_model(dataclasses.replace(model, pretrained=""), seed=0)
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-            whole.load_state_dict({name: p.detach().float() for name, p in engine.module.named_parameters()})
+            state = {name: p.detach().float() for name, p in engine.module.named_parameters()}
+            state |= {name: buffer for name, buffer in engine.module.named_buffers() if name in whole.state_dict()}
+            whole.load_state_dict(state)
         whole.to(engine.device)
     else:
         whole = engine.module

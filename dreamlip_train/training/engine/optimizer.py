@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,12 @@ from torch import nn
 from dreamlip_train.config.run_schema import OptimConfig
 from dreamlip_train.model.dreamlip import LOGIT_SCALARS, DreamLIP
 
-_EMBEDDINGS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "token_embedding")
+_EMBEDDINGS = (
+    *("conv1", "class_embedding", "positional_embedding", "ln_pre", "token_embedding"),
+    *("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre"),  # timm's names
+)
+# open_clip's blocks, timm's.
+_BLOCK = re.compile(r"(?:transformer\.resblocks|blocks)\.(\d+)\.")
 
 
 def freeze_towers(model: DreamLIP, optim: OptimConfig) -> None:
@@ -42,13 +48,19 @@ def _scale(name: str, model: DreamLIP, optim: OptimConfig) -> float:
     vision, name = name.startswith("clip.visual."), name.removeprefix("clip.visual.").removeprefix("clip.")
     if not vision and (name in LOGIT_SCALARS or name == "local_proj"):
         return 1.0
-    blocks = len((model.clip.visual if vision else model.clip).transformer.resblocks)
-    parts = name.split(".")
-    if parts[:2] == ["transformer", "resblocks"]:
-        below_the_top = blocks - int(parts[2])
+    name = name.removeprefix("trunk." if vision else "text.")
+    block = _BLOCK.match(name)
+    blocks = 1 + max((int(found[1]) for found in map(_BLOCK.search, _names(model, vision)) if found), default=-1)
+    if block:
+        below_the_top = blocks - int(block[1])
     else:
-        below_the_top = blocks + 1 if parts[0] in _EMBEDDINGS else 0
+        below_the_top = blocks + 1 if name.split(".")[0] in _EMBEDDINGS else 0
     return (optim.vision_lr_scale if vision else optim.text_lr_scale) * optim.layer_decay**below_the_top
+
+
+def _names(model: DreamLIP, vision: bool) -> list[str]:
+    """The names of the parameters of a tower."""
+    return [name for name, _ in model.clip.named_parameters() if name.startswith("visual.") == vision]
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:

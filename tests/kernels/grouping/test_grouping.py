@@ -374,3 +374,70 @@ def test_bad_input_is_named(change, message):
         dk.group_patches(patches, texts, **arguments)
     with pytest.raises(ValueError, match=message):
         dk.subcaption_grouping_loss(patches, texts, 1.0, **arguments)
+
+
+@pytest.mark.parametrize("normalization", ["minmax", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_patches_pooled_as_they_are(normalization, dtype):
+    """DreamLIP's eq. 7 prints the mean of raw patches; other backends say that they pool unit ones."""
+    patches, texts = region_like(3, 49, 4, 32, dtype, normalization=normalization)
+    mask = torch.rand(3, 49, generator=torch.Generator().manual_seed(1)) > 0.2 if dtype == torch.float64 else None
+    options = dict(normalization=normalization, normalize_patches=False, patch_mask=mask)
+    compare(
+        "raw",
+        lambda x, t: dk.group_patches(x, t, **options),
+        lambda x, t: reference.group_patches(x, t, **options),
+        (patches, texts),
+    )
+    for backend in ("cpp", "triton", "cuda"):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run: it pools patches of unit length"):
+            dk.group_patches(patches, texts, normalize_patches=False, backend=backend)
+    dk.group_patches(patches, texts, normalize_patches=False, backend="torch")
+
+
+def the_papers(patches, texts, scale, sigma, mask):
+    """Eq. 6 to 8 one caption at a time: similarities over the threshold, the mean of raw patches, each sub-caption
+    among the groups of its image.
+    """
+    terms = []
+    for i in range(len(texts)):
+        groups = []
+        for t in texts[i]:
+            w = torch.stack([torch.dot(t, p) / t.norm() / p.norm() for p in patches[i]])
+            w = torch.where(w >= sigma, w, 0.0)
+            groups.append((w / w.sum()) @ patches[i])
+        kept = [k for k in range(len(groups)) if mask[i, k]]
+        for k in kept:
+            cosines = torch.stack([torch.cosine_similarity(texts[i, k], groups[j], dim=0) for j in kept])
+            terms.append(torch.logsumexp(scale * cosines, 0) - scale * cosines[kept.index(k)])
+    return torch.stack(terms).mean()
+
+
+def the_releases(patches, texts, scale):
+    """Its finegrained_loss without its mistakes: min-max over a threshold of 0, unit patches, a cross-entropy each way
+    over all captions of the batch.
+    """
+    p, t = (torch.nn.functional.normalize(x, dim=-1) for x in (patches, texts))
+    w = torch.einsum("btd,bpd->btp", t, p)
+    w = (w - w.amin(-1, keepdim=True)) / (w.amax(-1, keepdim=True) - w.amin(-1, keepdim=True))
+    groups = torch.nn.functional.normalize(w / w.sum(-1, keepdim=True) @ p, dim=-1).flatten(0, 1)
+    z, labels = scale * t.flatten(0, 1) @ groups.T, torch.arange(t.shape[0] * t.shape[1])
+    return (torch.nn.functional.cross_entropy(z, labels) + torch.nn.functional.cross_entropy(z.T, labels)) / 2
+
+
+def test_the_papers_and_the_releases_grouping_loss():
+    """Their forms, written out on their own, are options of the oracle and of the loss."""
+    patches, texts = region_like(3, 25, 4, 16, torch.float64, 0.1, "none")
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.bool)
+    paper = dict(normalization="none", normalize_patches=False, contrast="image", direction="t2v", threshold=0.1)
+    release = dict(normalization="minmax", threshold=0.0, contrast="batch", direction="both")
+    cases = [
+        (lambda p, t: the_papers(p, t, 14.3, 0.1, mask), paper | {"text_mask": mask}),
+        (lambda p, t: the_releases(p, t, 14.3), release),
+    ]
+    for by_hand, options in cases:
+        expected = value_and_grads(by_hand, (patches, texts))
+        for loss in (reference.subcaption_grouping_loss, dk.subcaption_grouping_loss):
+            got = value_and_grads(lambda p, t, loss=loss, o=options: loss(p, t, 14.3, **o), (patches, texts))
+            for g, e in zip(got, expected, strict=True):
+                torch.testing.assert_close(g, e, atol=1e-11, rtol=1e-9)

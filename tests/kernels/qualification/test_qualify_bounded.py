@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreamlip_kernels.backends import cache, dispatch, verdicts
-from dreamlip_kernels.qualification import journal, measure, supervisor, worker
+from dreamlip_kernels.qualification import journal, measure, worker
 from dreamlip_kernels.qualification.case import Speed
 
 CPU = torch.device("cpu")
@@ -18,16 +18,16 @@ def test_a_qualification_that_is_killed_goes_on_where_it_was(fakes, monkeypatch)
     monkeypatch.setattr(
         dispatch, "_BACKENDS", {"twice": {name: lambda case: None for name in ("torch", "right", "slow")}}
     )
+    monkeypatch.setattr(measure, "run_jobs", lambda jobs, *_: [{"sum": 64.0}])  # the probe
     asked = []
-    real = supervisor.run_jobs
 
     def killed_after(count):
-        def run_jobs(jobs, workers, limit_s, progress, *finished):
+        def run_jobs(jobs, workers, limit_s, progress, finished):
             for job in jobs:
                 if len(asked) == count:
                     raise KeyboardInterrupt
                 asked.append((job["kind"], job.get("backend", "")))
-                real([job], 1, limit_s, progress, *finished)
+                finished(job, worker.run(job, lambda name: None))
 
         return run_jobs
 

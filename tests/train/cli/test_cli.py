@@ -120,6 +120,26 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, trained)
     assert config.deepspeed.config == {"wall_clock_breakdown": True}
 
 
+def test_flags_replace_a_recipes_table_whole(trained, capsys):
+    """The demo's weights could only be given for the columns that the recipe names."""
+    words = "train demo --run-dir r --data.caption-sources raw_caption longLLA_captions --data.source-weights"
+    cli.main([*words.split(), "longLLA_captions=2", "raw_caption=0.5"])
+    cli.main(words.split())
+    assert [run[0].data.source_weights for run in trained] == [{"longLLA_captions": 2.0, "raw_caption": 0.5}, {}]
+    assert "raw_caption" in fails(capsys, *words.split()[:-1]) and len(trained) == 2
+    for wrong, said in (("raw_caption", "NAME=VALUE"), ("a=1 a=2", "twice"), ("a=much", "much"), ("=1", "NAME=VALUE")):
+        assert said in fails(capsys, *words.split(), *wrong.split())
+
+
+def test_a_preset_on_the_command_line_comes_before_other_flags(trained, capsys):
+    cli.main("train demo --run-dir r --loss.preset release --loss.grouping-weight 1".split())
+    loss = trained[0][0].loss
+    assert (loss.preset, loss.threshold, loss.contrast, loss.grouping_weight) == ("release", 0.0, "batch", 1.0)
+    words = "train demo --run-dir r --loss.preset=paper --loss.direction both"
+    assert "loss.direction: got 'both'" in fails(capsys, *words.split())
+    assert "invalid choice" in fails(capsys, *"train demo --run-dir r --loss.preset papers".split()).lower()
+
+
 def test_a_runs_own_config_reproduces_it(tmp_path, trained):
     config = Config()
     config.data.caption_sources, config.data.source_weights = ("raw_caption", "longSV_captions"), {"raw_caption": 0.5}

@@ -4,7 +4,7 @@ import pytest
 
 from dreamlip_train.config.batch import chunks_per_rank, images_per_rank
 from dreamlip_train.config.recipes import RECIPES
-from dreamlip_train.config.run_schema import DeepSpeedConfig, TrainConfig
+from dreamlip_train.config.run_schema import TrainConfig
 from dreamlip_train.config.schema import Config, LossConfig
 
 
@@ -36,8 +36,7 @@ CACHING = TrainConfig(global_batch_size=8, chunk_size=2)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Config(train=CACHING, deepspeed=DeepSpeedConfig(zero_stage=3)), "deepspeed.zero_stage 1 or 2, not 3"),
-        (Config(train=CACHING, loss=LossConfig(contrast="batch")), "needs the patches of the whole batch"),
+        (Config(train=CACHING, loss=LossConfig(contrast="batch", direction="t2v")), "has both directions"),
     ],
 )
 def test_caching_that_cannot_run_is_refused_where_it_is_needed(config, message):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dreamlip_train.config.presets import apply_preset
 from dreamlip_train.config.schema import Config, LossConfig
 from dreamlip_train.config.toml import differences, format_config, override, read_config
 from dreamlip_train.config.validation import validate
@@ -15,11 +16,20 @@ from dreamlip_train.config.validation import validate
         ({"data": {"num_workers": -1}}, "data.num_workers"),
         ({"data": {"crop_scale": [0.9, 1.1]}}, "data.crop_scale"),
         ({"data": {"max_bad_fraction": 2}}, "data.max_bad_fraction"),
+        ({"data": {"crop_ratio": [2.0, 1.0]}}, "data.crop_ratio"),
+        ({"data": {"flip_prob": -0.5}}, "data.flip_prob"),
+        ({"data": {"color_jitter": [0.1, 0.1, 0.1, 0.6]}}, "data.color_jitter"),
+        ({"model": {"patch_dropout": 1.0}}, "model.patch_dropout"),
+        ({"train": {"undropped_steps": 5}}, "train.undropped_steps"),
         ({"data": {"source_weights": {"raw_caption": -1.0}}}, "data.source_weights"),
         (
             {"data": {"caption_sources": ["longSV_captions"], "source_weights": {"raw_caption": 1.0}}},
             "data.source_weights",
         ),
+        ({"data": {"shards": "a.tar", "mixture": {"a": "a.tar"}}}, "data.shards"),
+        ({"data": {"proportions": {"a": 1.0}}}, "data.proportions"),
+        ({"data": {"mixture": {"a": "a", "b": "b"}, "proportions": {"a": 1.0}}}, "data.proportions"),
+        ({"data": {"mixture": {"a": "a"}, "proportions": {"a": 0.0}}}, "data.proportions"),
         ({"model": {"context_length": 2}}, "model.context_length"),
         ({"model": {"init_temperature": 0.001}}, "model.init_temperature"),
         ({"loss": {"mpcl_weight": 0, "grouping_weight": 0}}, "loss.mpcl_weight"),
@@ -35,6 +45,7 @@ from dreamlip_train.config.validation import validate
             {"loss": {"grouping_weight": 0}, "model": {"local_logit_scale": False, "patch_projection": "local"}},
             "model.patch_projection",
         ),
+        ({"loss": {"preset": "paper"}}, "loss.normalization"),
         ({"optim": {"lr": 0}}, "optim.lr"),
         ({"optim": {"layer_decay": 0.0}}, "optim.layer_decay"),
         ({"optim": {"vision_lr_scale": 0.0, "text_lr_scale": 0.0}}, "optim.vision_lr_scale"),
@@ -46,6 +57,7 @@ from dreamlip_train.config.validation import validate
         ({"train": {"compile": True}, "deepspeed": {"zero_stage": 3}}, "train.compile"),
         ({"train": {"compile": True, "pack_captions": False}}, "train.pack_captions"),
         ({"eval": {"every_steps": 10}}, "eval.every_steps"),
+        ({"eval": {"zero_shot": ["cifar10"]}}, "eval.zero_shot_root"),
     ],
 )
 def test_impossible_settings_name_the_field(settings, field):
@@ -99,6 +111,25 @@ def test_a_written_config_reads_back_the_same(tmp_path):
     assert read == config and differences(config, read) == {}
     read.optim.lr = 2.0
     assert differences(config, read) == {"optim.lr": (1e-7, 2.0)}
+
+
+def test_a_preset_sets_its_fields_and_refuses_others(tmp_path):
+    (tmp_path / "base.toml").write_text('[loss]\npreset = "paper"\n')
+    config = read_config(tmp_path / "base.toml")
+    validate(config)
+    loss = config.loss
+    form = (loss.normalization, loss.normalize_patches, loss.contrast, loss.direction, config.model.local_logit_scale)
+    assert form == ("none", False, "image", "t2v", False)
+    release = apply_preset(config, "release")
+    validate(release)
+    assert (release.loss.threshold, release.loss.contrast, release.model.local_logit_scale) == (0.0, "batch", True)
+    assert loss.contrast == "image"  # a copy
+    assert apply_preset(Config(), "ours") == Config()
+    (tmp_path / "base.toml").write_text('[loss]\npreset = "paper"\ndirection = "both"\n')
+    with pytest.raises(ValueError, match="loss.direction: got 'both'; loss.preset=\"paper\" has 't2v'"):
+        validate(read_config(tmp_path / "base.toml"))
+    without = override(Config(), {"loss": {"grouping_weight": 0.0}, "model": {"local_logit_scale": False}})
+    validate(apply_preset(without, "release"))
 
 
 def test_patches_are_looked_at_with_the_evaluations_threshold_or_the_losss():

@@ -6,6 +6,7 @@ import typing
 
 import pytest
 
+from dreamlip_train.captions.columns import CAPTION_COLUMNS
 from dreamlip_train.config.recipes import RECIPES
 from dreamlip_train.config.toml import differences, format_config, override, read_config
 from dreamlip_train.config.validation import validate
@@ -35,9 +36,11 @@ def changed_from(kind, value):
     if origin is typing.Literal:
         return next(choice for choice in reversed(arguments) if choice != value)
     if origin is tuple:
-        return ("a", "b") if arguments[0] is str else (0.25, 0.5)
+        return ("a", "b") if arguments[0] is str else (0.25,) * len(arguments)
     if origin is dict:
-        return {"a b": 0.5} if arguments[1] is float else {"x": {"y": [1, None, "é\x7f\n", 2.5]}, "z": None}
+        if arguments[1] in (float, str):
+            return {"a b": 0.5 if arguments[1] is float else "é::\\ None"}
+        return {"x": {"y": [1, None, "é\x7f\n", 2.5]}, "z": None}
     return {bool: not value, int: 7, float: math.inf, str: 'a "b" \\ é 日本 # ['}[kind]
 
 
@@ -67,7 +70,7 @@ def test_the_papers_settings_hold_in_every_large_recipe():
             )
             assert (config.optim.lr, config.optim.beta2, config.optim.warmup_steps) == (5e-4, 0.98, 2000)
             assert config.train.global_batch_size == (1024 if "cc3m" in name else 6144)
-            assert config.optim.weight_decay == (0.2 if name.startswith("merged") else 0.5)
+            assert config.optim.weight_decay == (0.2 if name.startswith(("merged", "laion")) else 0.5)
 
 
 def test_the_demo_model_is_small_and_has_a_patch_grid():
@@ -94,3 +97,8 @@ def test_a_baseline_differs_from_dreamlip_in_its_captions_and_loss_alone(name):
     assert (baseline.loss.negatives == "all") == (name == "stablerep") and (
         len(baseline.data.caption_sources) == 1
     ) == (name == "clip")
+
+
+def test_the_recipe_of_table_7s_last_row_differs_in_its_captions_alone():
+    changed = differences(RECIPES["cc3m_vitb16"](), RECIPES["captioners_cc3m_vitb16"]())
+    assert set(changed) == {"data.caption_sources"} and set(changed["data.caption_sources"][1]) == set(CAPTION_COLUMNS)

@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
+from dreamlip_train.config.schema import DataConfig
+from dreamlip_train.data.augment import augment
 from dreamlip_train.data.images import (
     ImageError,
     _crop_box,
@@ -193,3 +195,22 @@ def test_a_thread_of_a_picture_is_evaluated_in_little_memory(shape):
     image = (row[None].expand(min(shape), -1) if shape[0] < shape[1] else row[:, None].expand(-1, min(shape)))[None]
     cropped = resize_center_crop(image.expand(3, -1, -1), 224)
     assert cropped.shape == (3, 224, 224) and (cropped.float() - 127.5).abs().max() < 3
+
+
+def test_augmentations_are_torchvisions_and_off_draw_nothing():
+    image = torch.from_numpy(np.asarray(picture())).permute(2, 0, 1).contiguous()
+    rng = random.Random(0)
+    before = rng.getstate()
+    assert augment(image, DataConfig(), rng) is image and rng.getstate() == before
+    assert torch.equal(augment(image, DataConfig(flip_prob=1.0), rng), image.flip(-1))
+    gray = augment(image, DataConfig(gray_scale_prob=1.0), rng)
+    assert torch.equal(gray, v2.functional.rgb_to_grayscale(image, 3)) and gray.shape == image.shape
+    jittered = augment(image, DataConfig(color_jitter_prob=1.0), random.Random(1))
+    assert jittered.dtype == torch.uint8 and not torch.equal(jittered, image)
+    assert torch.equal(augment(image, DataConfig(color_jitter_prob=1.0), random.Random(1)), jittered)
+    still = DataConfig(color_jitter_prob=1.0, color_jitter=(0.0, 0.0, 0.0, 0.0))
+    assert (augment(image, still, rng).int() - image.int()).abs().max() <= 1
+    drawn = [augment(image, DataConfig(flip_prob=0.25), random.Random(seed)) is not image for seed in range(400)]
+    assert 70 < sum(drawn) < 130
+    boxes = [_crop_box(60, 80, (0.2, 0.3), random.Random(seed), (2.0, 3.0)) for seed in range(50)]
+    assert all(1.8 < width / height < 3.3 for _, _, height, width in boxes)

@@ -216,3 +216,52 @@ def test_held_out_samples(tmp_path):
     assert [s["key"] for s in val_samples(config, image_size=16, max_samples=2)] == ["0", "1"]
     with pytest.raises(ValueError, match="data.val_shards"):
         list(val_samples(DataConfig(), image_size=16))
+
+
+def mixed(tmp_path, **options):
+    for name, counts in (("big", [40, 30, 34]), ("small", [9, 7])):
+        if not (tmp_path / name).exists():
+            write_shards(tmp_path / name, counts)
+    sets = {name: str(tmp_path / name) for name in ("small", "big")}
+    return loader("", **({"mixture": sets, "batch_size": 8} | options))
+
+
+@pytest.mark.parametrize(("workers", "proportions"), [(0, {}), (2, {"big": 1.0, "small": 1.0})])
+def test_a_mixture_resumes_exactly_and_every_step_has_all_sets(tmp_path, workers, proportions):
+    made = mixed(tmp_path, workers=workers, proportions=proportions)
+    assert made.steps_per_epoch == 15 and "120 samples (big 104, small 16)" in made.fingerprint
+    whole = list(made.epoch(1))
+    for start in (1, 6, 14):
+        rest = list(mixed(tmp_path, workers=workers, proportions=proportions).epoch(1, made.after(start)))
+        assert len(rest) == 15 - start and all(same(a, b) for a, b in zip(whole[start:], rest, strict=True)), start
+    small = [sum("/small/" in shard for shard in batch["shards"]) for batch in whole]
+    assert set(small) == ({4} if proportions else {1, 2})
+    drawn = made.drawn(1, 15)
+    if proportions:
+        assert drawn == {"draws": {"big": 120, "small": 120}, "set_epochs": {"big": 120 / 104, "small": 7.5}}
+    assert made.fingerprint != mixed(tmp_path, mixture={"big": str(tmp_path / "small")}).fingerprint
+
+
+def test_a_set_with_bad_samples_at_the_end_of_a_pass_goes_on(tmp_path):
+    """A mixture cuts a set where a pass ends; a cut of a few bad samples must not end the run."""
+    (tmp_path / "small").mkdir(parents=True)
+    bad = [m for i in range(3) for m in [(f"s{i}.jpg", b"\xff\xd8 no"), (f"s{i}.json", b"{}")]]
+    write_tar(tmp_path / "small/00000.tar", [*sample("s9", 9), *bad])
+    write_index(tmp_path / "small", [4])
+    options = dict(proportions={"big": 1.0, "small": 1.0}, max_bad_fraction=1.0, quarantine=tmp_path / "q.jsonl")
+    whole = [batch for epoch in (0, 1) for batch in mixed(tmp_path, **options).epoch(epoch)]
+    assert all(sum(key == "s9" for key in batch["keys"]) == 4 for batch in whole)
+    made = mixed(tmp_path, **options)
+    rest = list(made.epoch(1, made.after(5)))
+    assert all(same(a, b) for a, b in zip(whole[len(whole) // 2 + 5 :], rest, strict=True))
+    write_tar(tmp_path / "small/00000.tar", bad)
+    with pytest.raises(RuntimeError, match="data.mixture: small: no usable sample in"):
+        list(mixed(tmp_path, **options | {"quarantine": None}).epoch(0))
+
+
+def test_wrong_mixtures_are_named(tmp_path):
+    mixed(tmp_path)
+    with pytest.raises(ValueError, match=r"data.mixture: '.*/small/00000.tar' is in two sets"):
+        mixed(tmp_path, mixture={"a": str(tmp_path / "small"), "b": f"{tmp_path}/small/00000.tar"})
+    with pytest.raises(ValueError, match=r"data.mixture.b: '.*none' matches no shard"):
+        mixed(tmp_path, mixture={"a": str(tmp_path / "small"), "b": str(tmp_path / "none")})

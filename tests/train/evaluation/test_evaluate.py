@@ -121,7 +121,11 @@ def test_chance_of_miou_is_the_mean_over_random_selections():
 def planted(monkeypatch):
     samples = [planted_sample(seed) for seed in range(40)]
     monkeypatch.setattr(
-        held_out, "val_samples", lambda data, *, image_size, max_samples=0: iter(samples[: max_samples or None])
+        held_out,
+        "val_samples",
+        lambda data, *, image_size, max_samples, wanted: iter(
+            {"position": i, **sample} for i, sample in enumerate(samples[: max_samples or None]) if wanted(i)
+        ),
     )
     return samples
 

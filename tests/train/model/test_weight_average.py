@@ -31,19 +31,27 @@ def test_it_is_the_recursion_and_leaves_the_weights():
     assert torch.equal(model.weight, last)
 
 
-def run(shards, folder, steps):
+def run(folder, steps):
+    """Trained on a mixture, with flips and dropped patches."""
     config = tiny_config(steps=steps, ema_decay=0.9)
-    config.data.shards, config.data.num_workers, config.data.num_sub_captions = str(shards), 0, 3
+    config.data.num_workers, config.data.num_sub_captions, config.data.flip_prob = 0, 3, 0.5
+    config.data.mixture = {name: str(folder.parent / name) for name in ("large", "small")}
+    config.data.proportions = {"large": 1.0, "small": 1.0}
+    config.model.patch_dropout = 0.25
     config.eval.weights = "ema"
     train(config, folder)
     return read_average(folder / f"checkpoints/step-{steps:08d}")
 
 
 def test_it_resumes_exactly_and_is_what_evaluation_loads(tmp_path):
-    shards = write_shards(tmp_path / "shards", [40])
-    whole = run(shards, tmp_path / "whole", 4)
-    run(shards, tmp_path / "parts", 2)
-    parts = run(shards, tmp_path / "parts", 4)
+    write_shards(tmp_path / "large", [24])
+    write_shards(tmp_path / "small", [6])
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    parts = run(tmp_path / "parts", 4)
+    rows = [json.loads((tmp_path / of / "metrics.jsonl").read_text().splitlines()[-1]) for of in ("whole", "parts")]
+    assert [row["loss"] for row in rows] == [rows[0]["loss"]] * 2 and rows[0]["step"] == 4
+    assert rows[0]["draws"] == {"large": 16, "small": 16} and rows[0]["set_epochs"]["small"] == 16 / 6
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     loaded, config = load_for_eval(tmp_path / "parts")
     assert config.eval.weights == "ema"

@@ -1,6 +1,7 @@
 """What a run says: never markup, never lost to a full disk, and to W&B under an identity of its own."""
 
 import json
+import logging
 import resource
 import sys
 import types
@@ -9,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreamlip_train.config.schema import Config
-from dreamlip_train.monitoring.run_log import RunLog
+from dreamlip_train.monitoring.run_log import EarlyLines, RunLog
 
 
 def test_names_of_samples_are_printed_as_they_are(tmp_path, capsys):
@@ -55,3 +56,22 @@ def test_wandb_gets_the_settings_and_an_identity_by_path(tmp_path, monkeypatch):
     first, second, again = started
     assert first["id"] == again["id"] != second["id"] and first["resume"] == "allow"
     assert first["config"]["optim"]["lr"] == 5e-4 and first["id"].replace("-", "").isalnum()
+
+
+def test_what_was_said_before_the_log_opened_is_in_it(tmp_path, capsys):
+    """That a checkpoint was put aside reached standard error alone."""
+    logger = logging.getLogger("dreamlip_train")
+    with EarlyLines(tmp_path) as early:
+        logger.warning("CHECKPOINT DAMAGED: %s", "step-1")
+        log = RunLog(tmp_path, 0, 10)
+        early.hand_over(log)
+        log.message("begun")
+        logger.warning("later")
+        log.close()
+    lines = [line.split(" ", 2)[2] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines == ["CHECKPOINT DAMAGED: step-1", "begun", "later"]
+    assert capsys.readouterr().err == "CHECKPOINT DAMAGED: step-1\n"
+    with pytest.raises(ValueError), EarlyLines(tmp_path):  # a start that is refused
+        logger.warning("put aside")
+        raise ValueError
+    assert (tmp_path / "log.txt").read_text().endswith(" put aside\n") and not logger.handlers

@@ -11,6 +11,7 @@ from tiny import GLOBAL_BATCH, STEPS, TOWERS, batch, tiny_config, tiny_engine, t
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.model.build import build_model
+from dreamlip_train.training.engine.engine import evaluation_model
 from dreamlip_train.training.engine.optimizer import learning_rate
 from dreamlip_train.training.grad_cache import _features, cached_train_step, split_batch
 from dreamlip_train.training.step import move_batch, train_step
@@ -21,6 +22,8 @@ LOSSES = {
     "grouping": {"mpcl_weight": 0.0},
     "one softmax": {"negatives": "all", "positives": "logsum"},
     "sigmoid": {"pairs": "sigmoid"},
+    "over the batch": {"contrast": "batch"},
+    "raw over the batch": {"contrast": "batch", "normalize_patches": False, "mpcl_weight": 0.0},
 }
 
 
@@ -49,9 +52,8 @@ def run(stage: int, chunk: int, options: dict, steps: int = 10, rank: int = 0, w
         losses.append({name: float(value) for name, value in result.losses.items()} | {"grad_norm": result.grad_norm})
     # A key's bias shifts all logits of a softmax alike: its gradient is rounding, which Adam makes into steps of full
     # size.
-    return losses, [
-        p.detach().clone() for name, p in engine.module.named_parameters() if not name.endswith("in_proj_bias")
-    ]
+    with evaluation_model(engine, config.model) as model:
+        return losses, [p.detach().clone() for name, p in model.named_parameters() if not name.endswith("in_proj_bias")]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,10 @@ def one_pass():
         (2, 2, "grouping"),
         (1, 2, "one softmax"),
         (1, 4, "sigmoid"),
+        (0, 2, "both"),
+        (3, 2, "both"),
+        (1, 2, "over the batch"),
+        (3, 4, "raw over the batch"),
     ],
 )
 def test_it_is_the_one_pass_step(one_pass, stage, chunk, loss):
@@ -134,12 +140,13 @@ def test_patch_dropout_drops_the_same_patches_in_both_passes():
     ) and result.grad_norm == pytest.approx(norm, rel=1e-5)
     after = torch.rand(1)
     torch.manual_seed(5)
-    _features(engine, chunks)
+    _features(engine, loss_fn, chunks, False)
     assert torch.equal(torch.rand(1), after), "the random stream goes on as if there had been one pass"
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights_and_the_next_step_alone():
-    config = tiny_config(1, chunk_size=4)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_loss_that_is_not_finite_leaves_the_weights_and_the_next_step_alone(stage):
+    config = tiny_config(stage, chunk_size=4)
     engine, loss_fn = tiny_engine(config), DreamLIPLoss()
     before = [p.detach().clone() for p in engine.module.parameters()]
     data = batch(0)
@@ -161,3 +168,19 @@ def test_chunks_of_unlike_sizes_are_one_batch(one_pass):
     )
     for got, want in zip(weights, one_pass["both"][1], strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_under_zero_0_a_gradient_that_is_not_finite_is_not_applied():
+    """Its optimizer would write a NaN into every weight."""
+    config = tiny_config(0, chunk_size=4)
+    engine, loss_fn = tiny_engine(config), DreamLIPLoss()
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    chunks = [move_batch(part, engine.device) for part in split_batch(batch(0), 2)]
+    hook = engine.module.clip.visual.proj.register_hook(lambda grad: grad * math.inf)
+    assert not cached_train_step(engine, loss_fn, chunks, 1e-3).applied
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+    result = cached_train_step(engine, loss_fn, chunks, 1e-3)
+    assert result.applied and all(torch.isfinite(p).all() for p in engine.module.parameters())
+    fresh = tiny_engine(config)
+    assert cached_train_step(fresh, loss_fn, chunks, 1e-3).grad_norm == pytest.approx(result.grad_norm, rel=1e-6)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import STEPS, clean_environment, run_steps, tiny_config
+import torch
+from shard_files import write_shards
+from tiny import STEPS, clean_environment, held_out_config, run_steps, tiny_config
 
 from dreamlip_train.checkpoint.loading import load
 from dreamlip_train.checkpoint.saving import save
@@ -16,6 +18,7 @@ from dreamlip_train.checkpoint.state import TrainState
 from dreamlip_train.model.build import build_model
 from dreamlip_train.training.distributed import init_distributed
 from dreamlip_train.training.engine.engine import build_engine
+from dreamlip_train.training.evaluation import evaluate_run
 
 RESIZED = ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "amp_bf16"))
 
@@ -30,6 +33,7 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
         run_steps(engine, config, 0, 3)
         save(engine, folder / f"one-{stage}-{precision}", config, TrainState(step=3))
         losses[f"{stage} {precision}"] = run_steps(engine, config, 3, STEPS)
+    write_shards(folder / "val", [9, 8, 6])
     return folder, losses
 
 
@@ -50,6 +54,16 @@ def facts(one_process) -> dict:
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "facts.json").read_text())
+
+
+def test_two_ranks_evaluate_as_one_process(one_process, facts):
+    """Rank 0 once computed while the others waited; an error or a signal of one rank is that of both."""
+    config = held_out_config(1, one_process[0])
+    expected = evaluate_run(build_model(config.model, 0), config, torch.device("cpu"), lambda: False)
+    assert expected["samples"] == 23 and set(expected["held_out_loss"]) == {"contrastive_loss", "grouping_loss", "loss"}
+    of_two = facts["held_out"]
+    assert of_two["1"] == of_two["3"] == json.loads(json.dumps(expected))
+    assert of_two["error"] == "UserError batch 0 is bad" and of_two["stop"].startswith("StoppedError")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

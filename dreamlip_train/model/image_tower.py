@@ -1,0 +1,98 @@
+"""What is asked of an open_clip image tower, whichever it is: an image's embedding, its patch tokens in the same space,
+their grid.
+
+open_clip's own ViT gives tokens after ``ln_post``; ``visual.proj`` projects them like the class token. A timm ViT
+(EVA02, SigLIP, MobileCLIP2's) gives them after its norm; its own head or the one behind it projects them. A ResNet, a
+ConvNeXt or an attentional pooler has none that are comparable: ``has_patches`` is False.
+"""
+
+from __future__ import annotations
+
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def has_patches(visual: nn.Module) -> bool:
+    """Whether the tower gives projected patch tokens."""
+    if isinstance(visual, VisionTransformer):
+        plain = visual.attn_pool is None and not visual.final_ln_after_pool
+        return plain and visual.proj is not None and visual.pool_type in ("tok", "avg")
+    trunk = getattr(visual, "trunk", None)
+    return isinstance(visual, TimmModel) and hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "fc_norm")
+
+
+def why_no_patches(visual: nn.Module) -> str:
+    """What a tower is that gives none, in a few words."""
+    if isinstance(visual, VisionTransformer):
+        if visual.attn_pool is not None:
+            return "attentional pooling"
+        return "final_ln_after_pool" if visual.final_ln_after_pool else f"pool_type {visual.pool_type!r}"
+    return f"it is a {type(getattr(visual, 'trunk', visual)).__name__}"
+
+
+def use_tokens(visual: nn.Module) -> None:
+    """Make the tower give its tokens: an attribute, not state, so that checkpoints do not change. (open_clip's own
+    encode_image(normalize=True), which then breaks, is never called here.)
+    """
+    if isinstance(visual, VisionTransformer):
+        visual.output_tokens = True
+
+
+def size_of(visual: nn.Module) -> tuple[int, int]:
+    """Height and width of the input picture in pixels."""
+    size = visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def width_of(visual: nn.Module) -> int:
+    """D, the width of an embedding."""
+    if not isinstance(visual, TimmModel):
+        return visual.output_dim
+    mlp = getattr(visual.head, "mlp", None)
+    for layer in (getattr(visual.head, "proj", None), getattr(mlp, "fc2", None), getattr(visual.trunk, "head", None)):
+        if isinstance(layer, nn.Linear):
+            return layer.out_features
+    return visual.trunk.num_features
+
+
+def grid_of(visual: nn.Module) -> tuple[int, int]:
+    """Rows and columns of patches; (0, 0) without patches."""
+    if not has_patches(visual):
+        return 0, 0
+    return tuple(visual.grid_size if isinstance(visual, VisionTransformer) else visual.trunk.patch_embed.grid_size)
+
+
+def embed(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The embedding [n, D] and the patch tokens [n, P, C], not projected, of normalized pixels [n, 3, S, S]."""
+    if isinstance(visual, VisionTransformer):
+        return visual(pixels)
+    if not has_patches(visual):
+        return visual(pixels), None
+    tokens = visual.trunk.forward_features(pixels)
+    return visual.head(visual.trunk.forward_head(tokens)), tokens[:, visual.trunk.num_prefix_tokens :]
+
+
+def project(visual: nn.Module, tokens: Tensor) -> Tensor:
+    """Patch tokens [n, P, C] -> [n, P, D], as the tower projects the token that it pools."""
+    if isinstance(visual, VisionTransformer):
+        return tokens @ visual.proj
+    return visual.head(visual.trunk.head(visual.trunk.fc_norm(tokens)))
+
+
+def new_projection(visual: nn.Module) -> nn.Parameter:
+    """A projection [C, D] for the patches alone that starts as the tower's own, where that is one matrix."""
+    if isinstance(visual, VisionTransformer):
+        return nn.Parameter(visual.proj.detach().clone())
+    for layer in (getattr(visual.head, "proj", None), visual.trunk.head):
+        if isinstance(layer, nn.Linear):
+            return nn.Parameter(layer.weight.detach().T.clone())
+    return nn.Parameter(torch.eye(visual.trunk.num_features))
+
+
+def drop_patches(visual: nn.Module, part: float) -> None:
+    """From now on training leaves this part of the patches out, in a tower that was built to drop some."""
+    for module in visual.modules():
+        if type(module).__name__.startswith("PatchDropout"):  # open_clip's, and timm's two
+            module.prob = part
