@@ -38,7 +38,7 @@ def multi_positive_contrastive_loss(
     group: Group = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Contrast of each image with its K sub-captions against every other image's, docs/math.md eq. 5-7, 20 and 21.
+    """Contrast of each image with its K sub-captions against every other image's, docs/math.md eq. 5-7, 21 and 22.
 
     negatives="slot" equals the mean over k of K plain CLIP losses (DreamLIP); "all" puts all N*K captions into one
     softmax::

@@ -43,7 +43,7 @@ def multi_positive_contrastive_loss(
     positives: str = "mean",
     reduction: str = "mean",
 ) -> Tensor:
-    """Multi-positive image-text contrast, eq. 5-7, 20 and 21. images [N,D], texts [N,K,D], text_mask [N,K] bool,
+    """Multi-positive image-text contrast, eq. 5-7, 21 and 22. images [N,D], texts [N,K,D], text_mask [N,K] bool,
     image_ids [N] -> scalar, or [N,K].
     """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
@@ -93,7 +93,7 @@ def multi_positive_sigmoid_loss(
     same_image: str = "ignore",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Every image-caption pair as a question of its own, eq. 19 and 22. images [N,D], texts [N,K,D], text_mask [N,K]
+    """Every image-caption pair as a question of its own, eq. 19 and 23. images [N,D], texts [N,K,D], text_mask [N,K]
     bool, image_ids [N] -> scalar.
     """
     text_mask = _of_present_images(image_mask, text_mask, text_features)

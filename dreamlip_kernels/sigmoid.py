@@ -42,7 +42,7 @@ def multi_positive_sigmoid_loss(
     backend: str = "auto",
 ) -> Tensor:
     """The sigmoid loss of N images against all N*K sub-captions, an image's own K the positives; docs/math.md eq. 19
-    and 22.
+    and 23.
 
     Equals, without storing the logits::
 

@@ -55,7 +55,7 @@ def soft_targets(
     over_slots: bool,
     group: Group,
 ) -> tuple[Tensor, Tensor]:
-    """What the log-sum-exps of rows and columns are to meet, [K, n] each, docs/math.md eq. 20-21.
+    """What the log-sum-exps of rows and columns are to meet, [K, n] each, docs/math.md eq. 21-22.
 
     Args:
         pos: [K, n], the logits of this rank's own pairs.
@@ -114,7 +114,7 @@ def _without_others(candidates: _Sums, same: _Sums, pos: Tensor, y_mask: Tensor 
 def smoothing_of_sigmoids(
     slots: Slots, scale: Tensor, bias: Tensor, *, first: int, label_smoothing: float, same_image: str
 ) -> Tensor:
-    """What smoothed labels add to the sum of a rectangle's log-sigmoid losses, docs/math.md eq. 22:
+    """What smoothed labels add to the sum of a rectangle's log-sigmoid losses, docs/math.md eq. 23:
     ``label_smoothing`` times the sum of z over positives less half of that over all pairs.
 
     ``first`` is the row of this rank's first image.

@@ -81,7 +81,7 @@ def mean(values):
 @pytest.mark.parametrize("negatives", ["slot", "all"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_soft_targets_against_loops(negatives, masked, same_image, smoothing):
-    """Each softmax against its target distribution, eq. 20-21."""
+    """Each softmax against its target distribution, eq. 21-22."""
     image, text, _, mask = random_case()
     n, k = mask.shape
     mask = mask if masked else torch.ones_like(mask)
@@ -130,7 +130,7 @@ def test_smoothed_labels_are_those_of_cross_entropy():
 
 
 def test_smoothed_sums_inside_the_logarithm():
-    """eq. 7 with eq. 21: the target is the logarithm of the sum, then the mean over all captions."""
+    """eq. 7 with eq. 22: the target is the logarithm of the sum, then the mean over all captions."""
     image, text, _, mask = random_case()
     n, k = mask.shape
     row, col = [], []
