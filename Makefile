@@ -53,6 +53,7 @@ sanitize: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* tests/csrc/*.*)
 	! grep -nE '.{121}' csrc/* tests/csrc/*
 	$(BIN)/python docs/make_api.py --check

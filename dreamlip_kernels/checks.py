@@ -33,6 +33,7 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
                     "use backward() or torch.autograd.grad"
                 )
     for name, (tensor, ndim) in features.items():
+        refuse_dtensor(fn, name, tensor)
         if tensor.ndim != ndim:
             raise ValueError(f"{fn}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATS:
@@ -48,6 +49,15 @@ def check_features(fn: str, **features: tuple[Tensor, int]) -> None:
                 f"{fn}: {first_name} and {name} must share their last dimension D, got {tuple(first.shape)} and "
                 f"{tuple(tensor.shape)}"
             )
+
+
+def refuse_dtensor(fn: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if it is a DTensor, as FSDP2's parameters are outside their module's forward."""
+    if hasattr(tensor, "full_tensor"):  # found without importing torch.distributed.tensor
+        raise ValueError(
+            f"{fn}: {name} is a DTensor; pass {name}.full_tensor(), which keeps its gradient, or take it from what the "
+            "wrapped module's forward returns"
+        )
 
 
 def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +125,7 @@ def as_scale(fn: str, name: str, scale: Tensor | float, like: Tensor) -> Tensor:
     """The logit multiplier as a 0-dim tensor of the accumulation dtype on the features' device; keeps its gradient."""
     if not isinstance(scale, Tensor):
         return torch.full((), float(scale), dtype=accumulate_dtype(like), device=like.device)
+    refuse_dtensor(fn, name, scale)
     if scale.numel() != 1:
         raise ValueError(f"{fn}: {name} must hold one value, got shape {tuple(scale.shape)}")
     if scale.device != like.device:

@@ -8,15 +8,18 @@ N images (n on this rank), K sub-captions per image, D width.
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import torch
 from torch import Tensor
 
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_pairs, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
-from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
+from .distributed.collectives import Group, of_present_images, rank_and_size, reduced
 from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import logsumexp_of_any
+from .options import ContrastiveBackend, Negatives, Positives, Reduction
 from .targets.options import SameImage, check_targets
 from .targets.same_image import gathered_images
 from .targets.soft_targets import Slots, soft_targets
@@ -32,11 +35,11 @@ def multi_positive_contrastive_loss(
     image_ids: Tensor | None = None,
     same_image: SameImage = "ignore",
     label_smoothing: float = 0.0,
-    negatives: str = "slot",
-    positives: str = "mean",
-    reduction: str = "mean",
+    negatives: Negatives = "slot",
+    positives: Positives = "mean",
+    reduction: Reduction = "mean",
     group: Group = None,
-    backend: str = "auto",
+    backend: ContrastiveBackend = "auto",
 ) -> Tensor:
     """Contrast of each image with its K sub-captions against every other image's, docs/math.md eq. 5-7, 21 and 22.
 
@@ -64,7 +67,8 @@ def multi_positive_contrastive_loss(
             target of each softmax is uniform over all its positives.
         label_smoothing: in [0, 1), as ``F.cross_entropy`` defines it: each softmax's target is 1 - label_smoothing of
             its own, and label_smoothing uniformly over all that the softmax is over.
-        reduction: "mean", or "none" for the [N, K] pair losses with masked entries 0 (positives="mean" only).
+        reduction: "mean"; "sum", with positives="logsum" of images' and captions' terms, half each; or "none" for the
+            [N, K] pair losses with masked entries 0 (positives="mean" only).
         group: process group; None is the world group where one is initialized. N is then this rank's share,
             equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
             single-process loss.
@@ -106,22 +110,23 @@ def multi_positive_contrastive_loss(
         row_target = logsumexp_of_any(of_present, keepdim=True)
     if label_smoothing > 0 or (images is not None and same_image == "positive"):
         slots = Slots(everyone, text_KND, everyone_mask, mask_KN, images)
-        how = dict(label_smoothing=label_smoothing, same_image=same_image, over_slots=negatives == "all", group=group)
+        how: dict[str, Any] = dict(label_smoothing=label_smoothing, same_image=same_image)
+        how |= dict(over_slots=negatives == "all", group=group)
         row_target, col_target = soft_targets(slots, scale, pos, row_target, **how)
     col_term = _where(mask_KN, col - col_target)
     if positives == "logsum":
         captioned = None if mask_KN is None else mask_KN.any(0)
         row_term = _where(captioned, row[0] - row_target[0])
-        return (global_mean(row_term, captioned, group) + global_mean(col_term, mask_KN, group)) / 2
+        return (reduced(row_term, captioned, reduction, group) + reduced(col_term, mask_KN, reduction, group)) / 2
     pair = (_where(mask_KN, row - row_target) + col_term) / 2
-    return pair.T if reduction == "none" else global_mean(pair, mask_KN, group)
+    return reduced(pair.T, text_mask, reduction, group)
 
 
-def check_options(fn: str, negatives: str, positives: str, reduction: str = "mean") -> None:
+def check_options(fn: str, negatives: str, positives: str, reduction: Reduction = "mean") -> None:
     """Raise ValueError unless these options of the contrast exist and go together."""
-    check_choice(fn, "negatives", negatives, ("slot", "all"))
-    check_choice(fn, "positives", positives, ("mean", "logsum"))
-    check_choice(fn, "reduction", reduction, ("mean", "none"))
+    check_choice(fn, "negatives", negatives, get_args(Negatives))
+    check_choice(fn, "positives", positives, get_args(Positives))
+    check_choice(fn, "reduction", reduction, get_args(Reduction))
     if positives == "logsum" and negatives != "all":
         raise ValueError(f"{fn}: positives='logsum' needs negatives='all', got negatives={negatives!r}")
     if positives == "logsum" and reduction == "none":

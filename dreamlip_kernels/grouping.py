@@ -8,7 +8,7 @@ N images, K sub-captions per image, P patches, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from torch import Tensor
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
-from .distributed.collectives import Group, global_mean, of_present_images, rank_and_size
+from .distributed.collectives import Group, of_present_images, rank_and_size, reduced
 from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import accumulate_dtype, unit, without_autocast
-from .ops.group_patches.group_patches import NORMALIZATIONS, group_patches_op
+from .ops.group_patches.group_patches import group_patches_op
 from .ops.group_patches.group_patches_torch import pooling_weights
+from .options import Backend, Contrast, ContrastiveBackend, Direction, GroupingBackend, Normalization, Reduction
 
 
 def group_patches(
@@ -28,10 +29,10 @@ def group_patches(
     text_features: Tensor,
     *,
     threshold: float | None = None,
-    normalization: str = "minmax",
+    normalization: Normalization = "minmax",
     patch_mask: Tensor | None = None,
     normalize_patches: bool = True,
-    backend: str = "auto",
+    backend: GroupingBackend = "auto",
 ) -> Tensor:
     """One embedding a sub-caption: the weighted mean of the patches it is about, docs/math.md eq. 9-12.
 
@@ -89,7 +90,7 @@ def patch_weights(
     text_features: Tensor,
     *,
     threshold: float | None = None,
-    normalization: str = "minmax",
+    normalization: Normalization = "minmax",
     patch_mask: Tensor | None = None,
 ) -> Tensor:
     """The weights [N, K, P] with which ``group_patches`` pools. Arguments and errors as there."""
@@ -112,15 +113,16 @@ def subcaption_grouping_loss(
     text_mask: Tensor | None = None,
     patch_mask: Tensor | None = None,
     threshold: float | None = None,
-    normalization: str = "minmax",
+    normalization: Normalization = "minmax",
     normalize_patches: bool = True,
-    contrast: str = "image",
+    contrast: Contrast = "image",
     candidates: int = 4,
-    direction: str = "both",
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
     group: Group = None,
-    backend: str = "auto",
-    grouping_backend: str | None = None,
-    contrastive_backend: str | None = None,
+    backend: Backend = "auto",
+    grouping_backend: GroupingBackend | None = None,
+    contrastive_backend: ContrastiveBackend | None = None,
 ) -> Tensor:
     """Contrast of each sub-caption with its own group of patches, docs/math.md eq. 16-17 and 20.
 
@@ -141,6 +143,7 @@ def subcaption_grouping_loss(
             picks its image; the last block of a rank takes what is left. Where it divides a rank's images the loss
             does not depend on the number of ranks.
         direction: "both", or "t2v" for the paper's one: each sub-caption picks its group among the groups.
+        reduction: "mean", "sum", or "none" for the [N, K] losses of the sub-captions, 0 where one is missing.
         group: as in ``multi_positive_contrastive_loss``. Patches never travel; contrast="batch" gathers the pooled
             [n, K, D].
         backend: one name for both ops, which applies where an op has it.
@@ -148,7 +151,7 @@ def subcaption_grouping_loss(
             contrast="batch"; None takes ``backend``.
 
     Returns:
-        Scalar, float32 (float64 for float64 inputs): the mean over the sub-captions present in the world.
+        Scalar, the mean over the sub-captions present in the world, or [N, K]; float32 (float64 for float64 inputs).
 
     Raises:
         ValueError, RuntimeError: as ``group_patches`` and ``multi_positive_contrastive_loss``.
@@ -159,22 +162,22 @@ def subcaption_grouping_loss(
     n, k, d = text_features.shape
     check_mask(fn, "image_mask", image_mask, (n,), text_features)
     check_mask(fn, "text_mask", text_mask, (n, k), text_features)
-    check_contrast(fn, contrast, direction, candidates)
-    grouping_backend = dispatch.requested(fn, "group_patches", grouping_backend, backend)
-    contrastive_backend = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
+    check_contrast(fn, contrast, direction, candidates, reduction)
+    of_pooling = dispatch.requested(fn, "group_patches", grouping_backend, backend)
+    of_contrast = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
     chosen = "torch"  # of a contrast within the image there is one
     if contrast == "batch":
         pairs = dict(M=n * k * rank_and_size(group)[1], C=n * k, K=1, D=d)
-        chosen = dispatch.select("bidirectional_logsumexp", scale, contrastive_backend, **pairs)
+        chosen = dispatch.select("bidirectional_logsumexp", scale, of_contrast, **pairs)
     sizes = agreement_sizes(text_features, image_mask, text_mask)
     scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
-    chosen = agreed if contrastive_backend == "auto" else chosen
+    chosen = agreed if of_contrast == "auto" else chosen
     text_mask = of_present_images(image_mask, text_mask, k)
     patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
         queries, text_features = (t.masked_fill(~text_mask[..., None], 0) for t in (queries, text_features))
-    options: dict[str, Any] = dict(threshold=threshold, normalization=normalization, backend=grouping_backend)
+    options: dict[str, Any] = dict(threshold=threshold, normalization=normalization, backend=of_pooling)
     options |= dict(patch_mask=patch_mask, normalize_patches=normalize_patches)
     if contrast == "conditioned":
         pooled = _pooled_for_the_block(patch_features, queries, candidates, options)
@@ -191,9 +194,8 @@ def subcaption_grouping_loss(
         pair = over_groups - pos
         if direction == "both":
             pair = (pair + over_texts - pos) / 2
-        if text_mask is not None:
-            pair = torch.where(text_mask, pair, 0)
-        return global_mean(pair, text_mask, group)
+        pair = pair if text_mask is None else torch.where(text_mask, pair, 0)
+        return reduced(pair, text_mask, reduction, group)
 
 
 def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,16 +283,17 @@ def _check(fn, patch_features, text_features, threshold, normalization, patch_ma
 
 def check_pooling(fn: str, threshold: float | None, normalization: str) -> None:
     """Raise ValueError unless these options of the pooling exist."""
-    check_choice(fn, "normalization", normalization, NORMALIZATIONS)
+    check_choice(fn, "normalization", normalization, get_args(Normalization))
     if threshold is not None and not isinstance(threshold, (int, float)):
         raise ValueError(
             f"{fn}: threshold must be a number or None (1 / valid patches), got {type(threshold).__name__}"
         )
 
 
-def check_contrast(fn: str, contrast: str, direction: str, candidates: int) -> None:
+def check_contrast(fn: str, contrast: str, direction: str, candidates: int, reduction: str) -> None:
     """Raise ValueError unless these options of the grouping's contrast exist."""
-    check_choice(fn, "contrast", contrast, ("image", "batch", "conditioned"))
+    check_choice(fn, "contrast", contrast, get_args(Contrast))
     if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 2:
         raise ValueError(f"{fn}: candidates must be an integer of at least 2, got {candidates!r}")
-    check_choice(fn, "direction", direction, ("both", "t2v"))
+    check_choice(fn, "direction", direction, get_args(Direction))
+    check_choice(fn, "reduction", reduction, get_args(Reduction))

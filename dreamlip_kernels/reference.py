@@ -76,9 +76,8 @@ def multi_positive_contrastive_loss(
     if positives == "logsum":
         captioned = valid.any(1)
         row_term = torch.where(captioned, row[:, 0] - row_target[:, 0], 0)
-        return row_term.sum() / captioned.sum().clamp(min=1) / 2 + col_term.sum() / valid.sum().clamp(min=1) / 2
-    pair = (torch.where(valid, row - row_target, 0) + col_term) / 2
-    return pair if reduction == "none" else pair.sum() / valid.sum().clamp(min=1)
+        return _reduced(row_term, captioned, reduction) / 2 + _reduced(col_term, valid, reduction) / 2
+    return _reduced((torch.where(valid, row - row_target, 0) + col_term) / 2, valid, reduction)
 
 
 def multi_positive_sigmoid_loss(
@@ -92,6 +91,7 @@ def multi_positive_sigmoid_loss(
     image_ids: Tensor | None = None,
     same_image: str = "ignore",
     label_smoothing: float = 0.0,
+    reduction: str = "mean",
 ) -> Tensor:
     """Every image-caption pair as a question of its own, eq. 19 and 23. images [N,D], texts [N,K,D], text_mask [N,K]
     bool, image_ids [N] -> scalar.
@@ -109,7 +109,8 @@ def multi_positive_sigmoid_loss(
     label = (same if same_image == "positive" else own).to(z.dtype)
     label = (1 - label_smoothing) * label + label_smoothing / 2
     pair = -label * torch.nn.functional.logsigmoid(z) - (1 - label) * torch.nn.functional.logsigmoid(-z)
-    return torch.where(counted, pair, 0).sum() / valid.sum().clamp(min=1)
+    total = torch.where(counted, pair, 0).sum()
+    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
 
 def patch_weights(
@@ -174,17 +175,19 @@ def subcaption_grouping_loss(
     contrast: str = "image",
     candidates: int = 4,
     direction: str = "both",
+    reduction: str = "mean",
     patch_mask: Tensor | None = None,
     **options,
 ) -> Tensor:
     """Contrast of each sub-caption with its own group of patches, eq. 16-17 and 20. Options as patch_weights ->
-    scalar.
+    scalar, or [N,K].
     """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
     patch_mask = _of_present_images(image_mask, patch_mask, patch_features)
     text_features = _without_masked(text_features, text_mask)
     if contrast == "conditioned":
-        options |= dict(direction=direction, image_mask=image_mask, text_mask=text_mask, patch_mask=patch_mask)
+        options |= dict(direction=direction, reduction=reduction)
+        options |= dict(image_mask=image_mask, text_mask=text_mask, patch_mask=patch_mask)
         return _conditioned(patch_features, text_features, logit_scale, candidates, **options)
     group = unit(group_patches(patch_features, text_features, patch_mask=patch_mask, **options))
     text = unit(text_features)
@@ -201,16 +204,22 @@ def subcaption_grouping_loss(
     pos = logit_scale * (group * text).sum(-1)
     t2v = torch.where(valid, over_groups - pos, 0)
     pair = t2v if direction == "t2v" else (t2v + torch.where(valid, over_texts - pos, 0)) / 2
-    return pair.sum() / valid.sum().clamp(min=1)
+    return _reduced(pair, valid, reduction)
+
+
+def _reduced(terms: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return terms
+    return terms.sum() if reduction == "sum" else terms.sum() / valid.sum().clamp(min=1)
 
 
 def _conditioned(
-    patches, texts, scale, candidates, *, direction, image_mask, text_mask, patch_mask, **options
+    patches, texts, scale, candidates, *, direction, reduction, image_mask, text_mask, patch_mask, **options
 ) -> Tensor:
     # Eq. 20, a caption at a time: it pools the patches of each image of its block and picks its own image.
     n, k, _ = texts.shape
     valid = torch.ones(n, k, dtype=torch.bool, device=texts.device) if text_mask is None else text_mask
-    total = torch.zeros((), dtype=texts.dtype, device=texts.device)
+    pairs = [[texts.new_zeros(())] * k for _ in range(n)]
     for first in range(0, n, candidates):
         block = [i for i in range(first, min(first + candidates, n)) if image_mask is None or image_mask[i]]
         mask = None if patch_mask is None else patch_mask[block]
@@ -222,8 +231,9 @@ def _conditioned(
                 if valid[i, slot]:
                     t2v = torch.logsumexp(z[:, at], 0) - z[at, at]
                     v2t = torch.logsumexp(z[at, valid[block, slot]], 0) - z[at, at]
-                    total = total + (t2v if direction == "t2v" else (t2v + v2t) / 2)
-    return total / valid.sum().clamp(min=1)
+                    pairs[i][slot] = t2v if direction == "t2v" else (t2v + v2t) / 2
+    pair = torch.stack([value for row in pairs for value in row]).view(n, k) if n else texts.new_zeros(n, k)
+    return _reduced(pair, valid, reduction)
 
 
 def _without_masked(features: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,11 +8,13 @@ N images (n on this rank), K sub-captions per image, D width.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from .backends import dispatch
-from .checks import as_scale, check_pairs, promoted
+from .checks import as_scale, check_choice, check_pairs, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import (
     Group,
@@ -22,6 +24,7 @@ from .distributed.collectives import (
     rank_and_size,
 )
 from .ops.sigmoid_pairs.sigmoid_pairs import sigmoid_pairs
+from .options import SigmoidBackend, SumOrMean
 from .targets.options import SameImage, check_targets
 from .targets.same_image import gathered_images
 from .targets.soft_targets import Slots, smoothing_of_sigmoids
@@ -38,8 +41,9 @@ def multi_positive_sigmoid_loss(
     image_ids: Tensor | None = None,
     same_image: SameImage = "ignore",
     label_smoothing: float = 0.0,
+    reduction: SumOrMean = "mean",
     group: Group = None,
-    backend: str = "auto",
+    backend: SigmoidBackend = "auto",
 ) -> Tensor:
     """The sigmoid loss of N images against all N*K sub-captions, an image's own K the positives; docs/math.md eq. 19
     and 23.
@@ -68,6 +72,7 @@ def multi_positive_sigmoid_loss(
             "positive", positives. The loss is divided by the number of captions in either case.
         label_smoothing: in [0, 1): labels of 1 and 0 become 1 - label_smoothing / 2 and label_smoothing / 2, smoothed
             towards 1/2 as Keras' BinaryCrossentropy does.
+        reduction: "mean", or "sum" over all pairs.
         group: process group; None is the world group where one is initialized. N is then this rank's share,
             equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
             single-process loss.
@@ -83,6 +88,7 @@ def multi_positive_sigmoid_loss(
     fn = "multi_positive_sigmoid_loss"
     check_pairs(fn, image_features, text_features, image_mask, text_mask, image_ids)
     check_targets(fn, label_smoothing, same_image)
+    check_choice(fn, "reduction", reduction, get_args(SumOrMean))
     n, k, d = text_features.shape
     image_features, text_features = promoted(image_features, text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
@@ -112,8 +118,11 @@ def multi_positive_sigmoid_loss(
     )
     if label_smoothing > 0:
         slots = Slots(everyone, text_features.transpose(0, 1), x_mask, None if mask_NK is None else mask_NK.T, images)
-        smoothing = dict(first=rank * n, label_smoothing=label_smoothing, same_image=same_image)
-        total = total + smoothing_of_sigmoids(slots, scale, bias, **smoothing)
+        total = total + smoothing_of_sigmoids(
+            slots, scale, bias, first=rank * n, label_smoothing=label_smoothing, same_image=same_image
+        )
+    if reduction == "sum":
+        return total * world
     if mask is None:
         return total / max(n * k, 1)
     return total * world / all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)

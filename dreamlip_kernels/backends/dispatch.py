@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def ops() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def requested(fn: str, op: str, own: str | None, shorthand: str) -> str:
+def requested(fn: str, op: str, own: str | None, shorthand: str) -> Any:
     """The backend that a caller with one name for several ops asks of ``op``: its ``own`` name, else the shorthand
     where ``op`` has it, else "auto".
 

@@ -96,6 +96,15 @@ def global_mean(terms: Tensor, mask: Tensor | None, group: Group = None) -> Tens
     return terms.sum() * rank_and_size(group)[1] / count
 
 
+def reduced(terms: Tensor, mask: Tensor | None, reduction: str, group: Group = None) -> Tensor:
+    """``terms``, 0 where masked, as they are ("none"), or this rank's part of their mean or sum over the world: the
+    parts average to exactly that mean or sum.
+    """
+    if reduction == "none":
+        return terms
+    return global_mean(terms, mask, group) if reduction == "mean" else terms.sum() * rank_and_size(group)[1]
+
+
 # --- registered ops; ``group`` is the name of a process group --------------------------------------------------------
 
 

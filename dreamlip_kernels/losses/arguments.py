@@ -23,7 +23,16 @@ def check_world(name: str, rank: int, world_size: int, use_horovod: bool, group:
 class ClipLossArguments(nn.Module):
     """Takes ClipLoss's constructor arguments: the collectives here need none of them, but a wrong world is an error."""
 
-    def __init__(self, local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group):
+    def __init__(
+        self,
+        local_loss: bool,
+        gather_with_grad: bool,
+        cache_labels: bool,
+        rank: int,
+        world_size: int,
+        use_horovod: bool,
+        group: Group,
+    ) -> None:
         super().__init__()
         check_world(type(self).__name__, rank, world_size, use_horovod, group)
         self.group = group

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from torch import Tensor
 
 from ..backends import dispatch
 from ..checks import check_choice
 from ..distributed.collectives import Group
+from ..options import (
+    Backend,
+    Contrast,
+    ContrastiveBackend,
+    Direction,
+    GroupingBackend,
+    Negatives,
+    Normalization,
+    Pairs,
+    Positives,
+    Reduction,
+)
 from ..targets.options import SameImage
 from .arguments import ClipLossArguments
 from .contrastive import MultiPositiveContrastiveLoss
@@ -29,39 +44,36 @@ class DreamLIPLoss(ClipLossArguments):
 
     def __init__(
         self,
-        local_loss=False,
-        gather_with_grad=False,
-        cache_labels=False,
-        rank=0,
-        world_size=1,
-        use_horovod=False,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
         *,
         mpcl_weight: float = 1.0,
         grouping_weight: float = 1.0,
-        negatives: str = "slot",
-        positives: str = "mean",
-        pairs: str = "softmax",
+        negatives: Negatives = "slot",
+        positives: Positives = "mean",
+        pairs: Pairs = "softmax",
         label_smoothing: float = 0.0,
         same_image: SameImage = "ignore",
         threshold: float | None = None,
-        normalization: str = "minmax",
+        normalization: Normalization = "minmax",
         normalize_patches: bool = True,
-        contrast: str = "image",
+        contrast: Contrast = "image",
         candidates: int = 4,
-        direction: str = "both",
+        direction: Direction = "both",
+        reduction: Reduction = "mean",
         group: Group = None,
-        backend: str = "auto",
-        contrastive_backend: str | None = None,
-        grouping_backend: str | None = None,
-    ):
+        backend: Backend = "auto",
+        contrastive_backend: ContrastiveBackend | None = None,
+        grouping_backend: GroupingBackend | None = None,
+    ) -> None:
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
-        if mpcl_weight < 0 or grouping_weight < 0 or mpcl_weight + grouping_weight == 0:
-            raise ValueError(
-                "DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, "
-                f"got {mpcl_weight} and {grouping_weight}"
-            )
+        _check_weights(mpcl_weight, grouping_weight)
         self.mpcl_weight, self.grouping_weight = mpcl_weight, grouping_weight
-        check_choice("DreamLIPLoss", "pairs", pairs, ("softmax", "sigmoid"))
+        check_choice("DreamLIPLoss", "pairs", pairs, get_args(Pairs))
         if pairs == "sigmoid" and (negatives, positives) != ("slot", "mean"):
             raise ValueError(
                 f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with "
@@ -69,7 +81,9 @@ class DreamLIPLoss(ClipLossArguments):
             )
         op = "sigmoid_pairs" if pairs == "sigmoid" else "bidirectional_logsumexp"
         of_pairs = dispatch.requested("DreamLIPLoss", op, contrastive_backend, backend)
-        options = dict(label_smoothing=label_smoothing, same_image=same_image, group=group, backend=of_pairs)
+        shared: dict[str, Any] = dict(reduction=reduction, group=group)
+        options: dict[str, Any] = dict(label_smoothing=label_smoothing, same_image=same_image, backend=of_pairs)
+        options |= shared
         self.contrastive = (
             MultiPositiveSigmoidLoss(**options)
             if pairs == "sigmoid"
@@ -82,10 +96,10 @@ class DreamLIPLoss(ClipLossArguments):
             contrast=contrast,
             candidates=candidates,
             direction=direction,
-            group=group,
             backend=backend,
             grouping_backend=grouping_backend,
             contrastive_backend=contrastive_backend,
+            **shared,
         )
 
     def extra_repr(self) -> str:
@@ -117,7 +131,7 @@ class DreamLIPLoss(ClipLossArguments):
         """
         if text_features.ndim == 2:
             text_features = text_features[:, None]
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if self.mpcl_weight > 0:
             terms["contrastive_loss"] = self.mpcl_weight * self.contrastive(
                 image_features,
@@ -140,7 +154,70 @@ class DreamLIPLoss(ClipLossArguments):
                     "pass patch_features [N, P, D]"
                 )
             _say_that_grouping_is_off()
-        return terms if output_dict else sum(terms.values())
+        return terms if output_dict else functools.reduce(operator.add, terms.values())
+
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor | float,
+            logit_bias: Tensor | None = ...,
+            output_dict: Literal[False] = ...,
+            *,
+            patch_features: Tensor | None = ...,
+            image_mask: Tensor | None = ...,
+            text_mask: Tensor | None = ...,
+            patch_mask: Tensor | None = ...,
+            image_ids: Tensor | None = ...,
+            logit_scale_local: Tensor | float | None = ...,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor | float,
+            logit_bias: Tensor | None = ...,
+            *,
+            output_dict: Literal[True],
+            patch_features: Tensor | None = ...,
+            image_mask: Tensor | None = ...,
+            text_mask: Tensor | None = ...,
+            patch_mask: Tensor | None = ...,
+            image_ids: Tensor | None = ...,
+            logit_scale_local: Tensor | float | None = ...,
+        ) -> dict[str, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor | float,
+            logit_bias: Tensor | None = ...,
+            output_dict: bool = ...,
+            *,
+            patch_features: Tensor | None = ...,
+            image_mask: Tensor | None = ...,
+            text_mask: Tensor | None = ...,
+            patch_mask: Tensor | None = ...,
+            image_ids: Tensor | None = ...,
+            logit_scale_local: Tensor | float | None = ...,
+        ) -> Tensor | dict[str, Tensor]: ...
+
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+
+def _check_weights(mpcl_weight: float, grouping_weight: float) -> None:
+    if mpcl_weight < 0 or grouping_weight < 0 or mpcl_weight + grouping_weight == 0:
+        raise ValueError(
+            "DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, "
+            f"got {mpcl_weight} and {grouping_weight}"
+        )
 
 
 def _say_that_grouping_is_off() -> None:

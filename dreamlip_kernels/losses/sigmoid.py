@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+
 from torch import Tensor, nn
 
 from ..backends import dispatch
+from ..checks import check_choice
 from ..distributed.collectives import Group
+from ..options import DistImpl, SigmoidBackend, SumOrMean
 from ..sigmoid import multi_positive_sigmoid_loss
 from ..targets.options import SameImage, check_targets
 from .arguments import check_world
@@ -14,35 +18,42 @@ from .arguments import check_world
 class MultiPositiveSigmoidLoss(nn.Module):
     """``multi_positive_sigmoid_loss`` as a drop-in for open_clip's SigLipLoss.
 
-    Takes SigLipLoss's positional arguments (the collectives are the same whatever dist_impl says) and, by keyword,
-    label_smoothing, same_image, group and backend of the function. With text_features [N, D] it equals SigLipLoss.
+    Takes SigLipLoss's positional arguments (collectives and memory are the same whatever dist_impl and chunk_size say)
+    and, by keyword, label_smoothing, same_image, reduction, group and backend of the function. With text_features
+    [N, D] it equals SigLipLoss.
     """
 
     def __init__(
         self,
-        cache_labels=False,
-        rank=0,
-        world_size=1,
-        dist_impl=None,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: DistImpl | None = None,
+        chunk_size: int = 0,
         *,
         label_smoothing: float = 0.0,
         same_image: SameImage = "ignore",
+        reduction: SumOrMean = "mean",
         group: Group = None,
-        backend: str = "auto",
-    ):
+        backend: SigmoidBackend = "auto",
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         check_world(name, rank, world_size, False, group)
-        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
-            raise ValueError(
-                f"{name}: dist_impl must be None, 'bidir', 'shift', 'reduce' or 'gather', got {dist_impl!r}"
-            )
+        if dist_impl is not None:
+            check_choice(name, "dist_impl", dist_impl, get_args(DistImpl))
         check_targets(name, label_smoothing, same_image)
-        self.label_smoothing, self.same_image = label_smoothing, same_image
+        check_choice(name, "reduction", reduction, get_args(SumOrMean))
+        self.reduction: SumOrMean = reduction
+        self.label_smoothing = label_smoothing
+        self.same_image: SameImage = same_image
         self.group, self.backend = group, dispatch.requested(name, "sigmoid_pairs", backend, backend)
 
     def extra_repr(self) -> str:
-        return f"label_smoothing={self.label_smoothing}, same_image={self.same_image!r}, backend={self.backend!r}"
+        return (
+            f"label_smoothing={self.label_smoothing}, same_image={self.same_image!r}, reduction={self.reduction!r}, "
+            f"backend={self.backend!r}"
+        )
 
     def forward(
         self,
@@ -74,7 +85,54 @@ class MultiPositiveSigmoidLoss(nn.Module):
             image_ids=image_ids,
             same_image=self.same_image,
             label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
             group=self.group,
             backend=self.backend,
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+    if TYPE_CHECKING:  # nn.Module's own says Any
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor | float,
+            logit_bias: Tensor | float | None = ...,
+            output_dict: Literal[False] = ...,
+            *,
+            image_mask: Tensor | None = ...,
+            text_mask: Tensor | None = ...,
+            image_ids: Tensor | None = ...,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor | float,
+            logit_bias: Tensor | float | None = ...,
+            *,
+            output_dict: Literal[True],
+            image_mask: Tensor | None = ...,
+            text_mask: Tensor | None = ...,
+            image_ids: Tensor | None = ...,
+        ) -> dict[str, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            image_features: Tensor,
+            text_features: Tensor,
+            logit_scale: Tensor | float,
+            logit_bias: Tensor | float | None = ...,
+            output_dict: bool = ...,
+            *,
+            image_mask: Tensor | None = ...,
+            text_mask: Tensor | None = ...,
+            image_ids: Tensor | None = ...,
+        ) -> Tensor | dict[str, Tensor]: ...
+
+        def __call__(self, *args: Any, **options: Any) -> Any: ...

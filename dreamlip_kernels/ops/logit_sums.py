@@ -53,7 +53,7 @@ class _LogitSums(torch.autograd.Function):
         m, rows = len(x), _read(x, x_mask)
         row_sums = _sums(rows, x_images, m)
         d_row_sums, dx = torch.zeros_like(row_sums), torch.zeros_like(rows)
-        dy = torch.empty_like(y) if needs_y else None
+        dy = torch.empty_like(y) if needs_y else y.new_empty(0)
         for slot in range(len(y)):
             mask = None if y_mask is None else y_mask[slot]
             of_row, of_col = d_row[slot, :, None], d_col[slot, :, None]
@@ -66,7 +66,7 @@ class _LogitSums(torch.autograd.Function):
                 dy[slot] = each if mask is None else each.masked_fill(~mask[:, None], 0)
         dx += _of_each(d_row_sums, x_images)
         dx = dx if x_mask is None else dx.masked_fill(~x_mask[:, None], 0)
-        return dx.to(x.dtype) if needs_x else None, dy, None, None, None, None
+        return dx.to(x.dtype) if needs_x else None, dy if needs_y else None, None, None, None, None
 
 
 def _read(v: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ N images, K sub-captions, M rows, C columns, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float32 as float16")
 RAGGED_WIDTH = 40
 
 
-def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
+def cases(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
     """Every case at every width, and one at a width that no tile divides."""
     n = 333 if device.type == "cuda" else 41
     for d in (*widths, RAGGED_WIDTH):
@@ -129,7 +130,7 @@ def slack(dtype: str) -> float:
     return 2**-9 if dtype == "float32 as float16" else 1e-5
 
 
-def speeds(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
+def speeds(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
     """The loss with a tenth of the captions missing: small, and the issue's two sizes."""
     k, features = 8, torch_dtype(dtype)
     for n in (512, 4096, 16384) if device.type == "cuda" else (256,):

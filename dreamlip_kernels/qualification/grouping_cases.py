@@ -22,7 +22,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 RAGGED_WIDTH = 40
 
 
-def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
+def cases(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
     """Every normalization and mask at every width, and one at a width that no tile divides."""
     interpreted = device.type == "cpu" and backend == "triton"
     tried: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
@@ -82,7 +82,7 @@ def slack(dtype: str) -> float:
     return 1e-5
 
 
-def speeds(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
+def speeds(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
     """196 patches and 8 captions an image, a tenth of the patches masked."""
     p, k = 196, 8
     for n in (64, 1024, 4096) if device.type == "cuda" else (8, 64):

@@ -21,7 +21,7 @@ __all__ = ["DTYPES", "OP", "cases", "eager", "slack", "speeds"]
 OP = "sigmoid_pairs"
 
 
-def cases(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
+def cases(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
     """Every scale and mask at every width, and one at a width that no tile divides."""
     n = 333 if device.type == "cuda" else 41
     for d in (*widths, RAGGED_WIDTH):
@@ -63,7 +63,7 @@ def _case(backend, dtype, device, shape, scale, bias, masked=False, same_image=N
     )
 
 
-def speeds(backend: str, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
+def speeds(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Speed]:
     """Eight captions per image, a tenth of them missing."""
     k, features = 8, torch_dtype(dtype)
     for n in (512, 4096, 16384) if device.type == "cuda" else (256,):

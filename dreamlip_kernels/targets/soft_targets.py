@@ -80,7 +80,7 @@ def soft_targets(
 
 def _sums(slots: Slots, scale: Tensor, images: Images | None, group: Group) -> _Sums:
     """Over all pairs of the world, or over those of equal images alone."""
-    row, col = logit_sums(slots.x, slots.y, slots.x_mask, slots.y_mask, None if images is None else tuple(images))
+    row, col = logit_sums(slots.x, slots.y, slots.x_mask, slots.y_mask, images)
     valid = slots.x.new_ones(slots.y.shape[1::-1], dtype=torch.bool) if slots.y_mask is None else slots.y_mask.T
     valid = all_gather_rows(valid.contiguous(), group).to(row.dtype)  # [N, K]
     if images is None:
@@ -137,8 +137,7 @@ def smoothing_of_sigmoids(
 
 def _sum_over_pairs(slots: Slots, scale: Tensor, bias: Tensor) -> Tensor:
     """The sum of scale * x . y + bias over all pairs of a rectangle, or over those of equal images alone."""
-    images = None if slots.images is None else tuple(slots.images)
-    _, col = logit_sums(slots.x, slots.y, slots.x_mask, slots.y_mask, images)
+    _, col = logit_sums(slots.x, slots.y, slots.x_mask, slots.y_mask, slots.images)
     count = _rows_of_each_column(slots, slots.images).expand(col.shape)
     count = count if slots.y_mask is None else torch.where(slots.y_mask, count, 0)
     return scale * col.sum() + bias * count.sum().to(bias.dtype)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -219,7 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_origin(self) -> None:
         """A foreign page can send requests here, and can make a name of its own lead to 127.0.0.1."""
-        own = {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
+        port = cast(ThreadingHTTPServer, self.server).server_port
+        own = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in own or (origin is not None and origin.removeprefix("http://") not in own):
             raise _Refused(403, "open this page as http://127.0.0.1")

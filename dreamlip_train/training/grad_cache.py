@@ -105,7 +105,7 @@ def _last_step(engine: Any) -> tuple[bool, float]:
     return engine.was_step_applied() and math.isfinite(grad_norm), grad_norm
 
 
-def _losses_of_the_batch(loss_fn: DreamLIPLoss, features: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+def _losses_of_the_batch(loss_fn: DreamLIPLoss, features: dict[str, Any], mask: Tensor) -> dict[str, Tensor]:
     """The weighted losses that need the features of the whole batch."""
     losses = {}
     if loss_fn.mpcl_weight > 0:

@@ -88,6 +88,11 @@ def unsharded_grad_norm(engine: Any) -> float | None:
 
 def dreamlip_loss(loss: LossConfig, group: dist.ProcessGroup | None = None) -> DreamLIPLoss:
     """The objective that ``loss`` describes, over the ranks of ``group`` (None: all)."""
+    backends: dict[str, Any] = {  # text that the configuration was checked to name backends
+        "backend": loss.backend,
+        "contrastive_backend": loss.contrastive_backend,
+        "grouping_backend": loss.grouping_backend,
+    }
     return DreamLIPLoss(
         group=group,
         mpcl_weight=loss.mpcl_weight,
@@ -102,7 +107,5 @@ def dreamlip_loss(loss: LossConfig, group: dist.ProcessGroup | None = None) -> D
         contrast=loss.contrast,
         candidates=loss.candidates,
         direction=loss.direction,
-        backend=loss.backend,
-        contrastive_backend=loss.contrastive_backend,
-        grouping_backend=loss.grouping_backend,
+        **backends,
     )

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from numerics import clip_like
 from ranks import join, spawn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from triton_runs import require_triton
 
 import dreamlip_kernels as dk
@@ -45,6 +47,9 @@ CASES += [dict(loss="contrastive", negatives=n, masked=True, **t) for n in ("slo
 CASES += [dict(loss="sigmoid", masked=True, images=True, **TARGETS[2])]
 CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
 CASES += [dict(loss="grouping", contrast="conditioned", candidates=3, masked=True, images=m) for m in (False, True)]
+
+CASES += [dict(loss="contrastive", negatives=n, positives=p, masked=True, reduction="sum") for n, p in MODES[1:]]
+CASES += [dict(loss="sigmoid", masked=True, reduction="sum"), dict(loss="grouping", masked=True, reduction="sum")]
 
 
 # Backward in three stretches of rows, of unequal length where n does not divide.
@@ -120,6 +125,13 @@ def frozen_worker(rank, world, port):
         assert len(sums) == needs[0]
         for i, grad in grads[needs].items():
             torch.testing.assert_close(grad, grads[True, True][i], atol=1e-12, rtol=1e-10)
+    # FSDP2's parameters outside forward: torch said "mixed torch.Tensor and DTensor" somewhere inside.
+    mesh = init_device_mesh("cpu", (world,))
+    scale = distribute_tensor(torch.tensor(9.0, dtype=torch.float64), mesh, [Replicate()]).requires_grad_()
+    with pytest.raises(ValueError, match=r"logit_scale is a DTensor; pass logit_scale.full_tensor\(\)"):
+        dk.multi_positive_contrastive_loss(image, text, scale)
+    loss = dk.multi_positive_contrastive_loss(image, text, scale.full_tensor())
+    torch.testing.assert_close(torch.autograd.grad(loss, scale)[0].to_local(), grads[True, True][2])
     dist.destroy_process_group()
 
 

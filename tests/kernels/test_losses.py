@@ -7,6 +7,7 @@ import torch
 from numerics import clip_like, value_and_grads
 
 import dreamlip_kernels as dk
+from dreamlip_kernels import reference
 from dreamlip_kernels.backends import dispatch
 
 OPEN_CLIP_ARGUMENTS = dict(
@@ -96,6 +97,37 @@ def test_no_patch_features_is_said_once(features):
         dk.DreamLIPLoss(mpcl_weight=0)(image, text, 10.0)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions_are_the_oracles(features, reduction):
+    image, text, patches = (v.double() for v in features)
+    options = dict(text_mask=torch.rand(12, 4, generator=torch.Generator().manual_seed(1)) > 0.3, reduction=reduction)
+    for name, inputs in (
+        ("multi_positive_contrastive_loss", (image, text)),
+        ("subcaption_grouping_loss", (patches, text)),
+        *([("multi_positive_sigmoid_loss", (image, text))] if reduction == "sum" else []),
+    ):
+        fn, oracle = ((lambda *v, f=f: f(*v, 10.0, **options)) for f in (getattr(dk, name), getattr(reference, name)))
+        expected = oracle(*inputs)
+        torch.testing.assert_close(fn(*inputs), expected)
+        assert expected.shape == ((12, 4) if reduction == "none" else ())
+        results = [value_and_grads(lambda *v, f=f: f(*v).square().sum(), inputs) for f in (fn, oracle)]
+        torch.testing.assert_close(*results)
+    module = dk.DreamLIPLoss(reduction=reduction)
+    terms = module(image, text, 10.0, patch_features=patches, text_mask=options["text_mask"], output_dict=True)
+    both = dk.multi_positive_contrastive_loss(image, text, 10.0, **options)
+    torch.testing.assert_close(terms["contrastive_loss"], both)
+    torch.testing.assert_close(terms["grouping_loss"], dk.subcaption_grouping_loss(patches, text, 10.0, **options))
+    with pytest.raises(ValueError, match="reduction must be one of .'mean', 'sum'"):
+        dk.DreamLIPLoss(pairs="sigmoid", reduction="none")
+
+
+def test_open_clips_newest_sigmoid_arguments_are_taken(features):
+    """Its SigLipLoss has five positional arguments since 2026; the fifth bounds its memory, which is bounded here."""
+    image, text, _ = features
+    ours = dk.MultiPositiveSigmoidLoss(True, 0, 1, "gather", 64)(image, text, 10.0, -10.0)
+    assert ours == dk.multi_positive_sigmoid_loss(image, text, 10.0, -10.0)
+
+
 def test_logit_bias_cancels(features):
     image, text, _ = features
     module = dk.MultiPositiveContrastiveLoss()
@@ -129,7 +161,7 @@ def test_bad_construction_is_named():
         (lambda: dk.SubcaptionGroupingLoss(contrast="world"), "SubcaptionGroupingLoss: contrast must be one of"),
         (lambda: dk.DreamLIPLoss(normalization="max"), "normalization must be one of"),
         (lambda: dk.DreamLIPLoss(threshold="high"), "threshold must be a number"),
-        (lambda: dk.MultiPositiveSigmoidLoss(dist_impl="ring"), "dist_impl must be None, 'bidir'"),
+        (lambda: dk.MultiPositiveSigmoidLoss(dist_impl="ring"), "dist_impl must be one of .'bidir', 'shift'"),
         (lambda: dk.MultiPositiveSigmoidLoss(backend="cpp"), "sigmoid_pairs has no backend 'cpp'"),
     ],
 )

@@ -13,6 +13,7 @@ from ...backends import dispatch
 from ...backends.settings import float32_products, settings
 from ...checks import as_scale, check_features, check_mask, promoted
 from ...numerics import accumulate_dtype
+from ...options import ContrastiveBackend
 from ..rectangle import Rectangle, Upstream
 from . import logsumexp_cuda, logsumexp_torch
 
@@ -24,7 +25,7 @@ def bidirectional_logsumexp(
     *,
     y_mask: Tensor | None = None,
     x_mask: Tensor | None = None,
-    backend: str = "auto",
+    backend: ContrastiveBackend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Row and column log-sum-exp of ``scale * x @ y.T`` for each slot, without storing the [K, M, C] logits.
 

@@ -50,8 +50,8 @@ class _Call(NamedTuple):
 
 def _call(operands: Operands, rectangle: Rectangle) -> _Call:
     r = rectangle
-    known = map(dense, (r.x_mask, r.y_mask, r.x_images, r.y_images))
-    return _Call(operands.x, operands.y, *known, operands.scale, operands.slope)
+    masks, images = (dense(r.x_mask), dense(r.y_mask)), (dense(r.x_images), dense(r.y_images))
+    return _Call(operands.x, operands.y, *masks, *images, operands.scale, operands.slope)
 
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,7 +108,7 @@ def backward(
         return dx.zero_(), dy.zero_(), torch.zeros_like(scale)
     passes = _Passes(rectangle, upstream, through_x=needs_x or not needs_y)  # one of the two products gives dscale
     dots = passes.run(dx, dy)
-    if passes.operands.x_unit is not None:
+    if passes.operands.x_unit is not None and passes.operands.y_unit is not None:
         dots = dots * passes.operands.x_unit * passes.operands.y_unit
     return dx, dy, dots.to(scale.dtype)
 
@@ -161,12 +161,14 @@ class _Passes:
         own = None
         if upstream.d_pos is not None and self.own_cols.stop > self.own_cols.start:
             own = self._own(sides, upstream)
-        return _Vectors(*vectors, own, left.to(torch.int32), unit)
+        rows, cols = vectors
+        return _Vectors(rows, cols, own, left.to(torch.int32), unit)
 
     def _own(self, sides: list[tuple[Tensor, Tensor]], upstream: Upstream) -> Tensor:
         """The whole gradient of each diagonal pair's logit: its share of both softmaxes and, of a positive,
         its own upstream.
         """
+        assert upstream.pos is not None and upstream.d_pos is not None
         (row, d_row), (col, d_col) = (
             [v[:, part] for v in side] for side, part in zip(sides, (self.own_rows, self.own_cols), strict=True)
         )
@@ -179,7 +181,9 @@ class _Passes:
             z = logits[:, self.own_cols] * LOG2E
         own = torch.exp2(z - row) * d_row + torch.exp2(z - col) * d_col
         ours = slice(positives.start - self.own_cols.start, max(positives.start, positives.stop) - self.own_cols.start)
-        if self.call.x_images is not None:  # what is left out of both sums, unless it is a positive
+        if (
+            self.call.x_images is not None and self.call.y_images is not None
+        ):  # what is left out of both sums, unless it is a positive
             same = self.call.x_images[self.own_rows] == self.call.y_images[self.own_cols]
             same[ours] = False
             own = own.masked_fill(same, 0)

@@ -57,7 +57,7 @@ class _Operands:
             z.masked_fill_(self.y_dropped[k, None, cols], -torch.inf)
         if self.x_dropped is not None:
             z.masked_fill_(self.x_dropped[rows, None], -torch.inf)
-        if self.rectangle.x_images is not None:
+        if self.rectangle.x_images is not None and self.rectangle.y_images is not None:
             same = self.rectangle.x_images[rows, None] == self.rectangle.y_images[None, cols]
             self.own_of(same, rows, cols)[0].fill_(False)
             z.masked_fill_(same, -torch.inf)
@@ -199,6 +199,7 @@ class _Gradient:
     def _add_positives(self, g: Tensor, k: int, rows: slice, cols: slice) -> None:
         """The tile's pairs that are positives take d_pos; those of 16-bit products leave g for ``own``."""
         own, columns = self.operands.own_of(g, rows, cols)
+        assert self.d_pos is not None
         own += self.d_pos[k, columns]
         if self.own is not None:
             self.own[k, columns] = own
@@ -219,7 +220,7 @@ def backward(
     dscale = operands.scale.new_zeros((), dtype=torch.float64)
     for k in range(slots):
         y = operands.slot(k)
-        dy_k = torch.zeros_like(y, dtype=wide) if needs_y else None
+        dy_k = torch.zeros_like(y, dtype=wide) if needs_y else y.new_empty(0, dtype=wide)
         for rows, cols in tiles(m, c, y.device):
             g = gradient.tile(y, k, rows, cols)
             if through_x:

@@ -35,6 +35,7 @@ class Pairs(NamedTuple):
     @property
     def y_images(self) -> Tensor:
         """[C]: the images that captions are of."""
+        assert self.x_images is not None
         return self.x_images[self.first : self.first + len(self.y) // self.k].repeat_interleave(self.k)
 
     def positives(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,9 @@ def forward(pairs: Pairs, needs_x: bool, needs_y: bool, needs_scale: bool) -> tu
         y_tile = y[cols].to(dtype)
         u = (x_scaled[rows] @ y_tile.T).add_(bias)
         own = pairs.positives(rows, cols)
-        same = None if y_images is None else pairs.x_images[rows, None] == y_images[None, cols]
+        same = (
+            None if y_images is None or pairs.x_images is None else pairs.x_images[rows, None] == y_images[None, cols]
+        )
         if same is not None and pairs.same_image == "ignore":
             u.masked_fill_(same.index_put_(own, same.new_zeros(())), -torch.inf)
             same = None
