@@ -53,7 +53,7 @@ def triton(x, t, **options):
         {((3, 49, 3, 96), "bf16", 80, "minmax", True), ((3, 49, 3, 96), "fp16", 90, "softmax", False)},
         SHAPES,
         DTYPES,
-        (80, 90, 100),
+        (80, 86, 90, 100),
         ("minmax", "softmax", "none"),
         (False, True),
     ),
