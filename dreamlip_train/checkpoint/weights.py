@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -22,23 +23,29 @@ from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.weight_average import read_average
 
+Weights = Literal["", "average", "raw"]
 
-def load_for_eval(path: str | Path, model_name: str = "") -> tuple[DreamLIP, Config]:
+
+def load_for_eval(path: str | Path, model_name: str = "", weights: Weights = "") -> tuple[DreamLIP, Config]:
     """The model in fp32 on the CPU and the config it was trained with, from a run folder, a checkpoint folder or an
     open_clip weights file.
-
-    The weights are the last ones or their average, as the run's eval.weights says.
 
     Args:
         path: RUN, RUN/checkpoints/step-NNNNNNNN, or a weights file.
         model_name: the open_clip name of the model in a weights file; needed there, and wrong elsewhere.
+        weights: "average" are the moving average that a run with train.ema_decay keeps, "raw" those of the last step;
+            "" is what the run's eval.weights says, which is "last", the raw ones, where nobody set it.
     Raises:
-        UserError: nothing loadable is there, or ``model_name`` is missing or superfluous.
+        UserError: nothing loadable is there, ``model_name`` is missing or superfluous, or there is no average.
     """
     path = Path(path)
     if path.is_file():
         if not model_name:
             raise UserError(f"--model: say which open_clip model {str(path)!r} holds, such as ViT-B-16")
+        if weights == "average":
+            raise UserError(
+                f"--weights: {str(path)!r} holds one set of weights; only a run's checkpoint can have an average"
+            )
         config = Config(model=ModelConfig(name=model_name, pretrained=str(path), local_logit_scale=False))
         return build_model(config.model, seed=0).eval(), config
     if model_name:
@@ -67,7 +74,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Config]:
     # The weights follow; the file they once started from may be gone.
     config.model.pretrained = ""
     state = _state_dict(checkpoint, config.deepspeed.zero_stage)
-    if config.eval.weights == "ema":
+    if weights == "average" or (not weights and config.eval.weights == "ema"):
         state |= read_average(checkpoint)
     return {name: value.float() for name, value in state.items()}, config
 

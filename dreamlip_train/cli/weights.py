@@ -31,6 +31,10 @@ class ExportOptions:
     """With --to hub: the weights' license as the Hub names it, such as apache-2.0 or cc-by-nc-4.0."""
     model: str = ""
     """open_clip model name of a weights file."""
+    weights: Literal["", "average", "raw"] = ""
+    """"average": the moving average of a run with train.ema_decay; "raw": the weights of the last step; empty: what the
+    run's eval.weights says, which is raw where nobody set it.
+    """
 
 
 def export(arguments: list[str], program: str) -> None:
@@ -47,6 +51,7 @@ def export(arguments: list[str], program: str) -> None:
         options.output,
         options.to,
         options.model,
+        weights=options.weights,
         repository=options.push,
         license=options.license,
     )

@@ -67,5 +67,7 @@ def read_average(folder: Path) -> dict[str, Tensor]:
         UserError: it holds none.
     """
     if not (folder / FILE).is_file():
-        raise UserError(f"{folder} holds no average of the weights; its run had train.ema_decay=0")
+        raise UserError(
+            f"--weights: {folder} holds no average of the weights; its run had train.ema_decay=0. Take --weights raw"
+        )
     return torch.load(folder / FILE, map_location="cpu", weights_only=True)

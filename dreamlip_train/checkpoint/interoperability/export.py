@@ -31,7 +31,7 @@ from dreamlip_train.checkpoint.interoperability.hf_clip import (
     write_tokenizer,
 )
 from dreamlip_train.checkpoint.interoperability.model_card import model_card
-from dreamlip_train.checkpoint.weights import load_for_eval
+from dreamlip_train.checkpoint.weights import Weights, load_for_eval
 from dreamlip_train.config.schema import Config, ModelConfig
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.progress_line import Progress
@@ -50,6 +50,7 @@ def export_checkpoint(
     to: Format,
     model_name: str = "",
     *,
+    weights: Weights = "",
     repository: str = "",
     license: str = "unknown",
 ) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def export_checkpoint(
         checkpoint: as ``load_for_eval``; DeepSpeed checkpoints of any ZeRO stage and number of ranks.
         output: a file for open_clip-file, else a new or empty folder.
         model_name: the open_clip name of the model in a weights file.
+        weights: as ``load_for_eval``.
         repository, license: OWNER/NAME on the Hub and an identifier of its licenses, for hub's model card.
     Returns:
         {"image", "text": the largest difference between features of this model and of the one loaded back,
@@ -69,7 +71,7 @@ def export_checkpoint(
             named).
         RuntimeError: what was written does not give the same features when loaded; nothing is left at ``output``.
     """
-    model, config = load_for_eval(checkpoint, model_name)
+    model, config = load_for_eval(checkpoint, model_name, weights)
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from shard_files import write_shards
 from tiny import tiny_config, tiny_model
 from torch import nn
 
+from dreamlip_train.checkpoint.interoperability.export import export_checkpoint
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model
@@ -57,10 +59,20 @@ def test_it_resumes_exactly_and_is_what_evaluation_loads(tmp_path):
     assert config.eval.weights == "ema"
     assert all(torch.equal(p, whole[name]) for name, p in loaded.named_parameters())
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["steps"] == 4
+    raw, average = (load_for_eval(tmp_path / "parts", weights=one)[0] for one in ("raw", "average"))
+    assert all(torch.equal(p, whole[name]) for name, p in average.named_parameters())
+    assert not all(torch.equal(p, whole[name]) for name, p in raw.named_parameters())
+    for weights, model in (("raw", raw), ("average", average)):
+        export_checkpoint(tmp_path / "parts", tmp_path / weights, "open_clip-dir", weights=weights)
+        stored = load_file(tmp_path / weights / "open_clip_model.safetensors")
+        assert torch.equal(stored["visual.conv1.weight"], model.clip.visual.conv1.weight)
 
 
 def test_a_checkpoint_without_one_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no average of the weights; its run had train.ema_decay=0"):
         read_average(tmp_path)
+    torch.save({}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="--weights: .*x.pt' holds one set of weights"):
+        load_for_eval(tmp_path / "x.pt", "ViT-B-32", weights="average")
     average = WeightAverage(build_model(tiny_model(), 0), 0.9)
     assert not average.load(tmp_path)
