@@ -26,14 +26,15 @@ def plot_ablation(content: dict[str, Any], png: str | Path) -> None:
     names = list(content["runs"])
     if not names:
         return
+    told = {variant.name: variant.what for variant in VARIANTS}
     tables = {variant.name: variant.table for variant in VARIANTS}
-    colors = dict(zip(dict.fromkeys(tables.values()), (*COLORS, "#495057"), strict=False))
+    colors = dict(zip(dict.fromkeys(tables.values()), COLORS, strict=False))
     positions, at = {}, 0.0
     for before, name in zip([names[0], *names], names, strict=False):
         at += 1.0 if tables[name] == tables[before] else 1.6  # a gap between the tables
         positions[name] = at
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(1, len(_PANELS), figsize=(13.5, 1.3 + 0.3 * at), sharey=True, layout="constrained")
+        figure, axes = plt.subplots(1, len(_PANELS), figsize=(16, 1.3 + 0.3 * at), sharey=True, layout="constrained")
         for axis, (score, title) in zip(axes, _PANELS, strict=True):
             for name, row in content["runs"].items():
                 values, color = [scores[score] for scores in row.values()], colors[tables[name]]
@@ -41,13 +42,13 @@ def plot_ablation(content: dict[str, Any], png: str | Path) -> None:
                 axis.plot(values, [positions[name]] * len(values), "o", color=color, markersize=4, markeredgewidth=0)
             if score in content["chance"]:
                 axis.axvline(content["chance"][score], color=MUTED, linestyle="--", linewidth=1)
-            axis.set_title(title, fontsize=9)
+            axis.set_title(title, fontsize=8.5)
             axis.set_xlim(left=0)
             axis.set_xlabel("%")
             axis.xaxis.grid(True, color=GRID)
             axis.set_axisbelow(True)
             axis.tick_params(axis="y", length=0)
-        axes[0].set_yticks(list(positions.values()), list(positions))
+        axes[0].set_yticks(list(positions.values()), [told[name] for name in positions])
         axes[0].invert_yaxis()
         figure.savefig(png, dpi=150, facecolor="white")
         plt.close(figure)

@@ -96,6 +96,7 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
     one line per source.
     """
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     from dreamlip_train.reporting.style import COLORS, STYLE, legend_label
 
@@ -121,6 +122,7 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
                     label=legend_label(f"{source} (mean {mean(kinds[kind]):.1f})"),
                     **style,
                 )
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set(title=title, ylabel="% of the captions", xlabel=title.split()[0].lower())
             axis.set_ylim(bottom=0)
             axis.legend()

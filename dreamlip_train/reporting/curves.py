@@ -9,25 +9,30 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from dreamlip_train.jobs.atomic_json import read_json_lines
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.style import COLORS, STYLE, legend_label
 
+_NATS = "nats"
+
 
 def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     """Small multiples over training steps from a run's metrics.jsonl, one panel for each quantity that was logged.
 
-    Panels: loss and its parts, held-out recall, learning rate, logit scales, throughput, share of time waiting for
-    data. Steps that a resumed run logged again are drawn once, as logged last; a line cut off by a crash is passed
-    over.
+    Panels: loss and each of its parts, on scales of their own; held-out recall, learning rate, logit scales,
+    throughput, share of time waiting for data. Steps that a resumed run logged again are drawn once, as logged last; a
+    line cut off by a crash is passed over.
 
     Raises:
         UserError: the file has no logged step.
     """
     rows = _read_metrics(Path(metrics_jsonl))
     panels = [
-        ("Loss", {name: name for name in ("loss", "contrastive_loss", "grouping_loss")}, "nats"),
+        ("Loss", {"loss": "loss"}, _NATS),
+        ("Contrastive loss", {"contrastive_loss": "contrastive loss"}, _NATS),
+        ("Grouping loss", {"grouping_loss": "grouping loss"}, _NATS),
         ("Held-out R@1 by long caption", {"t2i": "text to image", "i2t": "image to text"}, "%"),
         ("Learning rate", {"lr": "lr"}, ""),
         ("Logit scales", {"logit_scale": "logit_scale", "logit_scale_local": "logit_scale_local"}, "multiplier"),
@@ -53,11 +58,11 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
 
 # What runs are compared by: title, the quantity, unit.
 _COMPARED = (
-    ("Loss", "loss", "nats"),
+    ("Loss", "loss", _NATS),
     ("Held-out R@1, text to image", "t2i", "%"),
     ("Held-out R@1, image to text", "i2t", "%"),
-    ("Contrastive loss", "contrastive_loss", "nats"),
-    ("Grouping loss", "grouping_loss", "nats"),
+    ("Contrastive loss", "contrastive_loss", _NATS),
+    ("Grouping loss", "grouping_loss", _NATS),
     ("Gradient norm", "grad_norm", ""),
     ("Logit scale", "logit_scale", "multiplier"),
     ("Learning rate", "lr", ""),
@@ -123,9 +128,13 @@ def _draw_panel(
             *zip(*points, strict=True), label=legend_label(label), color=colors[label], marker=marker, markersize=4
         )
     axis.set(title=title, xlabel="step", ylabel=unit)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.margins(x=0.02)
-    highest = max(value for points in lines.values() for _, value in points)
-    axis.set_ylim(bottom=0, top=highest * 1.08 if highest > 0 else 1)
+    values = [value for points in lines.values() for _, value in points]
+    if unit == _NATS and min(values) < max(values):  # from 8.2 to 7.9 is a fall, not a line at the top
+        axis.margins(y=0.08)
+    else:
+        axis.set_ylim(bottom=min(0, 1.08 * min(values)), top=max(values) * 1.08 if max(values) > 0 else 1)
     if legend and len(lines) > 1:
         axis.legend()
 

@@ -9,7 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-COLORS = ("#2563eb", "#e8590c", "#0f9d76", "#c2255c", "#7048e8")
+COLORS = ("#2563eb", "#e8590c", "#0f9d76", "#c2255c", "#7048e8", "#d9a400", "#5c4033")
+"""One for each of the seven caption columns of the paper's data."""
 STYLE: dict[Any, Any] = {  # keys of matplotlib's rcParams
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -12,6 +12,7 @@ from PIL import Image
 from planted import PlantedModel, planted_sample
 
 from dreamlip_train import cli
+from dreamlip_train.ablation.plot import plot_ablation
 from dreamlip_train.reporting import grouping_figure
 from dreamlip_train.reporting.caption_histograms import plot_histograms
 from dreamlip_train.reporting.curves import plot_curves, plot_runs
@@ -52,6 +53,46 @@ def test_curves(tmp_path):
     a, b = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
     assert min(a.shape[:2]) > 300 and a.std() > 10
     assert a.shape == b.shape and np.abs(a - b).max() > 50, "another loss draws another curve"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, open to look into."""
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    yield drawn
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_each_loss_has_a_scale_of_its_own(tmp_path, figures):
+    """A grouping loss that fell by a hundredth was a flat line under the contrastive loss."""
+    rows = [
+        {"step": s, "loss": 9 - s, "contrastive_loss": 8 - s, "grouping_loss": 1 - s / 100, "lr": 0.1} for s in range(5)
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_curves(tmp_path / "m.jsonl", tmp_path / "m.png")
+    spans = {axis.get_title(loc="left"): axis.get_ylim() for axis in figures[0].axes}
+    for title, low, high in (("Loss", 5, 9), ("Contrastive loss", 4, 8), ("Grouping loss", 0.96, 1)):
+        bottom, top = spans[title]
+        assert low - 0.2 * (high - low) < bottom < low < high < top < high + 0.2 * (high - low), title
+    assert spans["Learning rate"][0] == 0
+    assert all(tick == int(tick) for axis in figures[0].axes for tick in axis.get_xticks())
+
+
+def test_seven_sources_have_seven_colors_and_whole_numbers_of_sub_captions(tmp_path, figures):
+    kinds = {kind: Counter({1: 3, 2: 2}) for kind in ("sub_captions", "tokens", "sub_caption_tokens")}
+    plot_histograms({f"long{number}_captions": kinds for number in range(7)}, tmp_path / "captions.png")
+    for axis in figures[0].axes:
+        assert len({line.get_color() for line in axis.lines}) == 7
+        assert all(tick == int(tick) for tick in axis.get_xticks())
+
+
+def test_an_ablation_is_labeled_in_words(tmp_path, figures):
+    scores = dict.fromkeys(("long", "whole", "short", "sentence", "pointing", "miou"), 10.0)
+    plot_ablation({"runs": {"raw": {0: scores}, "k1": {0: scores}}, "chance": {}}, tmp_path / "ablation.png")
+    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert labels == ["raw caption only (CLIP)", "K = 1, no grouping loss"]
 
 
 def test_curves_without_a_step_is_a_clear_error(tmp_path):
