@@ -10,7 +10,7 @@ from typing import Any
 
 from torchvision.datasets import ImageFolder
 
-from dreamlip_train.data.images import decode_image
+from dreamlip_train.evaluation.pictures import read_picture
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -68,4 +68,4 @@ def _plain(name: str) -> str:
 
 
 def _picture(path: str) -> Any:
-    return decode_image(Path(path).read_bytes())
+    return read_picture(Path(path), "--root")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.evaluation.classification.class_prompts import class_features
-from dreamlip_train.evaluation.held_out import eval_mode
+from dreamlip_train.evaluation.features import eval_mode
+from dreamlip_train.evaluation.pictures import model_picture
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
@@ -142,7 +142,7 @@ def evaluate_multi_label(
         for start in range(0, len(labeled.images), batch_size):
             files = labeled.images[start : start + batch_size]
             image_nD, _ = model.encode_images(
-                torch.stack([_picture(file, model.image_size) for file in files]).to(device)
+                torch.stack([model_picture(file, model.image_size, "--images") for file in files]).to(device)
             )
             rows.append((image_nD.float() @ text_CD.T).cpu())
             progress.update(f"{start + len(files)} of {len(labeled.images)} images")
@@ -169,13 +169,6 @@ def evaluate_multi_label(
 def _distinct(classes: Sequence[str]) -> list[str]:
     """The names; those that come twice with their position."""
     return [name if classes.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(classes)]
-
-
-def _picture(file: Path, size: int) -> Tensor:
-    try:
-        return resize_center_crop(decode_image(file.read_bytes()), size)
-    except (ImageError, OSError) as error:
-        raise UserError(f"--images: {file}: {error}; fetch it again") from error
 
 
 def format_multi_label(found: dict[str, Any], shown: int = 5) -> str:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from dreamlip_train.data.images import resize_center_crop
 from dreamlip_train.evaluation.classification.class_folders import class_folder
-from dreamlip_train.evaluation.held_out import eval_mode
+from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.paper import zero_shot_rows
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP

@@ -68,18 +68,32 @@ def _recall(
 ) -> dict[str, float]:
     """Percent of queries with a candidate of their own id among the k nearest; every query has at least one."""
     hits: dict[int, list[Tensor]] = {k: [] for k in ks}
-    rows = max(1, _TILE_ELEMENTS // len(candidates))
-    for chunk, ids in zip(queries.split(rows), query_ids.split(rows), strict=True):
-        similarity = chunk @ candidates.T  # [rows, candidates]
-        right = ids[:, None] == candidate_ids[None, :]
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ahead = (similarity > best).sum(dim=1)
-        tied = similarity == best
-        tied_right = (tied & right).sum(dim=1)
-        tied_wrong = tied.sum(dim=1) - tied_right
+    tile = max(1, _TILE_ELEMENTS // len(candidates))
+    own_query, own_candidate, begins = _own_pairs(query_ids, candidate_ids)
+    for start in range(0, len(queries), tile):
+        similarity = queries[start : start + tile] @ candidates.T  # [tile, candidates]
+        rows = len(similarity)
+        pairs = slice(int(begins[start]), int(begins[start + rows]))
+        row = own_query[pairs] - start
+        own = similarity[row, own_candidate[pairs]]
+        best = own.new_full((rows,), -torch.inf).scatter_reduce(0, row, own, "amax")
+        ahead = (similarity > best[:, None]).sum(dim=1)
+        tied_right = torch.zeros_like(ahead).index_add(0, row, (own == best[row]).long())
+        tied_wrong = (similarity == best[:, None]).sum(dim=1) - tied_right
         for k in ks:
             hits[k].append(_hit_probability(ahead, tied_wrong, tied_right, k))
     return {f"r_at_{k}": _percent(torch.cat(hits[k])) for k in ks}
+
+
+def _own_pairs(query_ids: Tensor, candidate_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs (query, candidate) of one id, by ascending query, and where each query's begin, with the end of all."""
+    sorted_ids, order = candidate_ids.sort(stable=True)
+    first = torch.searchsorted(sorted_ids, query_ids)
+    counts = torch.searchsorted(sorted_ids, query_ids, right=True) - first
+    begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    query = torch.repeat_interleave(counts)
+    within = torch.arange(len(query), device=query.device) - begins[query]
+    return query, order[first[query] + within], begins.cpu()
 
 
 def _hit_probability(ahead: Tensor, tied_wrong: Tensor, tied_right: Tensor, k: int) -> Tensor:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
-from dreamlip_train.evaluation.held_out import eval_mode, retrieval, retrieval_chance
+from dreamlip_train.evaluation.features import eval_mode
+from dreamlip_train.evaluation.pictures import model_picture
+from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
@@ -35,9 +36,9 @@ class RetrievalItem:
     captions: list[str]
     data: bytes | None = None
 
-    def read(self) -> bytes:
-        """The image file's bytes."""
-        return self.data if self.data is not None else Path(self.name).read_bytes()
+    def picture(self, size: int) -> Tensor:
+        """[3, size, size] uint8, the middle of the picture; a UserError names one that is damaged."""
+        return model_picture(Path(self.name) if self.data is None else self.data, size, "--images", self.name)
 
 
 def read_set(annotations: str | Path, images: str | Path = "", split: str = "test") -> Iterator[RetrievalItem]:
@@ -162,7 +163,7 @@ def evaluate_retrieval(
             first = sum(map(len, images))
             owner += [first + row for row, given in enumerate(captions) for _ in given]
             images.append(
-                model.encode_images(torch.stack([_picture(one, model.image_size) for one in batch]).to(device))[0]
+                model.encode_images(torch.stack([one.picture(model.image_size) for one in batch]).to(device))[0]
                 .float()
                 .cpu()
             )
@@ -180,13 +181,6 @@ def evaluate_retrieval(
         "images": len(image_ND),
         "captions": len(text_MD),
     }
-
-
-def _picture(one: RetrievalItem, size: int) -> Tensor:
-    try:
-        return resize_center_crop(decode_image(one.read()), size)
-    except ImageError as error:
-        raise UserError(f"--images: {one.name}: {error}; fetch it again") from error
 
 
 def format_retrieval(found: dict[str, Any]) -> str:

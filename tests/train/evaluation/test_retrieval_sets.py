@@ -3,6 +3,7 @@ anything is computed.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -90,7 +91,11 @@ def test_every_layout_gives_the_dense_numbers(layouts, model, layout, each):
     with torch.no_grad():
         images, texts, owner = [], [], []
         for i, one in enumerate(pictured):
-            images.append(model.encode_images(resize_center_crop(decode_image(one.read()), 32)[None])[0])
+            images.append(
+                model.encode_images(
+                    resize_center_crop(decode_image(one.data or Path(one.name).read_bytes()), 32)[None]
+                )[0]
+            )
             for text in one.captions[: each or None]:
                 texts.append(model.encode_texts(model.tokenize([text])))
                 owner.append(i)
