@@ -97,7 +97,7 @@ setup(
     package_data={
         "dreamlip_kernels": ["py.typed"],
         "dreamlip_kernels.backends": ["measured/*.json"],
-        "dreamlip_train.evaluation": ["paper_tables/*"],
+        "dreamlip_train.evaluation": ["paper_tables/*", "segmentation/class_names/*", "compositional/*.txt"],
         "dreamlip_train.reporting": ["explore_page/*", "run_page/*"],
         "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
     },

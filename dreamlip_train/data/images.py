@@ -37,14 +37,14 @@ class ImageError(ValueError):
     """Bytes that are not a whole image; the message says what is wrong."""
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """A picture of one of ``FORMATS`` of which only the header is read; every picture of this project is opened here.
+def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """A picture of one of ``formats`` of which only the header is read; every picture of this project is opened here.
 
     Raises:
         ValueError: it is none of them, or has over ``MAX_PIXELS`` pixels.
         OSError and others: Pillow's, for damaged headers.
     """
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    picture = Image.open(io.BytesIO(data), formats=formats)
     _check_size(*picture.size)
     return picture
 
@@ -72,11 +72,14 @@ def decode_image(data: bytes) -> Tensor:
 def decode_labels(source: bytes | Path) -> np.ndarray:
     """[H, W] int64: the values of a one-channel picture as they are written, palette indices included.
 
+    A file may be a TIFF too, as 16-bit label maps of segmentation sets are; bytes, of shards, may not.
+
     Raises:
         ImageError: the file is missing or damaged, or has several channels.
     """
     try:
-        with open_picture(source if isinstance(source, bytes) else source.read_bytes()) as picture:
+        formats, data = (FORMATS, source) if isinstance(source, bytes) else ((*FORMATS, "TIFF"), source.read_bytes())
+        with open_picture(data, formats) as picture:
             if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise ValueError(f"its mode is {picture.mode}, a label map is one channel")
             return np.asarray(picture).astype(np.int64)

@@ -15,14 +15,15 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.evaluation.classification.class_prompts import class_features
-from dreamlip_train.evaluation.held_out import eval_mode
+from dreamlip_train.evaluation.features import eval_mode
+from dreamlip_train.evaluation.pictures import read_picture
 from dreamlip_train.evaluation.segmentation.segmentation_sets import IGNORED, Layout, Segmented, read_label_map
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
+_HELD_ELEMENTS = 2**24  # of similarities at the size of the picture
 _MOST_SIDES = 16
 _LOGIT_SCALE = 100.0  # of the softmax that the background threshold applies to; CLIP's
 
@@ -62,17 +63,29 @@ def similarity_map(model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: i
 def predict(similarity: Tensor, size: tuple[int, int], background_threshold: float | None) -> Tensor:
     """Class of each pixel of a [C, H, W] similarity map resized to ``size``; C where the softmax's largest probability
     is below the threshold.
+
+    Some classes at a time: 847 of them at the size of a photograph are gigabytes.
     """
-    resized = F.interpolate(similarity[None], size=size, mode="bilinear", align_corners=False)[0]
-    best = resized.argmax(dim=0)
+    best = torch.full(size, -torch.inf, device=similarity.device)
+    chosen = torch.zeros(size, dtype=torch.long, device=similarity.device)
+    total = torch.full_like(best, -torch.inf)
+    step = max(1, _HELD_ELEMENTS // best.numel())
+    for start in range(0, len(similarity), step):
+        part = similarity[start : start + step]
+        resized = F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0]
+        value, place = resized.max(dim=0)
+        chosen = torch.where(value > best, start + place, chosen)
+        best = torch.maximum(best, value)
+        if background_threshold is not None:
+            total = torch.logaddexp(total, (_LOGIT_SCALE * resized).logsumexp(dim=0))
     if background_threshold is not None:
-        confident = (_LOGIT_SCALE * resized).softmax(dim=0).amax(dim=0) >= background_threshold
-        best = torch.where(confident, best, len(similarity))
-    return best
+        confident = (_LOGIT_SCALE * best - total).exp() >= background_threshold
+        chosen = torch.where(confident, chosen, len(similarity))
+    return chosen
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[classes, classes] int64 counts, row the label, column the prediction; pixels labeled 255 are left out."""
+    """[classes, classes] int64 counts, row the label, column the prediction, without pixels labeled ``IGNORED``."""
     scored = labels != IGNORED
     return torch.bincount(labels[scored] * classes + predicted[scored], minlength=classes**2).view(classes, classes)
 
@@ -104,7 +117,9 @@ def evaluate_segmentation(
         stride: pixels between windows; 0 takes half a window.
         background_threshold: for layouts that score the background.
     Returns:
-        {"miou", "pixel_accuracy" in percent, "per_class": {class: percent or None}, "images", "settings"}.
+        {"miou", "miou_labeled", "pixel_accuracy" in percent, "per_class": {class: percent or None}, "images",
+        "settings"}. "miou" is the mean over the classes that are labeled or predicted anywhere, as mmsegmentation has
+        it, "miou_labeled" that over the labeled ones, as Detectron2 and with it SAN have it.
     Raises:
         UserError: an image or label map can't be read, or their sizes differ (they are named).
     """
@@ -138,6 +153,7 @@ def evaluate_segmentation(
     overlap = intersection_over_union(counts)
     return {
         "miou": 100 * _mean(overlap),
+        "miou_labeled": 100 * _mean(overlap[counts.sum(dim=1) > 0]),
         "pixel_accuracy": 100 * float(counts.diagonal().sum() / counts.sum().clamp(min=1)),
         "per_class": {
             name: None if torch.isnan(value) else 100 * float(value) for name, value in zip(names, overlap, strict=True)
@@ -154,10 +170,7 @@ def evaluate_segmentation(
 
 def _pictures(pairs: Sequence[Segmented], layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
     for pair in pairs:
-        try:
-            image = decode_image(pair.image.read_bytes())
-        except (ImageError, OSError) as error:
-            raise UserError(f"--root: {pair.image}: {error}; fetch it again") from error
+        image = read_picture(pair.image, "--root")
         labels = torch.from_numpy(read_label_map(pair.labels, layout))
         if image.shape[-2:] != labels.shape:
             raise UserError(
@@ -177,7 +190,8 @@ def format_segmentation(found: dict[str, Any]) -> str:
     told = ", ".join(f"{name} {value}" for name, value in found["settings"].items() if value is not None)
     lines = [
         f"{found['images']} images ({told})",
-        f"mIoU {found['miou']:.1f} %, pixel accuracy {found['pixel_accuracy']:.1f} %",
+        f"mIoU {found['miou']:.1f} % ({found['miou_labeled']:.1f} % over the classes that are labeled), "
+        f"pixel accuracy {found['pixel_accuracy']:.1f} %",
     ]
     cells = [f"{name} {value:.1f}" for value, name in scored]
     lines += ["  " + ", ".join(cells[start : start + 8]) for start in range(0, len(cells), 8)]

@@ -1,12 +1,14 @@
 """Where the images, label maps and class names of the segmentation sets are, and which label means what.
 
-Every set is reduced to one convention: 255 is not scored, 0..C-1 are the classes. Folders as mmsegmentation prepares
-them (docs/evaluation.md).
+Every set is reduced to one convention: 0..C-1 are the classes, C the background where it is scored, ``IGNORED`` is not
+scored. Folders as mmsegmentation, SCLIP (COCO-Object) and SAN (ADE-847, PC-459) prepare them (docs/evaluation.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -15,71 +17,79 @@ from dreamlip_train.data.images import ImageError, decode_labels
 from dreamlip_train.evaluation.classification.class_prompts import read_classes
 from dreamlip_train.jobs.user_error import UserError
 
-IGNORED = 255
-
-_VOC = (
-    "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike, person, "
-    "potted plant, sheep, sofa, "
-    "train, tv monitor"
-)
-_CONTEXT = (
-    "aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat, "
-    "ceiling, chair, cloth, computer, "
-    "cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse, keyboard, light, motorbike, "
-    "mountain, mouse, person, plate, "
-    "platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, "
-    "truck, tv monitor, wall, water, "
-    "window, wood"
-)
-_ADE = (
-    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
-    "table, mountain, plant, "
-    "curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, "
-    "rock, wardrobe, lamp, bathtub, "
-    "railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, "
-    "refrigerator, grandstand, path, "
-    "stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, "
-    "toilet, flower, book, hill, "
-    "bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, "
-    "towel, light, truck, tower, "
-    "chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land, "
-    "bannister, escalator, ottoman, bottle, "
-    "buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, "
-    "barrel, basket, waterfall, tent, "
-    "bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, "
-    "dishwasher, screen, blanket, sculpture, "
-    "hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, "
-    "radiator, glass, clock, flag"
-)
+IGNORED = -1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Folders below the root, the split file ("" takes every label map), and whether label 0 is scored as background
-    (else not at all).
-    """
+    """Folders below the root, the split file ("" takes every label map), and what the labels mean."""
 
     images: str
     labels: str
     split: str
     classes: tuple[str, ...]
     background: bool = False
+    """Whether labels below ``first`` are scored as background (else not at all)."""
+    image_end: str = ".jpg"
+    label_end: str = ".png"
+    first: int = 1
+    """The label of the first class."""
+    void: int = 255
+    """The label of pixels that are not scored."""
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(", "))
+@cache
+def class_names(file: str) -> tuple[str, ...]:
+    """The names in class_names/``file``.txt, in the order of the labels; "a; b" are two names of one class."""
+    names = resources.files("dreamlip_train.evaluation.segmentation") / "class_names" / f"{file}.txt"
+    return tuple(names.read_text(encoding="utf-8").splitlines())
 
 
 _VOC_FOLDERS = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/val.txt")
 _CONTEXT_FOLDERS = ("JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext/val.txt")
+_COCO_FOLDERS = ("images/val2017", "annotations/val2017", "")
+_16_BIT = {"label_end": ".tif", "first": 0, "void": 65535}
 LAYOUTS = {
-    "voc20": Layout(*_VOC_FOLDERS, _names(_VOC)),
-    "voc21": Layout(*_VOC_FOLDERS, _names(_VOC), background=True),
-    "pc59": Layout(*_CONTEXT_FOLDERS, _names(_CONTEXT)),
-    "pc60": Layout(*_CONTEXT_FOLDERS, _names(_CONTEXT), background=True),
-    "ade150": Layout("images/validation", "annotations/validation", "", _names(_ADE)),
+    "voc20": Layout(*_VOC_FOLDERS, class_names("voc20")),
+    "voc21": Layout(*_VOC_FOLDERS, class_names("voc20"), background=True),
+    "pc59": Layout(*_CONTEXT_FOLDERS, class_names("pc59")),
+    "pc60": Layout(*_CONTEXT_FOLDERS, class_names("pc59"), background=True),
+    "pc459": Layout("val/image", "val/label", "", class_names("pc459"), **_16_BIT),
+    "ade150": Layout("images/validation", "annotations/validation", "", class_names("ade150")),
+    "ade847": Layout(
+        "images_detectron2/validation", "annotations_detectron2/validation", "", class_names("ade847"), **_16_BIT
+    ),
+    "coco-stuff": Layout(*_COCO_FOLDERS, class_names("coco_stuff171"), label_end="_labelTrainIds.png", first=0),
+    "coco-object": Layout(
+        *_COCO_FOLDERS, class_names("coco_object80"), background=True, label_end="_instanceTrainIds.png"
+    ),
+    "cityscapes": Layout(
+        "leftImg8bit/val",
+        "gtFine/val",
+        "",
+        class_names("cityscapes19"),
+        image_end="_leftImg8bit.png",
+        label_end="_gtFine_labelTrainIds.png",
+        first=0,
+    ),
 }
-"""In all of them label 0 is the background or "other", 1..C are the classes and 255 is void."""
+SOURCES = {
+    "voc": "VOC2012 is VOCtrainval_11-May-2012.tar, unpacked to VOCdevkit/VOC2012",
+    "pc": "Pascal Context is VOCdevkit/VOC2010 with the label maps of mmsegmentation's tools/dataset_converters/"
+    "pascal_context.py; PC-459 is pcontext_full/val/{image,label} of SAN's datasets/prepare_pcontext_sem_seg_459cls.py",
+    "ade": "ADE-150 is ADEChallengeData2016.zip; ADE-847 is ADE20K_2021_17_01 with the 16-bit label maps of "
+    "Mask2Former's datasets/prepare_ade20k_full_sem_seg.py",
+    "coco": "COCO's val2017 and stuffthingmaps_trainval2017.zip as coco_stuff164k/{images,annotations}/val2017, with "
+    "the label maps of mmsegmentation's coco_stuff164k.py (COCO-Stuff) or SCLIP's convert_coco_object.py (COCO-Object)",
+    "cityscapes": "Cityscapes is leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, with the "
+    "*_labelTrainIds.png of cityscapesscripts",
+}
+"""Where the sets come from, by how their layout's name begins."""
+
+
+def source_of(name: str) -> str:
+    """Where the set of a layout comes from."""
+    return next(source for start, source in SOURCES.items() if name.startswith(start))
 
 
 def layout_named(name: str, classes: str = "") -> Layout:
@@ -113,7 +123,8 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
             named).
     """
     root = Path(root)
-    for folder in (root / layout.images, root / layout.labels):
+    images, labels = root / layout.images, root / layout.labels
+    for folder in (images, labels):
         if not folder.is_dir():
             raise UserError(
                 f"--root: no folder {str(folder)!r}; prepare the set as docs/evaluation.md says, or choose its --layout"
@@ -121,13 +132,14 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
     if layout.split:
         try:
             stems = (root / layout.split).read_text(encoding="utf-8").split()
-        except OSError as error:
-            raise UserError(f"--root: cannot read {str(root / layout.split)!r}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--root: cannot read {str(root / layout.split)!r}: {error}") from error
     else:
-        stems = sorted(path.stem for path in (root / layout.labels).glob("*.png"))
+        maps = sorted(labels.rglob(f"*{layout.label_end}"))
+        stems = [path.relative_to(labels).as_posix().removesuffix(layout.label_end) for path in maps]
     if not stems:
-        raise UserError(f"--root: no label map in {str(root / (layout.split or layout.labels))!r}")
-    pairs = [Segmented(root / layout.images / f"{stem}.jpg", root / layout.labels / f"{stem}.png") for stem in stems]
+        raise UserError(f"--root: no label map *{layout.label_end} in {str(root / (layout.split or layout.labels))!r}")
+    pairs = [Segmented(images / (stem + layout.image_end), labels / (stem + layout.label_end)) for stem in stems]
     missing = [path for pair in pairs for path in (pair.image, pair.labels) if not path.is_file()]
     if missing:
         raise UserError(
@@ -138,7 +150,7 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
 
 
 def read_label_map(path: Path, layout: Layout) -> np.ndarray:
-    """[H, W] int64: classes 0..C-1, background C where the layout scores it, 255 for what is not scored.
+    """[H, W] int64: classes 0..C-1, background C where the layout scores it, ``IGNORED`` for what is not scored.
 
     Raises:
         UserError: the file is damaged or no label map, or holds a label beyond the classes.
@@ -148,13 +160,14 @@ def read_label_map(path: Path, layout: Layout) -> np.ndarray:
     except ImageError as error:
         raise UserError(f"--root: {path} is no label map: {error}") from error
     count = len(layout.classes)
-    beyond = raw[(raw > count) & (raw != IGNORED)]
+    void = raw == layout.void
+    beyond = raw[(raw >= layout.first + count) & ~void]
     if beyond.size:
         raise UserError(
             f"--root: {path} has label {int(beyond[0])}, the layout has {count} classes; "
             "choose the --layout these labels were made for"
         )
-    labels = raw - 1
-    labels[raw == 0] = count if layout.background else IGNORED
-    labels[raw == IGNORED] = IGNORED
+    labels = raw - layout.first
+    labels[raw < layout.first] = count if layout.background else IGNORED
+    labels[void] = IGNORED
     return labels

@@ -22,7 +22,14 @@ from dreamlip_train.evaluation.segmentation.segmentation import (
     similarity_map,
     window_starts,
 )
-from dreamlip_train.evaluation.segmentation.segmentation_sets import LAYOUTS, Layout, read_label_map, read_segmentation
+from dreamlip_train.evaluation.segmentation.segmentation_sets import (
+    IGNORED,
+    LAYOUTS,
+    Layout,
+    read_label_map,
+    read_segmentation,
+    source_of,
+)
 from dreamlip_train.model.build import build_model
 
 THREE = Layout("images", "labels", "", ("red", "green", "blue"))
@@ -121,6 +128,7 @@ def test_background_is_where_no_class_is_likely(tmp_path):
 
 def test_iou_by_hand_and_ignored_pixels():
     labels = torch.tensor([[0, 0, 1, 1], [0, 255, 1, 255]])
+    labels[labels == 255] = IGNORED
     predicted = torch.tensor([[0, 1, 1, 1], [2, 0, 0, 1]])
     overlap = intersection_over_union(confusion(predicted, labels, 4))
     assert overlap[:3].tolist() == pytest.approx([1 / 4, 2 / 4, 0]) and overlap[3].isnan()
@@ -144,15 +152,81 @@ def test_windows_cover_every_pixel_once_or_more_and_average():
 def test_the_label_convention_of_each_layout(tmp_path, name):
     layout = LAYOUTS[name]
     count = len(layout.classes)
-    raw = np.array([[0, 1, count, 255]], np.uint8)
-    image = Image.fromarray(raw, mode="L")
+    raw = np.array([[0, 1, layout.first + count - 1, layout.void]])
+    image = Image.fromarray(raw.astype(np.uint16 if layout.void > 255 else np.uint8))
     if name.startswith("voc"):  # VOC's maps are palette pictures
         image = image.convert("P")
         image.putdata(raw.flatten().tolist())
-    image.save(tmp_path / "a.png")
-    expected = [count if layout.background else 255, 0, count - 1, 255]
-    assert read_label_map(tmp_path / "a.png", layout).tolist() == [expected]
-    assert count == {"voc20": 20, "voc21": 20, "pc59": 59, "pc60": 59, "ade150": 150}[name] == len(set(layout.classes))
+    image.save(tmp_path / f"a{layout.label_end}")
+    zero = (count if layout.background else IGNORED) if layout.first == 1 else 0
+    assert read_label_map(tmp_path / f"a{layout.label_end}", layout).tolist() == [
+        [zero, 1 - layout.first, count - 1, IGNORED]
+    ]
+    sizes = {"voc20": 20, "voc21": 20, "pc59": 59, "pc60": 59, "pc459": 459, "ade150": 150, "ade847": 847}
+    sizes |= {"coco-stuff": 171, "coco-object": 80, "cityscapes": 19}
+    assert count == sizes[name] == len(set(layout.classes)) and source_of(name)
+    if name != "ade847":  # whose 255 is a class
+        assert not any(";" in one for one in layout.classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "labels"),
+    [
+        (
+            "cityscapes",
+            "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png",
+            "gtFine/val/ulm/ulm_000000_000019_gtFine_labelTrainIds.png",
+        ),
+        ("coco-stuff", "images/val2017/000000000139.jpg", "annotations/val2017/000000000139_labelTrainIds.png"),
+        ("coco-object", "images/val2017/000000000139.jpg", "annotations/val2017/000000000139_instanceTrainIds.png"),
+        (
+            "ade847",
+            "images_detectron2/validation/ADE_val_00000001.jpg",
+            "annotations_detectron2/validation/ADE_val_00000001.tif",
+        ),
+        ("pc459", "val/image/2008_000002.jpg", "val/label/2008_000002.tif"),
+    ],
+)
+def test_the_published_trees_are_found(tmp_path, name, image, labels):
+    for file in (image, labels, labels.replace("TrainIds.png", "Color.png")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    (pair,) = read_segmentation(tmp_path, LAYOUTS[name])
+    assert (pair.image, pair.labels) == (tmp_path / image, tmp_path / labels)
+
+
+def test_mean_over_labeled_classes_is_detectron2s(tmp_path):
+    """Half of a red picture is labeled red, half green: green is never predicted, blue in neither."""
+    labels = np.full((32, 32), 1, np.uint8)
+    labels[:, 16:] = 2
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[..., 2] = 255
+    write_pair(tmp_path, "a", labels, image)
+    found = evaluate_segmentation(
+        ByColor(), read_segmentation(tmp_path, THREE), THREE, ("{c}",), "cpu", resize=32, stride=16
+    )
+    assert found["miou"] == found["miou_labeled"] == 0 and found["per_class"]["blue"] == 0
+    image[:, :, :] = (255, 0, 0)
+    image[:, 24:] = (0, 0, 255)
+    write_pair(tmp_path, "a", labels, image)
+    found = evaluate_segmentation(
+        ByColor(), read_segmentation(tmp_path, THREE), THREE, ("{c}",), "cpu", resize=32, stride=16
+    )
+    red = found["per_class"]["red"]
+    assert found["miou"] == pytest.approx(red / 3) and found["miou_labeled"] == pytest.approx(red / 2) and red > 50
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_many_classes_are_compared_some_at_a_time(threshold, monkeypatch):
+    """The same classes as all at once, which for 847 classes and a photograph are 10 GB."""
+    similarity = torch.randn(20, 5, 7, generator=torch.Generator().manual_seed(0)) / 10
+    whole = nn.functional.interpolate(similarity[None], size=(9, 12), mode="bilinear", align_corners=False)[0]
+    expected = whole.argmax(dim=0)
+    if threshold is not None:
+        expected[(100 * whole).softmax(dim=0).amax(dim=0) < threshold] = 20
+    for held in (1, 300, 2**24):
+        monkeypatch.setattr("dreamlip_train.evaluation.segmentation.segmentation._HELD_ELEMENTS", held)
+        assert torch.equal(predict(similarity, (9, 12), threshold), expected)
 
 
 def test_the_command_reads_vocs_folders(tmp_path, capsys):
