@@ -37,7 +37,7 @@ LAYERS = {
         "checkpoint": "jobs config data model",
         "prepare": "jobs config captions data model",
         "monitoring": "jobs",
-        "evaluation": "jobs config data model",
+        "evaluation": "jobs config captions data model",
         "reporting": "jobs config captions data checkpoint evaluation",
         "training": "jobs config data model monitoring checkpoint evaluation reporting",
         "ablation": "jobs config model checkpoint prepare evaluation reporting",

@@ -9,7 +9,7 @@ import sys
 import traceback
 from typing import Any
 
-from dreamlip_train.cli import ablate, doctor, evaluate, prepare, report, show, train, weights
+from dreamlip_train.cli import ablate, doctor, evaluation, prepare, report, show, train, weights
 from dreamlip_train.cli.usage import PROGRAM, closest, usage
 from dreamlip_train.jobs.progress_line import set_progress_style
 from dreamlip_train.jobs.user_error import RunError, UserError
@@ -86,7 +86,7 @@ COMMANDS: dict[str, Any] = {
     "prepare": prepare.COMMANDS,
     "recaption": prepare.recaption,
     "train": train.train,
-    "eval": evaluate.COMMANDS,
+    "eval": evaluation.COMMANDS,
     "ablate": ablate.ablate,
     "report": report.report,
     "import": weights.import_,

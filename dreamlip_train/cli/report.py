@@ -21,6 +21,8 @@ class ReportOptions:
     """The page; empty means report.html in the run folder."""
     examples: int = 6
     """Retrieval examples of each kind."""
+    results: tuple[str, ...] = ()
+    """Files or folders that `eval --output` wrote elsewhere; those in the run folder and its eval* are found."""
 
 
 def report(arguments: list[str], program: str) -> None:
@@ -29,7 +31,7 @@ def report(arguments: list[str], program: str) -> None:
     require_writable(options.output)
     from dreamlip_train.reporting.html_report import write_report
 
-    print(f"wrote {write_report(options.run, options.output, examples=options.examples)}")
+    print(f"wrote {write_report(options.run, options.output, examples=options.examples, results=options.results)}")
 
 
 @dataclass

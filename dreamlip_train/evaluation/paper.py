@@ -1,5 +1,5 @@
-"""The paper's tables (DreamLIP, ECCV 2024), to set our numbers beside; the files and their source are in
-paper_tables/.
+"""The paper's tables (DreamLIP, ECCV 2024) and those of later work, to set our numbers beside; the files and their
+sources are in paper_tables/.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ Table = Literal[
     "table6_components_vitb16",
     "table7_captioners_vitb16",
     "table8_k_vitb16",
+    "successors_retrieval",
+    "successors_long",
 ]
 
 # The columns of Table 2 under clip_benchmark's names.
-_ZERO_SHOT = {"fgvc_aircraft": "aircraft", "imagenet1k": "imagenet"}
+ZERO_SHOT_COLUMNS = {"fgvc_aircraft": "aircraft", "imagenet1k": "imagenet"}
 
 
 @cache
 def paper_table(name: Table) -> tuple[dict[str, str], ...]:
-    """The rows of a table, each {column: what the paper prints}; percent, or "-" for none."""
+    """The rows of a table, each {column: what is printed}; percent, or "-" for none."""
     file = resources.files("dreamlip_train.evaluation") / "paper_tables" / f"{name}.tsv"
     with file.open(encoding="utf-8") as lines:
         return tuple(csv.DictReader(lines, delimiter="\t"))
@@ -34,7 +36,7 @@ def paper_table(name: Table) -> tuple[dict[str, str], ...]:
 
 def zero_shot_rows(dataset: str) -> dict[str, float]:
     """Table 2's accuracies on a set under clip_benchmark's name: {"CC3M, DreamLIP, ViT-B/16": percent, ..}."""
-    column = _ZERO_SHOT.get(dataset, dataset)
+    column = ZERO_SHOT_COLUMNS.get(dataset, dataset)
     rows = paper_table("table2_zeroshot")
     if column not in rows[0]:
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +20,34 @@ from dreamlip_train.config.toml import read_config
 from dreamlip_train.data.shards.manifest import MANIFEST
 from dreamlip_train.data.shards.shard_names import list_shards
 from dreamlip_train.data.validation import val_samples
-from dreamlip_train.evaluation.classification.multi_label import format_multi_label
-from dreamlip_train.evaluation.classification.zero_shot import format_zero_shot
-from dreamlip_train.evaluation.held_out import format_report
-from dreamlip_train.evaluation.paper import paper_table
-from dreamlip_train.evaluation.retrieval.retrieval_sets import format_retrieval
-from dreamlip_train.evaluation.segmentation.segmentation import format_segmentation
+from dreamlip_train.evaluation.comparison import Comparison, comparisons, read_results
+from dreamlip_train.evaluation.formats import FORMATS
 from dreamlip_train.jobs.atomic_file import atomic_write
 from dreamlip_train.jobs.atomic_json import read_json, read_json_lines
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
 
 _PAGE = Path(__file__).parent / "run_page"
-_FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "retrieval": format_report,
-    "retrieval-set": format_retrieval,
-    "zeroshot": format_zero_shot,
-    "multilabel": format_multi_label,
-    "segment": format_segmentation,
-}
 Content = dict[str, Any]
 """What run_page/page.html shows of a section, or {"missing": why there is nothing}."""
 
 
-def write_report(run: str | Path, output: str | Path = "", *, examples: int = 6) -> Path:
+def write_report(
+    run: str | Path, output: str | Path = "", *, examples: int = 6, results: Sequence[str | Path] = ()
+) -> Path:
     """Write the page and return its path. What the run has no data for is named in its place, the rest is there.
 
+    Args:
+        results: files, or folders of files, that `eval --output` wrote elsewhere than in the run folder.
+
     Raises:
-        UserError: ``run`` is not a run folder with logged steps.
+        UserError: ``run`` is not a run folder with logged steps, or one of ``results`` is not there.
     """
     run = Path(run)
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"RUN: no file {run / 'metrics.jsonl'}; give a run folder of `dreamlip-train train`")
     output = Path(output) if output else run / "report.html"
+    files = result_files(run, results)
     rows = list(read_json_lines(run / "metrics.jsonl"))
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else _last_evaluation(rows)
     model, _ = load_for_eval(run)
@@ -65,7 +60,8 @@ def write_report(run: str | Path, output: str | Path = "", *, examples: int = 6)
         facts=_facts(config, summary),
         training=_content(lambda: _training(run)),
         retrieval=_content(lambda: _retrieval(summary)),
-        evaluations=evaluations_of(run),
+        evaluations=evaluations_of(files),
+        tables=tables_of(files),
         localization=_content(lambda: _localization(summary)),
         grouping=_content(lambda: _grouping(model, config)),
         examples=_content(lambda: _examples(model, config, device, examples)),
@@ -127,12 +123,7 @@ def _retrieval(summary: dict[str, Any]) -> Content:
         for way, arrow in (("t2i", "text to image"), ("i2t", "image to text")):
             cells = [(scores[way][k], scores["chance"][way][k]) for k in ("r_at_1", "r_at_5", "r_at_10")]
             rows.append((f"{label}, {arrow}", cells))
-    columns = ("i2t_flickr30k_r1", "i2t_mscoco_r1", "t2i_flickr30k_r1", "t2i_mscoco_r1")
-    paper = [
-        [f"{row['data']}, {row['method']}", *(row[column] for column in columns)]
-        for row in paper_table("table1_retrieval_vitb32")
-    ]
-    return {"samples": summary["samples"], "sentences": summary["sentences"], "rows": rows, "paper": paper}
+    return {"samples": summary["samples"], "sentences": summary["sentences"], "rows": rows}
 
 
 def _localization(summary: dict[str, Any]) -> Content:
@@ -148,19 +139,34 @@ def _localization(summary: dict[str, Any]) -> Content:
     return {"sub_captions": located["sub_captions"], "rows": rows}
 
 
-def evaluations_of(run: Path) -> list[tuple[str, str]]:
-    """(title, text as it was printed) of what ``eval --output`` wrote into the run folder."""
+def result_files(run: Path, more: Sequence[str | Path] = ()) -> list[Path]:
+    """The json files of a run folder and its eval* folders, then ``more`` files and those of ``more`` folders."""
+    files = sorted(run.glob("*.json")) + sorted(run.glob("eval*/*.json"))
+    for path in map(Path, more):
+        if not path.exists():
+            raise UserError(f"--results: no file or folder {str(path)!r}; give what `eval --output` wrote")
+        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    return files
+
+
+def evaluations_of(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """(title, text as it was printed) of those of ``files`` that ``eval --output`` wrote."""
     evaluations = []
-    for path in sorted(run.glob("*.json")) + sorted(run.glob("eval*/*.json")):
+    for path in files:
         try:
             content = read_json(path)
             told = content.pop("evaluation")
-            text = _FORMATS[told["command"]](content)
+            text = FORMATS[told["command"]](content)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # another file
-        of = told.get("annotations") or told.get("layout") or told.get("val_shards") or told.get("root") or ""
-        evaluations.append((f"{told['command']} {of}", text))
+        of = (told.get(name) for name in ("annotations", "layout", "set", "val_shards", "datasets", "root"))
+        evaluations.append((f"{told['command']} {next(filter(None, of), '')}", text))
     return evaluations
+
+
+def tables_of(files: Sequence[Path]) -> list[Comparison]:
+    """The paper's tables and those of later work, with what ``files`` measured in them."""
+    return comparisons(read_results(files))
 
 
 def _grouping(model: Any, config: Config) -> Content:
