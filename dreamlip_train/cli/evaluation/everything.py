@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -125,8 +124,7 @@ def _run_all(options: AllOptions, there: list[Benchmark], folder: Path) -> dict[
 
 def _batch_size(one: Benchmark, options: AllOptions) -> int:
     """Segmentation counts windows, four to an image or more."""
-    default = next(field.default for field in dataclasses.fields(one.options) if field.name == "batch_size")
-    return min(options.batch_size, default)
+    return min(options.batch_size, one.options.batch_size)
 
 
 def _is_finished(file: Path, told: dict[str, Any]) -> bool:

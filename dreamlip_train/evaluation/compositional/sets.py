@@ -119,12 +119,14 @@ def _winoground_parquet(path: Path, source: str) -> list[Case]:
         raise other_layout(path, f"parquet with {', '.join(columns)} ({error})", source) from error
     cases = []
     for number, row in enumerate(rows, 1):
-        data = [row[key].get("bytes") if isinstance(row[key], dict) else None for key in columns[:2]]
-        if not all(isinstance(one, bytes) for one in data):
-            raise other_layout(path, f"image bytes in row {number}", source)
-        texts = tuple(text_field(row, key, path, number, source) for key in columns[2:])
-        pictures = tuple(Picture(one, f"{path.name}, row {number}") for one in data)
-        cases.append(Case(_tag(row), pictures, (texts[0], texts[1])))
+        pictures = []
+        for key in columns[:2]:
+            data = row[key].get("bytes") if isinstance(row[key], dict) else None
+            if not isinstance(data, bytes):
+                raise other_layout(path, f"image bytes in row {number}", source)
+            pictures.append(Picture(data, f"{path.name}, row {number}"))
+        first, second = (text_field(row, key, path, number, source) for key in columns[2:])
+        cases.append(Case(_tag(row), tuple(pictures), (first, second)))
     return cases
 
 
@@ -145,11 +147,13 @@ def _aro(file: str, kind: Callable[[Any], str]) -> Callable[[Path, Path, str], l
                 text_field(row, key, path, number, source) for key in ("image_path", "true_caption", "false_caption")
             )
             try:
-                box = tuple(int(row[f"bbox_{side}"]) for side in "xywh")
+                left, top, width, height = (int(row[f"bbox_{side}"]) for side in "xywh")
                 of_kind = kind(row)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise other_layout(path, f"a box and a kind in record {number} ({error!r})", source) from error
-            cases.append(Case(of_kind, (Picture(root / "images" / name, name, box),), (right, wrong)))
+            cases.append(
+                Case(of_kind, (Picture(root / "images" / name, name, (left, top, width, height)),), (right, wrong))
+            )
         return cases
 
     return read
