@@ -149,7 +149,7 @@ def _aro(file: str, kind: Callable[[Any], str]) -> Callable[[Path, Path, str], l
             try:
                 left, top, width, height = (int(row[f"bbox_{side}"]) for side in "xywh")
                 of_kind = kind(row)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
                 raise other_layout(path, f"a box and a kind in record {number} ({error!r})", source) from error
             cases.append(
                 Case(of_kind, (Picture(root / "images" / name, name, (left, top, width, height)),), (right, wrong))
