@@ -52,17 +52,19 @@ def load_for_eval(path: str | Path, model_name: str = "", weights: Weights = "")
         raise UserError(f"--model: {str(path)!r} brings its own config; leave --model out")
     if not path.is_dir():
         raise UserError(f"no file or folder {str(path)!r}; give a run folder, a checkpoint folder or an open_clip file")
-    state, config = read_weights(path)
+    state, config = read_weights(path, weights)
     model = build_model(config.model, seed=0)
     model.load_state_dict(state)
     return model.eval(), config
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Config]:
+def read_weights(path: Path, weights: Weights = "") -> tuple[dict[str, torch.Tensor], Config]:
     """DreamLIP's state dict, in fp32, and the config of a run folder or a checkpoint folder.
 
+    Args:
+        weights: as ``load_for_eval``.
     Raises:
-        UserError: no whole, undamaged checkpoint is there.
+        UserError: no whole, undamaged checkpoint is there, or no average in it.
     """
     checkpoint = find_checkpoint(path)
     if damaged := damaged_files(checkpoint):
