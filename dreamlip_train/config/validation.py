@@ -96,7 +96,10 @@ def _check_captions(data: DataConfig) -> None:
 
 def _check_mixture(data: DataConfig) -> None:
     if data.mixture and data.shards:
-        what_to_do = f"data.mixture has {', '.join(data.mixture)}; give one of them (--data.mixture alone empties it)"
+        what_to_do = (
+            f"data.mixture has {', '.join(data.mixture)}; give one of them (--data.mixture alone, or --data.shards '', "
+            "empties it)"
+        )
         refuse("data.shards", data.shards, what_to_do)
     if data.proportions and data.proportions.keys() != data.mixture.keys():
         what_to_do = f"give a weight for each set of data.mixture ({', '.join(data.mixture) or 'it has none'}), or none"

@@ -73,7 +73,7 @@ def read_file(path: Path, settings: dict[str, Any], model_name: str) -> dict[str
         UserError: it holds none, or a TorchScript archive of other activations.
     """
     if path.suffix == ".safetensors":
-        return _safetensors(path)
+        return read_safetensors(path)
     if is_torchscript(path):
         if not settings.get("quick_gelu"):
             raise UserError(
@@ -97,7 +97,7 @@ def read_file(path: Path, settings: dict[str, Any], model_name: str) -> dict[str
     return {name.removeprefix("module."): value.float() for name, value in state.items()}
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
@@ -117,14 +117,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings = read_json_object(ours, "WEIGHTS").get("model_cfg")
         if not isinstance(settings, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= settings.keys():
             raise UserError(f"WEIGHTS: {str(ours)!r} has no model_cfg of embed_dim, vision_cfg and text_cfg")
-        return _safetensors(folder / "open_clip_model.safetensors"), settings
+        return read_safetensors(folder / "open_clip_model.safetensors"), settings
     if theirs.is_file():
         settings = open_clip_config(read_json_object(theirs, "WEIGHTS"))
         with torch.device("meta"):
             expected = build_model(
                 ModelConfig(name="imported", config=settings, context_length=settings["text_cfg"]["context_length"]), 0
             )
-        return open_clip_weights(_safetensors(folder / "model.safetensors"), expected.clip.state_dict()), settings
+        return open_clip_weights(read_safetensors(folder / "model.safetensors"), expected.clip.state_dict()), settings
     raise UserError(f"WEIGHTS: {str(folder)!r} has neither open_clip_config.json nor transformers' config.json")
 
 

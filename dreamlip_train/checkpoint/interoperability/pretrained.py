@@ -11,10 +11,17 @@ from torch import Tensor
 
 from dreamlip_train.checkpoint.files import MANIFEST
 from dreamlip_train.checkpoint.interoperability.export import model_settings
-from dreamlip_train.checkpoint.interoperability.import_weights import differences, read_file, read_folder
+from dreamlip_train.checkpoint.interoperability.hf_siglip import open_clip_siglip_weights
+from dreamlip_train.checkpoint.interoperability.import_weights import (
+    differences,
+    read_file,
+    read_folder,
+    read_safetensors,
+)
 from dreamlip_train.checkpoint.ranks import on_first_rank
 from dreamlip_train.checkpoint.weights import read_weights
 from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.jobs.atomic_json import read_json
 from dreamlip_train.jobs.user_error import UserError
 
 # These are fitted: positions are resized.
@@ -41,6 +48,8 @@ def pretrained_weights(model: ModelConfig) -> dict[str, Tensor] | None:
         _require_same(source, model_settings(config.model), settings, model.name)
         return {name.removeprefix("clip."): value for name, value in state.items()}
     try:
+        if path.is_dir() and is_siglip(path):
+            return open_clip_siglip_weights(read_safetensors(path / "model.safetensors"))
         if path.is_dir():
             state, theirs = read_folder(path)
             _require_same(source, theirs, settings, model.name)
@@ -50,6 +59,15 @@ def pretrained_weights(model: ModelConfig) -> dict[str, Tensor] | None:
         raise UserError(
             str(error).replace("WEIGHTS:", "model.pretrained:").replace("--model:", "model.name:")
         ) from error
+
+
+def is_siglip(folder: Path) -> bool:
+    """Whether a folder is transformers' SigLIP: its config says no open_clip name, so shapes alone are compared."""
+    try:
+        content = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("model_type") in ("siglip", "siglip2")
 
 
 def _require_same(source: str, theirs: dict, ours: dict, name: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from tiny import TOWERS, tiny_config, tiny_engine, tiny_model
@@ -97,3 +98,32 @@ def test_captions_keep_their_features_in_a_longer_context(tmp_path):
         with torch.no_grad():
             before, after = (model.encode_texts(model.tokenize([caption])) for model in (old, new))
         assert float(F.cosine_similarity(before, after)) >= least, caption
+
+
+def test_a_siglip_of_transformers_gives_its_features(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+
+    @timm.models.register_model
+    def vit_siglip_of_the_tests(pretrained=False, **given):  # timm's own has 86 million parameters
+        given = {name: value for name, value in given.items() if not name.startswith(("pretrained_", "cache_"))}
+        return timm.models.VisionTransformer(embed_dim=192, depth=2, num_heads=3, class_token=False, **given)
+
+    tower = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "hidden_act": "gelu"}
+    config = transformers.SiglipConfig(
+        vision_config=tower | {"num_hidden_layers": 2, "image_size": 224, "patch_size": 16},
+        text_config=tower | {"num_hidden_layers": 1, "vocab_size": 49408, "max_position_embeddings": 16},
+    )
+    theirs = transformers.SiglipModel(config).eval()
+    theirs.save_pretrained(tmp_path / "siglip")
+    text = {"width": 192, "heads": 3, "layers": 1, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    vision = {"timm_model_name": "vit_siglip_of_the_tests", "timm_pool": "map", "timm_proj": "none", "image_size": 224}
+    towers = {"embed_dim": 192, "vision_cfg": vision, "text_cfg": text | {"norm_kwargs": {"eps": 1e-6}}}
+    ours = started(tiny_model(config={**towers, "custom_text": True}), tmp_path / "siglip")
+    tokens, pixels = ours.tokenize(CAPTIONS), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        for got, want in (
+            (ours.clip.encode_text(tokens), theirs.get_text_features(input_ids=tokens)),
+            (ours.clip.visual(pixels), theirs.get_image_features(pixel_values=pixels)),
+        ):
+            want = getattr(want, "pooler_output", want)
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
