@@ -73,7 +73,7 @@ def data_sets(
         _set_aside(counts, ids, data, quarantine if rank == 0 else None)
     sets = []
     for field, of_set in listed.items():
-        usable = [shard for shard in of_set if shard in counts.samples]
+        usable: list[str] = [shard for shard in of_set if shard in counts.samples]
         name = field.removeprefix("data.mixture.") if data.mixture else ""
         sets.append(DataSet(name, usable, [counts.samples[shard] for shard in usable]))
     return sets, ids

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from dreamlip_train.jobs.user_error import UserError
 
-Batch, Result = TypeVar("Batch"), TypeVar("Result")
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 class StoppedError(Exception):

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from rich.console import Console
 from rich.progress import (
@@ -40,7 +40,7 @@ def set_progress_style(style: str) -> None:
     global _style
     if style not in get_args(Style):
         raise UserError(f"--progress: got {style!r}; give {', '.join(get_args(Style))}")
-    _style = style
+    _style = cast(Style, style)
 
 
 class Progress:

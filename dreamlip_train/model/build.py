@@ -59,8 +59,9 @@ def build_model(model: ModelConfig, seed: int, weights: dict[str, Tensor] | None
     )
     own = dict(built.named_parameters())
     with torch.no_grad():
-        for name in TRAIN_ONLY & own.keys() & (weights or {}).keys():
-            own[name].copy_(weights[name].reshape(own[name].shape))
+        stored = weights or {}
+        for name in TRAIN_ONLY & own.keys() & stored.keys():
+            own[name].copy_(stored[name].reshape(own[name].shape))
     return built
 
 

@@ -8,13 +8,17 @@ ConvNeXt or an attentional pooler has none that are comparable: ``has_patches`` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+Tower = Any  # an image tower of open_clip, which has no types
 
-def has_patches(visual: nn.Module) -> bool:
+
+def has_patches(visual: Tower) -> bool:
     """Whether the tower gives projected patch tokens."""
     if isinstance(visual, VisionTransformer):
         plain = visual.attn_pool is None and not visual.final_ln_after_pool
@@ -23,7 +27,7 @@ def has_patches(visual: nn.Module) -> bool:
     return isinstance(visual, TimmModel) and hasattr(trunk, "num_prefix_tokens") and hasattr(trunk, "fc_norm")
 
 
-def why_no_patches(visual: nn.Module) -> str:
+def why_no_patches(visual: Tower) -> str:
     """What a tower is that gives none, in a few words."""
     if isinstance(visual, VisionTransformer):
         if visual.attn_pool is not None:
@@ -32,7 +36,7 @@ def why_no_patches(visual: nn.Module) -> str:
     return f"it is a {type(getattr(visual, 'trunk', visual)).__name__}"
 
 
-def use_tokens(visual: nn.Module) -> None:
+def use_tokens(visual: Tower) -> None:
     """Make the tower give its tokens: an attribute, not state, so that checkpoints do not change. (open_clip's own
     encode_image(normalize=True), which then breaks, is never called here.)
     """
@@ -40,13 +44,13 @@ def use_tokens(visual: nn.Module) -> None:
         visual.output_tokens = True
 
 
-def size_of(visual: nn.Module) -> tuple[int, int]:
+def size_of(visual: Tower) -> tuple[int, int]:
     """Height and width of the input picture in pixels."""
     size = visual.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def width_of(visual: nn.Module) -> int:
+def width_of(visual: Tower) -> int:
     """D, the width of an embedding."""
     if not isinstance(visual, TimmModel):
         return visual.output_dim
@@ -57,14 +61,14 @@ def width_of(visual: nn.Module) -> int:
     return visual.trunk.num_features
 
 
-def grid_of(visual: nn.Module) -> tuple[int, int]:
+def grid_of(visual: Tower) -> tuple[int, int]:
     """Rows and columns of patches; (0, 0) without patches."""
     if not has_patches(visual):
         return 0, 0
     return tuple(visual.grid_size if isinstance(visual, VisionTransformer) else visual.trunk.patch_embed.grid_size)
 
 
-def embed(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+def embed(visual: Tower, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
     """The embedding [n, D] and the patch tokens [n, P, C], not projected, of normalized pixels [n, 3, S, S]."""
     if isinstance(visual, VisionTransformer):
         return visual(pixels)
@@ -74,14 +78,14 @@ def embed(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
     return visual.head(visual.trunk.forward_head(tokens)), tokens[:, visual.trunk.num_prefix_tokens :]
 
 
-def project(visual: nn.Module, tokens: Tensor) -> Tensor:
+def project(visual: Tower, tokens: Tensor) -> Tensor:
     """Patch tokens [n, P, C] -> [n, P, D], as the tower projects the token that it pools."""
     if isinstance(visual, VisionTransformer):
         return tokens @ visual.proj
     return visual.head(visual.trunk.head(visual.trunk.fc_norm(tokens)))
 
 
-def new_projection(visual: nn.Module) -> nn.Parameter:
+def new_projection(visual: Tower) -> nn.Parameter:
     """A projection [C, D] for the patches alone that starts as the tower's own, where that is one matrix."""
     if isinstance(visual, VisionTransformer):
         return nn.Parameter(visual.proj.detach().clone())
@@ -91,7 +95,7 @@ def new_projection(visual: nn.Module) -> nn.Parameter:
     return nn.Parameter(torch.eye(visual.trunk.num_features))
 
 
-def drop_patches(visual: nn.Module, part: float) -> None:
+def drop_patches(visual: Tower, part: float) -> None:
     """From now on training leaves this part of the patches out, in a tower that was built to drop some."""
     for module in visual.modules():
         if type(module).__name__.startswith("PatchDropout"):  # open_clip's, and timm's two

@@ -7,32 +7,36 @@ padding as well and gets whole rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamlip_train.model.packing import RowAttention, row_mask
 
+Tower = Any  # a text tower of open_clip, which has no types
 
-def text_tower(clip: nn.Module) -> nn.Module:
+
+def text_tower(clip: nn.Module) -> Tower:
     """The module that has the text tower's layers: ``clip``, or its ``text`` where that is a module of its own."""
     return getattr(clip, "text", clip)
 
 
-def is_packable(tower: nn.Module) -> bool:
+def is_packable(tower: Tower) -> bool:
     """Whether a caption's features depend on its own tokens alone."""
     pool_type = getattr(tower, "text_pool_type", getattr(tower, "pool_type", ""))
     return tower.attn_mask is not None and pool_type == "argmax" and getattr(tower, "cls_emb", None) is None
 
 
-def allow_masks_by_row(tower: nn.Module) -> None:
+def allow_masks_by_row(tower: Tower) -> None:
     """Packed captions need attention whose mask differs by row; open_clip's other blocks have one that does."""
     for block in tower.transformer.resblocks:
         if type(block.attn) is nn.MultiheadAttention:
             block.attn.__class__ = RowAttention
 
 
-def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
+def text_features(tower: Tower, tokens: Tensor) -> Tensor:
     """Unit features [B, D] of token rows [B, L] of a packable tower, L up to its context."""
     count, length = tokens.shape
     # The end token has the highest id.
@@ -40,18 +44,18 @@ def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
     return _pooled(tower, tokens, tower.positional_embedding[:length], tower.attn_mask[:length, :length], ends)
 
 
-def packed_text_features(tower: nn.Module, tokens: Tensor, positions: Tensor, captions: Tensor, ends: Tensor) -> Tensor:
+def packed_text_features(tower: Tower, tokens: Tensor, positions: Tensor, captions: Tensor, ends: Tensor) -> Tensor:
     """``text_features`` of the captions in a PackedCaptions' tensors."""
     embedding = tower.positional_embedding
     return _pooled(tower, tokens, F.embedding(positions, embedding), row_mask(captions, embedding.dtype), ends)
 
 
-def whole_text_features(clip: nn.Module, tokens: Tensor) -> Tensor:
+def whole_text_features(clip: Any, tokens: Tensor) -> Tensor:
     """Unit features [B, D] of token rows [B, context] of any tower, by open_clip's own forward."""
     return F.normalize(clip.encode_text(tokens).float(), dim=-1)
 
 
-def _pooled(tower: nn.Module, tokens: Tensor, positions: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+def _pooled(tower: Tower, tokens: Tensor, positions: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
     """Unit features [B,D] at ``ends``, indices into the flattened token rows; ``positions`` are embeddings."""
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + positions.to(dtype)

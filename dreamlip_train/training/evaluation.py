@@ -81,7 +81,7 @@ def _held_out_loss(model: DreamLIP, config: Config) -> HeldOutLoss:
             texts,
             logit_multiplier(model.clip.logit_scale),
             None if bias is None else bias.float().sum(),
-            True,
+            output_dict=True,
             patch_features=patches if grouped else None,
             text_mask=mask,
             logit_scale_local=None if local is None else logit_multiplier(local),
@@ -95,7 +95,8 @@ def _own_group() -> dist.ProcessGroup | None:
     """A group of this rank alone, so that the loss of a batch which one rank evaluates waits for no other. Collective,
     once.
     """
-    return dist.new_subgroups(group_size=1)[0] if dist.get_world_size() > 1 else None
+    own: Any = dist.new_subgroups(group_size=1)[0] if dist.get_world_size() > 1 else None
+    return own
 
 
 def _zero_shot(

@@ -54,7 +54,7 @@ def cached_train_step(
     losses = _losses_of_the_batch(loss_fn, features, mask)
     gradients: dict[str, Tensor] = {}
     if losses:
-        total = sum(losses.values())
+        total = torch.stack(list(losses.values())).sum()
         losses = {name: value.detach() for name, value in losses.items()}
         if not finite_everywhere(total):
             return StepResult(losses, False, math.nan, {"logit_scale": features["logit_scale"].detach()})
@@ -140,7 +140,7 @@ def _groups(loss_fn: DreamLIPLoss, out: dict[str, Tensor]) -> Tensor:
     ).float()
 
 
-def _local_scale(features: dict[str, Tensor | None]) -> Tensor:
+def _local_scale(features: dict[str, Any]) -> Tensor:
     own = features.get("logit_scale_local")
     return features["logit_scale"] if own is None else own
 

@@ -50,6 +50,8 @@ def similarity_map(model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: i
         part = corners[start : start + batch_size]
         crops = torch.stack([image[:, top : top + side, left : left + side] for top, left in part]).to(text_CD.device)
         _, patch_TPD = model.encode_images(crops)
+        if patch_TPD is None:
+            raise UserError("segmentation: the image tower of this model gives no patches; use a ViT")
         similarity = F.normalize(patch_TPD.float(), dim=-1) @ text_CD.T  # [T, P, C]
         grid = similarity.transpose(1, 2).unflatten(2, model.grid)
         for (top, left), pixels in zip(
