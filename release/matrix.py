@@ -25,6 +25,7 @@ TESTS = [
     "test_reference.py",
     "test_dispatch.py",
     "test_distributed.py",
+    "test_distributed_compiled.py",
     "test_extension.py",
 ]
 PYTHON_PATH = "pythonpath=tests/support tests/support/kernels"
