@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from .case import Case, Outputs
+from .cases.case import Case, Outputs
 from .guards import Guards, surrounded
 
 DRAWS = {"cuda": 3, "cpu": 2}

@@ -20,7 +20,7 @@ import torch
 from ..backends import cache, dispatch, identity, verdicts
 from ..backends.tuned_tiles import Tiles
 from ..backends.verdicts import Record, Timing, Verdict
-from . import contrast_cases, grouping_cases, sigmoid_cases
+from .cases import contrast_cases, grouping_cases, sigmoid_cases
 from .journal import Journal
 from .supervisor import run_jobs
 from .tune import tune as tune_tiles

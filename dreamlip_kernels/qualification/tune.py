@@ -14,7 +14,7 @@ import torch
 
 from ..backends.tuned_tiles import Tiles, take_tiles
 from ..contrastive import multi_positive_contrastive_loss
-from .contrast_cases import clip_like
+from .cases.contrast_cases import clip_like
 from .speed import milliseconds
 from .supervisor import run_jobs
 

@@ -22,7 +22,7 @@ import torch
 
 from ..backends.settings import configure
 from ..backends.tuned_tiles import take_tiles
-from . import contrast_cases, grouping_cases, sigmoid_cases
+from .cases import contrast_cases, grouping_cases, sigmoid_cases
 from .check import Wrong, check
 from .speed import WARM_UPS, milliseconds, rates
 from .tune import try_tile

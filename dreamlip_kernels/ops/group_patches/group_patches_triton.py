@@ -1,4 +1,5 @@
-"""Triton backend of group_patches: launches of the kernels in group_patches_kernels.py.
+"""Triton backend of group_patches: launches of the kernels in kernels/.
+
 K up to 32 (backends/dispatch.py asks first).
 """
 
@@ -9,7 +10,8 @@ import triton
 from torch import Tensor
 
 from ..dense import dense
-from .group_patches_kernels import pool_backward, pool_forward
+from .kernels.backward_kernels import pool_backward
+from .kernels.forward_kernels import pool_forward
 
 _DEFAULT_THRESHOLD = -1e38  # the kernels read anything below -1e30 as 1 / (number of valid patches)
 

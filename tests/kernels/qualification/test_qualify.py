@@ -15,7 +15,8 @@ import torch
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import cache, dispatch, explain, identity, verdicts
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.qualification import check, contrast_cases, measure
+from dreamlip_kernels.qualification import check, measure
+from dreamlip_kernels.qualification.cases import contrast_cases
 
 CPU = torch.device("cpu")
 

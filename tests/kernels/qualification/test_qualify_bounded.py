@@ -8,7 +8,7 @@ import torch
 
 from dreamlip_kernels.backends import cache, dispatch, verdicts
 from dreamlip_kernels.qualification import journal, measure, worker
-from dreamlip_kernels.qualification.case import Speed
+from dreamlip_kernels.qualification.cases.case import Speed
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ from triton_runs import require_triton
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import cache, dispatch, explain, verdicts
-from dreamlip_kernels.qualification import grouping_cases, measure
+from dreamlip_kernels.qualification import measure
+from dreamlip_kernels.qualification.cases import grouping_cases
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 
 from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.qualification import measure, supervisor, worker
-from dreamlip_kernels.qualification.case import Case, Speed
+from dreamlip_kernels.qualification.cases.case import Case, Speed
 
 SECONDS = {"torch": 0.010, "right": 0.002, "level": 0.0098, "slow": 0.030}
 BACKENDS = (

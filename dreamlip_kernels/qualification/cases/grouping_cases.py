@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import dispatch
-from ..grouping import group_patches
+from ... import reference
+from ...backends import dispatch
+from ...grouping import group_patches
 from .case import Case, Outputs, Speed, torch_dtype
 
 OP = "group_patches"

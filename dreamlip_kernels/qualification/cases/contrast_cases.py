@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..contrastive import multi_positive_contrastive_loss
-from ..ops.logsumexp.logsumexp import bidirectional_logsumexp
+from ... import reference
+from ...contrastive import multi_positive_contrastive_loss
+from ...ops.logsumexp.logsumexp import bidirectional_logsumexp
 from .case import Case, Outputs, Speed, torch_dtype
 
 OP = "bidirectional_logsumexp"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..sigmoid import multi_positive_sigmoid_loss
+from ... import reference
+from ...sigmoid import multi_positive_sigmoid_loss
 from .case import Case, Speed, torch_dtype
 from .contrast_cases import DTYPES, RAGGED_WIDTH, clip_like, eager, resolution, slack
 
