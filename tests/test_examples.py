@@ -63,7 +63,7 @@ def test_open_clips_program_over_two_ranks(flags, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--accum-freq 2 --local-loss --gather-with-grad --grad-checkpointing --precision amp_bf16",
+        "--accum-freq 2 --local-loss --gather-with-grad --grad-checkpointing --precision amp_bf16 --epochs 3",
         "--local-loss --gather-with-grad --torchcompile --torchcompile-backend aot_eager",
     ],
 )
