@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -65,11 +66,13 @@ def open_text(path: Path) -> TextIO:
 
 
 def arrow_source(path: Path) -> Any:
-    """``path`` as pyarrow takes it, which knows names in UTF-8 alone."""
+    """``path`` as pyarrow takes it: names that are not UTF-8 as bytes, which only its own files do."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
-        return path.open("rb")
+        import pyarrow
+
+        return pyarrow.OSFile(os.fsencode(path))  # it closes with what reads it
     return str(path)
 
 
