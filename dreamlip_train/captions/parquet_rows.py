@@ -96,7 +96,7 @@ def _text_columns(path: Path, file: Any, rename: Mapping[str, str]) -> list[str]
         else:
             left_out.append(f"{field.name} ({field.type})")
     if left_out:
-        logger.warning("%s: columns that hold bytes are left out: %s", path, ", ".join(left_out))
+        logger.warning("%r: columns that hold bytes are left out: %s", str(path), ", ".join(left_out))
     return kept
 
 

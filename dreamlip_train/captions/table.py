@@ -112,7 +112,7 @@ class Table:
                     yield number, *as_row(record, self.rename)
             if not header:
                 raise UserError(f"--captions: {str(self.path)!r} is empty")
-            logger.info("%s: %d rows on %d lines", self.path, number, records.lines)
+            logger.info("%r: %d rows on %d lines", str(self.path), number, records.lines)
 
     def _json_lines(self) -> Iterator[Row]:
         checked = False
