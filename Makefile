@@ -57,6 +57,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* tests/csrc/*.*)
 	! grep -nE '.{121}' csrc/* tests/csrc/*
 	$(BIN)/python docs/make_api.py --check
+	$(BIN)/python docs/check_pages.py
 
 bench: install
 	mkdir -p $(OUT)

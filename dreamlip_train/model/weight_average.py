@@ -28,7 +28,8 @@ class WeightAverage:
         """Take in the weights after step ``step``."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        averages = list(self.average.values())
+        torch._foreach_lerp_(averages, current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextlib.contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:

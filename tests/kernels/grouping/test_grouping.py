@@ -1,6 +1,7 @@
 """group_patches, patch_weights and the grouping loss against the float64 oracle, and the defined degenerate cases."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -126,8 +127,10 @@ def test_images_that_a_sub_caption_picks_among(candidates):
     broken = patches.masked_fill(~image_mask[:, None, None], torch.nan)
     options = dict(contrast="conditioned", candidates=candidates, image_mask=image_mask, text_mask=text_mask)
     for direction in ("both", "t2v"):
-        oracle = lambda x, t, d=direction: reference.subcaption_grouping_loss(x, t, 9.0, direction=d, **options)  # noqa: E731
-        op = lambda x, t, d=direction: dk.subcaption_grouping_loss(x, t, 9.0, direction=d, **options)  # noqa: E731
+        oracle, op = (
+            partial(loss, logit_scale=9.0, direction=direction, **options)
+            for loss in (reference.subcaption_grouping_loss, dk.subcaption_grouping_loss)
+        )
         expected = value_and_grads(oracle, (patches, texts))
         for inputs in ((patches, texts), (broken, texts)):
             for got, gold in zip(value_and_grads(op, inputs), expected, strict=True):

@@ -1,5 +1,5 @@
-"""Every relative link of the Markdown pages leads to a file, and every anchor to a heading:
-``python docs/check_links.py``.
+"""Every relative link of the Markdown pages leads to a file, every anchor to a heading, and prose keeps to 120 columns:
+``python docs/check_pages.py``. Tables, code blocks and lines with a URL may be wider.
 """
 
 import re
@@ -41,13 +41,22 @@ def faults(page: Path) -> list[str]:
     return wrong
 
 
+def wide_lines(page: Path) -> list[str]:
+    """The lines of prose over 120 columns."""
+    return [
+        f"{page.relative_to(ROOT)}: {len(line)} columns: {line[:60]}.."
+        for line in prose(page).split("\n")
+        if len(line) > 120 and not line.startswith("|") and "://" not in line
+    ]
+
+
 def main() -> None:
     """Print what is wrong and exit with 1, or print how many pages are right."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")]
-    wrong = [fault for page in pages for fault in faults(page)]
+    wrong = [fault for page in pages for fault in (*faults(page), *wide_lines(page))]
     if wrong:
         sys.exit("\n".join(wrong))
-    print(f"{len(pages)} pages, every link leads somewhere")
+    print(f"{len(pages)} pages, every link leads somewhere, no prose over 120 columns")
 
 
 if __name__ == "__main__":
