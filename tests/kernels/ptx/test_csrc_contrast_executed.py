@@ -8,7 +8,7 @@ import torch
 from ptx import FIRST_AHEAD, LAST_AHEAD, TOGETHER, Deadlock, Misaligned, OutOfBounds, nvcc
 from ptx.cases import cases
 from ptx.contrast_cases import KINDS, check, features, float32_errors, masks_of
-from ptx.csrc_logsumexp import ExecutedOps
+from ptx.csrc.logsumexp import ExecutedOps
 
 from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.backends.settings import settings

@@ -7,7 +7,7 @@ import torch
 from patch_cases import compare, region_like
 from ptx import FIRST_AHEAD, LAST_AHEAD, TOGETHER, device, nvcc
 from ptx.cases import cases
-from ptx.csrc_pool import Device
+from ptx.csrc.pool import Device
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference

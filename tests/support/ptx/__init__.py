@@ -1,12 +1,15 @@
 """An executor of PTX: the compiled GPU code run on a CPU, with numpy, for tests.
 
-    program    text -> instructions            schedule   which threads run when, branches, barriers
-    wave       blocks, registers, threads      memory     global memory with bounds, shared memory that begins as NaN
-    table      opcode -> function              numbers    bfloat16, TF32, rounding
-    arithmetic, movement, exchange, tensor_core, warp_group, copies, tensor_copies:
-    the functions, a family of instructions each
-    execution  a launch: parameters, grid      launches   what the shipped launchers launch;
-    compile, compile_worker, stand_ins serve it
+    machine/        program  text -> instructions          wave     blocks, registers, threads
+                    table    opcode -> function            memory   global with bounds, shared that begins as NaN
+                    numbers  bfloat16, TF32, rounding      errors   what an executed kernel may do wrong
+    instructions/   the functions, a family of instructions per file
+    schedule        which threads run when, branches, barriers
+    execution       a launch: parameters, grid
+    compilation/    Triton's kernels and csrc's as PTX
+    launches        what the shipped Triton launchers launch
+    csrc/           what csrc's launchers launch
+    cases, contrast_cases, specialized_kernel: inputs of the tests
 
 Section numbers are those of the PTX ISA manual, version 9.1. What it shows:
 that the code computes the right thing, in any order of warps, reads nothing before it is
@@ -15,8 +18,11 @@ races within a warp, the memory model beyond barriers and proxies, the driver's 
 occupancy, and time.
 """
 
-from .compile import compile_cuda, nvcc
-from .errors import (
+from .compilation.compile import compile_cuda, nvcc
+from .execution import execute
+from .instructions.tensor_copies import TensorMap
+from .launches import Launch, device
+from .machine.errors import (
     AsyncHazard,
     BadOperand,
     Deadlock,
@@ -27,10 +33,7 @@ from .errors import (
     UnknownInstruction,
     WrongParameters,
 )
-from .execution import execute
-from .launches import Launch, device
 from .schedule import FIRST_AHEAD, LAST_AHEAD, TOGETHER, Schedule, shuffled
-from .tensor_copies import TensorMap
 
 __all__ = [
     "FIRST_AHEAD",

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-# They register what they execute.
-from . import arithmetic, copies, exchange, movement, tensor_copies, tensor_core, warp_group  # noqa: F401
-from .errors import WrongParameters
-from .memory import PARAMETER_WINDOW, GlobalMemory
-from .program import Program, parse
+from . import instructions  # noqa: F401
+from .instructions.tensor_copies import TensorMap
+from .machine.errors import WrongParameters
+from .machine.memory import PARAMETER_WINDOW, GlobalMemory
+from .machine.program import Program, parse
+from .machine.wave import WARP, Wave
 from .schedule import TOGETHER, Schedule, Scheduler
-from .tensor_copies import TensorMap
-from .wave import WARP, Wave
 
 LANES = 2048  # threads of a wave, about: enough to make numpy's overhead small
 

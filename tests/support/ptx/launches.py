@@ -22,11 +22,11 @@ from unittest import mock
 
 import torch
 
-from .compile import compile_triton
+from .compilation.compile import compile_triton
+from .compilation.stand_ins import Compiled, describe
 from .execution import Execution, execute
+from .instructions.tensor_copies import TensorMap
 from .schedule import TOGETHER, Schedule
-from .stand_ins import Compiled, describe
-from .tensor_copies import TensorMap
 
 # Bytes of shared memory a block may have.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}

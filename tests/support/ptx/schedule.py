@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arithmetic import count
-from .errors import BadOperand, Deadlock, PtxError
-from .exchange import _members
-from .memory import FENCED
-from .table import executes, lookup
-from .tensor_copies import Barriers
-from .wave import WARP, Threads, Wave
+from .instructions.arithmetic import count
+from .instructions.exchange import _members
+from .instructions.tensor_copies import Barriers
+from .machine.errors import BadOperand, Deadlock, PtxError
+from .machine.memory import FENCED
+from .machine.table import executes, lookup
+from .machine.wave import WARP, Threads, Wave
 
 LONGEST = 2_000_000  # instructions of a wave, some thirty times those of the longest kernel of the tests
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..machine.errors import BadOperand, OutOfBounds
+from ..machine.memory import LOCAL_WINDOW, PARAMETER_WINDOW, REGION, SHARED_WINDOW
+from ..machine.numbers import bfloat16_bits, bfloat16_value, float16_bits, tf32_bits
+from ..machine.program import Vector
+from ..machine.table import executes
 from .arithmetic import count, flushed
-from .errors import BadOperand, OutOfBounds
-from .memory import LOCAL_WINDOW, PARAMETER_WINDOW, REGION, SHARED_WINDOW
-from .numbers import bfloat16_bits, bfloat16_value, float16_bits, tf32_bits
-from .program import Vector
-from .table import executes
 
 
 @executes("mov", r"\.(?P<type>pred|[bsuf](16|32|64))")

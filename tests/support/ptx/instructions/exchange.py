@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..machine.errors import Divergence
+from ..machine.program import Both
+from ..machine.table import executes
+from ..machine.wave import WARP
 from .arithmetic import count
-from .errors import Divergence
-from .program import Both
-from .table import executes
-from .wave import WARP
 
 
 def _members(threads, mask) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..machine.errors import BadOperand, Misaligned
+from ..machine.table import executes
 from .arithmetic import count
-from .errors import BadOperand, Misaligned
-from .table import executes
 
 SWIZZLES = (0, 32, 64, 128)  # bytes, by the driver's number
 

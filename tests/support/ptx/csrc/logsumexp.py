@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .compile import compile_cuda
-from .csrc_pool import ELEMENTS
-from .execution import Struct, execute
-from .schedule import TOGETHER, Schedule
+from ..compilation.compile import compile_cuda
+from ..execution import Struct, execute
+from ..schedule import TOGETHER, Schedule
+from .pool import ELEMENTS
 
 TILE, THREADS = 128, 128
 SHARED_BYTES = 3 * 2 * TILE * 64 + 2 * TILE * 4  # LogitTiles::kSharedBytes
@@ -58,7 +58,7 @@ class ExecutedOps:
     def _launch(self, kernel: str, grid: tuple[int, int, int], rectangle: Struct, *arguments) -> None:
         self.calls.append(kernel)
         flag = f"-DELEMENT={ELEMENTS[rectangle.fields[0].dtype]}"
-        text = compile_cuda("tests/support/ptx/csrc_logsumexp.cu", self.capability, flag)
+        text = compile_cuda("tests/support/ptx/csrc/logsumexp.cu", self.capability, flag)
         text = self.mutate(kernel, text) if self.mutate else text
         name = re.search(rf"\.entry\s+(\w*{kernel}_kernel\w*)", text)[1]
         execute(

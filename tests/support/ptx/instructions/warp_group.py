@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..machine.errors import AsyncHazard, BadOperand, Misaligned, OutOfBounds
+from ..machine.memory import COPY, STORE
+from ..machine.numbers import toward_zero
+from ..machine.program import Register, Vector
+from ..machine.table import executes
+from ..machine.wave import WARP
 from .arithmetic import count
-from .errors import AsyncHazard, BadOperand, Misaligned, OutOfBounds
-from .memory import COPY, STORE
-from .numbers import toward_zero
-from .program import Register, Vector
-from .table import executes
 from .tensor_copies import swizzled
 from .tensor_core import VALUES, accumulator_places, rows_of_a
-from .wave import WARP
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .stand_ins import Compiled
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @cache
@@ -24,7 +24,7 @@ def _worker() -> subprocess.Popen:
     paths = [str(ROOT), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": cache_folder, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "ptx.compile_worker"]
+    command = [sys.executable, "-m", "ptx.compilation.compile_worker"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     @atexit.register

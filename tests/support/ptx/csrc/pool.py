@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compile import ROOT, compile_cuda
-from .execution import execute
-from .schedule import TOGETHER, Schedule
+from ..compilation.compile import ROOT, compile_cuda
+from ..execution import execute
+from ..schedule import TOGETHER, Schedule
 
 ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
 NORMALIZATIONS = ("minmax", "softmax", "none")
@@ -24,7 +24,7 @@ NORMALIZATIONS = ("minmax", "softmax", "none")
 @cache
 def _planner() -> ctypes.CDLL:
     folder = tempfile.mkdtemp(prefix="ptx-")
-    source, target = ROOT / "tests/support/ptx/csrc_plan.cpp", Path(folder, "plan.so")
+    source, target = ROOT / "tests/support/ptx/csrc/plan.cpp", Path(folder, "plan.so")
     command = [
         "c++",
         "-std=c++17",
@@ -83,7 +83,7 @@ class Device:
         (n, p, d), k = patches.shape, texts.shape[1]
         tiles = 1 if k <= 8 else 2
         flags = f"-DELEMENT={ELEMENTS[patches.dtype]}", f"-DTILES={tiles}"
-        text = self.mutate(compile_cuda("tests/support/ptx/csrc_pool.cu", self.capability, *flags))
+        text = self.mutate(compile_cuda("tests/support/ptx/csrc/pool.cu", self.capability, *flags))
         name = re.search(rf"\.entry\s+(\w*{kernel}\w*)", text)[1]
         planner = _planner()
         shape = ctypes.create_string_buffer(planner.shape_bytes())

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..machine.errors import Misaligned
+from ..machine.numbers import bfloat16_value, float16_value, tf32_value, toward_zero
+from ..machine.program import Vector
+from ..machine.table import executes
+from ..machine.wave import WARP
 from .arithmetic import count
-from .errors import Misaligned
-from .numbers import bfloat16_value, float16_value, tf32_value, toward_zero
-from .program import Vector
-from .table import executes
-from .wave import WARP
 
 VALUES = {"bf16": (16, bfloat16_value), "f16": (16, float16_value), "tf32": (32, tf32_value)}
 _GROUP, _MEMBER = np.arange(WARP) // 4, np.arange(WARP) % 4  # groupID and threadID_in_group of the manual's figures

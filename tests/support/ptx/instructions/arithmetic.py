@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .errors import BadOperand
-from .table import executes
+from ..machine.errors import BadOperand
+from ..machine.table import executes
 
 _TINY = np.float32(2.0**-126)
 

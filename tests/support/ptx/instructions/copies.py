@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..machine.errors import BadOperand, Misaligned
+from ..machine.memory import COPY
+from ..machine.program import Immediate
+from ..machine.table import executes
 from .arithmetic import count
-from .errors import BadOperand, Misaligned
-from .memory import COPY
-from .program import Immediate
-from .table import executes
 
 
 @dataclass

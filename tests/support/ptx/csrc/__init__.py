@@ -1,0 +1,1 @@
+"""csrc's CUDA kernels executed, launched as csrc's own launchers plan it."""
