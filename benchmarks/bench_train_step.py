@@ -6,7 +6,7 @@ today     open_clip's own towers on captions padded to 77, its ClipLoss on each 
           AdamW as open_clip makes it
 ours      captions packed, the fused losses, fused AdamW
 settings  the step of ours with one setting changed: what each of them is worth
-Caption lengths are those measured on human sub-captions (tests/support/caption_lengths.py).
+Caption lengths are those measured on human sub-captions (tests/support/inputs/caption_lengths.py).
 float32 on a CPU, bfloat16 autocast on a GPU.
 """
 

@@ -13,7 +13,7 @@ from dreamlip_train.captions.sentences import split_sentences
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.model.tokenizer import CaptionTokenizer
 
-TEXTS = Path(__file__).parents[2] / "support" / "texts" / "sentences.jsonl"
+TEXTS = Path(__file__).parents[2] / "support/inputs/texts/sentences.jsonl"
 CASES = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
 MEGABYTE = 1 << 20
 rng = random.Random(0)

@@ -22,7 +22,7 @@ from dreamlip_train.config.toml import format_config
 from dreamlip_train.training import loop
 from dreamlip_train.training.run import train
 
-SUPPORT = Path(__file__).parents[2] / "support"
+SUPPORT = Path(__file__).parents[2] / "support/processes"
 
 
 def tiny_run(shards: Path, steps: int, every_steps: int = 1000):

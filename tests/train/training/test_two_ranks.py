@@ -40,7 +40,7 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
 @pytest.fixture(scope="module")
 def facts(one_process) -> dict:
     folder, _ = one_process
-    script = str(Path(__file__).parents[2] / "support/two_ranks.py")
+    script = str(Path(__file__).parents[2] / "support/processes/two_ranks.py")
     command = [
         sys.executable,
         "-m",

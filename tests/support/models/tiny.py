@@ -117,5 +117,7 @@ def clean_environment() -> dict[str, str]:
     """
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in group}
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    support, root = Path(__file__).parents[1], Path(__file__).parents[3]
+    rooms = [str(support / room) for room in ("inputs", "models", "processes")]
+    paths = [*rooms, str(root), os.environ.get("PYTHONPATH", "")]
     return environment | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
