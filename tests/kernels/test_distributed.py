@@ -326,13 +326,14 @@ def counting_worker(rank, world, port):
             images.requires_grad_(), texts.requires_grad_(), scale, text_mask=mask if masked else None
         )
         torch.autograd.grad(loss, (images, texts, scale))
-        assert calls == [
+        expected = [
             ("all_gather_into_tensor", N * D, dtype),  # images
             ("all_to_all_single", K * N, "float32"),  # each rank's part of the rows' log-sum-exp, to the rows' owner
             *([("all_reduce", 1, "int64")] if masked else []),  # how many captions there are
             ("all_to_all_single", K * N, "float32"),  # the upstream of each part, back
             *[("reduce_scatter_tensor", N * D // stretches, "float32")] * stretches,  # the images' gradients
-        ], calls  # fmt: skip
+        ]
+        assert calls == expected
     dist.destroy_process_group()
 
 

@@ -48,10 +48,7 @@ def sigmoid_pairs_op(
 
 
 @sigmoid_pairs_op.register_fake
-def _(
-    x, y, scale, bias, x_mask, y_mask, first, k, needs_x, needs_y, needs_scale, float32, backend, x_images=None,
-    same_image="ignore",
-):  # fmt: skip
+def _(x, y, scale, bias, x_mask, y_mask, first, k, needs_x, needs_y, *_):
     dx = x.new_empty(x.shape if needs_x else 0, dtype=scale.dtype)
     dy = y.new_empty(y.shape if needs_y else 0, dtype=scale.dtype)
     return torch.empty_like(scale), dx, dy, torch.empty_like(scale), torch.empty_like(scale)

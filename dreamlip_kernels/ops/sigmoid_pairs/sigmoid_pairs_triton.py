@@ -112,6 +112,13 @@ def _negatives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor, g
     m, c = len(x.v), len(y.v)
     arguments, blocks = _launch_arguments(x.v, y.v)
     x_mask, y_mask = dense(pairs.x_mask), dense(pairs.y_mask)
+    slope_and_bias = torch.stack([pairs.scale * x.unit * y.unit, pairs.bias])
+    chunk_rows, chunk_cols = _chunks(m, c, x.v.element_size())
+    pitch = -(-chunk_cols // 64) * 64  # rows of G at multiples of 128 bytes: whole stores, and aligned operands
+    workspace = x.v.new_empty(chunk_rows * pitch if gradient else 1)
+    corners = [(i, j) for i in range(0, m, chunk_rows) for j in range(0, c, chunk_cols)]
+    most = triton.cdiv(chunk_rows, blocks.m) * triton.cdiv(chunk_cols, blocks.c)  # tiles of a chunk
+    sums = pairs.scale.new_zeros(2, len(corners) * most)
     arguments |= dict(
         x_mask_ptr=x_mask,
         y_mask_ptr=y_mask,
@@ -120,21 +127,20 @@ def _negatives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor, g
         HAS_X_MASK=x_mask is not None,
         HAS_Y_MASK=y_mask is not None,
         SAME_IS_POSITIVE=pairs.x_images is not None and pairs.same_image == "positive",
+        scale_ptr=slope_and_bias,
+        g_ptr=workspace,
+        sums_ptr=sums,
+        sums=sums.shape[1],
+        first=pairs.first,
+        k=pairs.k,
+        stride_g=pitch,
+        GRADIENT=gradient,
     )
-    slope_and_bias = torch.stack([pairs.scale * x.unit * y.unit, pairs.bias])
-    chunk_rows, chunk_cols = _chunks(m, c, x.v.element_size())
-    pitch = -(-chunk_cols // 64) * 64  # rows of G at multiples of 128 bytes: whole stores, and aligned operands
-    workspace = x.v.new_empty(chunk_rows * pitch if gradient else 1)
-    corners = [(i, j) for i in range(0, m, chunk_rows) for j in range(0, c, chunk_cols)]
-    most = triton.cdiv(chunk_rows, blocks.m) * triton.cdiv(chunk_cols, blocks.c)  # tiles of a chunk
-    sums = pairs.scale.new_zeros(2, len(corners) * most)
     for number, (i, j) in enumerate(corners):
         rows, cols = min(chunk_rows, m - i), min(chunk_cols, c - j)
-        sigmoid_tile[(triton.cdiv(rows, blocks.m) * triton.cdiv(cols, blocks.c),)](
-            scale_ptr=slope_and_bias, g_ptr=workspace, sums_ptr=sums, first=pairs.first, k=pairs.k,
-            first_row=i, first_col=j, rows=rows, cols=cols, stride_g=pitch, first_sum=number * most, sums=sums.shape[1],
-            GRADIENT=gradient, **arguments,
-        )  # fmt: skip
+        tiles = triton.cdiv(rows, blocks.m) * triton.cdiv(cols, blocks.c)
+        corner = dict(first_row=i, first_col=j, rows=rows, cols=cols, first_sum=number * most)
+        sigmoid_tile[(tiles,)](**corner, **arguments)
         g = workspace[: rows * pitch].view(rows, pitch)[:, :cols] if gradient else None
         if dx.numel():
             accumulate(dx[i : i + rows], g, y.v[j : j + cols])

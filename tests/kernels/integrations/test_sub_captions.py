@@ -93,9 +93,8 @@ def test_an_open_clip_model_gives_what_the_loss_takes(custom_text):
     torch.testing.assert_close(out["image_features"], plain.encode_image(image, normalize=True))
     torch.testing.assert_close(out["text_features"][0, 1], plain.encode_text(text[0, 1:2], normalize=True)[0])
     assert torch.equal(out["text_mask"], text_mask(text)) and out["logit_bias"] == -10
-    tokens = plain.visual.forward_intermediates(
-        image, indices=1, normalize_intermediates=True, output_fmt="NLC"
-    )["image_intermediates"][0]  # fmt: skip
+    visual = plain.visual.forward_intermediates(image, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    tokens = visual["image_intermediates"][0]
     torch.testing.assert_close(out["patch_features"], tokens @ plain.visual.proj)
     losses = DreamLIPLoss()(**out, output_dict=True)
     sum(losses.values()).backward()

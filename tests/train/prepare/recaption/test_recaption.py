@@ -29,9 +29,8 @@ def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path,
             and record["shortX_captions"] == f"Picture {number(i)}. Short."
         )
         assert (record["raw_caption"], record["url"]) == (f"raw {i}", f"u{i}")
-    assert {body["messages"][0]["content"][1]["text"] for body in server.requests} == {
-        "Describe the image in details", "Describe the image in short.",
-    }  # fmt: skip
+    questions = {"Describe the image in details", "Describe the image in short."}
+    assert {body["messages"][0]["content"][1]["text"] for body in server.requests} == questions
     assert {body["model"] for body in server.requests} == {"served"} and {
         body["max_tokens"] for body in server.requests
     } == {256, 64}
