@@ -17,15 +17,18 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 TORCHES = ("2.6", "2.8", "2.10", "newest")
 NUMPY = {"2.6": "1.26.*"}  # the oldest torch with the oldest numpy; later ones with numpy 2
 TESTS = [
+    "contrastive/test_logsumexp.py",
     "contrastive/test_contrastive.py",
+    "grouping/test_group_patches.py",
     "grouping/test_grouping.py",
     "sigmoid/test_sigmoid.py",
     "test_losses.py",
     "grouping/test_grouping_triton.py",
     "test_reference.py",
     "test_dispatch.py",
-    "test_distributed.py",
-    "test_distributed_compiled.py",
+    "distributed/test_distributed.py",
+    "distributed/test_agreement.py",
+    "distributed/test_distributed_compiled.py",
     "test_extension.py",
 ]
 PYTHON_PATH = "pythonpath=tests/support tests/support/kernels"

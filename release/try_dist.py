@@ -62,7 +62,7 @@ def main(dist: Path) -> None:
         subprocess.run(
             [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", source], check=True, env=clean
         )
-        names = ["test_losses.py", "test_reference.py", "grouping/test_grouping.py"]
+        names = ["test_losses.py", "test_reference.py", "grouping/test_group_patches.py"]
         tests = [f"tests/kernels/{name}" for name in names]
         subprocess.run([python, "-m", "pytest", "-q", "-o", PYTHON_PATH, *tests], check=True, cwd=source, env=clean)
     print(f"{wheels[-1].name} and {archives[-1].name} work")

@@ -2,14 +2,13 @@
 the scale's included.
 """
 
-import datetime
 import math
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from numerics import clip_like
+from rank_cases import CASES, IDS, IN_STRETCHES, D, K, N, global_case, run_case
 from ranks import join, spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -17,66 +16,8 @@ from triton_runs import require_triton
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
-from dreamlip_kernels.distributed import agreement, gathered_logsumexp
 from dreamlip_kernels.distributed import collectives as distributed
-
-N, K, P, D = 12, 3, 9, 8  # N divides by 2, 3 and 4
-
-
-def global_case():
-    image, text = clip_like(N, K, D, torch.float64)
-    patches = torch.randn(N, P, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mask = torch.rand(N, K, generator=torch.Generator().manual_seed(2)) > 0.4
-    mask[0], mask[5:8] = False, False  # an image without captions; with W = 4, a third of a rank's
-    return image, text, patches, mask
-
-
-MODES = (("slot", "mean"), ("all", "mean"), ("all", "logsum"))
-SCOPES = (("image", "both"), ("image", "t2v"), ("batch", "both"), ("batch", "t2v"))
-CASES = [dict(loss="contrastive", negatives=n, positives=p, masked=m) for n, p in MODES for m in (False, True)]
-CASES += [dict(loss="sigmoid", masked=m) for m in (False, True)]
-CASES += [dict(loss="contrastive", negatives=n, positives=p, masked=True, images=True) for n, p in MODES]
-CASES += [dict(loss="sigmoid", masked=False, images=True)]
-TARGETS = [
-    dict(same_image="ignore"),
-    dict(same_image="positive", label_smoothing=0.1),
-    dict(same_image="ignore", label_smoothing=0.2),
-]
-CASES += [dict(loss="contrastive", masked=False, label_smoothing=0.1), dict(loss="sigmoid", masked=True, **TARGETS[1])]
-CASES += [dict(loss="contrastive", negatives=n, masked=True, **t) for n in ("slot", "all") for t in TARGETS]
-CASES += [dict(loss="sigmoid", masked=True, images=True, **TARGETS[2])]
-CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in SCOPES for m in (False, True)]
-CASES += [dict(loss="grouping", contrast="conditioned", candidates=3, masked=True, images=m) for m in (False, True)]
-
-CASES += [dict(loss="contrastive", negatives=n, positives=p, masked=True, reduction="sum") for n, p in MODES[1:]]
-CASES += [dict(loss="sigmoid", masked=True, reduction="sum"), dict(loss="grouping", masked=True, reduction="sum")]
-
-
-# Backward in three stretches of rows, of unequal length where n does not divide.
-IN_STRETCHES = [
-    dict(stretches=3, loss="contrastive", negatives=n, positives=p, masked=m, images=m)
-    for n, p in MODES
-    for m in (False, True)
-]
-IN_STRETCHES += [dict(stretches=3, loss="contrastive", masked=True, **t) for t in TARGETS]
-IDS = torch.tensor([5, 9, 5, 1, 9, 2, 7, 1, -5, 3, 4, 9])  # of images on several ranks, and of two on one
-
-
-def run_case(module, case, image, text, patches, mask, ids=IDS):
-    case = dict(case)
-    if "same_image" in case:
-        case["image_ids"] = ids
-    kind, masked, images = case.pop("loss"), case.pop("masked"), case.pop("images", False)
-    inputs = [t.clone().requires_grad_() for t in (image, text, patches, torch.tensor(9.0, dtype=torch.float64))]
-    options = dict(text_mask=mask if masked else None, image_mask=mask.any(1) if images else None, **case)
-    if kind == "contrastive":
-        loss = module.multi_positive_contrastive_loss(inputs[0], inputs[1], inputs[3], **options)
-    elif kind == "sigmoid":
-        loss = module.multi_positive_sigmoid_loss(inputs[0], inputs[1], inputs[3], -inputs[3], **options)
-    else:
-        loss = module.subcaption_grouping_loss(inputs[2], inputs[1], inputs[3], **options)
-    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    return loss.detach(), grads
+from dreamlip_kernels.distributed import gathered_logsumexp
 
 
 def equality_worker(rank, world, port):
@@ -186,29 +127,6 @@ def test_the_triton_backend_over_ranks():
     spawn(triton_worker, 2)
 
 
-def unequal_worker(rank, world, port, mode):
-    os.environ["DREAMLIP_CHECK"] = mode
-    join(rank, world, port)
-    image, text, patches, mask = (t[: 4 - (rank == 1)] for t in global_case())
-    with pytest.raises(ValueError, match=r"N \(images a rank\) must be the same on every rank, got \[4, 3, 4\]"):
-        dk.multi_positive_contrastive_loss(image, text, 3.0)
-    with pytest.raises(ValueError, match="must be the same on every rank"):
-        dk.subcaption_grouping_loss(patches, text, 3.0)
-    image, text, patches, mask = global_case()
-    with pytest.raises(ValueError, match="text_mask"):
-        dk.multi_positive_contrastive_loss(image, text, 3.0, text_mask=mask if rank == 0 else None)
-    with pytest.raises(ValueError, match="image_ids"):
-        dk.multi_positive_contrastive_loss(image, text, 3.0, image_ids=IDS if rank == 0 else None)
-    with pytest.raises(ValueError, match="label_smoothing"):
-        dk.multi_positive_sigmoid_loss(image, text, 3.0, label_smoothing=0.1 * rank)
-    with pytest.raises(ValueError, match="same_image"):
-        same_image = "ignore" if rank else "positive"
-        dk.multi_positive_contrastive_loss(image, text, 3.0, image_ids=IDS, same_image=same_image)
-    with pytest.raises(ValueError, match=f"rank {rank} of 3"):
-        dk.DreamLIPLoss(rank=rank, world_size=7)
-    dist.destroy_process_group()
-
-
 def empty_worker(rank, world, port):
     join(rank, world, port)
     image, text = torch.randn(0, D, requires_grad=True), torch.randn(0, K, D, requires_grad=True)
@@ -226,54 +144,6 @@ def empty_worker(rank, world, port):
 
 def test_what_is_empty_on_every_rank_has_no_gradient():
     spawn(empty_worker, 2)
-
-
-@pytest.mark.parametrize("mode", ["shapes", "always"])
-def test_unequal_batches_raise_on_every_rank(mode):
-    """A rank with a smaller batch: an error everywhere, not a hang."""
-    spawn(unequal_worker, 3, mode)
-
-
-def remembering_worker(rank, world, port):
-    """Shapes are compared when they are new, each step of known ones issues its own collectives alone;
-    a rank with new ones alone says so.
-    """
-    join(rank, world, port)
-    compared = []
-    for name in ("_by_store", "_by_collective"):
-        real = getattr(agreement, name)
-        setattr(agreement, name, lambda *args, n=name, real=real: compared.append(n) or real(*args))
-    image, text, patches, _ = global_case()
-
-    def step(n):
-        dk.multi_positive_contrastive_loss(image[:n], text[:n], 3.0)
-        dk.subcaption_grouping_loss(patches[:n], text[:n], 3.0)
-
-    for n, expected in ((6, 2), (6, 2), (4, 4), (6, 4), (4, 4)):
-        step(n)
-        assert compared == ["_by_store"] * expected
-    os.environ["DREAMLIP_CHECK"] = "always"
-    step(6)
-    assert compared[4:] == ["_by_collective"] * 2
-    os.environ["DREAMLIP_CHECK"] = "never"
-    step(5)
-    assert len(compared) == 6
-    os.environ["DREAMLIP_CHECK"] = "sometimes"
-    with pytest.raises(ValueError, match="DREAMLIP_CHECK must be one of"):
-        step(6)
-    os.environ["DREAMLIP_CHECK"] = "shapes"
-    agreement.LONGEST_WAIT = datetime.timedelta(seconds=1)
-    if rank == 1:
-        with pytest.raises(
-            RuntimeError, match=r"rank 1 met new shapes, .*'N \(images a rank\)': 3.* and ranks \[0\] did not"
-        ):
-            step(3)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_known_shapes_are_not_compared_again():
-    spawn(remembering_worker, 2)
 
 
 def subgroup_worker(rank, world, port):
