@@ -37,6 +37,49 @@ def _softplus_and_sigmoid(u):
     return tl.maximum(u, 0.0) + e * series, tl.where(u > 0, 1.0, e) / (1.0 + e)
 
 
+@triton.jit
+def _dots(
+    x,
+    y,
+    stride_x,
+    stride_y,
+    first_m,
+    first_c,
+    M,
+    C,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """x @ y.T of the tile at (first_m, first_c): [BLOCK_M, BLOCK_C]."""
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x_tile = _tile(x, stride_x, first_m, M, d, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
+        y_tile = _tile(y, stride_y, first_c, C, d, D, BLOCK_C, BLOCK_D, DESCRIPTOR)
+        acc = tl.dot(x_tile, y_tile.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _present(offs, stop, mask_ptr, HAS_MASK: tl.constexpr):
+    """Which rows or columns lie before ``stop`` and are not masked."""
+    keep = offs < stop
+    if HAS_MASK:
+        keep = keep & (tl.load(mask_ptr + offs, mask=keep, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def _same_image(x_images_ptr, y_images_ptr, offs_m, offs_c, M, C):
+    """Which pairs are of one image: [BLOCK_M, BLOCK_C]."""
+    x_image = tl.load(x_images_ptr + offs_m, mask=offs_m < M, other=-1)
+    y_image = tl.load(y_images_ptr + offs_c, mask=offs_c < C, other=-2)
+    return x_image[:, None] == y_image[None, :]
+
+
 @triton.jit(do_not_specialize=["first", "k", "first_row", "first_col", "rows", "cols", "first_sum"])
 def sigmoid_tile(
     x,
@@ -82,31 +125,18 @@ def sigmoid_tile(
     tiles_c = tl.cdiv(cols, BLOCK_C)
     tile_m, tile_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
     first_m, first_c = first_row + tile_m * BLOCK_M, first_col + tile_c * BLOCK_C
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        x_tile = _tile(x, stride_x, first_m, M, d, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
-        y_tile = _tile(y, stride_y, first_c, C, d, D, BLOCK_C, BLOCK_D, DESCRIPTOR)
-        acc = tl.dot(x_tile, y_tile.T, acc, input_precision=PRECISION)
+    acc = _dots(x, y, stride_x, stride_y, first_m, first_c, M, C, D, BLOCK_M, BLOCK_C, BLOCK_D, PRECISION, DESCRIPTOR)
     offs_m, offs_c = first_m + tl.arange(0, BLOCK_M), first_c + tl.arange(0, BLOCK_C)
     u = acc * tl.load(scale_ptr) + tl.load(scale_ptr + 1)
     if x_images_ptr is not None:
-        x_image = tl.load(x_images_ptr + offs_m, mask=offs_m < M, other=-1)
-        y_image = tl.load(y_images_ptr + offs_c, mask=offs_c < C, other=-2)
-        same = x_image[:, None] == y_image[None, :]
+        same = _same_image(x_images_ptr, y_images_ptr, offs_m, offs_c, M, C)
         u = tl.where(same, -u if SAME_IS_POSITIVE else float("-inf"), u)
-    # Each of these is a mask spread over the tile, whose registers only the tiles at an edge or on the diagonal should
-    # need.
+    # A mask is spread over the tile: only tiles at an edge or on the diagonal should need its registers.
     stop_m, stop_c = first_row + rows, first_col + cols
     if HAS_X_MASK or first_m + BLOCK_M > stop_m:
-        keep_m = offs_m < stop_m
-        if HAS_X_MASK:
-            keep_m = keep_m & (tl.load(x_mask_ptr + offs_m, mask=keep_m, other=0) != 0)
-        u = tl.where(keep_m[:, None], u, float("-inf"))
+        u = tl.where(_present(offs_m, stop_m, x_mask_ptr, HAS_X_MASK)[:, None], u, float("-inf"))
     if HAS_Y_MASK or first_c + BLOCK_C > stop_c:
-        keep_c = offs_c < stop_c
-        if HAS_Y_MASK:
-            keep_c = keep_c & (tl.load(y_mask_ptr + offs_c, mask=keep_c, other=0) != 0)
-        u = tl.where(keep_c[None, :], u, float("-inf"))
+        u = tl.where(_present(offs_c, stop_c, y_mask_ptr, HAS_Y_MASK)[None, :], u, float("-inf"))
     if (first_m <= first + (first_c + BLOCK_C - 1) // k) & (first + first_c // k < first_m + BLOCK_M):
         u = tl.where(offs_m[:, None] == (first + offs_c // k)[None, :], float("-inf"), u)
     softplus, g = _softplus_and_sigmoid(u)

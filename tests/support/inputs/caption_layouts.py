@@ -4,7 +4,6 @@ import gzip
 import json
 
 import pyarrow
-import pyarrow.parquet
 
 LONG = "In the center of the image, a red bus stands. Behind it, two trees grow."
 PIECES = ["In the center of the image, a red bus stands.", "Behind it, two trees grow."]
