@@ -5,7 +5,7 @@ split.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +23,20 @@ class BadSample(Exception):
     """A sample that is left out; ``args[0]`` is the reason it is counted under, ``args[1]`` the detail."""
 
 
-def prepare_sample(
-    sample: dict[str, Any], data: DataConfig, image_size: int, salt: str
-) -> tuple[str, Tensor, list[str], int]:
-    """A raw sample's key, crop [3, S, S] uint8, drawn sub-captions (at most K), and how many captions were too long to
-    be read whole.
+class TrainingSample(NamedTuple):
+    """What a batch needs of one sample."""
 
-    ``salt`` and the key seed every draw.
+    key: str
+    image: Tensor
+    """The crop, uint8 [3, S, S]."""
+    sub_captions: list[str]
+    """Those drawn, K at most."""
+    too_long: int
+    """How many captions were too long to be read whole."""
+
+
+def prepare_sample(sample: dict[str, Any], data: DataConfig, image_size: int, salt: str) -> TrainingSample:
+    """A raw sample decoded, cropped and with its sub-captions drawn; ``salt`` and the key seed every draw.
 
     Raises:
         BadSample: no image, a damaged image, unreadable captions, or none.
@@ -50,16 +57,12 @@ def prepare_sample(
         raise BadSample("no captions", f"none in {', '.join(data.caption_sources) or 'any caption column'}")
     image = random_resized_crop(_image(sample), image_size, data.crop_scale, rng, data.crop_ratio)
     image = augment(image, data, rng)
-    return (
-        key,
-        image,
-        drawn,
-        sum(is_too_long(record.get(source)) for source in data.caption_sources or caption_columns(record)),
-    )
+    too_long = sum(is_too_long(record.get(source)) for source in data.caption_sources or caption_columns(record))
+    return TrainingSample(key, image, drawn, too_long)
 
 
 def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dict[str, Any]:
-    """What ``held_out.val_samples`` yields for one raw sample.
+    """What ``validation.val_samples`` yields for one raw sample.
 
     Raises:
         BadSample: no image, a damaged image or mask, or unreadable captions.

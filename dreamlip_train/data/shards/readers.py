@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
+from dreamlip_train.data.samples import TrainingSample
 from dreamlip_train.data.shards.sample_stream import NoUsableSampleError, SampleStream
 
 Tokenize = Callable[[list[str]], tuple[Tensor, int]]
@@ -58,27 +59,47 @@ class Reader:
         self.streams, self.takes, self.slots, self.tokenize = streams, iter(takes), slots, tokenize
 
     def batch(self) -> dict[str, Any]:
-        """The next batch."""
+        """The next batch: images uint8 [N, 3, S, S], text int64 [N, K, L], text_mask bool [N, K], and what is known of
+        where they are from.
+        """
         takes = zip(self.streams, next(self.takes), strict=True)
-        chosen = [next(stream.samples) for stream, take in takes for _ in range(take)]
-        k = self.slots
-        captions = [caption for _, (_, _, drawn, _) in chosen for caption in drawn + [""] * (k - len(drawn))]
-        tokens, cut = self.tokenize(captions)
-        batch = {
-            # Channels last, as decoded: a transposition for each picture would cost a third of what cropping it does.
-            # default_collate writes them to shared memory at once.
-            "images": default_collate([image.permute(1, 2, 0) for _, (_, image, _, _) in chosen]).permute(0, 3, 1, 2),
-            "text": tokens.view(len(chosen), k, -1),
-            "text_mask": torch.tensor([[slot < len(drawn) for slot in range(k)] for _, (_, _, drawn, _) in chosen]),
-            "keys": [key for _, (key, _, _, _) in chosen],
-            "shards": [shard for shard, _ in chosen],
-            "cut": cut + sum(too_long for _, (_, _, _, too_long) in chosen),
-            "seen": sum(stream.seen for stream in self.streams),
-            "bad": [entry for stream in self.streams for entry in stream.bad],
+        pairs = [next(stream.samples) for stream, take in takes for _ in range(take)]
+        shards, samples = [shard for shard, _ in pairs], [sample for _, sample in pairs]
+        tokens, cut = self._tokens(samples)
+        return {
+            "images": _stacked(samples),
+            "text": tokens,
+            "text_mask": self._text_mask(samples),
+            "keys": [sample.key for sample in samples],
+            "shards": shards,
+            "cut": cut + sum(sample.too_long for sample in samples),
+            **self._news(),
         }
+
+    def _tokens(self, samples: list[TrainingSample]) -> tuple[Tensor, int]:
+        """int64 [N, K, L], empty slots as empty texts; and how many texts were cut."""
+        padded = (sample.sub_captions + [""] * (self.slots - len(sample.sub_captions)) for sample in samples)
+        tokens, cut = self.tokenize([caption for captions in padded for caption in captions])
+        return tokens.view(len(samples), self.slots, -1), cut
+
+    def _text_mask(self, samples: list[TrainingSample]) -> Tensor:
+        """bool [N, K]: which slots hold a sub-caption."""
+        return torch.arange(self.slots) < torch.tensor([len(sample.sub_captions) for sample in samples])[:, None]
+
+    def _news(self) -> dict[str, Any]:
+        """How many samples were read and which were bad since the last batch."""
+        seen = sum(stream.seen for stream in self.streams)
+        bad = [entry for stream in self.streams for entry in stream.bad]
         for stream in self.streams:
             stream.seen, stream.bad = 0, []
-        return batch
+        return {"seen": seen, "bad": bad}
+
+
+def _stacked(samples: list[TrainingSample]) -> Tensor:
+    """uint8 [N, 3, S, S], channels last in memory as decoded: a transposition per picture would cost a third of what
+    cropping it does. default_collate writes them to shared memory at once.
+    """
+    return default_collate([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
 
 
 class ReaderDataset(IterableDataset):

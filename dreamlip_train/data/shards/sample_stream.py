@@ -3,7 +3,7 @@
     shards -> the samples of its pieces -> shuffle buffer -> skip to the resume point -> decode, draw, crop
 
 Everything random is a pure function of the seed, the pass over the set, the stretch and the sample's key, so a resumed
-epoch repeats to the bit.
+epoch is bit-exact.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NoReturn
 
-from torch import Tensor
-
 from dreamlip_train.config.schema import DataConfig
 from dreamlip_train.data.data_sets import DataSet
 from dreamlip_train.data.epoch_plan import SampleRange
 from dreamlip_train.data.quarantine import BadCounts
-from dreamlip_train.data.samples import BadSample, prepare_sample
+from dreamlip_train.data.samples import BadSample, TrainingSample, prepare_sample
 from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
-
-Prepared = tuple[str, Tensor, list[str], int]
-"""What ``samples.prepare_sample`` gives."""
 
 
 class NoUsableSampleError(Exception):
@@ -78,13 +73,13 @@ class SampleStream:
         self.seen = 0
         self.samples = self._samples(pieces, skip)
 
-    def _samples(self, pieces: list[SampleRange], skip: int) -> Iterator[tuple[str, Prepared]]:
+    def _samples(self, pieces: list[SampleRange], skip: int) -> Iterator[tuple[str, TrainingSample]]:
         for piece in pieces:
             passed = min(skip, piece.take)
             skip -= passed
             yield from self._piece(piece, piece.skip + passed, piece.take - passed)
 
-    def _piece(self, piece: SampleRange, skip: int, take: int) -> Iterator[tuple[str, Prepared]]:
+    def _piece(self, piece: SampleRange, skip: int, take: int) -> Iterator[tuple[str, TrainingSample]]:
         """``take`` usable samples of a stretch after the first ``skip``, which are not decoded.
         A stretch cut short by bad samples begins again; one of a mixture without a usable sample, which may be a small
         end of a pass, gives way to the whole set.
@@ -118,14 +113,14 @@ class SampleStream:
                 start, stop = 0, self.of.size
 
     def _give_up(self, set_epoch: int, start: int, stop: int) -> NoReturn:
-        found = BadCounts()
+        counts = BadCounts()
         for entry in self.bad:
-            found.add(entry)
+            counts.add(entry)
         names = [shard for shard, *_ in self._order(set_epoch).stretch(start, stop)]
         field = f"data.mixture: {self.of.name}" if self.of.name else "data.shards"
         raise NoUsableSampleError(
             f"{field}: no usable sample in {', '.join(names)} (a reader's part): "
-            f"{found if self.bad else 'all are in the quarantine file'}"
+            f"{counts if self.bad else 'all are in the quarantine file'}"
         )
 
     def _order(self, set_epoch: int) -> EpochOrder:
