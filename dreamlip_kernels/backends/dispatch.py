@@ -186,14 +186,14 @@ def _order(op: str, case: Case) -> tuple[tuple[str, ...], str]:
         return (_pinned[op], *rest), "pinned"
     under_autocast = case.device.type != "meta" and torch.is_autocast_enabled(case.device.type)
     float32 = "fp16" if under_autocast else settings.float32
-    found = _plan(op, case.device, case.dtype, float32, torch.compiler.is_compiling())
-    if not found:
+    plan = _plan(op, case.device, case.dtype, float32, torch.compiler.is_compiling())
+    if not plan:
         return rest, ""
     sizes = case.sizes or {"M": 2**31}  # not known yet: what is best for large calls
     similarities = 1
     for letter, size in sizes.items():
         similarities = similarities if letter == "D" else similarities * size
-    names = verdicts.order(found, sizes.get("D", found[0][0]), similarities)
+    names = verdicts.order(plan, sizes.get("D", plan[0][0]), similarities)
     return tuple(name for name in names if name in _BACKENDS[op]), "by its verdict"
 
 
@@ -250,8 +250,8 @@ def _announce(op: str, device: torch.device, backend: str, notes: list[str]) -> 
     if torch.compiler.is_compiling() or (op, str(device), backend) in _announced:
         return
     _announced.add((op, str(device), backend))
-    said = "; ".join(filter(None, notes))
-    logger.info("%s: backend %s on %s%s", op, backend, device, f" ({said})" if said else "")
+    reason = "; ".join(filter(None, notes))
+    logger.info("%s: backend %s on %s%s", op, backend, device, f" ({reason})" if reason else "")
     if device.type == "cuda" and verdicts.record(device) is None and ("command", str(device)) not in _announced:
         _announced.add(("command", str(device)))
         logger.warning(

@@ -23,14 +23,14 @@ def explain() -> str:
     parts = ["\n".join([*columns(rows), extension.describe()])]
     seen = set()
     for device in devices:
-        found = verdicts.record(device)
-        if found is None:
+        record = verdicts.record(device)
+        if record is None:
             parts.append(
                 f"{device}: no verdict; `{dispatch.COMMAND} --device {device}` measures what is right and faster"
             )
-        elif found.path not in seen:
-            seen.add(found.path)
-            parts.append(table(found))
+        elif record.path not in seen:
+            seen.add(record.path)
+            parts.append(table(record))
     return "\n\n".join(parts)
 
 

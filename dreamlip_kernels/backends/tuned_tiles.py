@@ -31,7 +31,7 @@ def take_tiles(tiles: Tiles | None) -> None:
 def _of_current_device(arch: int) -> Tiles:
     if not torch.cuda.is_initialized():
         return {}
-    found = verdicts.record(torch.device("cuda", torch.cuda.current_device()))
-    if found is None or found.identity["capability"] != f"{arch // 10}.{arch % 10}":
+    record = verdicts.record(torch.device("cuda", torch.cuda.current_device()))
+    if record is None or record.identity["capability"] != f"{arch // 10}.{arch % 10}":
         return {}
-    return found.tiles
+    return record.tiles

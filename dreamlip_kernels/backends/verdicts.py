@@ -152,12 +152,12 @@ def record(device: torch.device) -> Record | None:
     return _records[device]
 
 
-def store(device: torch.device, found: Record) -> Record:
+def store(device: torch.device, new: Record) -> Record:
     """Write the record where the next process finds it; this one takes it from now on."""
     device = indexed(device)
-    path = cache.write(identity.file_name(device), found.to_json())
+    path = cache.write(identity.file_name(device), new.to_json())
     _plans.clear()
-    stored = _records[device] = dataclasses.replace(found, path=path)
+    stored = _records[device] = dataclasses.replace(new, path=path)
     return stored
 
 
@@ -182,16 +182,16 @@ def plan(op: str, device: torch.device, dtype: torch.dtype, float32: str) -> Pla
     """
     about = (indexed(device), op, dtype_class(op, dtype, float32))
     if about not in _plans:
-        found = record(device)
-        _plans[about] = () if found is None else make_plan(found, *about[1:])
+        current = record(device)
+        _plans[about] = () if current is None else make_plan(current, *about[1:])
     return _plans[about]
 
 
-def make_plan(found: Record, op: str, dtype: str) -> Plan:
+def make_plan(record: Record, op: str, dtype: str) -> Plan:
     """``plan`` of a record. At each shape that was timed: what is right and beats torch code, fastest first,
     then torch code.
     """
-    about = [v for v in found.verdicts if (v.op, v.dtype) == (op, dtype)]
+    about = [v for v in record.verdicts if (v.op, v.dtype) == (op, dtype)]
     if not about:
         return ()
     shapes: dict[int, dict[int, list[tuple[float, str]]]] = {}
@@ -208,12 +208,12 @@ def make_plan(found: Record, op: str, dtype: str) -> Plan:
     )
 
 
-def order(found: Plan, width: int, similarities: int) -> tuple[str, ...]:
+def order(plan: Plan, width: int, similarities: int) -> tuple[str, ...]:
     """The backends in the order of a plan, at the nearest width and the largest size not above the call's,
     else the smallest.
     """
-    near, steps = found[0]  # loops that torch.compile can trace, where min(key=...) is not one
-    for other, its_steps in found:
+    near, steps = plan[0]  # loops that torch.compile can trace, where min(key=...) is not one
+    for other, its_steps in plan:
         if abs(other - width) < abs(near - width):
             near, steps = other, its_steps
     names = steps[0][1]
@@ -230,14 +230,14 @@ def _stored(device: torch.device) -> Record | None:
         return None
     content, path = stored
     try:
-        found = Record.from_json(content, path)
+        entry = Record.from_json(content, path)
     except ValueError as error:
         logger.warning("%s is not read: %s; `python -m dreamlip_kernels qualify` writes it anew", path, error)
         return None
-    if found.identity != identity.identity(device):
+    if entry.identity != identity.identity(device):
         logger.warning("%s is about another device or version and is not read", path)
         return None
-    return found
+    return entry
 
 
 def _shipped(device: torch.device) -> Record | None:
@@ -246,9 +246,9 @@ def _shipped(device: torch.device) -> Record | None:
     """
     mine = identity.identity(device)
     for path in sorted(MEASURED.glob("*.json")):
-        found = Record.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
-        if all(found.identity[name] == mine[name] for name in identity.CODE):
-            return found
+        entry = Record.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+        if all(entry.identity[name] == mine[name] for name in identity.CODE):
+            return entry
     return None
 
 

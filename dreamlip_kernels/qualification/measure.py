@@ -96,14 +96,14 @@ def _measure(device: torch.device, widths: tuple[int, ...], tune: bool, journal:
     tested = {_key(job): job for job in checks}
     right = [job for key, job in tested.items() if "why" not in answers[key] and not job["interpreted"]]
     rates, timings, untimed = _speeds(device, widths, right, journal)
-    found = [_verdict(job, answers[key], timings.get(key, ()), untimed.get(key, {})) for key, job in tested.items()]
+    results = [_verdict(job, answers[key], timings.get(key, ()), untimed.get(key, {})) for key, job in tested.items()]
     return Record(
         identity=identity.identity(device),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         seconds=round(time.monotonic() - begin, 1),
         widths=widths,
         rates=rates,
-        verdicts=tuple(found),
+        verdicts=tuple(results),
         tiles=tiles,
     )
 

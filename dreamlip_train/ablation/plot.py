@@ -26,7 +26,7 @@ def plot_ablation(content: dict[str, Any], png: str | Path) -> None:
     names = list(content["runs"])
     if not names:
         return
-    told = {variant.name: variant.what for variant in VARIANTS}
+    descriptions = {variant.name: variant.what for variant in VARIANTS}
     tables = {variant.name: variant.table for variant in VARIANTS}
     colors = dict(zip(dict.fromkeys(tables.values()), COLORS, strict=False))
     positions, at = {}, 0.0
@@ -48,7 +48,7 @@ def plot_ablation(content: dict[str, Any], png: str | Path) -> None:
             axis.xaxis.grid(True, color=GRID)
             axis.set_axisbelow(True)
             axis.tick_params(axis="y", length=0)
-        axes[0].set_yticks(list(positions.values()), [told[name] for name in positions])
+        axes[0].set_yticks(list(positions.values()), [descriptions[name] for name in positions])
         axes[0].invert_yaxis()
         figure.savefig(png, dpi=150, facecolor="white")
         plt.close(figure)

@@ -194,9 +194,9 @@ def _scores(run: Path) -> dict[str, Any]:
         scores[name], chance[name] = (report["localization"][name][part] for part in ("value", "chance"))
     summary = json.loads((run / "summary.json").read_text())
     scores["steps_per_s"] = summary["steps"] / summary["seconds"]
-    found = {"scores": scores, "chance": chance}
-    write_json(path, found)
-    return found
+    result = {"scores": scores, "chance": chance}
+    write_json(path, result)
+    return result
 
 
 def _by_variant(
@@ -204,7 +204,7 @@ def _by_variant(
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """{variant: {seed: result}} in the grid's order, of the variants that have one."""
     rows = {
-        variant.name: {seed: found for (name, seed), found in sorted(done.items()) if name == variant.name}
+        variant.name: {seed: result for (name, seed), result in sorted(done.items()) if name == variant.name}
         for variant in variants
     }
     return {name: row for name, row in rows.items() if row}
@@ -214,7 +214,7 @@ def write_results(folder: Path, settings: dict[str, int], runs: dict[str, dict[i
     """ablation.json, ablation.md and ablation.png of what is there so far; returns the first."""
     from dreamlip_train.ablation.plot import plot_ablation
 
-    scores = {name: {seed: found["scores"] for seed, found in row.items()} for name, row in runs.items()}
+    scores = {name: {seed: result["scores"] for seed, result in row.items()} for name, row in runs.items()}
     chance = next(iter(runs.values()), {}).get(0, {}).get("chance", {})
     content = {"settings": settings, "runs": scores, "chance": chance, "claims": judge(scores)}
     write_json(folder / "ablation.json", content)
@@ -251,7 +251,7 @@ def judge(scores: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, Any]
 
 def format_ablation(content: dict[str, Any]) -> str:
     """The table, mean and spread over the seeds, and the verdicts, as Markdown."""
-    told = {variant.name: variant for variant in VARIANTS}
+    by_name = {variant.name: variant for variant in VARIANTS}
     settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
     lines = [
         f"Ablation on the built-in scenes: {settings}. Mean over the seeds, ± their standard deviation. "
@@ -267,7 +267,7 @@ def format_ablation(content: dict[str, Any]) -> str:
         )
     for name, row in content["runs"].items():
         cells = [_spread([scores[score] for scores in row.values()]) for score in SCORES]
-        lines.append(f"| {name} | {told[name].what} | {len(row)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {by_name[name].what} | {len(row)} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "The paper's orderings, differences paired by seed:",

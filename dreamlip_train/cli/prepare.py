@@ -56,8 +56,8 @@ def prepare_folder(arguments: list[str], program: str) -> None:
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare import folder
 
-    given: dict[str, Any] = vars(options) | {"columns": parse_columns(options.columns)}
-    folder.prepare_folder(**given, count_tokens=count_tokens)
+    settings: dict[str, Any] = vars(options) | {"columns": parse_columns(options.columns)}
+    folder.prepare_folder(**settings, count_tokens=count_tokens)
 
 
 def prepare_join(arguments: list[str], program: str) -> None:
@@ -66,8 +66,8 @@ def prepare_join(arguments: list[str], program: str) -> None:
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.prepare.join.join import format_join, join_captions
 
-    given: dict[str, Any] = vars(options) | {"columns": parse_columns(options.columns)}
-    manifest = join_captions(**given)
+    settings: dict[str, Any] = vars(options) | {"columns": parse_columns(options.columns)}
+    manifest = join_captions(**settings)
     print(format_join(manifest["join"]))
     print(format_summary(options.output, manifest))
 

@@ -237,9 +237,9 @@ def is_worker_error(error: BaseException) -> bool:
 
 def worker_error(error: BaseException | str) -> RunError:
     """The same with what to do about it."""
-    said = str(error).splitlines()[0].rstrip(". ")
+    reason = str(error).splitlines()[0].rstrip(". ")
     return RunError(
-        f"data.num_workers: {said}. If the system ran out of memory, lower data.num_workers or data.shuffle_buffer"
+        f"data.num_workers: {reason}. If the system ran out of memory, lower data.num_workers or data.shuffle_buffer"
     )
 
 

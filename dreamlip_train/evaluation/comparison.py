@@ -159,7 +159,7 @@ def _ablations(results: Results) -> list[Comparison]:
         ("Table 7: captioners", "table7_captioners_vitb16", ("captions",)),
         ("Table 8: K", "table8_k_vitb16", ("k",)),
     ]
-    made = []
+    rows = []
     for title, name, labels in tables:
         one = _table(f"{title}, ViT-B/16 on CC3M", "VOC-20 is of a trained SAN.", name, labels, [["this run", *row]])
         if name == "table6_components_vitb16":  # its labels are "y" where a component is on
@@ -168,8 +168,8 @@ def _ablations(results: Results) -> list[Comparison]:
                 for line, cells in zip(paper_table(name), one.others, strict=True)
             ]
             one = Comparison(one.title, one.note, one.columns, one.ours, named)
-        made.append(one)
-    return made
+        rows.append(one)
+    return rows
 
 
 def _later(results: Results) -> Comparison:

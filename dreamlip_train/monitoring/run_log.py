@@ -63,15 +63,15 @@ class RunLog:
             self.task = self.bar.add_task("starting", total=self.total_steps, completed=step)
             self.bar.start()
 
-    def message(self, text: str, *, shown: bool = True, loud: bool = False) -> None:
+    def message(self, text: str, *, on_terminal: bool = True, loud: bool = False) -> None:
         """Keep ``text`` with the time in this rank's log; rank 0 also prints it, ``loud`` in red."""
-        if shown:
+        if on_terminal:
             self._print(text, "bold red" if loud else None)
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def traceback(self) -> None:
         """Keep the exception that is being handled in this rank's log."""
-        self.message(traceback.format_exc(), shown=False)
+        self.message(traceback.format_exc(), on_terminal=False)
 
     def row(self, row: dict[str, Any], summary: str) -> None:
         """One object of metrics.jsonl, its numbers to TensorBoard and W&B, ``summary`` to the bar or as a line."""
@@ -86,7 +86,7 @@ class RunLog:
             self.wandb.log(numbers, step=row["step"])
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], description=summary)
-        self.message(summary, shown=self.bar is None)
+        self.message(summary, on_terminal=self.bar is None)
 
     def advance(self, step: int) -> None:
         """Move the bar between logged rows."""
@@ -164,10 +164,10 @@ class _ToRunLog(logging.Handler):
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     """Every number in the nested ``row`` by its path, the step aside."""
-    found = []
+    numbers = []
     for key, value in row.items():
         if isinstance(value, dict):
-            found += _numbers(value, f"{prefix}{key}/")
+            numbers += _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and key not in ("step", "chance"):
-            found.append((prefix + key, float(value)))
-    return found
+            numbers.append((prefix + key, float(value)))
+    return numbers

@@ -155,12 +155,12 @@ def evaluations_of(files: Sequence[Path]) -> list[tuple[str, str]]:
     for path in files:
         try:
             content = read_json(path)
-            told = content.pop("evaluation")
-            text = FORMATS[told["command"]](content)
+            described = content.pop("evaluation")
+            text = FORMATS[described["command"]](content)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # another file
-        of = (told.get(name) for name in ("annotations", "layout", "set", "val_shards", "datasets", "root"))
-        evaluations.append((f"{told['command']} {next(filter(None, of), '')}", text))
+        of = (described.get(name) for name in ("annotations", "layout", "set", "val_shards", "datasets", "root"))
+        evaluations.append((f"{described['command']} {next(filter(None, of), '')}", text))
     return evaluations
 
 

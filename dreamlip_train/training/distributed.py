@@ -52,12 +52,12 @@ def world_of(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if _whole_number(environment, "MASTER_PORT", 1) not in range(1, 2**16):
         raise UserError(f"MASTER_PORT: got {environment['MASTER_PORT']}; a port is from 1 to 65535")
-    given = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE")}
-    if any(given.values()):
-        rank, size = (int(value) if value.isdecimal() else -1 for value in given.values())
+    places = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if any(places.values()):
+        rank, size = (int(value) if value.isdecimal() else -1 for value in places.values())
         if not 0 <= rank < size:
             raise UserError(
-                f"RANK={given['RANK']!r}, WORLD_SIZE={given['WORLD_SIZE']!r}: a launcher sets both, "
+                f"RANK={places['RANK']!r}, WORLD_SIZE={places['WORLD_SIZE']!r}: a launcher sets both, "
                 "0 <= RANK < WORLD_SIZE; "
                 "start with torchrun, deepspeed or srun, or unset both for a single process"
             )

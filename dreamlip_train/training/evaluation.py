@@ -111,5 +111,5 @@ def _zero_shot(
         return evaluate_zero_shot(model, [name], eval.zero_shot_root, device, batch_size=eval.batch_size)
 
     own = share.map(work, [name for i, name in enumerate(eval.zero_shot) if share.owns(i)], should_stop)
-    scores = {name: row for of in share.gather(own) for found in of for name, row in found.items()}
+    scores = {name: row for of in share.gather(own) for scored in of for name, row in scored.items()}
     return {name: scores[name] for name in eval.zero_shot}

@@ -58,8 +58,8 @@ def cached_train_step(
         losses = {name: value.detach() for name, value in losses.items()}
         if not finite_everywhere(total):
             return StepResult(losses, False, math.nan, {"logit_scale": features["logit_scale"].detach()})
-        found = torch.autograd.grad(total, list(features.values()), allow_unused=True)
-        gradients = {name: value for name, value in zip(features, found, strict=True) if value is not None}
+        values = torch.autograd.grad(total, list(features.values()), allow_unused=True)
+        gradients = {name: value for name, value in zip(features, values, strict=True) if value is not None}
     shares, first, within = _shares(chunks), 0, torch.zeros((), device=mask.device)
     for chunk, state, share in zip(chunks, states, shares, strict=True):
         rows = slice(first, first + len(chunk["images"]))

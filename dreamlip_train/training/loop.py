@@ -157,7 +157,7 @@ class Loop:
             self.log.message(f"CHECKPOINT NOT SAVED: {error}. Training goes on without it; make room", loud=True)
         else:
             self.saved_step = self.state.step
-            self.log.message(f"saved {path} in {time.monotonic() - self.saved_at:.1f} s", shown=False)
+            self.log.message(f"saved {path} in {time.monotonic() - self.saved_at:.1f} s", on_terminal=False)
         self.metrics.watch.restart()  # its time belongs to no window of steps
 
     def _require_saved(self, why: str) -> None:

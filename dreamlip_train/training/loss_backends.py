@@ -67,15 +67,15 @@ def qualify_device(when: str, device: torch.device) -> str:
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         store.wait([word], _LONGEST_WAIT)
         return ""
-    said = "a failure"
+    outcome = "a failure"
     try:
         record = dreamlip_kernels.qualify(device, reuse=when == "auto")
-        said = f"kernels qualified on {record.identity['device']} on {record.date}: {record.path}"
+        outcome = f"kernels qualified on {record.identity['device']} on {record.date}: {record.path}"
     except RuntimeError as error:  # the run goes on, with torch code
-        said = f"the kernels could not be qualified, torch code runs: {error}"
+        outcome = f"the kernels could not be qualified, torch code runs: {error}"
     finally:
-        store.set(word, said)
-    return said
+        store.set(word, outcome)
+    return outcome
 
 
 class Choice(NamedTuple):

@@ -72,9 +72,9 @@ def renaming(names: Iterable[str], columns: Mapping[str, str], form: str = "") -
     """
     layout = layout_of(names, form) if not columns else None
     known = {**_DREAMLIP_JSON, **(layout.columns if layout else {})}
-    said = {theirs: ours for ours, theirs in columns.items()}
-    hidden = {ours: f"{ours} of the table" for ours in columns if ours not in said}
-    return {theirs: ours for theirs, ours in known.items() if ours not in columns} | hidden | said
+    renamed = {theirs: ours for ours, theirs in columns.items()}
+    hidden = {ours: f"{ours} of the table" for ours in columns if ours not in renamed}
+    return {theirs: ours for theirs, ours in known.items() if ours not in columns} | hidden | renamed
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, str]:

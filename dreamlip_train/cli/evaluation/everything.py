@@ -49,8 +49,8 @@ def all_(arguments: list[str], program: str) -> None:
         print(f"\nnot below {options.root}:")
         print("\n".join(f"  {one.name:<24}{one.source}" for one in missing))
     if failed:
-        told = "".join(f"\n  {name}: {why}" for name, why in failed.items())
-        raise UserError(f"--root: {len(failed)} of {len(there)} benchmarks that are there could not be read:{told}")
+        reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        raise UserError(f"--root: {len(failed)} of {len(there)} benchmarks that are there could not be read:{reasons}")
     if not there:
         raise UserError(f"--root: {options.root!r} has none of the {len(selected)} benchmarks; see the list")
 
@@ -94,9 +94,9 @@ def _run_all(options: AllOptions, there: list[Benchmark], folder: Path) -> dict[
     of, failed = _weights_of(options), {}
     for number, one in enumerate(there, 1):
         common = {"checkpoint": options.checkpoint, "model": options.model, "weights": options.weights}
-        told = json.loads(json.dumps({"command": one.options.command, **common, **one.settings, "weights_of": of}))
+        described = json.loads(json.dumps({"command": one.options.command, **common, **one.settings, "weights_of": of}))
         file = folder / f"{one.name}.json"
-        if _is_finished(file, told):
+        if _is_finished(file, described):
             print(f"[{number}/{len(there)}] {one.name}: kept from before", flush=True)
             continue
         print(f"[{number}/{len(there)}] {one.name}", flush=True)
@@ -113,7 +113,7 @@ def _run_all(options: AllOptions, there: list[Benchmark], folder: Path) -> dict[
             failed[one.name] = errors[0]
         else:
             try:
-                write_json(file, {"evaluation": told} | scores)
+                write_json(file, {"evaluation": described} | scores)
             except OSError as error:
                 raise RunError(
                     f"--output: {file} can't be written: {error.strerror}. What is finished is kept; make room and "
@@ -127,9 +127,9 @@ def _batch_size(one: Benchmark, options: AllOptions) -> int:
     return min(options.batch_size, one.options.batch_size)
 
 
-def _is_finished(file: Path, told: dict[str, Any]) -> bool:
+def _is_finished(file: Path, settings: dict[str, Any]) -> bool:
     try:
-        return read_json(file)["evaluation"] == told
+        return read_json(file)["evaluation"] == settings
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

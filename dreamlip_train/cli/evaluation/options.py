@@ -74,5 +74,5 @@ def write(options: EvalOptions, scores: Any) -> None:
     if options.output:
         from dreamlip_train.jobs.atomic_json import write_json
 
-        told = {name: value for name, value in vars(options).items() if name != "output"}
-        write_json(Path(options.output), {"evaluation": {"command": options.command, **told}} | scores)
+        settings = {name: value for name, value in vars(options).items() if name != "output"}
+        write_json(Path(options.output), {"evaluation": {"command": options.command, **settings}} | scores)

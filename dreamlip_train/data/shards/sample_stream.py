@@ -132,7 +132,7 @@ class SampleStream:
         """The stretch's samples as bytes. Those without an image are in no index; they go with the ones before them."""
         for shard, first, last, to_end in self._order(set_epoch).stretch(start, stop):
             self.context.beat(shard)
-            position, given, surplus = 0, 0, 0
+            position, yielded, surplus = 0, 0, 0
             try:
                 for sample in read_shard(shard, self.context.data.max_member_mb * 2**20):
                     self.context.beat(shard)
@@ -143,19 +143,19 @@ class SampleStream:
                     if position >= last and not to_end:
                         break
                     if position >= first:
-                        given += indexed
+                        yielded += indexed
                         yield shard, sample
                     position += indexed
             except ShardError as error:
                 self._note(shard, f"after {position} samples", "shard could not be read to its end", str(error))
             # Garbage between two members ends a tar without any error.
-            if given < last - first:
+            if yielded < last - first:
                 self._note(
                     shard,
                     "",
                     "missing from its shard",
-                    f"{last - first - given} of {last} listed samples",
-                    last - first - given,
+                    f"{last - first - yielded} of {last} listed samples",
+                    last - first - yielded,
                 )
             if surplus and to_end:
                 self._note(

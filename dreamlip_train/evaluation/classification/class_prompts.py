@@ -36,27 +36,29 @@ def read_classes(path: str | Path, *, repeated_allowed: bool = False) -> list[st
     return names
 
 
-def read_templates(given: str) -> tuple[str, ...]:
+def read_templates(choice: str) -> tuple[str, ...]:
     """Prompt templates with {c} for the class: "photo" is one, "imagenet" are CLIP's 80, anything else a file with one
     a line.
 
     Raises:
         UserError: no such file, or a line without {c}.
     """
-    if given in ("", "photo"):
+    if choice in ("", "photo"):
         return PHOTO
-    if given == "imagenet":
+    if choice == "imagenet":
         return tuple(template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
     try:
-        templates = tuple(line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip())
+        templates = tuple(
+            line.strip() for line in Path(choice).read_text(encoding="utf-8").splitlines() if line.strip()
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f'--templates: got {given!r}; give "photo", "imagenet" or a file with a template a line ({error})'
+            f'--templates: got {choice!r}; give "photo", "imagenet" or a file with a template a line ({error})'
         ) from error
     without = [template for template in templates if "{c}" not in template]
     if without or not templates:
         raise UserError(
-            f"--templates: {given!r}: {without[0] if without else 'no line'!r} has no {{c}}, the place of the class"
+            f"--templates: {choice!r}: {without[0] if without else 'no line'!r} has no {{c}}, the place of the class"
         )
     return templates
 

@@ -51,7 +51,7 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
     if not folder.is_dir():
         raise UserError(f"--images: no folder {str(folder)!r}")
     position = {name: index for index, name in enumerate(classes) if classes.count(name) == 1}
-    found: list[tuple[str, list[int]]] = []
+    rows: list[tuple[str, list[int]]] = []
     for number, line in enumerate(lines, 1):
         name, *tags = (part.strip() for part in line.split(","))
         labels = []
@@ -64,19 +64,19 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
                     "give the tag list that belongs to these annotations"
                 )
             labels.append(index)
-        found.append((name, labels))
-    if len({name for name, _ in found}) < len(found):
+        rows.append((name, labels))
+    if len({name for name, _ in rows}) < len(rows):
         raise UserError(f"--annotations: {str(path)!r} lists an image twice")
     files = [
-        next((file for ending in _ENDINGS if (file := folder / (name + ending)).is_file()), None) for name, _ in found
+        next((file for ending in _ENDINGS if (file := folder / (name + ending)).is_file()), None) for name, _ in rows
     ]
-    missing = [name for (name, _), file in zip(found, files, strict=True) if file is None]
+    missing = [name for (name, _), file in zip(rows, files, strict=True) if file is None]
     if missing:
         raise UserError(
-            f"--images: {len(missing)} of {len(found)} images are not in {str(folder)!r}, such as {missing[0]}; "
+            f"--images: {len(missing)} of {len(rows)} images are not in {str(folder)!r}, such as {missing[0]}; "
             "fetch them"
         )
-    return Labeled([file for file in files if file is not None], [labels for _, labels in found])
+    return Labeled([file for file in files if file is not None], [labels for _, labels in rows])
 
 
 def _separated(tags: list[str], position: dict[str, int]) -> list[str]:
@@ -171,15 +171,15 @@ def _distinct(classes: Sequence[str]) -> list[str]:
     return [name if classes.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(classes)]
 
 
-def format_multi_label(found: dict[str, Any], shown: int = 5) -> str:
+def format_multi_label(scores: dict[str, Any], count: int = 5) -> str:
     """The mean, chance, and the best and worst classes, as text to read."""
-    scored = sorted(((value, name) for name, value in found["per_class"].items() if value is not None), reverse=True)
+    scored = sorted(((value, name) for name, value in scores["per_class"].items() if value is not None), reverse=True)
     lines = [
-        f"{found['images']} images, {found['classes']} classes",
-        f"mAP, % (chance)  {found['map']:.1f} ({found['chance']:.1f})",
+        f"{scores['images']} images, {scores['classes']} classes",
+        f"mAP, % (chance)  {scores['map']:.1f} ({scores['chance']:.1f})",
     ]
-    if found["without_images"]:
-        lines.append(f"left out of the mean: {found['without_images']} classes that no image has")
-    lines.append("best   " + ", ".join(f"{name} {value:.0f}" for value, name in scored[:shown]))
-    lines.append("worst  " + ", ".join(f"{name} {value:.0f}" for value, name in reversed(scored[-shown:])))
+    if scores["without_images"]:
+        lines.append(f"left out of the mean: {scores['without_images']} classes that no image has")
+    lines.append("best   " + ", ".join(f"{name} {value:.0f}" for value, name in scored[:count]))
+    lines.append("worst  " + ", ".join(f"{name} {value:.0f}" for value, name in reversed(scored[-count:])))
     return "\n".join(lines)

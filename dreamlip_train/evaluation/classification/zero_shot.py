@@ -84,16 +84,16 @@ def evaluate_zero_shot(
     """
     if importlib.util.find_spec("clip_benchmark") is None:
         raise UserError("eval zeroshot: needs clip_benchmark; pip install 'dreamlip[benchmark]'")
-    found: dict[str, dict[str, Any]] = {}
+    by_set: dict[str, dict[str, Any]] = {}
     with eval_mode(model):
         for name in datasets:
             try:
-                found[name] = _evaluate_one(model, name, root, device, split, batch_size, workers)
+                by_set[name] = _evaluate_one(model, name, root, device, split, batch_size, workers)
             except Exception as error:  # clip_benchmark and the data sets' own readers raise anything
                 first_line = next(iter(str(error).strip().splitlines()), "")
-                found[name] = {"error": f"{type(error).__name__}: {first_line}"}
-            keep(found)
-    return found
+                by_set[name] = {"error": f"{type(error).__name__}: {first_line}"}
+            keep(by_set)
+    return by_set
 
 
 class _LabeledBatches:
@@ -179,13 +179,13 @@ def _build(name: str, folder: str, split: str, picture: Transform) -> Any:
         return build_dataset(name, root=folder, transform=picture, split=split, task="zeroshot_classification")
 
 
-def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:
+def format_zero_shot(by_set: dict[str, dict[str, Any]]) -> str:
     """The table, chance and the paper's numbers beside ours."""
     lines = [
         f"{'zero-shot, %':<22}{'acc@1':>8}{'(chance)':>10}{'acc@5':>8}{'per class':>11}{'images':>9}   paper: "
         "DreamLIP, ViT-B/16"
     ]
-    for name, row in found.items():
+    for name, row in by_set.items():
         if "error" in row:
             lines.append(f"{name:<22}  not evaluated: {row['error']}")
             continue
@@ -198,7 +198,7 @@ def format_zero_shot(found: dict[str, dict[str, Any]]) -> str:
         recall = row.get("mean_per_class_recall", nothing)
         cells = f"{top:>8.1f}{100 / row['classes']:>10.1f}{row.get('acc5', nothing):>8.1f}{recall:>11.1f}"
         lines.append(f"{name:<22}{cells}{row['images']:>9}   {paper}")
-    scores = [row["acc1"] for row in found.values() if "acc1" in row]
+    scores = [row["acc1"] for row in by_set.values() if "acc1" in row]
     if len(scores) > 1:
         lines.append(f"{'mean of ' + str(len(scores)):<22}{sum(scores) / len(scores):>8.1f}")
     return "\n".join(lines)

@@ -108,18 +108,18 @@ def _percent(right: Sequence[bool]) -> float:
     return 100 * sum(right) / len(right)
 
 
-def format_cases(found: dict[str, Any]) -> str:
+def format_cases(result: dict[str, Any]) -> str:
     """The scores with chance, and each kind (of many, the best and worst), as text to read."""
-    scores = list(found["chance"])
-    lines = [f"{found['cases']} cases"]
+    scores = list(result["chance"])
+    lines = [f"{result['cases']} cases"]
     for score in scores:
-        value = "no kind counts" if found[score] is None else f"{found[score]:.1f} %"
-        lines.append(f"{score.replace('_', ' '):<18}{value} (chance {found['chance'][score]:.1f})")
-    first = next(iter(found["kinds"].values()))
-    shown = [score for score in ("accuracy", "text", "image", "group") if score in first]
-    ordered = sorted(found["kinds"].items(), key=lambda item: -item[1][shown[0]])
+        value = "no kind counts" if result[score] is None else f"{result[score]:.1f} %"
+        lines.append(f"{score.replace('_', ' '):<18}{value} (chance {result['chance'][score]:.1f})")
+    first = next(iter(result["kinds"].values()))
+    columns = [score for score in ("accuracy", "text", "image", "group") if score in first]
+    ordered = sorted(result["kinds"].items(), key=lambda item: -item[1][columns[0]])
     if len(ordered) > 12:
         ordered = [*ordered[:5], *ordered[-5:]]
-    for kind, row in ordered if len(found["kinds"]) > 1 else []:
-        lines.append(f"  {kind:<28}" + "".join(f"{row[score]:>8.1f}" for score in shown) + f"{row['cases']:>8} cases")
+    for kind, row in ordered if len(result["kinds"]) > 1 else []:
+        lines.append(f"  {kind:<28}" + "".join(f"{row[score]:>8.1f}" for score in columns) + f"{row['cases']:>8} cases")
     return "\n".join(lines)

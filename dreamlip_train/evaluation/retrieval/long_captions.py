@@ -90,19 +90,19 @@ class _Texts:
         self.features.append(features_TD)
 
 
-def format_long_captions(found: dict[str, Any]) -> str:
+def format_long_captions(result: dict[str, Any]) -> str:
     """Each reading's six numbers with chance, and how many texts were cut, as text to read."""
     lines = [
-        f"{found['images']} images, {found['captions']} captions",
+        f"{result['images']} images, {result['captions']} captions",
         f"{'retrieval, % (chance)':<46}" + "".join(f"{name:>16}" for name in ("R@1", "R@5", "R@10")),
     ]
-    for reading, scores in found["readings"].items():
+    for reading, scores in result["readings"].items():
         for way, arrow in (("i2t", "image to text"), ("t2i", "text to image")):
             cells = [f"{scores[way][f'r_at_{k}']:.1f} ({scores['chance'][way][f'r_at_{k}']:.1f})" for k in (1, 5, 10)]
             lines.append(f"{_LABELS[reading] + ', ' + arrow:<46}" + "".join(f"{cell:>16}" for cell in cells))
-    for reading, scores in found["readings"].items():
+    for reading, scores in result["readings"].items():
         lines.append(
             f"{_LABELS[reading]}: {scores['cut']} of {scores['texts']} texts were longer than "
-            f"{found['context_length']} tokens and were cut"
+            f"{result['context_length']} tokens and were cut"
         )
     return "\n".join(lines)

@@ -63,34 +63,34 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = "tes
     if not images or not folder.is_dir():
         raise UserError(f"--images: no folder {str(images)!r}; give the folder of the images that {path.name} names")
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        found = _coco(content, folder, path)
+        items = _coco(content, folder, path)
     elif isinstance(content, dict) and content.get("images") and "sentences" in content["images"][0]:
-        found = _karpathy(content, folder, split)
+        items = _karpathy(content, folder, split)
     else:
         raise UserError(
             f"--annotations: {str(path)!r} is neither Karpathy's json "
             '("images" with "sentences") nor COCO\'s ("images" and "annotations")'
         )
-    missing = [pictured.name for pictured in found if not Path(pictured.name).is_file()]
+    missing = [pictured.name for pictured in items if not Path(pictured.name).is_file()]
     if missing:
         raise UserError(
-            f"--images: {len(missing)} of {len(found)} images are not there, such as {missing[0]}; fetch them, "
+            f"--images: {len(missing)} of {len(items)} images are not there, such as {missing[0]}; fetch them, "
             "since recall over a part is another number"
         )
-    return iter(found)
+    return iter(items)
 
 
 def _karpathy(content: dict[str, Any], folder: Path, split: str) -> list[RetrievalItem]:
     splits = sorted({entry["split"] for entry in content["images"]})
     if split not in splits:
         raise UserError(f"--split: got {split!r}; the json has {', '.join(splits)}")
-    found = []
+    items = []
     for entry in content["images"]:
         if entry["split"] == split:
             places = (folder / entry.get("filepath", "") / entry["filename"], folder / entry["filename"])
             place = next((place for place in places if place.is_file()), places[0])
-            found.append(RetrievalItem(str(place), [sentence["raw"] for sentence in entry["sentences"]]))
-    return found
+            items.append(RetrievalItem(str(place), [sentence["raw"] for sentence in entry["sentences"]]))
+    return items
 
 
 def _coco(content: dict[str, Any], folder: Path, path: Path) -> list[RetrievalItem]:
@@ -161,13 +161,13 @@ def evaluate_retrieval(
         while batch := list(islice(pictured, batch_size)):
             captions = [one.captions[: captions_per_image or None] for one in batch]
             first = sum(map(len, images))
-            owner += [first + row for row, given in enumerate(captions) for _ in given]
+            owner += [first + row for row, texts in enumerate(captions) for _ in texts]
             images.append(
                 model.encode_images(torch.stack([one.picture(model.image_size) for one in batch]).to(device))[0]
                 .float()
                 .cpu()
             )
-            tokens = model.tokenize([caption for given in captions for caption in given])
+            tokens = model.tokenize([caption for texts in captions for caption in texts])
             texts += [model.encode_texts(part.to(device)).float().cpu() for part in tokens.split(4 * batch_size)]
             progress.update(f"{first + len(batch)} images, {len(owner)} captions")
     if not owner:
@@ -175,21 +175,21 @@ def evaluate_retrieval(
     image_ND, text_MD, owner_M = (
         part.to(device) for part in (torch.cat(images), torch.cat(texts), torch.tensor(owner))
     )
-    found = retrieval(image_ND, text_MD, owner_M)
-    return found | {
+    scores = retrieval(image_ND, text_MD, owner_M)
+    return scores | {
         "chance": retrieval_chance(owner_M, len(image_ND)),
         "images": len(image_ND),
         "captions": len(text_MD),
     }
 
 
-def format_retrieval(found: dict[str, Any]) -> str:
+def format_retrieval(result: dict[str, Any]) -> str:
     """The six numbers and chance, as text to read."""
     lines = [
-        f"{found['images']} images, {found['captions']} captions",
+        f"{result['images']} images, {result['captions']} captions",
         f"{'retrieval, % (chance)':<22}" + "".join(f"{name:>16}" for name in ("R@1", "R@5", "R@10")),
     ]
     for way, label in (("i2t", "image to text"), ("t2i", "text to image")):
-        cells = [f"{found[way][f'r_at_{k}']:.1f} ({found['chance'][way][f'r_at_{k}']:.1f})" for k in (1, 5, 10)]
+        cells = [f"{result[way][f'r_at_{k}']:.1f} ({result['chance'][way][f'r_at_{k}']:.1f})" for k in (1, 5, 10)]
         lines.append(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)

@@ -186,14 +186,14 @@ def _mean(values: Tensor) -> float:
     return float(values[~torch.isnan(values)].mean()) if not bool(torch.isnan(values).all()) else 0.0
 
 
-def format_segmentation(found: dict[str, Any]) -> str:
+def format_segmentation(result: dict[str, Any]) -> str:
     """mIoU, accuracy and every class, as text to read."""
-    scored = sorted(((value, name) for name, value in found["per_class"].items() if value is not None), reverse=True)
-    told = ", ".join(f"{name} {value}" for name, value in found["settings"].items() if value is not None)
+    scored = sorted(((value, name) for name, value in result["per_class"].items() if value is not None), reverse=True)
+    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if value is not None)
     lines = [
-        f"{found['images']} images ({told})",
-        f"mIoU {found['miou']:.1f} % ({found['miou_labeled']:.1f} % over the classes that are labeled), "
-        f"pixel accuracy {found['pixel_accuracy']:.1f} %",
+        f"{result['images']} images ({settings})",
+        f"mIoU {result['miou']:.1f} % ({result['miou_labeled']:.1f} % over the classes that are labeled), "
+        f"pixel accuracy {result['pixel_accuracy']:.1f} %",
     ]
     cells = [f"{name} {value:.1f}" for value, name in scored]
     lines += ["  " + ", ".join(cells[start : start + 8]) for start in range(0, len(cells), 8)]

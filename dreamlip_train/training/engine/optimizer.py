@@ -50,7 +50,7 @@ def _scale(name: str, model: DreamLIP, optim: OptimConfig) -> float:
         return 1.0
     name = name.removeprefix("trunk." if vision else "text.")
     block = _BLOCK.match(name)
-    blocks = 1 + max((int(found[1]) for found in map(_BLOCK.search, _names(model, vision)) if found), default=-1)
+    blocks = 1 + max((int(match[1]) for match in map(_BLOCK.search, _names(model, vision)) if match), default=-1)
     if block:
         below_the_top = blocks - int(block[1])
     else:
