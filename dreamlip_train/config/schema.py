@@ -66,6 +66,8 @@ class DataConfig:
     """Strengths of changes in brightness, contrast, saturation and hue."""
     gray_scale_prob: float = 0.0
     """Probability of taking a picture's colors away (open_clip's gray_scale_prob)."""
+    erase_prob: float = 0.0
+    """Probability of filling a rectangle of a picture with noise (open_clip's re_prob)."""
     num_workers: int = 2
     """Loader processes per rank; 0 loads in the training process."""
     pin_memory: bool = True

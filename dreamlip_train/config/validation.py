@@ -45,6 +45,7 @@ _AT_LEAST = {
 }
 _FRACTIONS = (
     *("data.max_bad_fraction", "data.flip_prob", "data.color_jitter_prob", "data.gray_scale_prob"),
+    "data.erase_prob",
     "optim.final_lr_fraction",
 )
 

@@ -7,9 +7,11 @@ What is decoded is the picture as people see it: EXIF orientation applied, trans
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,20 @@ def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image
     picture = Image.open(io.BytesIO(data), formats=formats)
     _check_size(*picture.size)
     return picture
+
+
+@contextlib.contextmanager
+def pillow_reads_known_formats() -> Iterator[None]:
+    """Within it Pillow itself opens no other formats than ``FORMATS``, PPM and TIFF, whoever calls it: other packages'
+    data sets open their own pictures. Workers that are forked meanwhile inherit it.
+    """
+    Image.init()
+    every = list(Image.ID)
+    Image.ID[:] = [name for name in every if name in (*FORMATS, "PPM", "TIFF")]
+    try:
+        yield
+    finally:
+        Image.ID[:] = every
 
 
 def decode_image(data: bytes) -> Tensor:

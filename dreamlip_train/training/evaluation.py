@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dreamlip_train.config.schema import Config, EvalConfig
 from dreamlip_train.evaluation.held_out import HeldOutLoss, evaluate
-from dreamlip_train.evaluation.sharing import Share
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP, logit_multiplier
 from dreamlip_train.training.step import dreamlip_loss
@@ -52,7 +51,17 @@ def evaluate_run(
             distributed=True,
         )
     if config.eval.zero_shot:
-        report["zero_shot"] = _zero_shot(model, config.eval, device, should_stop)
+        from dreamlip_train.evaluation.classification.zero_shot import evaluate_zero_shot
+
+        report["zero_shot"] = evaluate_zero_shot(
+            model,
+            config.eval.zero_shot,
+            config.eval.zero_shot_root,
+            device,
+            batch_size=config.eval.batch_size,
+            distributed=True,
+            should_stop=should_stop,
+        )
     return report
 
 
@@ -97,19 +106,3 @@ def _own_group() -> dist.ProcessGroup | None:
     """
     own: Any = dist.new_subgroups(group_size=1)[0] if dist.get_world_size() > 1 else None
     return own
-
-
-def _zero_shot(
-    model: DreamLIP, eval: EvalConfig, device: torch.device, should_stop: Callable[[], bool]
-) -> dict[str, Any]:
-    """Each rank classifies every so-manyth data set."""
-    from dreamlip_train.evaluation.classification.zero_shot import evaluate_zero_shot
-
-    share = Share(distributed=True)
-
-    def work(name: str) -> dict[str, Any]:
-        return evaluate_zero_shot(model, [name], eval.zero_shot_root, device, batch_size=eval.batch_size)
-
-    own = share.map(work, [name for i, name in enumerate(eval.zero_shot) if share.owns(i)], should_stop)
-    scores = {name: row for of in share.gather(own) for scored in of for name, row in scored.items()}
-    return {name: scores[name] for name in eval.zero_shot}

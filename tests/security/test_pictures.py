@@ -8,10 +8,14 @@ import zlib
 from pathlib import Path
 
 import pytest
+from class_sets import write_class_shard
 from PIL import Image
+from tiny import tiny_model
 
 import dreamlip_train
 from dreamlip_train.data.images import FORMATS, ImageError, decode_image, decode_labels, media_type
+from dreamlip_train.evaluation.classification.zero_shot import evaluate_zero_shot
+from dreamlip_train.model.build import build_model
 
 PACKAGE = Path(dreamlip_train.__file__).parent
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
@@ -46,6 +50,18 @@ def test_postscript_inside_a_png_is_not_run(read, ghostscript):
     with pytest.raises(OSError):  # the probe is a true one
         Image.open(io.BytesIO(EPS)).load()
     assert ghostscript.exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_postscript_in_another_packages_data_set_is_not_run(workers, tmp_path, ghostscript):
+    """clip_benchmark opens its webdataset folders' pictures with Pillow itself."""
+    pytest.importorskip("clip_benchmark", reason="the benchmark extra is not installed")
+    write_class_shard(tmp_path / "made", ["dog", "cat"], 3, picture=lambda i: EPS)
+    model = build_model(tiny_model(), 0)
+    root = str(tmp_path / "{dataset}")
+    found = evaluate_zero_shot(model, ["wds/made"], root, "cpu", workers=workers)
+    assert "cannot identify image file" in found["wds/made"]["error"]
+    assert not ghostscript.exists() and "EPS" in Image.ID
 
 
 @pytest.mark.parametrize("format", ["TIFF", "ICO", "PPM", "TGA", "PCX", "ICNS", "DDS", "SGI", "MSP", "IM", "SPIDER"])

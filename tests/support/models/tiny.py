@@ -4,6 +4,7 @@ what the trainer's tests share.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -62,9 +63,14 @@ def tiny_config(zero_stage: int = 1, precision: str = "fp32", **train) -> Config
 
 
 def held_out_config(zero_stage: int, folder: Path) -> Config:
-    """That of an evaluation of ``folder``/val, whose batches do not divide evenly over ranks."""
+    """That of an evaluation of ``folder``/val and of the classes below ``folder``/sets, whose batches do not divide
+    evenly over ranks.
+    """
     config = tiny_config(zero_stage)
     config.data.val_shards, config.eval.batch_size = str(folder / "val"), 4
+    if importlib.util.find_spec("clip_benchmark"):
+        config.eval.zero_shot = ("cifar10", "wds/made", "wds/damaged")
+        config.eval.zero_shot_root = str(folder / "sets" / "{dataset}")
     return config
 
 

@@ -2,7 +2,7 @@
 against the run that nobody disturbed.
 
 The parent imports everything and computes nothing, so that each start is a fork and takes a second instead of ten.
-Usage: killed.py FOLDER KILLS
+Usage: killed.py FOLDER KILLS SEED "mixture"|"one set"
 """
 
 import json
@@ -38,12 +38,12 @@ def start(shards: Path, run: Path, steps: int) -> int:
     config = tiny_config()
     config.checkpoint.every_steps, config.logging.every_steps = INTERVAL, 1
     config.train.steps = steps
-    config.data.shards, config.data.num_workers, config.data.num_sub_captions, config.data.shuffle_buffer = (
-        str(shards),
-        1,
-        3,
-        10,
-    )
+    config.data.num_workers, config.data.num_sub_captions, config.data.shuffle_buffer = 1, 3, 10
+    if sys.argv[4] == "mixture":
+        config.data.mixture = {"small": str(shards / "0000[02].tar"), "large": str(shards / "0000[13].tar")}
+        config.data.proportions = {"small": 2.0, "large": 1.0}
+    else:
+        config.data.shards = str(shards)
     with (run.parent / f"{run.name}.out").open("a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)

@@ -213,3 +213,21 @@ def test_augmentations_are_torchvisions_and_off_draw_nothing():
     assert 70 < sum(drawn) < 130
     boxes = [_crop_box(60, 80, (0.2, 0.3), random.Random(seed), (2.0, 3.0)) for seed in range(50)]
     assert all(1.8 < width / height < 3.3 for _, _, height, width in boxes)
+
+
+def test_erasing_fills_a_rectangle_with_noise_of_timms_shapes():
+    image = torch.full((3, 64, 64), 7, dtype=torch.uint8)
+    areas, ratios, values = [], [], []
+    for seed in range(300):
+        erased = augment(image, DataConfig(erase_prob=1.0), random.Random(seed))
+        noisy = (erased != 7).any(0)
+        rows, columns = noisy.any(1).nonzero().flatten(), noisy.any(0).nonzero().flatten()
+        box = erased[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert erased.dtype == torch.uint8 and (box != 7).float().mean() > 0.9
+        areas.append(box[0].numel() / 64**2)
+        ratios.append(box.shape[2] / box.shape[1])
+        values.append(box.float().mean())
+    assert 0.015 < min(areas) < 0.04 and 0.28 < max(areas) < 0.36 and min(ratios) < 0.5 and max(ratios) > 2
+    assert torch.stack(values).mean() == pytest.approx(0.45 * 255, rel=0.05)
+    again = [augment(image, DataConfig(erase_prob=0.3), random.Random(3)) for _ in range(2)]
+    assert torch.equal(*again) and (image == 7).all()

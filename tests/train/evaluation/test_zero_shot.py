@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from shard_files import jpeg, write_tar
+from class_sets import write_class_folders, write_class_shard
+from shard_files import jpeg
 from tiny import clean_environment
 
 from dreamlip_train import cli
@@ -23,16 +24,8 @@ pytest.importorskip("clip_benchmark", reason="the benchmark extra is not install
 CLASSES, COUNT = ["red star", "blue moon", "dog", "house", "sea", "tree"], 36
 
 
-def make_set(folder, labels=None):
-    members = []
-    for i in range(COUNT):
-        members += [(f"{i:04d}.jpg", jpeg(i, 48)), (f"{i:04d}.cls", str((labels or (lambda i: i % 6))(i)).encode())]
-    write_tar(folder / "test" / "0.tar", members[: COUNT // 2 * 2])
-    write_tar(folder / "test" / "1.tar", members[COUNT // 2 * 2 :])
-    (folder / "test" / "nshards.txt").write_text("2")
-    (folder / "classnames.txt").write_text("\n".join(CLASSES))
-    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na bad photo of a {c}.")
-    return folder
+def make_set(folder, **changes):
+    return write_class_shard(folder, CLASSES, COUNT, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +75,7 @@ def test_the_numbers_are_those_of_clip_benchmarks_own_program(weights, tmp_path,
 
 def test_a_set_that_cannot_be_read_is_named_and_the_others_are_kept(weights, tmp_path, capsys):
     make_set(tmp_path / "good")
-    make_set(tmp_path / "other", labels=lambda i: i % 7)
+    make_set(tmp_path / "other", label=lambda i: i % 7)
     (make_set(tmp_path / "nameless") / "classnames.txt").unlink()
     words = ["--root", str(tmp_path / "{dataset}"), "--workers", "0", "--output", str(tmp_path / "out.json")]
     words += ["--datasets", "wds/missing", "wds/other", "wds/good", "wds/nameless"]
@@ -124,14 +117,10 @@ def test_a_folder_of_images_by_class_works_for_every_set(weights, tmp_path, monk
         "dreamlip_train.evaluation.classification.class_folders._known",
         lambda kind, _: CLASSES if "names" in kind else [],
     )
-    for i in range(COUNT):
-        folder = tmp_path / "sets" / "made" / names[i % 6].replace(" ", "_")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.jpg").write_bytes(jpeg(i, 48))
+    write_class_folders(tmp_path / "sets" / "made", names, COUNT)
     model = load_for_eval(weights, "ViT-S-32-alt")[0]
     found = evaluate_zero_shot(model, ["made"], str(tmp_path / "sets" / "{dataset}"), "cpu", workers=0)["made"]
-    make_set(tmp_path / "wds" / "made")
-    (tmp_path / "wds" / "made" / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.")
+    make_set(tmp_path / "wds" / "made", templates=["a photo of a {c}."])
     same = evaluate_zero_shot(model, ["wds/made"], str(tmp_path / "wds" / "{dataset}"), "cpu", workers=0)["wds/made"]
     assert found["images"] == COUNT and found == pytest.approx(same)
 

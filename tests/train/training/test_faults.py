@@ -41,9 +41,9 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again_the_losses_are_those_of_the_undisturbed_run_to_the_bit(tmp_path, kills):
-    command = [sys.executable, str(SUPPORT / "killed.py"), str(tmp_path), str(kills), str(time.time_ns())]
+@pytest.mark.parametrize("kills, data", [(5, "mixture"), pytest.param(20, "one set", marks=pytest.mark.slow)])
+def test_killed_again_and_again_the_losses_are_those_of_the_undisturbed_run_to_the_bit(tmp_path, kills, data):
+    command = [sys.executable, str(SUPPORT / "killed.py"), str(tmp_path), str(kills), str(time.time_ns()), data]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     facts = json.loads((tmp_path / "facts.json").read_text())

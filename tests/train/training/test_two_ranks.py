@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from class_sets import write_class_folders, write_class_shard
 from shard_files import write_shards
 from tiny import STEPS, clean_environment, held_out_config, run_steps, tiny_config
 
@@ -34,6 +35,9 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
         save(engine, folder / f"one-{stage}-{precision}", config, TrainState(step=3))
         losses[f"{stage} {precision}"] = run_steps(engine, config, 3, STEPS)
     write_shards(folder / "val", [9, 8, 6])
+    write_class_folders(folder / "sets" / "cifar10", ["airplane", "cat", "dog"], 9)
+    write_class_shard(folder / "sets" / "made", ["red star", "blue moon", "dog"], 9)
+    write_class_shard(folder / "sets" / "damaged", ["red star", "blue moon", "dog"], 9, label=lambda i: i // 8 * 5)
     return folder, losses
 
 
@@ -61,6 +65,10 @@ def test_two_ranks_evaluate_as_one_process(one_process, facts):
     config = held_out_config(1, one_process[0])
     expected = evaluate_run(build_model(config.model, 0), config, torch.device("cpu"), lambda: False)
     assert expected["samples"] == 23 and set(expected["held_out_loss"]) == {"contrastive_loss", "grouping_loss", "loss"}
+    if "zero_shot" in expected:  # clip_benchmark is installed
+        scores = expected["zero_shot"]
+        assert (scores["cifar10"]["images"], scores["wds/made"]["images"]) == (9, 9)
+        assert "label 5 but 3 classes" in scores["wds/damaged"]["error"]  # in a batch of one rank alone
     of_two = facts["held_out"]
     assert of_two["1"] == of_two["3"] == json.loads(json.dumps(expected))
     assert of_two["error"] == "UserError batch 0 is bad" and of_two["stop"].startswith("StoppedError")
