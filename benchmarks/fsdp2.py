@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ TOWERS = {
 }
 
 
-def config(stage: int) -> Config:
+def config(stage: Literal[0, 2, 3]) -> Config:
     return Config(
         model=ModelConfig(name="small", config=TOWERS, context_length=32),
         optim=OptimConfig(lr=RATE, warmup_steps=0, weight_decay=0.1, grad_clip_norm=1.0),
@@ -51,7 +51,7 @@ def batch(step: int, device: torch.device) -> dict[str, Any]:
     return move_batch({"images": images, "text": text, "text_mask": mask}, device)
 
 
-def deepspeed_step(stage: int, device: torch.device) -> Callable[[dict[str, Any]], float]:
+def deepspeed_step(stage: Literal[2, 3], device: torch.device) -> Callable[[dict[str, Any]], float]:
     engine = build_engine(build_model(config(stage).model, 0), config(stage), device)
     loss_fn = DreamLIPLoss()
     return lambda data: float(sum(train_step(engine, loss_fn, data, RATE).losses.values()))
