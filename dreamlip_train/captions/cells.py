@@ -5,16 +5,21 @@ from __future__ import annotations
 import ast
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from dreamlip_train.captions.columns import LONGEST_CAPTION, is_caption_column
 from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN
+from dreamlip_train.jobs.atomic_json import parse_json
 
 IMAGE_BYTES = "image bytes"
 """In a row whose table has the pictures inside: the picture's file."""
 _DEEPEST = 16
 _UNSEPARATED = re.compile(r"""(?<=['"])\s+(?=['"])""")
+_NUMPY = re.compile(r"array\((\[.*\])(?:,\s*dtype=[^()\[\]]+)?\)", re.DOTALL)
+# How a value begins that a program wrote as text: a list, tuple, object or bytes of Python, numpy or JSON.
+_WRITTEN = re.compile(r"""\[\s*(?:b?['"{]|None\b|null\b)|\(\s*b?['"]|b['"]|\{\s*['"]|array\(\[""")
 
 
 class CellError(ValueError):
@@ -108,7 +113,7 @@ def _text(value: str, notes: list[str], name: str) -> str:
 def _caption(value: Any, notes: list[str], name: str) -> Any:
     """A caption cell's text or list of texts."""
     if isinstance(value, str):
-        return _written_list(value, notes, name)
+        return written_value(value, notes, name)
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         return _answer(value)
     if isinstance(value, list):
@@ -135,19 +140,30 @@ def _answer(turns: list[dict[str, Any]]) -> str:
     return answers[0]
 
 
-def _written_list(text: str, notes: list[str], name: str) -> str | list[str]:
-    """The list of a caption such as "['A dog.', 'It runs.']", which to_csv makes of a list column;
-    any other text as it is.
+def written_value(text: str, notes: list[str], name: str) -> Any:
+    """The value of a caption such as "['A dog.', 'It runs.']", which to_csv makes of a list column, or "b'A dog.'",
+    which it makes of bytes; any other text as it is.
+
+    Raises:
+        CellError: the value is no caption.
     """
     bare = text.strip()
-    if not (bare[:2] in ("['", '["') and bare[-2:] in ("']", '"]')) or len(bare) > LONGEST_CAPTION:
+    if not _WRITTEN.match(bare) or bare[-1] not in "])}'\"" or len(bare) > LONGEST_CAPTION:
         return text
+    bare = array.group(1) if (array := _NUMPY.fullmatch(bare)) else bare
     try:
-        # numpy writes no commas; Python would join such strings to one.
-        items = ast.literal_eval(_UNSEPARATED.sub(", ", bare))
+        with warnings.catch_warnings(action="ignore"):  # of an unknown escape, such as "\\d"
+            # numpy writes no commas; Python would join such strings to one.
+            value = ast.literal_eval(_UNSEPARATED.sub(", ", bare))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
+        try:
+            value = parse_json(bare)
+        except ValueError:
+            return text
+    if not isinstance(value, list | tuple | dict | bytes):  # a caption that is in quotes and brackets
         return text
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        return text
-    notes.append(f"{name}: a list that was written as text, read as a list")
-    return items
+    said = "bytes that were" if isinstance(value, bytes) else "a list that was"
+    value = _plain(value, notes, name)
+    value = value if isinstance(value, str) else _caption(value, notes, name)
+    notes.append(f"{name}: {said} written as text, read as {said.rsplit(' ', 2)[0]}")
+    return value

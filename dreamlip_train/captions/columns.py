@@ -89,7 +89,7 @@ def is_character_split(value: Any) -> bool:
         isinstance(value, Sequence)
         and not isinstance(value, str)
         and len(value) > 3
-        and all(isinstance(c, str) and len(c) <= 1 for c in value)
+        and all(isinstance(c, str) and len(c) <= 1 for c in islice(value, LONGEST_CAPTION))
     )
 
 

@@ -1,8 +1,8 @@
 """Rows of a CSV or TSV file in which a stray quote costs its own line, and no other row becomes part of its caption.
 
 A quote that is opened and not closed joins lines until the next quote. A record of several lines is therefore only
-believed where none of its further lines is a row by itself; otherwise its first line is reported,
-and reading continues with the second.
+believed where its quotes are as CSV wants them, it has as many fields as the header, and none of its further lines is a
+row by itself; otherwise its first line is reported, and reading continues with the second.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ Record = tuple[int, list[str] | None, str]
 
 
 class CsvRecords:
-    """The records of an open text file (newline=""); ``looks_like_row`` decides which single lines are rows by
-    themselves.
+    """The records of an open text file (newline="").
+
+    Args:
+        looks_like_row: decides which single lines are rows by themselves.
     """
 
     def __init__(self, file: TextIO, delimiter: str, looks_like_row: Callable[[list[str]], bool]) -> None:
         self.file, self.delimiter, self.looks_like_row = file, delimiter, looks_like_row
+        self.fields = 0
+        """Of the first record, the header."""
         self.again: deque[str] = deque()  # lines of a record that was not believed
         self.lines = 0  # lines given to the parser and not taken back
         csv.field_size_limit(_LONGEST_CELL)
@@ -41,17 +45,16 @@ class CsvRecords:
                 cells, wrong = [], str(error)
             if cells is None:
                 return
-            if len(taken) > 1 and (wrong or self._swallowed(taken)):
+            if not wrong and self.fields and len(cells) != self.fields and cells:
+                wrong = f"{len(cells)} fields, the header has {self.fields}"
+            if len(taken) > 1 and not wrong and (not self._is_strict(taken) or self._swallowed(taken)):
+                wrong = "a quote is opened and not closed, before rows that are whole"
+            if wrong:
                 self.again.extendleft(reversed(taken[1:]))
                 self.lines -= len(taken) - 1
-                yield (
-                    begin,
-                    None,
-                    f"line {begin}: {wrong or 'a quote is opened and not closed, before rows that are whole'}",
-                )
-            elif wrong:
                 yield begin, None, f"line {begin}: {wrong}"
             elif cells:
+                self.fields = self.fields or len(cells)
                 yield begin, cells, ""
 
     def _take(self, taken: list[str]) -> Iterator[str]:
@@ -75,6 +78,18 @@ class CsvRecords:
             rest = self.file.readline(2 * _LONGEST_CELL)
         return line.replace("\0", "") or ("\n" if line else "")
 
+    def _is_strict(self, taken: list[str]) -> bool:
+        """Whether each quote that closes is followed by a delimiter or the end, as no stray one's partner is."""
+        try:
+            next(csv.reader(taken, delimiter=self.delimiter, strict=True))
+        except csv.Error:
+            return False
+        return True
+
     def _swallowed(self, taken: list[str]) -> bool:
-        """Whether one of a record's further lines is a row by itself."""
-        return any(self.looks_like_row(next(csv.reader([line], delimiter=self.delimiter), [])) for line in taken[1:])
+        """Whether one of a record's further lines is a row by itself; its last, in which the quote closes, is none."""
+        return any(
+            self.looks_like_row(next(csv.reader([line], delimiter=self.delimiter), []))
+            for line in taken[1:]
+            if line.count('"') % 2 == 0
+        )

@@ -95,7 +95,7 @@ class Table:
                 file, delimiter, lambda cells: len(cells) == len(header) and _names_a_picture(cells, image)
             )
             number = image = 0
-            for line, cells, wrong in records:
+            for _, cells, wrong in records:
                 self.lines = records.lines
                 if not header:
                     header = _header(self.path, cells or [], delimiter)
@@ -105,8 +105,6 @@ class Table:
                 number += 1
                 if cells is None:
                     yield number, None, wrong
-                elif len(cells) != len(header):
-                    yield number, None, f"line {line}: {len(cells)} fields, the header has {len(header)}"
                 else:
                     record = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
                     yield number, *as_row(record, self.rename)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from dreamlip_train.data.mixture import Mixture
 from dreamlip_train.data.quarantine import BadCounts, Quarantine, read_quarantine
 from dreamlip_train.data.shards.readers import Heartbeats, Reader, ReaderDataset, Tokenize, start_worker
 from dreamlip_train.data.shards.sample_stream import ReadingContext, SampleStream
+from dreamlip_train.data.shards.shard_names import file_name
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 logger = logging.getLogger("dreamlip_train")
@@ -122,7 +122,7 @@ class TrainLoader:
     def fingerprint(self) -> str:
         """Tells data sets apart: the sets' names, the shards' names and sample counts, wherever they lie."""
         listed = [
-            (*([of.name] if of.name else []), os.path.basename(shard), count)
+            (*([of.name] if of.name else []), file_name(shard), count)
             for of in self.sets
             for shard, count in zip(of.shards, of.counts, strict=True)
         ]

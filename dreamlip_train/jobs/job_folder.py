@@ -1,12 +1,14 @@
 """A folder that belongs to one job: started again the job resumes in it, and another one is refused instead of mixing
-with it.
+with it. What of the job is done are files that are whole, and a note of what each holds.
+
+Who makes a file is settled elsewhere: by the folder's lock, or by ``work_claims`` where processes share a job.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,3 +68,30 @@ def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: b
 
 def _is_of_another(known: Path, job: dict[str, Any]) -> bool:
     return known.exists() and read_json(known) != job
+
+
+def make_once(file: Path, note: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """``make()``, unless that is done: it writes ``file`` whole, or leaves it out, and returns what is to be noted.
+
+    Returns:
+        what was noted, and "bytes": the size of ``file``, None where it was left out.
+    """
+    done = finished(file, note)
+    if done is None:
+        file.unlink(missing_ok=True)
+        done = {**make(), "bytes": _size(file)}
+        write_json(note, done)
+    return done
+
+
+def finished(file: Path, note: Path) -> dict[str, Any] | None:
+    """What is noted of ``file``; None where it is to be made: no note, or the file is not the one that it is about."""
+    try:
+        done = read_json(note)
+    except (OSError, ValueError):
+        return None
+    return done if isinstance(done, dict) and done.get("bytes", -1) == _size(file) else None
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.exists() else None

@@ -4,6 +4,7 @@ was killed.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -39,7 +40,8 @@ def map_bounded(function: Callable[[Any], Any], items: Iterable[Any], processes:
     with ProcessPoolExecutor(processes, context, _begin, (os.getpid(),)) as pool:
         try:
             for item in items:
-                waiting.append((item, pool.submit(_call, item)))
+                with _interrupt_afterwards():
+                    waiting.append((item, pool.submit(_call, item)))
                 if len(waiting) >= _WAITING_PER_PROCESS * processes:
                     yield _first_result(waiting, processes)
             while waiting:
@@ -48,6 +50,24 @@ def map_bounded(function: Callable[[Any], Any], items: Iterable[Any], processes:
             raise _died(waiting, processes) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """A block that Ctrl-C interrupts at its end: Python loses an exception in the middle of a fork, and a process that
+    is a fork by then would end with a traceback of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    missed: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: missed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+    if missed and callable(handler):
+        handler(*missed[0])
 
 
 def _first_result(waiting: deque[tuple[Any, Future[Any]]], processes: int) -> Any:

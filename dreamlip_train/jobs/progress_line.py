@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -23,6 +24,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
 
 Style = Literal["auto", "bar", "lines", "json", "off"]
@@ -50,7 +52,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int | None = None, unit: str = "") -> None:
-        self.title, self.total, self.unit = title, total, unit
+        self.title, self.total, self.unit = plain(title), total, unit
         self.done = self.skipped = 0
         self.text = ""
         self.style = _style if _style != "auto" else ("bar" if sys.stderr.isatty() else "lines")
@@ -97,13 +99,8 @@ class Progress:
             self.skipped += count
             self._show(self.text)
 
-    def update(self, text: str) -> None:
-        """Tell more about what is done."""
-        with self.lock:
-            self._show(text)
-
     def _show(self, text: str) -> None:
-        self.text = text or self.text
+        self.text = plain(text) or self.text
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, text=self.text)
         elif self.style == "json" and time.monotonic() - self.told >= _JSON_SECONDS:
@@ -135,4 +132,5 @@ class Progress:
             parts.append(f"{timedelta(seconds=round(seconds))} so far")
             parts += [f"about {timedelta(seconds=round(left))} left"] if left is not None else []
             line = f"{self.title}: {', '.join(parts)}"
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed pipe, or a file on the full disk: no reason to end the work
+            print(line, file=sys.stderr, flush=True)

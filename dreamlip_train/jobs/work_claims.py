@@ -33,8 +33,12 @@ class Claims:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return self._is_free(path) and self._take_over(path)
-        with os.fdopen(handle, "w") as file:
-            json.dump({"owner": self.owner}, file)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"owner": self.owner}, file)
+        except OSError:
+            path.unlink(missing_ok=True)  # empty, on a full disk: nobody's, and yet not free before it is stale
+            raise
         return True
 
     def _take_over(self, path: Path) -> bool:

@@ -25,8 +25,8 @@ from dreamlip_train.captions.table import Row, Table
 from dreamlip_train.data.images import decode_image, media_type
 from dreamlip_train.data.shards.manifest_writer import Manifest
 from dreamlip_train.data.shards.shard_writer import ShardWriter, json_member
-from dreamlip_train.jobs.finished import make_once
-from dreamlip_train.jobs.job_folder import job_folder
+from dreamlip_train.jobs.job_folder import job_folder, make_once
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
@@ -83,7 +83,7 @@ def prepare_folder(
             raise UserError(f"--captions: no row of {str(captions)!r} gave a sample: {why}")
         manifest.further["table"] = {"layout": table.layout, "rows": writer.rows, "lines": table.lines}
         content = manifest.write(output)
-    print(format_summary(str(output), content))
+    print(plain(format_summary(str(output), content)))
     return content
 
 
@@ -94,12 +94,14 @@ def _opened(
     count = None
     if str(captions).startswith(HUB):
         table: Table | HubTable = HubTable(str(captions), columns)
-        source = None if images is None else ImageIndex(_folder(images))
+        source, count = None if images is None else ImageIndex(_folder(images)), table.count
     else:
         table = Table(Path(captions), columns)
         next(iter(table), None)
         inside = picture_column(Path(captions), columns or {})
         source = ParquetPictures(Path(captions), inside) if inside else ImageIndex(_folder(images))
+    if isinstance(source, ParquetPictures):
+        count = source.count()
     if isinstance(source, ImageIndex):
         count = source.pair(str((row or {}).get(IMAGE_COLUMN) or "") for _, row, _ in table)
     return table, source, count

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreamlip_train.data.shards.shard_names import local_folder
+from dreamlip_train.data.shards.shard_names import file_name, local_folder
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -17,9 +16,9 @@ def require_distinct_names(shards: Sequence[str], field: str, advice: str) -> No
     Raises:
         UserError: two shards have the same file name.
     """
-    name, times = Counter(os.path.basename(shard) for shard in shards).most_common(1)[0]
+    name, times = Counter(file_name(shard) for shard in shards).most_common(1)[0]
     if times > 1:
-        same = [shard for shard in shards if os.path.basename(shard) == name]
+        same = [shard for shard in shards if file_name(shard) == name]
         raise UserError(f"{field}: two shards are both called {name!r} ({same[0]} and {same[1]}); {advice}")
 
 

@@ -6,6 +6,7 @@ import html
 from urllib.parse import unquote, urlsplit
 
 _DEFAULT_PORTS = (":80", ":443")
+_LONGEST_URL = 20_000  # characters; what is longer is compared as it is
 
 
 def normal_url(value: str) -> str:
@@ -15,12 +16,15 @@ def normal_url(value: str) -> str:
     >>> normal_url(" HTTP://Example.com:80/a%20b.jpg?x=1&amp;y=2#top ")
     'example.com/a b.jpg?x=1&y=2'
     """
-    text = html.unescape(value.strip())
-    if "://" not in text:
-        text = "//" + text.lstrip("/")
+    text = value.strip()
+    if len(text) > _LONGEST_URL:
+        return text
     try:
+        text = html.unescape(text)
+        if "://" not in text:
+            text = "//" + text.lstrip("/")
         parts = urlsplit(text)
-    except ValueError:  # such as an unclosed [ of an IPv6 address
+    except ValueError:  # an unclosed [ of an IPv6 address, a character's number of thousands of digits
         return unquote(text)
     host = parts.netloc.lower()
     for port in _DEFAULT_PORTS:

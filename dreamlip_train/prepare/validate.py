@@ -17,9 +17,10 @@ from dreamlip_train.captions.statistics import CountTokens, Statistics, characte
 from dreamlip_train.data.images import ImageError, decode_image
 from dreamlip_train.data.shards.manifest import MANIFEST
 from dreamlip_train.data.shards.manifest_writer import Manifest
-from dreamlip_train.data.shards.shard_names import list_shards, local_folder
+from dreamlip_train.data.shards.shard_names import address, file_name, list_shards, local_folder
 from dreamlip_train.data.shards.shard_writer import ShardWriter, json_member
 from dreamlip_train.data.shards.shards import RepeatedKey, ShardError, image_of, original_key, read_shard, record_of
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
@@ -66,7 +67,7 @@ def validate_shards(
             counts = Statistics(note["counts"])
             known.add(shard, digests, counts)
             note["counts"] = counts.state
-            folder, name = os.path.split(shard)
+            folder, name = os.path.dirname(address(shard)), file_name(shard)
             folders[folder].add(name, note)
             whole.add(shard if several else name, note)
             total = whole.total
@@ -119,7 +120,7 @@ def _write_manifests(shards: Sequence[str], folders: Mapping[str, Manifest]) -> 
         try:
             folders[folder].write(Path(folder))
         except OSError as error:
-            print(f"no {MANIFEST} in {folder or '.'}: {error.strerror or error}", file=sys.stderr)
+            print(plain(f"no {MANIFEST} in {folder or '.'}: {error.strerror or error}"), file=sys.stderr)
 
 
 def _check(
@@ -153,10 +154,13 @@ def _check_sample(
         counts.add_bad("duplicate key", name, f"an earlier sample is called {sample['key'].original}")
     if image is None:
         return counts.add_bad("no image", name, f"members {sorted(set(sample) - {'key'})}")
+    notes: list[str] = []
     try:
-        record = record_of(sample)
+        record = record_of(sample, notes)
     except ValueError as error:
         return counts.add_bad("unreadable captions", name, str(error))
+    for note in notes:
+        counts.add_bad("caption that was a list or bytes, written as text", name, note)
     for column in character_split_columns(record):
         counts.add_bad("caption stored as characters", name, column)
     for column in caption_columns(record):
@@ -178,7 +182,7 @@ def _check_sample(
 
 def _fix(shard: str, folder: Path, repeated: set[tuple[str, str]]) -> None:
     """The shard's repaired copy, without the ``repeated`` (shard, key)."""
-    with ShardWriter(folder / os.path.basename(shard)) as writer:
+    with ShardWriter(folder / file_name(shard)) as writer:
         try:
             for sample in read_shard(shard):
                 fixed = None if (shard, sample["key"]) in repeated else _fixed(sample)

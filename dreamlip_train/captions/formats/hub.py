@@ -32,6 +32,8 @@ class HubTable:
     ) -> None:
         self.name, self.columns, self.check = name, dict(columns or {}), check or check_columns
         self.layout = ""
+        self.count: int | None = None
+        """Rows, where the data set's card says it."""
         try:
             import datasets
         except ImportError as error:
@@ -48,6 +50,8 @@ class HubTable:
             for column, feature in features.items():
                 if isinstance(feature, datasets.Image):
                     self.rows = self.rows.cast_column(column, datasets.Image(decode=False))
+            split = (self.rows.info.splits or {}).get(str(self.rows.split))
+            self.count = (split.num_examples or None) if split else None
         except Exception as error:  # its own, the hub's, the network's
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"--captions: datasets can't load {name!r}: {reason}") from error

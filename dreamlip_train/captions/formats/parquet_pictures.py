@@ -62,6 +62,15 @@ class ParquetPictures:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "column": self.column, "_group": -1, "_cells": None, "_file": None}
 
+    def count(self) -> int | None:
+        """Rows of the file; None where it is damaged."""
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_metadata(arrow_source(self.path)).num_rows
+        except Exception:  # pyarrow's decoders raise all kinds for damaged footers
+            return None
+
     def read(self, number: int) -> bytes | None:
         """The picture of a row; None if the row has none.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreamlip_train.data.shards.shard_names import Shard, local_folder, open_shard, scheme_of
+from dreamlip_train.data.shards.shard_names import Shard, address, file_name, local_folder, open_shard, scheme_of
 from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
 from dreamlip_train.jobs.atomic_json import parse_json, read_json, write_json
 from dreamlip_train.jobs.user_error import UserError
@@ -46,7 +47,7 @@ def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
     before = dict(kept)
     uncounted = []
     for shard in shards:
-        folder, name = os.path.split(shard)
+        folder, name = os.path.dirname(address(shard)), file_name(shard)
         if folder not in tables:
             tables[folder] = _index_of(shard)
         if name in tables[folder]:
@@ -79,6 +80,19 @@ def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
     return counts
 
 
+def indexed_samples(shards: Sequence[str]) -> dict[str, int]:
+    """The samples of each shard where indexes beside them say it of all; else nothing: no shard is read.
+
+    Raises:
+        UserError: an index file beside the shards is damaged.
+    """
+    tables: dict[str, dict[str, int]] = {}
+    for folder, shard in {os.path.dirname(address(shard)): shard for shard in shards}.items():
+        tables[folder] = _index_of(shard)
+    counts = {shard: tables[os.path.dirname(address(shard))].get(file_name(shard), -1) for shard in shards}
+    return {} if -1 in counts.values() else counts
+
+
 def _counted(shard: Shard) -> int | str:
     """Samples with an image, or why they can't be counted."""
     try:
@@ -106,7 +120,7 @@ def _read_known(known: Path | None) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _index_of(shard: Shard) -> dict[str, int]:
+def _index_of(shard: str) -> dict[str, int]:
     """Sample counts by shard name from the index files beside a shard."""
     table: dict[str, int] = {}
     for name in ("sizes.json", MANIFEST):
@@ -125,7 +139,7 @@ def _index_of(shard: Shard) -> dict[str, int]:
     return table
 
 
-def _read_index(shard: Shard, name: str) -> tuple[str, bytes | None]:
+def _read_index(shard: str, name: str) -> tuple[str, bytes | None]:
     """(its path or URL, its content or None)."""
     folder = local_folder(shard)
     if folder is not None:
@@ -133,7 +147,7 @@ def _read_index(shard: Shard, name: str) -> tuple[str, bytes | None]:
         return str(path), path.read_bytes() if path.is_file() else None
     if scheme_of(shard) != "http" or name != MANIFEST:
         return name, None
-    url = Shard(f"{shard.split('?')[0].rpartition('/')[0]}/{name}", "http")
+    url = Shard(f"{os.path.dirname(address(shard))}/{name}", "http")
     try:
         with open_shard(url) as stream:
             content = stream.read(_LARGEST_INDEX)

@@ -116,6 +116,9 @@ def _decided(name: str, allow_pipe: bool, field: str) -> Shard:
         )
     if bare != name or any(c.isspace() or not c.isprintable() for c in bare):
         raise UserError(f"{field}: {name!r} has blanks in it; percent-encode a URL's blanks as %20")
+    path = address(Shard(name, "http")).partition("://")[2].partition("/")[2]
+    if os.path.basename(path) in ("", ".", ".."):
+        raise UserError(f"{field}: {name!r} names no file; give the URL of a .tar")
     return Shard(name, "http")
 
 
@@ -141,6 +144,16 @@ def local_folder(shard: str) -> Path | None:
     return Path(shard).parent if scheme_of(shard) == "file" else None
 
 
+def address(shard: str) -> str:
+    """Where a shard is: of a URL without its query, in which a signature or a token changes from day to day."""
+    return shard.partition("?")[0].partition("#")[0] if scheme_of(shard) == "http" else str(shard)
+
+
+def file_name(shard: str) -> str:
+    """What a shard is called in its folder, in an index, and in the folder of its copies."""
+    return os.path.basename(address(shard))
+
+
 def shard_ids(shards: Sequence[str]) -> list[str]:
     """What each shard is called within its set, wherever the set lies: its file name, and of several of one name which
     of them it is.
@@ -151,8 +164,7 @@ def shard_ids(shards: Sequence[str]) -> list[str]:
     times: Counter[str] = Counter()
     ids = []
     for shard in shards:
-        path = shard.partition("?")[0] if scheme_of(shard) == "http" else shard
-        name = os.path.basename(path)
+        name = file_name(shard)
         times[name] += 1
         ids.append(f"{times[name]}/{name}" if times[name] > 1 else name)  # no file name has a slash
     return ids

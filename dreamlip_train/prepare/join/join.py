@@ -18,9 +18,8 @@ from typing import Any
 from dreamlip_train.captions.cells import IMAGE_COLUMN
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.data.shards.manifest_writer import Manifest
-from dreamlip_train.data.shards.shard_names import list_shards
-from dreamlip_train.jobs.finished import make_once
-from dreamlip_train.jobs.job_folder import job_folder
+from dreamlip_train.data.shards.shard_names import address, list_shards
+from dreamlip_train.jobs.job_folder import job_folder, make_once
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
@@ -77,7 +76,7 @@ def join_captions(
         check_table(table, column, columns)
     files = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in tables]
     settings = {"on": on, "column": column, "columns": columns, "matched_only": matched_only}
-    job = {"tables": files, "shards": shard_paths, **settings}
+    job = {"tables": files, "shards": [address(shard) for shard in shard_paths], **settings}
     with job_folder(output, STATE, job, "the join of other tables, shards or settings") as state:
         for folder in ("tables", "shards", "written"):
             (state / folder).mkdir(exist_ok=True)

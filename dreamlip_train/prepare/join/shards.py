@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from dreamlip_train.captions.statistics import Statistics
+from dreamlip_train.data.shards.shard_names import file_name
 from dreamlip_train.data.shards.shards import original_key, record_of
 from dreamlip_train.jobs.atomic_file import atomic_write
-from dreamlip_train.jobs.finished import make_once
+from dreamlip_train.jobs.job_folder import make_once
 from dreamlip_train.prepare.shard_copy import copy_shard, samples_of
 from dreamlip_train.prepare.url_keys import normal_path, normal_url
 
@@ -68,7 +68,7 @@ def rewrite_shard(
 ) -> tuple[str, dict[str, Any]]:
     """Write the shard's copy, the captions in its json, unless that is done; returns (name, what it holds)."""
     number, shard = task
-    name = os.path.basename(shard)
+    name = file_name(shard)
 
     def write() -> dict[str, Any]:
         tables = _captions_of(joined, number)

@@ -16,7 +16,7 @@ from dreamlip_train.captions.formats.files import SUFFIXES, kind_of
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.captions.table import Check, Table
 from dreamlip_train.jobs.atomic_file import atomic_write
-from dreamlip_train.jobs.finished import make_once
+from dreamlip_train.jobs.job_folder import make_once
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.join.match import ROWS_PER_GROUP
 from dreamlip_train.prepare.url_keys import normal_path, normal_url

@@ -14,6 +14,7 @@ from dreamlip_train.jobs.atomic_json import read_json_lines
 from dreamlip_train.jobs.user_error import RunError
 from dreamlip_train.prepare.recaption.captioners import Answer, Prompt
 
+_LONGEST_REASON = 500  # characters of an error: a server may say megabytes
 _JUDGED_AFTER = 50  # pictures asked about before max_bad_fraction can stop a run
 
 
@@ -55,7 +56,7 @@ class AnswerFile:
                 line = {"key": key, **answer}
                 self.counts["captioned"] += 1
             else:
-                failure = f"{type(answer).__name__}: {answer}"
+                failure = f"{type(answer).__name__}: {answer}"[:_LONGEST_REASON]
                 line = {"key": key, "error": failure}
                 self.counts["failed"] += 1
             self.file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")

@@ -9,7 +9,7 @@ import base64
 import io
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -22,6 +22,16 @@ from dreamlip_train.prepare.recaption.captioners import Answer, Prompt
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0
 _LARGEST_ANSWER = 4 * 2**20  # bytes; a caption is a few hundred
+_LARGEST_REFUSAL = 64 * 2**10
+_SAID = 300  # characters that are kept of what a server says
+
+
+class ServerError(Exception):
+    """An answer that is no success: its status, what it says, and the seconds to wait."""
+
+    def __init__(self, status: int, said: str, wanted: float) -> None:
+        super().__init__(f"status {status}: {said[:_SAID]}")
+        self.status, self.wanted = status, wanted
 
 
 class Endpoint:
@@ -48,7 +58,12 @@ class Endpoint:
         self.loop = asyncio.new_event_loop()
         # The client's own retries know nothing of garbage.
         self.client = openai.AsyncOpenAI(
-            base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=0
+            base_url=url,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=timeout,
+            max_retries=0,
+            # A body of an error or a redirect would be read whole, however large. The key is for this server alone.
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_refuse]}),
         )
 
     def answer(self, images: Sequence[bytes]) -> list[Answer]:
@@ -80,10 +95,14 @@ class Endpoint:
             for prompt in self.prompts:
                 answer |= await self._patiently(picture, prompt)
             return answer
-        except (self.openai.AuthenticationError, self.openai.PermissionDeniedError, self.openai.NotFoundError) as error:
-            raise UserError(
-                f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
-            ) from error
+        except ServerError as error:
+            if error.status in (401, 403, 404):
+                raise UserError(
+                    f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
+                ) from error
+            if 300 <= error.status < 400:
+                raise UserError(f"--endpoint: {self.url} is elsewhere ({error}); give that address") from error
+            return error
         except (self.openai.OpenAIError, ValueError, TimeoutError) as error:
             return error
 
@@ -93,10 +112,10 @@ class Endpoint:
             wanted = 0.0
             try:
                 return prompt.captions(*await asyncio.wait_for(self._ask(picture, prompt), self.timeout))
-            except self.openai.APIStatusError as error:
-                if attempt == self.retries or (error.status_code < 500 and error.status_code not in (408, 409, 429)):
+            except ServerError as error:
+                if attempt == self.retries or (error.status < 500 and error.status not in (408, 409, 429)):
                     raise
-                wanted = _retry_after(error.response.headers)
+                wanted = error.wanted
             except (self.openai.OpenAIError, ValueError):
                 if attempt == self.retries:
                     raise
@@ -115,13 +134,56 @@ class Endpoint:
             max_tokens=prompt.max_tokens,
             temperature=0.0,
         )
-        body = bytearray()
-        async with asked as reply:
-            async for part in reply.iter_bytes():
-                body += part
-                if len(body) > _LARGEST_ANSWER:
-                    raise ValueError(f"the server's answer is larger than {_LARGEST_ANSWER:,} bytes")
-        return _answer(bytes(body))
+        try:
+            async with asked as reply:
+                return _answer(await _read(reply.iter_bytes()))
+        except self.openai.APIConnectionError as error:
+            if isinstance(error.__cause__, ServerError):
+                raise error.__cause__ from None
+            raise
+
+
+async def _refuse(response: Any) -> None:
+    """Raise ``ServerError`` for an answer that is no success, with what the beginning of its body says."""
+    if 200 <= response.status_code < 300:
+        return
+    body = bytearray()
+    async for part in response.aiter_raw():
+        body += part
+        if len(body) > _LARGEST_REFUSAL:
+            break
+    await response.aclose()
+    location = response.headers.get("location", "")
+    said = f"it redirects to {location}" if location else _message(bytes(body))
+    raise ServerError(response.status_code, said, _retry_after(response.headers))
+
+
+def _message(body: bytes) -> str:
+    """What an error's body says: its message, as OpenAI's servers have one, or else its text."""
+    try:
+        content = parse_json(body)
+        return str(content["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode("utf-8", "replace").strip()
+
+
+async def _read(parts: AsyncIterator[bytes]) -> bytes:
+    """A body, up to ``_LARGEST_ANSWER``.
+
+    Raises:
+        ValueError: it is larger, or breaks off.
+    """
+    body = bytearray()
+    try:
+        async for part in parts:
+            body += part
+            if len(body) > _LARGEST_ANSWER:
+                break
+    except Exception as error:  # the HTTP client's own: a connection that ends in the middle, damaged gzip
+        raise ValueError(f"the server's answer breaks off: {type(error).__name__}: {error}") from error
+    if len(body) > _LARGEST_ANSWER:
+        raise ValueError(f"the server's answer is larger than {_LARGEST_ANSWER:,} bytes")
+    return bytes(body)
 
 
 def _answer(body: bytes) -> tuple[Any, bool]:

@@ -7,15 +7,13 @@ claim files, or Ray hands them out.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
-from dreamlip_train.data.shards.manifest import count_samples
+from dreamlip_train.data.shards.manifest import count_samples, indexed_samples
 from dreamlip_train.data.shards.manifest_writer import Manifest
-from dreamlip_train.data.shards.shard_names import Shard, list_shards, scheme_of
-from dreamlip_train.jobs.finished import finished
-from dreamlip_train.jobs.job_folder import job_folder
+from dreamlip_train.data.shards.shard_names import Shard, file_name, list_shards, scheme_of
+from dreamlip_train.jobs.job_folder import finished, job_folder
 from dreamlip_train.jobs.map_tasks import map_tasks
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
@@ -44,7 +42,7 @@ def recaption_shards(options: RecaptionOptions) -> Counter[str]:
     require_another_folder(shards, output, "--output")
     require_distinct_names(shards, "SHARDS", "recaption the folders one at a time")
     job = {
-        "shards": sorted(os.path.basename(shard) for shard in shards),
+        "shards": sorted(file_name(shard) for shard in shards),
         "prompts": [{name: value for name, value in vars(prompt).items() if value} for prompt in settings.prompts],
         "model": options.model,
     }
@@ -56,7 +54,7 @@ def recaption_shards(options: RecaptionOptions) -> Counter[str]:
         for shard in shards:
             note = finished(*settings.paths(shard))
             if note is not None:
-                manifest.add(os.path.basename(shard), note)
+                manifest.add(file_name(shard), note)
         manifest.write(output)
     return total
 
@@ -120,25 +118,31 @@ def _caption_all(settings: Settings, shards: list[Shard], ray_address: str) -> C
                 progress.advance(text=_told(total))
         return total
     samples = _samples(settings, shards)
-    with Progress(f"recaption {settings.output}", sum(samples.values()) if samples else None, "images") as progress:
+    count, unit = (sum(samples.values()), "images") if samples else (len(shards), "shards")
+    with Progress(f"recaption {settings.output}", count, unit) as progress:
 
         def on_batch(counts: Counter[str]) -> None:
             total.update(counts)
-            progress.advance(counts.total(), _told(total))
+            progress.advance(counts.total() if samples else 0, _told(total))
 
         task = ShardTask(settings, on_batch)
         for shard in shards:
             counts = task(shard)
             asked = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_batch has counted
             total.update(counts)
-            progress.skip(max(0, samples.get(shard, 0) - asked))
+            if samples:
+                progress.skip(max(0, samples.get(shard, 0) - asked))
+            elif counts["shards done"]:
+                progress.advance()
+            else:
+                progress.skip(1)
     return total
 
 
 def _samples(settings: Settings, shards: list[Shard]) -> dict[str, int]:
     """Samples by shard where that costs little: in a manifest, or counted once of local files; else nothing."""
     if any(scheme_of(shard) != "file" for shard in shards):
-        return {}
+        return indexed_samples(shards)
     return count_samples(shards, settings.state / "counts.json").samples
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dreamlip_train.data.shards.shard_names import file_name
 from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
-from dreamlip_train.jobs.finished import finished, make_once
+from dreamlip_train.jobs.job_folder import finished, make_once
 from dreamlip_train.jobs.work_claims import Claims
 from dreamlip_train.prepare.recaption.answers import AnswerFile
 from dreamlip_train.prepare.recaption.captioners import LocalModel, Prompt
@@ -42,7 +42,7 @@ class Settings:
 
     def paths(self, shard: str) -> tuple[Path, Path]:
         """Where a shard's copy appears, and the note that it is done."""
-        name = os.path.basename(shard)
+        name = file_name(shard)
         return self.output / name, self.state / f"{name}.json"
 
 
@@ -57,7 +57,7 @@ class ShardTask:
         self.settings, self.on_batch = settings, on_batch
 
     def __call__(self, shard: str) -> Counter[str]:
-        settings, name = self.settings, os.path.basename(shard)
+        settings, name = self.settings, file_name(shard)
         file, note = settings.paths(shard)
         if finished(file, note) is not None:
             return Counter({"done before": 1})
@@ -80,7 +80,7 @@ class ShardTask:
 
     def _ask(self, shard: str, claims: Claims) -> AnswerFile:
         """Captions by key: those kept from before, and new ones."""
-        settings, name = self.settings, os.path.basename(shard)
+        settings, name = self.settings, file_name(shard)
         with AnswerFile(settings.state / f"{name}.jsonl", settings.prompts, settings.max_bad_fraction) as answers:
             for batch in _batches(shard, set(answers.captions), settings.batch_size):
                 captioner, images = _captioner(settings), [image for _, image in batch]

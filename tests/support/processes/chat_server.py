@@ -27,7 +27,8 @@ GARBAGE = (
 class ChatServer:
     """Context manager. ``behave(n, image bytes)`` names what the n-th request for a picture gets.
 
-    That is "ok", a status, "stall", "garbage", "cut", "drip" (a byte every 0.2 s), "giant", "deep" or "surrogate".
+    That is "ok", a status, "stall", "garbage", "cut", "drip" (a byte every 0.2 s), "giant", "deep", "surrogate",
+    "broken off" (in the middle of a body), "not gzip" or "giant 500" (an error that never stops talking).
     """
 
     def __init__(self, behave=lambda attempt, image: "ok"):
@@ -67,8 +68,8 @@ class ChatServer:
         what = self.behave(attempt, image)
         if what == "stall":
             time.sleep(3)
-        if what == "drip":
-            return drip(handler)
+        if what in ("drip", "broken off", "giant 500"):
+            return unending(handler, what)
         status, content = int(what) if what.isdigit() else 200, self.completion(image, prompt, body, what)
         if what == "garbage":
             content = GARBAGE[(attempt + sum(image)) % len(GARBAGE)]
@@ -82,8 +83,12 @@ class ChatServer:
             handler.send_response(status)
             handler.send_header("Content-Type", "application/json")
             handler.send_header("Content-Length", str(len(content)))
+            if what == "not gzip":
+                handler.send_header("Content-Encoding", "gzip")
             if what == "429":
                 handler.send_header("Retry-After", "0.2")
+            if what == "307":
+                handler.send_header("Location", "http://elsewhere/\x1b[2J")
             handler.end_headers()
             handler.wfile.write(content)
         except OSError:
@@ -103,18 +108,20 @@ class ChatServer:
         ).encode()
 
 
-def drip(handler) -> None:
-    """An answer that never ends: each byte comes before any timeout of a single read."""
+def unending(handler, what: str) -> None:
+    """An answer of which each byte comes before any timeout of a single read, or as fast as it is read, or stops."""
     try:
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000")
+        handler.send_response(500 if what == "giant 500" else 200)
+        handler.send_header("Content-Length", str(2**40))
         handler.end_headers()
-        for _ in range(1000):
-            handler.wfile.write(b" ")
+        for _ in range({"drip": 1000, "broken off": 1, "giant 500": 2**20}[what]):
+            handler.wfile.write(b" " * (2**20 if what == "giant 500" else 1))
             handler.wfile.flush()
-            time.sleep(0.2)
+            if what == "drip":
+                time.sleep(0.2)
     except OSError:
         pass  # the client has given up
+    handler.close_connection = True
 
 
 def number(i):

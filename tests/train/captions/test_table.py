@@ -71,6 +71,25 @@ def test_a_stray_quote_costs_its_own_line(tmp_path, delimiter, suffix, column, s
     assert [wrong.split(":")[0] for _, r, wrong in rows if r is None][:1] == [f"line {line}"]
 
 
+@pytest.mark.parametrize("image", [0, 1])
+def test_a_stray_quote_before_a_caption_of_several_lines_costs_its_own_line(tmp_path, image):
+    """The next row's caption began before its picture was named, lost its first line to the quote, and was kept."""
+    lines = [["Image Path", "raw_caption"], ["0.jpg", '"a stray'], ["1.jpg", '"line one\nline two"'], ["2.jpg", "two"]]
+    path = tmp_path / "t.csv"
+    path.write_text("".join(",".join(cells if image == 0 else cells[::-1]) + "\n" for cells in lines))
+    rows = list(Table(path))
+    whole = {r[IMAGE_COLUMN]: r["raw_caption"] for _, r, _ in rows if r is not None}
+    assert whole == {"1.jpg": "line one\nline two", "2.jpg": "two"}
+    assert [wrong.split(":")[0] for _, r, wrong in rows if r is None] == ["line 2"]
+
+
+def test_captions_of_several_lines_are_whole_where_the_picture_comes_last(tmp_path):
+    """The line in which the caption's quote closes has as many fields as a row: it was taken for one."""
+    path = tmp_path / "t.csv"
+    path.write_text('raw_caption,Image Path\n"line one\nline two",http://h/1.jpg\n"one ""1""\n\ntwo",2.jpg\n')
+    assert [r["raw_caption"] for _, r, _ in Table(path)] == ["line one\nline two", 'one "1"\n\ntwo']
+
+
 def test_captions_of_several_lines_with_commas_are_whole(tmp_path):
     caption = "\n".join(["Yes, it is, indeed, so.", "A dog, a cat, a bird, a fish.", "", "The end."])
     path = table(tmp_path / "t.csv", [row(1) | {"longSV_captions": caption}, row(2)])
@@ -95,16 +114,41 @@ def test_bytes_are_utf8_or_a_finding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "written", ["['A dog.', 'It runs.']", '["A dog.", "It runs."]', "['A dog.' 'It runs.']", "['A dog.'\n 'It runs.']"]
+    "written",
+    [
+        *("['A dog.', 'It runs.']", '["A dog.", "It runs."]', "['A dog.' 'It runs.']", "['A dog.'\n 'It runs.']"),
+        *("('A dog.', 'It runs.')", "[b'A dog.', b'It runs.']", '["A dog.", "It runs.", null]'),
+        *("array(['A dog.', 'It runs.'], dtype=object)", "array(['A dog.',\n       'It runs.'], dtype='<U8')"),
+        "[{'from': 'human', 'value': '<image>'}, {'from': 'gpt', 'value': 'A dog. It runs.'}]",
+    ],
 )
 def test_a_list_written_as_text_is_a_list_and_it_is_said(tmp_path, written):
     path = table(tmp_path / "t.csv", [row(1) | {"longSV_captions": written}])
     ((_, cells, note),) = Table(path)
-    assert (
-        cells["longSV_captions"] == ["A dog.", "It runs."]
-        and "longSV_captions: a list that was written as text" in note
-    )
+    assert "longSV_captions: a list that was written as text" in note
     assert [piece.text for piece in caption_pool(cells, ["longSV_captions"])] == ["A dog.", "It runs."]
+
+
+@pytest.mark.parametrize("written", ["b'A dog.'", 'b"A dog."'])
+def test_bytes_written_as_text_are_what_they_say(tmp_path, written):
+    ((_, cells, note),) = Table(table(tmp_path / "t.csv", [row(1) | {"longSV_captions": written}]))
+    assert cells["longSV_captions"] == "A dog." and "bytes that were written as text" in note
+
+
+@pytest.mark.parametrize(
+    "written", ["{'text': 'A dog.'}", "b'\\xff'", '["A", ["B"]]', "[{'from': 'human', 'value': 'A?'}]"]
+)
+def test_other_values_written_as_text_are_left_out_and_named(tmp_path, written):
+    ((_, cells, note),) = Table(table(tmp_path / "t.csv", [row(1) | {"longSV_captions": written}]))
+    assert "longSV_captions" not in cells and "longSV_captions left out" in note
+
+
+@pytest.mark.parametrize(
+    "text", ["('A dog')", "{'hello'}", "[dog] a dog]", "[1, 2]", "b'A dog", "['a' if 1 else 'b']", '("A")']
+)
+def test_a_caption_in_quotes_and_brackets_stays_as_it_is(tmp_path, text, recwarn):
+    ((_, cells, note),) = Table(table(tmp_path / "t.csv", [row(1) | {"longSV_captions": text}]))
+    assert cells["longSV_captions"] == text and not note and not recwarn
 
 
 def test_other_types_are_refused_by_column_name(tmp_path):

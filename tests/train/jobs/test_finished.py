@@ -6,7 +6,7 @@ import pytest
 
 from dreamlip_train.jobs.atomic_file import atomic_write
 from dreamlip_train.jobs.atomic_json import parse_json, read_json_lines
-from dreamlip_train.jobs.finished import finished, make_once
+from dreamlip_train.jobs.job_folder import finished, make_once
 
 
 @pytest.fixture

@@ -32,6 +32,14 @@ def test_results_come_in_order():
     assert list(map_bounded(lambda n: n * n, iter(range(200)), processes=3)) == [n * n for n in range(200)]
 
 
+def test_ctrl_c_in_the_middle_of_a_fork_is_not_lost():
+    """Python ignores what is raised in the functions that run after a fork: the command went on to its end."""
+    interrupts = iter([lambda: os.kill(os.getpid(), signal.SIGINT)])
+    os.register_at_fork(after_in_parent=lambda: next(interrupts, lambda: None)())
+    with pytest.raises(KeyboardInterrupt):
+        list(map_bounded(abs, range(4), processes=1))
+
+
 def write_often(path):
     for _ in range(200):
         write_json(path, list(range(100)))

@@ -1,5 +1,6 @@
 """Progress as people see it: a bar on a terminal, lines and JSON lines elsewhere, with the time that is left."""
 
+import contextlib
 import json
 import os
 import pty
@@ -84,6 +85,24 @@ def test_json_lines_on_request(capsys, monkeypatch):
         "shards",
         "a\nb",
     )
+
+
+@pytest.mark.parametrize("style", ["lines", "json"])
+def test_a_full_disk_or_a_closed_pipe_behind_standard_error_ends_nothing(style, monkeypatch):
+    monkeypatch.setattr(module, "_LINE_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_JSON_SECONDS", 0.0)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: failed.append(arguments))
+    failed = []
+    set_progress_style(style)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        with Progress("validate", total=2) as progress:
+            progress.advance()
+            time.sleep(0.05)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert not failed
 
 
 def test_what_was_done_before_does_not_shorten_the_time_left(capsys):

@@ -205,3 +205,12 @@ def test_a_column_of_the_users_own_is_a_caption(tmp_path):
     write(tmp_path / "00000.tar", [("a", jpeg(1), {"url": "u", "longQwen_captions": "A dog runs. It is red."})])
     checked = validate_shards(str(tmp_path), fix=str(tmp_path / "fixed"))
     assert checked["samples"] == 1 and not checked["bad"] and (tmp_path / "fixed" / "00000.tar").is_file()
+
+
+def test_captions_that_were_written_as_text_are_said(tmp_path, capsys):
+    captions = {"raw_caption": "b'A dog.'", "longSV_captions": "['A dog.', 'It runs.']", "longIB_captions": "{'a': 1}"}
+    write(tmp_path / "0.tar", [("a", jpeg(1, 300), captions)])
+    checked = validate_shards(str(tmp_path))
+    found = checked["bad"]["caption that was a list or bytes, written as text"]
+    assert found["count"] == 3 and checked["captions"]["longSV_captions"]["sentences_mean"] == 2.0
+    assert "longIB_captions" not in checked["captions"]

@@ -78,6 +78,8 @@ def test_urls_that_differ_stay_apart():
         != normal_url("http://a.com/x?id=2&b=2")
     )
     assert normal_url("http://a.com/X.jpg") != normal_url("http://a.com/x.jpg")  # paths have case
+    for odd in (f"http://h/&#{'9' * 5000};", "http://[::1", "http://[v1.x]/", "\0", "\ud800", "\ufdfa" * 30_000):
+        assert normal_url(odd)  # 5,000 digits are no number for Python, and normal forms take seconds
     assert (
         normal_url("http://[broken")
         and normal_path("./a\\b.JPG") == normal_path("a/b.png") == "a/b"

@@ -3,16 +3,19 @@ nothing finished is lost or asked for twice."""
 
 import hashlib
 import json
+import resource
 import time
 
 import pytest
 from chat_server import PER_SHARD, ChatServer, number, through
 from shard_files import jpeg, records, write_tar
 
+from dreamlip_train import cli
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.recaption import endpoint
 from dreamlip_train.prepare.recaption.captioners import caption_text
+from dreamlip_train.prepare.recaption.endpoint import ServerError
 from dreamlip_train.prepare.recaption.recaption import recaption_shards
 
 
@@ -43,12 +46,32 @@ def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path,
     )
 
 
-@pytest.mark.parametrize("trouble", ["500", "429", "stall", "garbage", "drip", "giant", "deep"])
+@pytest.mark.parametrize(
+    "trouble", [*("500", "429", "stall", "garbage", "drip", "giant", "deep"), *("broken off", "not gzip", "giant 500")]
+)
 def test_trouble_that_passes_costs_nothing(tmp_path, shards, trouble):
     with ChatServer(lambda attempt, image: trouble if attempt < 2 and sum(image) % 3 == 0 else "ok") as server:
         counts = through(server, shards, tmp_path / "out", timeout=0.5 if trouble in ("stall", "drip") else 10.0)
     assert (counts["captioned"], counts["failed"]) == (24, 0)
     assert max(server.asked.values()) == 3
+
+
+def test_a_body_that_never_ends_is_not_kept(tmp_path, shards):
+    """The client read the body of an error whole, for as long as a request may take."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with ChatServer(lambda attempt, image: "giant 500" if attempt == 0 else "ok") as server:
+        through(server, shards, tmp_path / "out", timeout=3.0, batch_size=1, retries=20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_what_a_server_says_is_cut_and_commands_nothing(tmp_path, shards, capsys):
+    with ChatServer(lambda attempt, image: "307") as server:
+        words = ["recaption", str(shards), "--output", str(tmp_path / "out"), "--model", "x", "--endpoint", server.url]
+        with pytest.raises(SystemExit):
+            cli.main(words)
+    said = capsys.readouterr().err
+    assert "it redirects to http://elsewhere/" in said and "\x1b" not in said and len(said) < 1000
+    assert str(ServerError(500, "x" * 10**6, 0.0)) == "status 500: " + "x" * 300
 
 
 def test_a_picture_that_always_fails_is_recorded_and_keeps_its_place(tmp_path, shards):
@@ -71,7 +94,7 @@ def test_a_picture_that_always_fails_is_recorded_and_keeps_its_place(tmp_path, s
     assert (
         set(errors) == {"0003", "0012", "0020"}
         and "told to answer 400" in errors["0012"]
-        and "InternalServerError" in errors["0020"]
+        and "status 500" in errors["0020"]
     )
     assert server.asked[jpeg(12), "Describe the image in details"] == 1  # its own fault: not asked again
     assert server.asked[jpeg(20), "Describe the image in details"] == 3
@@ -83,7 +106,7 @@ def test_a_server_that_is_down_stops_the_run_and_no_shard_is_called_done(tmp_pat
     monkeypatch.setattr("dreamlip_train.prepare.recaption.answers._JUDGED_AFTER", 6)
     with (
         ChatServer(lambda attempt, image: "500") as server,
-        pytest.raises(RuntimeError, match=r"--max-bad-fraction: 8 of 8 .*InternalServerError"),
+        pytest.raises(RuntimeError, match=r"--max-bad-fraction: 8 of 8 .*status 500"),
     ):
         through(server, shards, tmp_path / "out", retries=1)
     assert not list((tmp_path / "out").glob("*.tar"))

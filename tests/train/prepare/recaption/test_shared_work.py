@@ -1,5 +1,6 @@
 """Processes that share shards, and those that are killed: no finished picture is asked for again."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import pytest
 from chat_server import ChatServer, through
 from shard_files import records
 from tiny import clean_environment
@@ -71,6 +73,19 @@ def test_several_processes_share_the_shards_without_overlap(tmp_path, shards):
     assert [process.returncode for process in processes] == [0, 0, 0], said
     assert set(server.asked.values()) == {1} and len(records(tmp_path / "out")) == 24
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 24
+
+
+def test_a_claim_that_a_full_disk_cut_off_is_nobodys(tmp_path, monkeypatch):
+    """It stayed empty, and kept the shard from the very command that was given again, for half an hour."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dreamlip_train.jobs.work_claims.json.dump", full)
+        with pytest.raises(OSError, match="No space left"):
+            Claims(tmp_path, 60.0).take("a")
+    assert Claims(tmp_path, 60.0).take("a")
 
 
 def test_claims_are_exclusive_and_those_of_the_dead_are_free(tmp_path):
