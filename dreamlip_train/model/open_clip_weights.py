@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import MAX_LOGIT_SCALE, DreamLIP
+from dreamlip_train.model.tensor_files import refuse_bomb, require_plain
 
 _KEPT_POSITIONS = 20
 
@@ -25,8 +26,10 @@ def load_open_clip_weights(clip: open_clip.CLIP, path: str) -> None:
     if not Path(path).is_file():
         raise UserError(f"model.pretrained: no file {path!r}; give an open_clip weights file")
     try:
+        refuse_bomb(Path(path))
         state = open_clip.factory.load_state_dict(path, weights_only=True)
         state = {key: torch.as_tensor(value) for key, value in state.items()}
+        require_plain(state)
     except Exception as error:  # torch's reader raises whatever the bytes lead it to
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -23,6 +23,7 @@ from dreamlip_train.jobs.atomic_json import read_json_object
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model, known_models
 from dreamlip_train.model.open_clip_weights import open_clip_state_dict
+from dreamlip_train.model.tensor_files import refuse_bomb, require_plain
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -84,12 +85,17 @@ def read_file(path: Path, settings: dict[str, Any], model_name: str) -> dict[str
         state = read_torchscript(path)
         return {name: value.float() for name, value in state.items() if name not in _OPENAI_EXTRAS}
     try:
+        refuse_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+            require_plain(state)
+        else:
+            state = None
     except Exception as error:  # torch's reader raises whatever the bytes lead it to
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"WEIGHTS: {str(path)!r} can't be read as tensors only: {reason}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+    if not state:
         raise UserError(
             f"WEIGHTS: {str(path)!r} holds no weights; "
             'it must be {"state_dict": {name: tensor}} or {name: tensor}'

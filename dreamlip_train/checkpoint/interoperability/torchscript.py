@@ -9,6 +9,7 @@ in ``NAME/data/N``; ``NAME/code/`` holds the program, which is not looked at. ``
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.model.tensor_files import FREE_BYTES, refuse_bomb
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -32,6 +34,7 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+_MOST_COPIES = 4  # of the file's bytes, where tensors share them
 _LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
 
 
@@ -50,17 +53,19 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         UserError: the archive is damaged, or its module is made of more than attributes and tensors.
     """
     try:
+        refuse_bomb(path)
         with zipfile.ZipFile(path) as archive:
             pickled = next(name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
             root = pickled.removesuffix("data.pkl")
-            module = _TensorUnpickler(archive.read(pickled), lambda key: archive.read(f"{root}data/{key}")).load()
+            room = FREE_BYTES + _MOST_COPIES * path.stat().st_size
+            module = _TensorUnpickler(archive.read(pickled), lambda key: archive.read(f"{root}data/{key}"), room).load()
+        if isinstance(module, _Module):
+            return dict(_named_tensors(module, ""))
     except UserError as error:
         raise UserError(f"WEIGHTS: {str(path)!r}: {error}") from error
     except Exception as error:  # zipfile, pickle and torch raise whatever damaged bytes lead them to
         raise UserError(f"WEIGHTS: {str(path)!r} can't be read as a TorchScript archive: {error!r}") from error
-    if not isinstance(module, _Module):
-        raise UserError(f"WEIGHTS: {str(path)!r} holds a {type(module).__name__}, not a module")
-    return dict(_named_tensors(module, ""))
+    raise UserError(f"WEIGHTS: {str(path)!r} holds a {type(module).__name__}, not a module")
 
 
 class _Module:
@@ -75,18 +80,25 @@ class _Module:
         self.__dict__.update(state)
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Knows modules (as bare attributes), tensors, and lists of numbers; refuses every other global."""
+class _TensorUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Knows modules (as bare attributes), tensors, and lists of numbers; refuses every other global.
 
-    def __init__(self, content: bytes, read_storage: Any) -> None:
+    Python's own, not C's, which makes a table as long as the largest number that a pickle remembers an object by.
+
+    Args:
+        read_storage: gives the bytes of a key.
+        room: bytes that all tensors together may have.
+    """
+
+    def __init__(self, content: bytes, read_storage: Any, room: int) -> None:
         super().__init__(io.BytesIO(content))
-        self.read_storage = read_storage
+        self.read_storage, self.room = read_storage, room
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return type(name, (_Module,), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
+            return self._rebuild
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name in _LISTS:
@@ -106,12 +118,15 @@ class _TensorUnpickler(pickle.Unpickler):
             raise UserError(f"its data {key!r} are cut short")
         return torch.frombuffer(bytearray(content), dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
-
-def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
-    if 0 not in size and not (offset >= 0 and min(stride, default=0) >= 0 and last < storage.numel()):
-        raise UserError(f"a tensor of shape {tuple(size)} reaches beyond its data")
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()
+    def _rebuild(self, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+        last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+        within = offset >= 0 and min((*size, *stride), default=0) >= 0 and last < storage.numel()
+        if 0 not in size and not (within and math.prod(size) <= storage.numel()):
+            raise UserError(f"a tensor of shape {tuple(size)} reaches beyond its data")
+        self.room -= storage.element_size() * math.prod(size)
+        if self.room < 0:
+            raise UserError("its tensors are far more than its data")
+        return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()
 
 
 def _named_tensors(module: _Module, prefix: str) -> list[tuple[str, Tensor]]:
