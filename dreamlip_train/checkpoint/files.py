@@ -23,6 +23,8 @@ from dreamlip_train.jobs.user_error import UserError
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 ASIDE = ".damaged"
+_UNDER_WAY = (".partial", ".replaced", ".universal")
+_ENTRIES = ("step", "world_size", "global_batch_size", "data", "skipped_in_a_row", "files")
 QUARANTINE = "quarantine.jsonl"  # of the run folder, and in each checkpoint a copy of that moment
 logger = logging.getLogger("dreamlip_train")
 # What DeepSpeed pickles into its files beside tensors and plain Python. Anything else could run code when it is loaded.
@@ -80,7 +82,16 @@ def problem_of(checkpoint: Path) -> str | None:
         return f"{MANIFEST_DIGEST} can't be read ({error.strerror})"
     if hashlib.sha256(content).hexdigest() != digest:
         return f"{MANIFEST} is not what was written (its hash differs from {MANIFEST_DIGEST})"
-    manifest = json.loads(content)
+    try:
+        return _missing_part(checkpoint, parse_json(content))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is no manifest of this trainer ({error!r})"
+
+
+def _missing_part(checkpoint: Path, manifest: dict[str, Any]) -> str | None:
+    """What keeps a checkpoint from being what its manifest lists; KeyError and the like where it is none."""
+    if lacking := [entry for entry in _ENTRIES if entry not in manifest]:
+        raise KeyError(lacking[0])
     if checkpoint.name != step_folder(checkpoint.parent, manifest["step"]).name:
         return f"its name is not that of step {manifest['step']}, whose checkpoint it holds"
     for name, entry in manifest["files"].items():
@@ -89,6 +100,9 @@ def problem_of(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
+    for name in sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*.pt")):
+        if name not in manifest["files"]:  # DeepSpeed would load it with the others
+            return f"{name} is in no manifest"
     return None
 
 
@@ -111,11 +125,13 @@ def find_checkpoint(path: Path) -> Path:
         if why:
             raise UserError(f"{path} is not a complete checkpoint: {why}; give an earlier one")
         return path
-    for candidate in _candidates(path / "checkpoints"):
-        why = problem_of(candidate)
+    for candidate in sorted((path / "checkpoints").glob("step-*"), reverse=True):
+        if candidate.name.endswith(_UNDER_WAY):
+            continue
+        why = "it was put aside as damaged" if ASIDE in candidate.name else problem_of(candidate)
         if why is None:
             return candidate
-        logger.warning("CHECKPOINT NOT WHOLE: %s: %s; an earlier one is used", candidate, why)
+        logger.warning("CHECKPOINT NOT WHOLE: %s: %s; another one is used", candidate, why)
     raise UserError(
         f"{path} holds no complete checkpoint; give a run folder, a folder checkpoints/step-NNNNNNNN or an open_clip "
         "file"

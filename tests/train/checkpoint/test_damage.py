@@ -1,6 +1,7 @@
 """A damaged or incomplete checkpoint is never used and never passed over in silence."""
 
 import gc
+import hashlib
 import os
 import random
 import resource
@@ -12,7 +13,7 @@ import sys
 import pytest
 from tiny import tiny_config, tiny_engine
 
-from dreamlip_train.checkpoint.files import MANIFEST, MANIFEST_DIGEST, complete_checkpoints, problem_of
+from dreamlip_train.checkpoint.files import MANIFEST, MANIFEST_DIGEST, complete_checkpoints, find_checkpoint, problem_of
 from dreamlip_train.checkpoint.ranks import SaveError, deaths_told_afterwards
 from dreamlip_train.checkpoint.resume import restore_quarantine, starting_point
 from dreamlip_train.checkpoint.saving import save
@@ -40,6 +41,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def resigned(checkpoint, content):
+    (checkpoint / MANIFEST).write_bytes(content)
+    (checkpoint / MANIFEST_DIGEST).write_text(hashlib.sha256(content).hexdigest())
+
+
 DAMAGE = {
     "manifest missing": lambda c: (c / MANIFEST).unlink(),
     "manifest empty": lambda c: (c / MANIFEST).write_text(""),
@@ -51,6 +57,10 @@ DAMAGE = {
     ],
     "file missing": lambda c: (c / "config.toml").unlink(),
     "file cut": lambda c: cut(c / "mp_rank_00_model_states.pt"),
+    "a file more": lambda c: shutil.copy(c / "mp_rank_00_model_states.pt", c / "mp_rank_01_model_states.pt"),
+    "another manifest with its hash": lambda c: resigned(c, b'{"step": 4, "files": ["a"]}'),
+    "a manifest of less": lambda c: resigned(c, b'{"step": 4, "files": {}}'),
+    "no manifest with its hash": lambda c: resigned(c, b"[" * 100_000),
     "everything missing": lambda c: [shutil.rmtree(c), c.mkdir()],
     "a file in its place": lambda c: [shutil.rmtree(c), c.write_text("x")],
 }
@@ -64,6 +74,14 @@ def test_what_is_not_whole_is_named_and_put_aside(run, kind, caplog):
     assert starting_point(run, "auto").name == "step-00000002"
     assert f"CHECKPOINT DAMAGED: {checkpoint}: " in caplog.text and "put aside as step-00000004.damaged" in caplog.text
     assert not checkpoint.exists() and (run / "checkpoints" / "step-00000004.damaged").exists()
+
+
+@pytest.mark.parametrize("name", ["step-4", "step-00000004 (copy)", "step-00000004.damaged", "step-00000003"])
+def test_an_evaluation_says_which_checkpoints_it_passes_over(run, caplog, name):
+    """Folders of other names were passed over in silence, and an earlier checkpoint was evaluated."""
+    (run / "checkpoints" / "step-00000004").rename(run / "checkpoints" / name)
+    assert find_checkpoint(run).name == "step-00000002"
+    assert f"CHECKPOINT NOT WHOLE: {run / 'checkpoints' / name}: " in caplog.text
 
 
 def test_every_flipped_bit_of_a_manifest_is_noticed(saved, tmp_path):
