@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from dreamlip_train.ablation.grid import VARIANTS
-from dreamlip_train.reporting.style import COLORS, GRID, MUTED, STYLE
+from dreamlip_train.reporting.style import COLORS, GRID, MUTED, STYLE, save_figure
 
 _PANELS = (
     ("long", "R@1, long caption\n(mean of its sentences)"),
@@ -50,5 +50,4 @@ def plot_ablation(content: dict[str, Any], png: str | Path) -> None:
             axis.tick_params(axis="y", length=0)
         axes[0].set_yticks(list(positions.values()), [descriptions[name] for name in positions])
         axes[0].invert_yaxis()
-        figure.savefig(png, dpi=150, facecolor="white")
-        plt.close(figure)
+        save_figure(figure, png)

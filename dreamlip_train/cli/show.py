@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
-from dreamlip_train.cli.usage import require_writable
+from dreamlip_train.cli.usage import require_picture, say
 from dreamlip_train.config.schema import Config
 from dreamlip_train.jobs.user_error import UserError
 
@@ -28,6 +28,10 @@ class ShowOptions:
     """Where to write the figure."""
     model: str = ""
     """open_clip model name of a weights file."""
+    weights: Literal["", "average", "raw"] = ""
+    """"average": the moving average of a run with train.ema_decay; "raw": the weights of the last step; empty: what the
+    run's eval.weights says, which is raw where nobody set it.
+    """
     threshold: float | None = None
     """Threshold of the patch selection; None takes the run's."""
 
@@ -38,13 +42,13 @@ def show(arguments: list[str], program: str) -> None:
     captions = [caption.strip() for caption in options.captions]
     if not captions or not all(captions):
         raise UserError(f"CAPTIONS: got {list(options.captions)}; give at least one sentence, each in quotes")
-    require_writable(options.output)
+    require_picture(options.output)
     data = _read(options.image, "IMAGE")
     from dreamlip_train.reporting.grouping_figure import plot_sentences
 
-    model, _, selection = _load(options.checkpoint, options.model, options.threshold)
+    model, _, selection = _load(options)
     plot_sentences(model, Path(options.image).name, data, captions, options.output, **selection)
-    print(f"wrote {options.output}")
+    say(f"wrote {options.output}")
 
 
 @dataclass
@@ -61,6 +65,10 @@ class ExploreOptions:
     """At most so many pictures of the held-out shards; 0 shows none."""
     model: str = ""
     """open_clip model name of a weights file."""
+    weights: Literal["", "average", "raw"] = ""
+    """"average": the moving average of a run with train.ema_decay; "raw": the weights of the last step; empty: what the
+    run's eval.weights says, which is raw where nobody set it.
+    """
     threshold: float | None = None
     """Threshold that the page begins with; None takes the run's."""
     port: int = 0
@@ -80,9 +88,7 @@ def explore(arguments: list[str], program: str) -> None:
         server = explorer_server(explorer, options.port)
     except OSError as error:
         raise UserError(f"--port: {options.port} can't be used ({error.strerror}); give another, or 0") from error
-    print(
-        f"http://127.0.0.1:{server.server_address[1]}  ({len(explorer.pictures)} pictures; Ctrl-C ends it)", flush=True
-    )
+    say(f"http://127.0.0.1:{server.server_address[1]}  ({len(explorer.pictures)} pictures; Ctrl-C ends it)")
     with server:
         server.serve_forever()
 
@@ -91,7 +97,7 @@ def _explorer(options: ExploreOptions, files: list[tuple[str, bytes]]) -> Any:
     """The model with the pictures it begins with: the user's, then held-out ones."""
     from dreamlip_train.reporting.explore import Explorer
 
-    model, config, selection = _load(options.checkpoint, options.model, options.threshold)
+    model, config, selection = _load(options)
     explorer = Explorer(model, **selection)
     for path, data in files:
         explorer.add_file(Path(path).name, data)
@@ -102,19 +108,19 @@ def _explorer(options: ExploreOptions, files: list[tuple[str, bytes]]) -> Any:
         except UserError as error:  # a run is still looked at where its held-out shards are gone
             if options.val_shards:
                 raise
-            print(f"the run's held-out shards are left out: {error}")
+            say(f"the run's held-out shards are left out: {error}")
     return explorer
 
 
-def _load(checkpoint: str, model_name: str, threshold: float | None) -> tuple[Any, Config, dict[str, Any]]:
+def _load(options: ShowOptions | ExploreOptions) -> tuple[Any, Config, dict[str, Any]]:
     """The model on its device, its config, and how it selects patches."""
     import torch
 
     from dreamlip_train.checkpoint.weights import load_for_eval
 
-    model, config = load_for_eval(checkpoint, model_name)
-    if threshold is not None:
-        config.eval.threshold = threshold
+    model, config = load_for_eval(options.checkpoint, options.model, options.weights)
+    if options.threshold is not None:
+        config.eval.threshold = options.threshold
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), config, config.selection()
 
 

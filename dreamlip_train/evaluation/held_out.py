@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dreamlip_train.config.schema import DataConfig, EvalConfig, Normalization
+from dreamlip_train.data.shards.manifest import indexed_samples
+from dreamlip_train.data.shards.shard_names import list_shards
 from dreamlip_train.data.validation import no_sentences, val_samples
 from dreamlip_train.evaluation.features import encode_batch, eval_mode, sub_caption_weights
 from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
@@ -38,6 +40,7 @@ def evaluate(
     localize: bool = True,
     loss: HeldOutLoss | None = None,
     distributed: bool = False,
+    on_batch: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Any]:
     """Retrieval and patch localization over data.val_shards.
 
@@ -51,6 +54,7 @@ def evaluate(
         should_stop: asked before each batch; True ends it.
         loss: of a batch's features, with each image's sentences as its captions; must not communicate.
         distributed: the ranks share the batches. Collective then.
+        on_batch: called after each of this process's batches with its number of images.
     Returns:
         {"retrieval": {"long_caption": R, "sentence": R}, "localization": localization(...) or None without
         masks or patch features, "samples": int, "sentences": int, "skipped": {reason: count}} where R is
@@ -66,7 +70,9 @@ def evaluate(
 
     def work(batch: list[dict[str, Any]]) -> _BatchResult:
         selection = (threshold, normalization) if localize else None
-        return _evaluate_batch(model, batch, device, size, selection, loss)
+        result = _evaluate_batch(model, batch, device, size, selection, loss)
+        on_batch(len(batch))
+        return result
 
     with eval_mode(model), torch.no_grad():
         samples = val_samples(
@@ -81,6 +87,14 @@ def evaluate(
             own = [result.to("cpu") for result in own]
         results = sorted((result for of in share.gather(own) for result in of), key=lambda result: result.position)
         return _report([result.to(device) for result in results] if share.ranks > 1 else results, data)
+
+
+def count_held_out(data: DataConfig, max_samples: int = 0) -> int | None:
+    """How many images ``evaluate`` will look at, where an index beside the shards says it."""
+    count = sum(
+        indexed_samples(list_shards(data.val_shards, field="data.val_shards", allow_pipe=data.allow_pipe)).values()
+    )
+    return (min(count, max_samples) if max_samples else count) or None
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    from dreamlip_train.reporting.style import COLORS, STYLE, legend_label
+    from dreamlip_train.reporting.style import COLORS, STYLE, legend_label, save_figure
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -126,8 +126,7 @@ def plot_histograms(histograms: Histograms, png: str | Path) -> None:
             axis.set(title=title, ylabel="% of the captions", xlabel=title.split()[0].lower())
             axis.set_ylim(bottom=0)
             axis.legend()
-        figure.savefig(png, dpi=150, facecolor="white")
-        plt.close(figure)
+        save_figure(figure, png)
 
 
 def _shares(histogram: Counter[int], width: int) -> list[tuple[float, float]]:

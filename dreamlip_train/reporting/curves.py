@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dreamlip_train.jobs.atomic_json import read_json_lines
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.reporting.style import COLORS, STYLE, legend_label
+from dreamlip_train.reporting.style import COLORS, STYLE, legend_label, save_figure
 
 _NATS = "nats"
 
@@ -52,8 +52,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
             axis.remove()
         for axis, (title, names, unit) in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, title, unit, {label: series[name] for name, label in names.items() if series[name]})
-        figure.savefig(png, dpi=150, facecolor="white")
-        plt.close(figure)
+        save_figure(figure, png)
 
 
 # What runs are compared by: title, the quantity, unit.
@@ -108,8 +107,7 @@ def plot_runs(metrics: dict[str, Path], png: str | Path) -> None:
             _draw_panel(axis, title, unit, lines, colors, legend=False)
         handles = [Line2D([], [], color=color, label=legend_label(label)) for label, color in colors.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
-        figure.savefig(png, dpi=150, facecolor="white")
-        plt.close(figure)
+        save_figure(figure, png)
 
 
 def _draw_panel(

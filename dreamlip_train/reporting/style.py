@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from dreamlip_train.jobs.atomic_file import atomic_write
+from dreamlip_train.jobs.plain_text import plain
 
 matplotlib.use("Agg")
 
@@ -35,4 +41,14 @@ STYLE: dict[Any, Any] = {  # keys of matplotlib's rcParams
 
 def legend_label(text: str) -> str:
     """``text`` as a legend shows it: matplotlib hides labels that begin with an underscore, as a run's name may."""
-    return f" {text}" if text.startswith("_") else text
+    return plain(f" {text}" if text.startswith("_") else text)
+
+
+def save_figure(figure: Figure, png: str | Path) -> None:
+    """Write ``figure`` to ``png``, whole or not at all, and close it; by another ending, such as .pdf, as that."""
+    png = Path(png)
+    try:
+        with atomic_write(png) as partial:
+            figure.savefig(partial, dpi=150, facecolor="white", format=png.suffix[1:].lower() or "png")
+    finally:
+        plt.close(figure)

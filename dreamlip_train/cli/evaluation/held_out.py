@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dreamlip_train.cli.evaluation.options import EvalOptions, parse, run
+from dreamlip_train.config.schema import EvalConfig
+from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -36,8 +38,7 @@ def localize(arguments: list[str], program: str) -> None:
 
 def _held_out(options: HeldOutOptions, *, localize: bool) -> None:
     def score(model: Any, config: Any, device: Any) -> dict[str, Any]:
-        from dreamlip_train.config.schema import EvalConfig
-        from dreamlip_train.evaluation.held_out import evaluate
+        from dreamlip_train.evaluation.held_out import count_held_out, evaluate
 
         data = dataclasses.replace(
             config.data,
@@ -47,7 +48,10 @@ def _held_out(options: HeldOutOptions, *, localize: bool) -> None:
         if not data.val_shards:
             raise UserError("--val-shards: the checkpoint's run had none; give held-out shards")
         settings = EvalConfig(batch_size=options.batch_size, max_samples=options.max_samples)
-        report = evaluate(model, data, settings, device, **config.selection(), localize=localize)
+        with Progress(options.command, count_held_out(data, options.max_samples), "images") as progress:
+            report = evaluate(
+                model, data, settings, device, **config.selection(), localize=localize, on_batch=progress.advance
+            )
         if localize and report["localization"] is None:
             raise UserError(
                 "--val-shards: no sample has a mask (KEY.mask.png) and the model patch features, "

@@ -137,7 +137,7 @@ def evaluate_multi_label(
         UserError: an image is damaged, or no class has an image.
     """
     rows = []
-    with eval_mode(model), torch.no_grad(), Progress("multilabel") as progress:
+    with eval_mode(model), torch.no_grad(), Progress("multilabel", len(labeled.images), "images") as progress:
         text_CD = class_features(model, classes, templates, device)
         for start in range(0, len(labeled.images), batch_size):
             files = labeled.images[start : start + batch_size]
@@ -145,7 +145,7 @@ def evaluate_multi_label(
                 torch.stack([model_picture(file, model.image_size, "--images") for file in files]).to(device)
             )
             rows.append((image_nD.float() @ text_CD.T).cpu())
-            progress.update(f"{start + len(files)} of {len(labeled.images)} images")
+            progress.advance(len(files))
     targets = torch.zeros(len(labeled.images), len(classes), dtype=torch.bool)
     for row, labels in enumerate(labeled.labels):
         targets[row, labels] = True

@@ -76,7 +76,7 @@ def _judged(s: Tensor) -> dict[str, bool]:
 def _similarities(model: DreamLIP, cases: Sequence[Case], device: torch.device | str, batch_size: int) -> list[Tensor]:
     """Of each case the cosines [I, 2]."""
     similarities = []
-    with eval_mode(model), torch.no_grad(), Progress("compositional") as progress:
+    with eval_mode(model), torch.no_grad(), Progress("compositional", len(cases), "cases") as progress:
         for start in range(0, len(cases), batch_size):
             part = cases[start : start + batch_size]
             pictures = [_cut(one, model.image_size) for case in part for one in case.pictures]
@@ -88,7 +88,7 @@ def _similarities(model: DreamLIP, cases: Sequence[Case], device: torch.device |
             require_finite("compositional: text features", texts_TD)
             own_images = images_ID.split([len(case.pictures) for case in part])
             similarities += [(i @ t.T).cpu() for i, t in zip(own_images, texts_TD.split(2), strict=True)]
-            progress.update(f"{start + len(part)} of {len(cases)} cases")
+            progress.advance(len(part))
     return similarities
 
 

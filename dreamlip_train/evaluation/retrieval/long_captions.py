@@ -40,7 +40,7 @@ def evaluate_long_captions(
     images: list[Tensor] = []
     owner: list[int] = []
     items = captioned.items
-    with eval_mode(model), torch.no_grad(), Progress("long captions") as progress:
+    with eval_mode(model), torch.no_grad(), Progress("long captions", len(items), "images") as progress:
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
             pictures = torch.stack([item.picture(model.image_size) for item in batch])
@@ -53,7 +53,7 @@ def evaluate_long_captions(
                 else:
                     whole = [rejoin(caption) or caption for caption in captions] if captioned.rejoined else captions
                     texts.add(model, [[text] for text in whole], batch_size)
-            progress.update(f"{start + len(batch)} of {len(items)} images, {len(owner)} captions")
+            progress.advance(len(batch), f"{len(owner):,} captions")
     image_ND, owner_M = torch.cat(images), torch.tensor(owner)
     chance = retrieval_chance(owner_M, len(image_ND))
     return {

@@ -8,11 +8,11 @@ clip_benchmark's webdataset folder  FOLDER/test/{0.tar, .., nshards.txt}, KEY.jp
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
 from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.pictures import model_picture
 from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
+from dreamlip_train.jobs.atomic_json import read_json
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
@@ -56,21 +57,24 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = "tes
     if path.is_dir():
         return _webdataset(path, split)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--annotations: {str(path)!r} can't be read as json: {error}") from error
     folder = Path(images)
     if not images or not folder.is_dir():
         raise UserError(f"--images: no folder {str(images)!r}; give the folder of the images that {path.name} names")
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        items = _coco(content, folder, path)
-    elif isinstance(content, dict) and content.get("images") and "sentences" in content["images"][0]:
-        items = _karpathy(content, folder, split)
-    else:
+    try:
+        if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+            items = _coco(content, folder, path)
+        elif isinstance(content, dict) and content.get("images") and "sentences" in content["images"][0]:
+            items = _karpathy(content, folder, split)
+        else:
+            raise KeyError("images")
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"--annotations: {str(path)!r} is neither Karpathy's json "
-            '("images" with "sentences") nor COCO\'s ("images" and "annotations")'
-        )
+            f'("images" with "sentences") nor COCO\'s ("images" and "annotations"): {error!r}'
+        ) from error
     missing = [pictured.name for pictured in items if not Path(pictured.name).is_file()]
     if missing:
         raise UserError(
@@ -157,7 +161,8 @@ def evaluate_retrieval(
     images: list[Tensor] = []
     texts: list[Tensor] = []
     owner: list[int] = []
-    with eval_mode(model), torch.no_grad(), Progress("retrieval") as progress:
+    total = length_hint(pictured) or None  # a folder of tars is as long as it is
+    with eval_mode(model), torch.no_grad(), Progress("retrieval", total, "images") as progress:
         while batch := list(islice(pictured, batch_size)):
             captions = [one.captions[: captions_per_image or None] for one in batch]
             first = sum(map(len, images))
@@ -169,7 +174,7 @@ def evaluate_retrieval(
             )
             tokens = model.tokenize([caption for texts in captions for caption in texts])
             texts += [model.encode_texts(part.to(device)).float().cpu() for part in tokens.split(4 * batch_size)]
-            progress.update(f"{first + len(batch)} images, {len(owner)} captions")
+            progress.advance(len(batch), f"{len(owner):,} captions")
     if not owner:
         raise UserError("--annotations: no image with a caption")
     image_ND, text_MD, owner_M = (

@@ -135,9 +135,9 @@ def evaluate_segmentation(
     names = [*layout.classes, *(["background"] if layout.background else [])]
     threshold = background_threshold if layout.background else None
     counts = torch.zeros(len(names), len(names), dtype=torch.int64)
-    with eval_mode(model), torch.no_grad(), Progress("segment") as progress:
+    with eval_mode(model), torch.no_grad(), Progress("segment", len(pairs), "images") as progress:
         text_CD = class_features(model, layout.classes, templates, device)
-        for done, (image, labels) in enumerate(_pictures(pairs, layout), 1):
+        for image, labels in _pictures(pairs, layout):
             height, width = image.shape[-2:]
             shorter = min(height, width)
             # A row of 65,000 pixels would become gigabytes: what is longer than this is squeezed.
@@ -149,9 +149,7 @@ def evaluate_segmentation(
                 similarity_map(model, large, text_CD, stride=stride, batch_size=batch_size), (height, width), threshold
             ).cpu()
             counts += confusion(predicted, labels, len(names))
-            progress.update(
-                f"{done} of {len(pairs)} images, mIoU so far {100 * _mean(intersection_over_union(counts)):.1f} %"
-            )
+            progress.advance(text=f"mIoU so far {100 * _mean(intersection_over_union(counts)):.1f} %")
     overlap = intersection_over_union(counts)
     return {
         "miou": 100 * _mean(overlap),

@@ -1,6 +1,7 @@
 """The demo's world: the same by seed, captioned truthfully, masked where the objects are."""
 
 import csv
+import io
 import time
 
 import numpy as np
@@ -17,9 +18,9 @@ from dreamlip_train.prepare.scenes.scenes import prepare_scenes
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    began = time.perf_counter()
+    began = time.process_time()
     prepare_scenes(folder, num_train=60, num_val=20, seed=3)
-    return folder, time.perf_counter() - began
+    return folder, time.process_time() - began
 
 
 def rows(folder, split):
@@ -91,8 +92,17 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_p
 
 
 def test_rendering_is_fast_enough_for_the_demo(world):
+    """CPU time beside that of known work on the same machine: 80 scenes take as long as 40 such pictures, and may take
+    as long as 160. A clock on the wall measured what else the machine did.
+    """
     _, seconds = world
-    assert 80 / seconds > 15, f"{80 / seconds:.0f} scenes/s with process start"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    began = time.process_time()
+    for _ in range(20):
+        large = noise.resize((768, 768), Image.Resampling.LANCZOS)
+        large.resize((256, 256), Image.Resampling.LANCZOS).save(io.BytesIO(), "JPEG")
+    known = (time.process_time() - began) / 20
+    assert seconds / known < 160, f"{80 / seconds:.0f} scenes per CPU second"
 
 
 def test_rendered_again_the_shards_made_of_it_go_on(tmp_path):
