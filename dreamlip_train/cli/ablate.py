@@ -5,6 +5,7 @@ from __future__ import annotations
 import tyro
 
 from dreamlip_train.ablation.options import AblationOptions
+from dreamlip_train.cli.usage import say
 
 
 def ablate(arguments: list[str], program: str) -> None:
@@ -12,4 +13,4 @@ def ablate(arguments: list[str], program: str) -> None:
     options = tyro.cli(AblationOptions, args=arguments, prog=program)
     from dreamlip_train.ablation import run
 
-    print(run.format_ablation(run.ablate(options)))
+    say(run.format_ablation(run.ablate(options)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from dreamlip_train.cli.usage import say
 from dreamlip_train.jobs.user_error import RunError
 
 
@@ -28,7 +29,7 @@ def doctor(arguments: list[str], program: str) -> None:
         if qualify:
             qualify_kernels()
         with contextlib.suppress(BrokenPipeError):
-            print(examine(pattern))
+            say(examine(pattern))
 
     tyro.cli(doctor, args=arguments, prog=program)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 import traceback
 from typing import Any
 
 from dreamlip_train.cli import ablate, doctor, evaluation, prepare, report, show, train, weights
-from dreamlip_train.cli.usage import PROGRAM, closest, usage
+from dreamlip_train.cli.usage import PROGRAM, closest, say, usage
+from dreamlip_train.jobs.plain_text import PlainFormatter, plain
 from dreamlip_train.jobs.progress_line import set_progress_style
 from dreamlip_train.jobs.user_error import RunError, UserError
 
@@ -29,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name need not be text that the terminal can show
             stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # what is logged before a run has its log
+        logging.lastResort.setFormatter(PlainFormatter())
     try:
         _dispatch(arguments)
         sys.stdout.flush()
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not (isinstance(error, UserError | RunError) or of_the_machine or _raised_by_the_kernels(error)):
             raise
         rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1" else ""
-        print(f"{rank}{PROGRAM}: {error}", file=sys.stderr)
+        print(plain(f"{rank}{PROGRAM}: {error}"), file=sys.stderr)
         sys.exit(2)
 
 
@@ -72,7 +76,7 @@ def _dispatch(arguments: list[str]) -> None:
         set_progress_style(option.partition("=")[2] if "=" in option else arguments.pop(0))
     while isinstance(command, dict):
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(usage(words, command))
+            say(usage(words, command))
             sys.exit(0 if arguments else 2)
         word = arguments.pop(0)
         if word not in command:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import tyro
 from dreamlip_train.captions.columns import Splitter
 from dreamlip_train.captions.formats.files import kind_of
 from dreamlip_train.captions.formats.layouts import parse_columns
-from dreamlip_train.cli.usage import require_writable
+from dreamlip_train.cli.usage import require_picture, require_writable, say
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import FolderOptions, JoinOptions, RecaptionOptions, ScenesOptions
 
@@ -46,8 +47,8 @@ def prepare_urls(arguments: list[str], program: str) -> None:
 
     written = write_url_list(options.captions, options.output, parse_columns(options.columns))
     names = written.pop("columns")
-    print(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in written.items()))
-    print(f"img2dataset: --url_col url --save_additional_columns '{json.dumps(names)}'")
+    say(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in written.items()))
+    say(f"img2dataset: --url_col url --save_additional_columns {shlex.quote(json.dumps(names))}")
 
 
 def prepare_folder(arguments: list[str], program: str) -> None:
@@ -68,8 +69,8 @@ def prepare_join(arguments: list[str], program: str) -> None:
 
     settings: dict[str, Any] = vars(options) | {"columns": parse_columns(options.columns)}
     manifest = join_captions(**settings)
-    print(format_join(manifest["join"]))
-    print(format_summary(options.output, manifest))
+    say(format_join(manifest["join"]))
+    say(format_summary(options.output, manifest))
 
 
 @dataclass
@@ -99,7 +100,7 @@ def prepare_validate(arguments: list[str], program: str) -> None:
         from dreamlip_train.prepare.validate_table import format_table, validate_table
 
         checked = validate_table(Path(options.pattern), parse_columns(options.columns))
-        print(format_table(options.pattern, checked))
+        say(format_table(options.pattern, checked))
         sys.exit(1 if checked["bad"] else 0)
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.model.tokenizer import count_tokens
@@ -108,9 +109,9 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     checked = validate_shards(
         options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe, crop=options.crop, fix=options.fix
     )
-    print(format_summary(options.pattern, checked))
+    say(format_summary(options.pattern, checked))
     if options.fix:
-        print(f"repaired copies are in {options.fix}")
+        say(f"repaired copies are in {options.fix}")
     sys.exit(1 if checked["bad"] else 0)
 
 
@@ -131,7 +132,7 @@ class StatsOptions:
 def prepare_stats(arguments: list[str], program: str) -> None:
     """Sub-captions and tokens by source, as a table and a PNG: PATTERN --output captions.png"""
     options = tyro.cli(StatsOptions, args=arguments, prog=program)
-    require_writable(options.output)
+    require_picture(options.output)
     if options.max_shards < 0:
         raise UserError(f"--max-shards: got {options.max_shards}; give a number of shards, or 0 for all")
     from dreamlip_train.model.tokenizer import count_tokens
@@ -140,9 +141,9 @@ def prepare_stats(arguments: list[str], program: str) -> None:
     histograms = caption_histograms(
         options.pattern, count_tokens, max_shards=options.max_shards, splitter=options.splitter
     )
-    print(format_histograms(histograms))
+    say(format_histograms(histograms))
     plot_histograms(histograms, options.output)
-    print(f"wrote {options.output}")
+    say(f"wrote {options.output}")
 
 
 @dataclass(kw_only=True)
@@ -157,7 +158,7 @@ def recaption(arguments: list[str], program: str) -> None:
     options = tyro.cli(_RecaptionCommand, args=arguments, prog=program)
     from dreamlip_train.prepare.recaption.recaption import format_counts, recaption_shards
 
-    print(format_counts(recaption_shards(options)))
+    say(format_counts(recaption_shards(options)))
 
 
 COMMANDS = {

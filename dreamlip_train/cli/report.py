@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from dreamlip_train.cli.usage import PROGRAM, require_writable
+from dreamlip_train.cli.usage import PROGRAM, require_picture, require_writable, say
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -31,7 +31,7 @@ def report(arguments: list[str], program: str) -> None:
     require_writable(options.output)
     from dreamlip_train.reporting.html_report import write_report
 
-    print(f"wrote {write_report(options.run, options.output, examples=options.examples, results=options.results)}")
+    say(f"wrote {write_report(options.run, options.output, examples=options.examples, results=options.results)}")
 
 
 @dataclass
@@ -49,7 +49,7 @@ def plot(arguments: list[str], program: str) -> None:
     options = tyro.cli(PlotOptions, args=arguments, prog=program)
     if not options.runs:
         raise UserError("RUN...: give at least one run folder")
-    require_writable(options.output)
+    require_picture(options.output)
     paths = [Path(run) / "metrics.jsonl" for run in options.runs]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -57,7 +57,7 @@ def plot(arguments: list[str], program: str) -> None:
     from dreamlip_train.reporting.curves import plot_runs
 
     plot_runs(dict(zip(_distinct(options.runs), paths, strict=True)), options.output)
-    print(f"wrote {options.output}")
+    say(f"wrote {options.output}")
 
 
 def _distinct(runs: tuple[str, ...]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from dreamlip_train.cli.name_value import TABLES
-from dreamlip_train.cli.usage import closest, first_line
+from dreamlip_train.cli.usage import closest, first_line, say
 from dreamlip_train.config.presets import PRESETS, apply_preset
 from dreamlip_train.config.recipes import RECIPES
 from dreamlip_train.config.renamed import refuse_renamed_flags
@@ -45,7 +45,7 @@ def train(arguments: list[str], program: str) -> None:
     """Train a recipe: train RECIPE --run-dir DIR [--section.field value ...]"""
     recipes = "\n".join(f"  {name:<20} {first_line(recipe)}" for name, recipe in RECIPES.items())
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(
+        say(
             f"usage: {program} RECIPE --run-dir DIR [options]\n\nrecipes:\n{recipes}\n\nEvery setting: "
             f"{program} RECIPE --help"
         )

@@ -8,9 +8,16 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
 
 PROGRAM = "dreamlip-train"
+_PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
+
+
+def say(text: str) -> None:
+    """Print ``text``, in which names and captions of strangers may stand, to standard output."""
+    print(plain(text), flush=True)
 
 
 def usage(words: list[str], commands: dict[str, Any]) -> str:
@@ -36,6 +43,17 @@ def first_line(function: Callable[..., Any]) -> str:
 def closest(word: str, known: Collection[str]) -> str:
     """The names most like ``word``, or all of them."""
     return ", ".join(difflib.get_close_matches(word, known, n=3) or list(known))
+
+
+def require_picture(output: str) -> None:
+    """``require_writable`` of a file in which matplotlib is to draw.
+
+    Raises:
+        UserError: it can't be written there, or its name ends in none of the formats.
+    """
+    require_writable(output)
+    if not output.lower().endswith(_PICTURES):
+        raise UserError(f"--output: got {output!r}; give a name that ends in {', '.join(_PICTURES)}")
 
 
 def require_writable(output: str) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from dreamlip_train.cli.usage import say
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -56,16 +57,16 @@ def export(arguments: list[str], program: str) -> None:
         license=options.license,
     )
     if difference["image"] is None:
-        print(f"wrote {options.output}; not compared, since transformers is not installed")
+        say(f"wrote {options.output}; not compared, since transformers is not installed")
     else:
-        print(
+        say(
             f"wrote {options.output}; loaded back, image features differ by {difference['image']:.1g}, "
             f"text features by {difference['text']:.1g}"
         )
     if options.push:
         from dreamlip_train.checkpoint.interoperability.hub import upload
 
-        print(f"put into {upload(Path(options.output), options.push)}")
+        say(f"put into {upload(Path(options.output), options.push)}")
 
 
 @dataclass
@@ -89,4 +90,4 @@ def import_(arguments: list[str], program: str) -> None:
     options = tyro.cli(ImportOptions, args=arguments, prog=program)
     from dreamlip_train.checkpoint.interoperability.import_weights import import_weights
 
-    print(import_weights(options.weights, options.output, options.model))
+    say(import_weights(options.weights, options.output, options.model))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
 
 _KEPT_ROWS = 100_000
@@ -93,7 +94,7 @@ def start_wandb(run_dir: Path, project: str, config: Any) -> Any:
     safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in identity)
     return wandb.init(
         project=project,
-        name=path.name,
+        name=plain(path.name),
         id=safe,
         config=None if config is None else config.to_dict(),
         dir=str(run_dir),

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dreamlip_train.jobs.line_file import LineFile
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.monitoring.dashboards import TensorBoard, start_wandb
 
 
@@ -65,6 +66,7 @@ class RunLog:
 
     def message(self, text: str, *, on_terminal: bool = True, loud: bool = False) -> None:
         """Keep ``text`` with the time in this rank's log; rank 0 also prints it, ``loud`` in red."""
+        text = plain(text)
         if on_terminal:
             self._print(text, "bold red" if loud else None)
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
@@ -127,7 +129,7 @@ class EarlyLines(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = plain(record.getMessage())
         self.lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr)

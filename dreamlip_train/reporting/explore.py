@@ -24,6 +24,7 @@ from dreamlip_train.config.schema import DataConfig, Normalization
 from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluation.features import eval_mode, sub_caption_weights
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
 
 MAX_BODY, MAX_TEXT, MAX_PICTURES = 50 * 2**20, 2000, 1000
@@ -100,7 +101,7 @@ class Explorer:
             image_nD, patch_nPD = self.model.encode_images(image[None].to(self.device))
             if patch_nPD is None:
                 raise UserError("explore: the model gives no patch features; train with loss.grouping_weight > 0")
-            self.pictures.append(Picture(name, image, sentences, image_nD[0].float(), patch_nPD[0].float()))
+            self.pictures.append(Picture(plain(name), image, sentences, image_nD[0].float(), patch_nPD[0].float()))
             return len(self.pictures) - 1
 
     def listing(self) -> dict[str, Any]:

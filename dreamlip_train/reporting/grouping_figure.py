@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from dreamlip_train.config.schema import Normalization
 from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.evaluation.features import encode_batch, eval_mode, sub_caption_weights
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.reporting.style import COLORS, INK, MUTED, STYLE
+from dreamlip_train.reporting.style import COLORS, INK, MUTED, STYLE, save_figure
 
 # Inches: a picture's side, the space between, the caption band under it, the page's margin.
 _CELL, _GAP, _BAND, _MARGIN = 1.62, 0.10, 0.62, 0.12
@@ -66,8 +67,7 @@ def plot_grouping(
         weights_KP = [weights.cpu() for weights in sub_caption_weights(patch_nPD, text_KD, threshold, normalization)]
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure = _draw_rows(drawn, weights_KP, model.grid)
-        figure.savefig(png, dpi=150, facecolor="white")
-        plt.close(figure)
+        save_figure(figure, png)
 
 
 def plot_sentences(
@@ -130,7 +130,7 @@ def _draw_sample(axes: list[Axes], sample: dict[str, Any], weights_KP: Tensor, g
 def _show(axis: Axes, picture_HWC: np.ndarray, caption: str, color: str) -> None:
     axis.imshow(picture_HWC, interpolation="antialiased")
     axis.autoscale(False)
-    lines = textwrap.wrap(caption, 27, max_lines=4, placeholder=" …")
+    lines = textwrap.wrap(plain(caption), 27, max_lines=4, placeholder=" …")
     style = {"transform": axis.transAxes, "va": "top", "fontsize": 7, "linespacing": 1.15}
     axis.text(
         0,

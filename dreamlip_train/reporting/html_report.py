@@ -24,6 +24,7 @@ from dreamlip_train.evaluation.comparison import Comparison, comparisons, read_r
 from dreamlip_train.evaluation.formats import FORMATS
 from dreamlip_train.jobs.atomic_file import atomic_write
 from dreamlip_train.jobs.atomic_json import read_json, read_json_lines
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.reporting.retrieval_examples import Example, retrieval_examples
 
@@ -76,7 +77,11 @@ def write_report(
 def render_page(**content: Any) -> str:
     """run_page/page.html filled in; every text is escaped."""
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(_PAGE),
+        autoescape=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
     return templates.get_template("page.html").render(content)
 

@@ -12,7 +12,7 @@ import tyro
 
 from dreamlip_train.cli.evaluation.benchmarks import Benchmark, benchmarks
 from dreamlip_train.cli.evaluation.options import EvalOptions, load
-from dreamlip_train.cli.usage import closest
+from dreamlip_train.cli.usage import closest, say
 from dreamlip_train.jobs.atomic_json import read_json, write_json
 from dreamlip_train.jobs.user_error import RunError, UserError
 
@@ -42,12 +42,12 @@ def all_(arguments: list[str], program: str) -> None:
     folder = _results_folder(options)
     there = [one for one in selected if one.there]
     missing = [one for one in selected if not one.there]
-    print(f"{len(there)} of {len(selected)} benchmarks are below {options.root}; results go to {folder}", flush=True)
+    say(f"{len(there)} of {len(selected)} benchmarks are below {options.root}; results go to {folder}")
     failed = _run_all(options, there, folder) if there else {}
     _print_tables(folder)
     if missing:
-        print(f"\nnot below {options.root}:")
-        print("\n".join(f"  {one.name:<24}{one.source}" for one in missing))
+        say(f"\nnot below {options.root}:")
+        say("\n".join(f"  {one.name:<24}{one.source}" for one in missing))
     if failed:
         reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
         raise UserError(f"--root: {len(failed)} of {len(there)} benchmarks that are there could not be read:{reasons}")
@@ -97,17 +97,17 @@ def _run_all(options: AllOptions, there: list[Benchmark], folder: Path) -> dict[
         described = json.loads(json.dumps({"command": one.options.command, **common, **one.settings, "weights_of": of}))
         file = folder / f"{one.name}.json"
         if _is_finished(file, described):
-            print(f"[{number}/{len(there)}] {one.name}: kept from before", flush=True)
+            say(f"[{number}/{len(there)}] {one.name}: kept from before")
             continue
-        print(f"[{number}/{len(there)}] {one.name}", flush=True)
+        say(f"[{number}/{len(there)}] {one.name}")
         try:
             score, show = one.job(one.options(**common, batch_size=_batch_size(one, options), **one.settings))
             scores = score(*model())
         except UserError as error:
             failed[one.name] = str(error)
-            print(f"  not read: {error}", flush=True)
+            say(f"  not read: {error}")
             continue
-        print(show(scores), flush=True)
+        say(show(scores))
         errors = [row["error"] for row in scores.values() if isinstance(row, dict) and "error" in row]
         if errors:
             failed[one.name] = errors[0]
@@ -151,4 +151,4 @@ def _print_tables(folder: Path) -> None:
 
     for one in comparisons(read_results(sorted(folder.glob("*.json")))):
         if one.measured:
-            print("\n" + format_comparison(one))
+            say("\n" + format_comparison(one))

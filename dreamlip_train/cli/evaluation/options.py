@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-from dreamlip_train.cli.usage import require_writable
+from dreamlip_train.cli.usage import require_writable, say
 from dreamlip_train.jobs.user_error import UserError
 
 Score = Callable[[Any, Any, Any], Any]
@@ -65,7 +65,7 @@ def run(options: EvalOptions, score: Score, show: Show) -> Any:
     """Load the model, score it, write and print what that gives."""
     scores = score(*load(options))
     write(options, scores)
-    print(show(scores))
+    say(show(scores))
     return scores
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dreamlip_train.captions.columns import CAPTION_COLUMNS
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
@@ -79,10 +80,8 @@ def prepare_scenes(
             | {name: str(folder / name) for name in ("images", "masks")}
             | {"captions": str(folder / "captions.csv")}
         )
-    print(
-        f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output} "
-        f"({time.monotonic() - started:.0f} s)"
-    )
+    done = f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output}"
+    print(plain(f"{done} ({time.monotonic() - started:.0f} s)"))
     return summary
 
 

@@ -15,6 +15,7 @@ from planted import COLORS, PlantedModel, planted_sample
 
 from dreamlip_train import cli
 from dreamlip_train.evaluation.segmentation.localization import mask_to_regions
+from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.reporting.explore import MAX_BODY, Explorer, explorer_server
 
 HOSTILE = (
@@ -90,7 +91,8 @@ def test_hostile_text_stays_text():
             assert headers["X-Content-Type-Options"] == "nosniff"
             assert b"onerror" not in body or headers["Content-Type"] == "application/json"
             assert b"absent" not in body, "an error does not repeat what was asked for"
-        assert json.loads(ask(f"{address}/pictures")[1])["pictures"] == [{"name": HOSTILE, "sentences": [HOSTILE]}]
+        (picture,) = json.loads(ask(f"{address}/pictures")[1])["pictures"]
+        assert picture == {"name": plain(HOSTILE), "sentences": [HOSTILE]}
         assert ask(f"{address}/look", {"picture": 0, "text": HOSTILE})[0] == 200
         script = ask(f"{address}/page.js")[1].decode()
         for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "setAttribute"):
@@ -146,15 +148,20 @@ def test_show_draws_a_picture_and_refuses_what_is_none(tmp_path, monkeypatch, ca
     import dreamlip_train.checkpoint.weights
     from dreamlip_train.config.schema import Config
 
-    monkeypatch.setattr(
-        dreamlip_train.checkpoint.weights, "load_for_eval", lambda path, model: (PlantedModel().eval(), Config())
-    )
+    def load(path, model, weights):
+        asked.append(weights)
+        return PlantedModel().eval(), Config()
+
+    asked = []
+    monkeypatch.setattr(dreamlip_train.checkpoint.weights, "load_for_eval", load)
     sample = planted_sample(1)
     Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     out = tmp_path / "out.png"
     cli.main(["show", "run", str(tmp_path / "a.png"), "a red $x$ square", "a teal one", "--output", str(out)])
     two = np.asarray(Image.open(out).convert("RGB"))
-    cli.main(["show", "run", str(tmp_path / "a.png"), *["a red square"] * 6, "--output", str(out)])
+    words = ["--output", str(out), "--weights", "average"]
+    cli.main(["show", "run", str(tmp_path / "a.png"), *["a red square"] * 6, *words])
+    assert asked == ["", "average"]
     six = np.asarray(Image.open(out).convert("RGB"))
     assert two.std() > 10 and six.shape[0] > 1.8 * two.shape[0], "six sentences take two rows"
     capsys.readouterr()
