@@ -80,7 +80,7 @@ class _Module:
         self.__dict__.update(state)
 
 
-class _TensorUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+class _TensorUnpickler(pickle._Unpickler):
     """Knows modules (as bare attributes), tensors, and lists of numbers; refuses every other global.
 
     Python's own, not C's, which makes a table as long as the largest number that a pickle remembers an object by.
