@@ -59,18 +59,20 @@ lint: install
 	$(BIN)/python docs/make_api.py --check
 	$(BIN)/python docs/check_pages.py
 
+# PEER=my_loss.py:my_loss adds a loss of your own (docs/extending.md).
 bench: install
 	mkdir -p $(OUT)
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/benchmarks.json
+	$(BIN)/python -m pytest benchmarks $(addprefix --peer ,$(PEER)) --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/benchmarks.json
 	$(BIN)/python benchmarks/plot_contrastive.py $(OUT)/benchmarks.json $(OUT)/contrastive.png
 
 # The kernels' tests under every version that the metadata promises; MATRIX="--torch 2.6" for a part of it.
 matrix:
 	$(PYTHON) release/matrix.py $(MATRIX)
 
-# The source archive, a wheel with the CPU kernels for this Python, and one with the CUDA kernels where nvcc is; tried in new environments.
+# The source archive, a wheel with the CPU kernels for this Python, and one with the CUDA kernels where nvcc is; tried in
+# new environments. What an older checkout left in build/ would be packed too.
 wheels-release: install
-	rm -rf dist
+	rm -rf dist build/lib* build/bdist* build/temp*
 	$(BIN)/python -m pip install -q -c constraints.txt build
 	$(BIN)/python -m build -q --sdist --no-isolation
 	DREAMLIP_NO_CUDA=1 DREAMLIP_REQUIRE_EXTENSION=1 $(BIN)/python -m pip wheel -q . --no-deps --no-build-isolation -w dist

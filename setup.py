@@ -3,7 +3,8 @@
 Without them the packages install as pure Python and say what they lack. DREAMLIP_NO_CUDA=1 leaves the CUDA sources out,
 DREAMLIP_NO_EXTENSION=1 all of csrc/.
 TORCH_CUDA_ARCH_LIST chooses the architectures; no GPU is needed to build. For a release, DREAMLIP_LOCAL_VERSION=cuda
-makes 0.1.0+cuda of 0.1.0, and DREAMLIP_REPOSITORY is the address that the links of an index page begin with.
+makes 0.1.0+cuda of 0.1.0, and DREAMLIP_REPOSITORY, such as https://github.com/OWNER/NAME/blob/v0.1.0, is what the
+links of an index page begin with.
 """
 
 import os
@@ -26,10 +27,21 @@ def version() -> str:
 
 
 def readme() -> str:
-    """README.md for an index page, where relative links lead nowhere."""
-    text = Path(__file__).with_name("README.md").read_text()
-    home = os.environ.get("DREAMLIP_REPOSITORY")
-    return re.sub(r"\]\((?![a-z]+:|#)", f"]({home.rstrip('/')}/", text) if home else text
+    """README.md for an index page, where relative links lead nowhere and pictures are files, not pages about them."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    home = os.environ.get("DREAMLIP_REPOSITORY", "").rstrip("/")
+    if not home:
+        return text
+    text = re.sub(r"(!\[[^]]*\]\()(?![a-z]+:|#)", rf"\g<1>{home.replace('/blob/', '/raw/')}/", text)
+    return re.sub(r"\]\((?![a-z]+:|#)", f"]({home}/", text)
+
+
+def urls() -> dict[str, str]:
+    """The project's links: its paper and, of a release, its source and changes."""
+    links = {"Paper": "https://arxiv.org/abs/2403.17007"}
+    if home := os.environ.get("DREAMLIP_REPOSITORY", "").rstrip("/"):
+        links |= {"Source": home.split("/blob/")[0], "Changelog": f"{home}/CHANGELOG.md"}
+    return links
 
 
 def tell(message: str) -> None:
@@ -69,6 +81,10 @@ def extension() -> dict:
     class BuildOrGoOn(cpp_extension.BuildExtension):
         """A failed build must not keep anyone from the torch and triton backends."""
 
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.force = True  # what lies in build/ may be of another torch, which no date tells
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
@@ -92,6 +108,7 @@ setup(
     version=version(),
     long_description=readme(),
     long_description_content_type="text/markdown",
+    project_urls=urls(),
     packages=[*find_packages(include=["dreamlip_kernels*", "dreamlip_train*"]), "dreamlip_kernels.csrc"],
     package_dir={"dreamlip_kernels.csrc": "csrc"},
     package_data={

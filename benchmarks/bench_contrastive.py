@@ -34,7 +34,7 @@ PROVIDERS = {
     "memeff": peers.memeff,
     "torch.compile": peers.cross_entropy_per_slot,  # last: compiling takes longest
 }
-OURS = ("torch", "triton", "cuda")
+OURS, OTHERS = ("torch", "triton", "cuda"), tuple(PROVIDERS)
 COMPILED = [(8192, 8, 512), (512, 8, 512)]  # on a GPU, on a CPU
 DTYPES = ["float32", "bfloat16"] if DEVICE == "cuda" else ["float32"]
 
@@ -42,8 +42,7 @@ DTYPES = ["float32", "bfloat16"] if DEVICE == "cuda" else ["float32"]
 def pytest_generate_tests(metafunc):
     """The providers, and the peers that the command line names."""
     if "provider" in metafunc.fixturenames:
-        own = {place.rpartition(":")[2]: peers.load(place) for place in metafunc.config.getoption("--peer")}
-        PROVIDERS.update({name: function for name, function in own.items() if name not in PROVIDERS})
+        PROVIDERS.update(peers.named_by(metafunc.config.getoption("--peer"), OTHERS))
         metafunc.parametrize("provider", PROVIDERS)
 
 

@@ -8,7 +8,7 @@ N images (n on this rank), K sub-captions per image, D width.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .distributed.agreement import agreement_sizes, check_agreement
 from .distributed.collectives import Group, of_present_images, rank_and_size, reduced
 from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import logsumexp_of_any
-from .options import ContrastiveBackend, Negatives, Positives, Reduction
+from .options import NEGATIVES, POSITIVES, REDUCTIONS, ContrastiveBackend, Negatives, Positives, Reduction
 from .targets.options import SameImage, check_targets
 from .targets.same_image import gathered_images
 from .targets.soft_targets import Slots, soft_targets
@@ -124,9 +124,9 @@ def multi_positive_contrastive_loss(
 
 def check_options(fn: str, negatives: str, positives: str, reduction: Reduction = "mean") -> None:
     """Raise ValueError unless these options of the contrast exist and go together."""
-    check_choice(fn, "negatives", negatives, get_args(Negatives))
-    check_choice(fn, "positives", positives, get_args(Positives))
-    check_choice(fn, "reduction", reduction, get_args(Reduction))
+    check_choice(fn, "negatives", negatives, NEGATIVES)
+    check_choice(fn, "positives", positives, POSITIVES)
+    check_choice(fn, "reduction", reduction, REDUCTIONS)
     if positives == "logsum" and negatives != "all":
         raise ValueError(f"{fn}: positives='logsum' needs negatives='all', got negatives={negatives!r}")
     if positives == "logsum" and reduction == "none":

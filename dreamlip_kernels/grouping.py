@@ -8,7 +8,7 @@ N images, K sub-captions per image, P patches, D width.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,19 @@ from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import accumulate_dtype, unit, without_autocast
 from .ops.group_patches.group_patches import group_patches_op
 from .ops.group_patches.group_patches_torch import pooling_weights
-from .options import Backend, Contrast, ContrastiveBackend, Direction, GroupingBackend, Normalization, Reduction
+from .options import (
+    CONTRASTS,
+    DIRECTIONS,
+    NORMALIZATIONS,
+    REDUCTIONS,
+    Backend,
+    Contrast,
+    ContrastiveBackend,
+    Direction,
+    GroupingBackend,
+    Normalization,
+    Reduction,
+)
 
 
 def group_patches(
@@ -283,7 +295,7 @@ def _check(fn, patch_features, text_features, threshold, normalization, patch_ma
 
 def check_pooling(fn: str, threshold: float | None, normalization: str) -> None:
     """Raise ValueError unless these options of the pooling exist."""
-    check_choice(fn, "normalization", normalization, get_args(Normalization))
+    check_choice(fn, "normalization", normalization, NORMALIZATIONS)
     if threshold is not None and not isinstance(threshold, (int, float)):
         raise ValueError(
             f"{fn}: threshold must be a number or None (1 / valid patches), got {type(threshold).__name__}"
@@ -292,8 +304,8 @@ def check_pooling(fn: str, threshold: float | None, normalization: str) -> None:
 
 def check_contrast(fn: str, contrast: str, direction: str, candidates: int, reduction: str) -> None:
     """Raise ValueError unless these options of the grouping's contrast exist."""
-    check_choice(fn, "contrast", contrast, get_args(Contrast))
+    check_choice(fn, "contrast", contrast, CONTRASTS)
     if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 2:
         raise ValueError(f"{fn}: candidates must be an integer of at least 2, got {candidates!r}")
-    check_choice(fn, "direction", direction, get_args(Direction))
-    check_choice(fn, "reduction", reduction, get_args(Reduction))
+    check_choice(fn, "direction", direction, DIRECTIONS)
+    check_choice(fn, "reduction", reduction, REDUCTIONS)

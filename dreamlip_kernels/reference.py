@@ -94,7 +94,7 @@ def multi_positive_sigmoid_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Every image-caption pair as a question of its own, eq. 19 and 23. images [N,D], texts [N,K,D], text_mask [N,K]
-    bool, image_ids [N] -> scalar.
+    bool, image_ids [N] -> scalar, or [N,K]: of each caption, the sum over images.
     """
     text_mask = _of_present_images(image_mask, text_mask, text_features)
     image_features = _without_masked(image_features, image_mask)
@@ -109,8 +109,7 @@ def multi_positive_sigmoid_loss(
     label = (same if same_image == "positive" else own).to(z.dtype)
     label = (1 - label_smoothing) * label + label_smoothing / 2
     pair = -label * torch.nn.functional.logsigmoid(z) - (1 - label) * torch.nn.functional.logsigmoid(-z)
-    total = torch.where(counted, pair, 0).sum()
-    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+    return _reduced(torch.where(counted, pair, 0).sum(0), valid, reduction)
 
 
 def patch_weights(

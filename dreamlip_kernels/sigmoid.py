@@ -8,7 +8,7 @@ N images (n on this rank), K sub-captions per image, D width.
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from .distributed.collectives import (
     of_present_images,
     rank_and_size,
 )
+from .ops.sigmoid_pairs.sigmoid_captions import sigmoid_captions
 from .ops.sigmoid_pairs.sigmoid_pairs import sigmoid_pairs
-from .options import SigmoidBackend, SumOrMean
+from .options import REDUCTIONS, Reduction, SigmoidBackend
 from .targets.options import SameImage, check_targets
 from .targets.same_image import gathered_images
 from .targets.soft_targets import Slots, smoothing_of_sigmoids
@@ -41,7 +42,7 @@ def multi_positive_sigmoid_loss(
     image_ids: Tensor | None = None,
     same_image: SameImage = "ignore",
     label_smoothing: float = 0.0,
-    reduction: SumOrMean = "mean",
+    reduction: Reduction = "mean",
     group: Group = None,
     backend: SigmoidBackend = "auto",
 ) -> Tensor:
@@ -72,14 +73,15 @@ def multi_positive_sigmoid_loss(
             "positive", positives. The loss is divided by the number of captions in either case.
         label_smoothing: in [0, 1): labels of 1 and 0 become 1 - label_smoothing / 2 and label_smoothing / 2, smoothed
             towards 1/2 as Keras' BinaryCrossentropy does.
-        reduction: "mean", or "sum" over all pairs.
+        reduction: "mean"; "sum" over all pairs; or "none" for the [N, K] losses of the captions, each the sum over all
+            images, 0 where a caption is missing. Their mean over those present is the loss. Torch code alone has it.
         group: process group; None is the world group where one is initialized. N is then this rank's share,
             equal on every rank; averaging the ranks' losses (and gradients, as DDP and ZeRO do) gives exactly the
             single-process loss.
         backend: "auto" or one that ``explain()`` lists for sigmoid_pairs.
 
     Returns:
-        Scalar, float32 (float64 for float64 inputs).
+        Scalar or [N, K], float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or ranks hold different shapes.
@@ -88,7 +90,7 @@ def multi_positive_sigmoid_loss(
     fn = "multi_positive_sigmoid_loss"
     check_pairs(fn, image_features, text_features, image_mask, text_mask, image_ids)
     check_targets(fn, label_smoothing, same_image)
-    check_choice(fn, "reduction", reduction, get_args(SumOrMean))
+    check_reduction(fn, reduction, backend)
     n, k, d = text_features.shape
     image_features, text_features = promoted(image_features, text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
@@ -96,6 +98,8 @@ def multi_positive_sigmoid_loss(
     rank, world = rank_and_size(group)
     mask_NK = of_present_images(image_mask, text_mask, k)
     mask = None if mask_NK is None else mask_NK.reshape(-1)
+    if reduction == "none":
+        backend = "torch"
     chosen = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
     scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
@@ -103,26 +107,32 @@ def multi_positive_sigmoid_loss(
     x_mask = None if image_mask is None else all_gather_rows(image_mask, group)
     images = gathered_images(image_ids, group)
     everyone = all_gather_rows(image_features, group)
-    total = sigmoid_pairs(
-        everyone,
-        text_features.flatten(0, 1),
-        scale,
-        bias,
-        x_mask=x_mask,
-        y_mask=mask,
-        first=rank * n,
-        k=k,
-        backend=chosen,
-        x_images=None if images is None else images.world,
-        same_image=same_image,
-    )
+    operands = everyone, text_features.flatten(0, 1), scale, bias, x_mask, mask
+    options: dict[str, Any] = dict(first=rank * n, k=k, same_image=same_image)
+    options["x_images"] = None if images is None else images.world
+    if reduction == "none":
+        loss = sigmoid_captions(*operands, **options).view(n, k)
+    else:
+        loss = sigmoid_pairs(*operands, **options, backend=chosen)
     if label_smoothing > 0:
         slots = Slots(everyone, text_features.transpose(0, 1), x_mask, None if mask_NK is None else mask_NK.T, images)
-        total = total + smoothing_of_sigmoids(
+        smoothing_KN = smoothing_of_sigmoids(
             slots, scale, bias, first=rank * n, label_smoothing=label_smoothing, same_image=same_image
         )
+        loss = loss + (smoothing_KN.T if reduction == "none" else smoothing_KN.sum())
+    if reduction == "none":
+        return loss
     if reduction == "sum":
-        return total * world
+        return loss * world
     if mask is None:
-        return total / max(n * k, 1)
-    return total * world / all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)
+        return loss / max(n * k, 1)
+    return loss * world / all_reduce_sum(mask.sum(dtype=torch.int64), group).clamp(min=1)
+
+
+def check_reduction(fn: str, reduction: str, backend: str) -> None:
+    """Raise ValueError unless the reduction exists and the backend has it."""
+    check_choice(fn, "reduction", reduction, REDUCTIONS)
+    if reduction == "none" and backend not in ("auto", "torch"):
+        raise ValueError(
+            f"{fn}: reduction='none' is torch code alone, got backend={backend!r}; use backend='auto' or 'torch'"
+        )

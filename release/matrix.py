@@ -1,8 +1,9 @@
 """The kernels' tests under every version that the metadata promises: ``python release/matrix.py [--torch 2.6 ...]``.
 
 For each Python that this machine has (3.11 and newer), each torch and each numpy that goes with it: an environment of
-its own under build/matrix, the package built into it, ``pytest tests/kernels``. Prints a Markdown table
-(docs/versions.md).
+its own under build/matrix, the package built into it, and the tests of the kernels away from this checkout, so that
+what is installed is tested. Prints a Markdown table (docs/versions.md). ``--each-once`` takes as few cells as have each
+Python and each torch, instead of all their pairs.
 """
 
 import argparse
@@ -31,7 +32,8 @@ TESTS = [
     "distributed/test_distributed_compiled.py",
     "test_extension.py",
 ]
-PYTHON_PATH = "pythonpath=tests/support tests/support/kernels"
+PACKAGES = ("dreamlip_kernels", "dreamlip_train")
+VERSIONS = "platform.python_version(), torch.__version__, numpy.__version__, sep=' | '"
 
 
 def interpreters(wanted: list[str]) -> dict[str, str]:
@@ -48,7 +50,17 @@ def run(words: list[str], log: Path, **options) -> bool:
     with log.open("a") as file:
         file.write(f"$ {' '.join(map(str, words))}\n")
         file.flush()
-        return subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, **options).returncode == 0
+        options = {"cwd": ROOT, **options}
+        return subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, **options).returncode == 0
+
+
+def copied(folder: Path) -> Path:
+    """What building and testing need of this checkout, without what was built in it for other versions."""
+    for name in (*PACKAGES, "csrc", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
 
 
 def try_versions(python: str, path: str, torch: str) -> str:
@@ -66,23 +78,33 @@ def try_versions(python: str, path: str, torch: str) -> str:
             "no torch",
         ),
         ([binary, "-m", "pip", "install", "-q", "pytest", "pytest-timeout", "pytest-xdist"], "no pytest"),
-        ([binary, "-m", "pip", "install", "-q", "--no-build-isolation", "."], "does not build"),
+        ([binary, "-m", "pip", "install", "-q", "--no-build-isolation", copied(folder / "source")], "does not build"),
     ]
     environment = os.environ | {"DREAMLIP_NO_CUDA": "1", "DREAMLIP_REQUIRE_EXTENSION": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     for words, failure in steps:
         if not run(words, log, env=environment):
-            return f"{failure} ({log.relative_to(ROOT)})"
+            return f"| {python} | {torch} | {numpy} | {failure} ({log.relative_to(ROOT)}) |"
+    for package in PACKAGES:  # the tests shall find what is installed
+        shutil.rmtree(folder / "source" / package)
     tests = [f"tests/kernels/{name}" for name in TESTS]
-    # The installed package is tested, not the checkout: no "." on the path.
-    passed = run(
-        [binary, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", PYTHON_PATH, *tests],
-        log,
-        env=environment,
-    )
+    words = [binary, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    passed = run(words, log, env=environment, cwd=folder / "source")
+    versions = f"import numpy, platform, torch; print({VERSIONS})"
+    told = subprocess.run([binary, "-c", versions], env=environment, capture_output=True, text=True).stdout.strip()
     shutil.rmtree(folder / "env")
+    shutil.rmtree(folder / "source")
     last = log.read_text().strip().splitlines()[-1]
-    return last if passed else f"FAILED: {last} ({log.relative_to(ROOT)})"
+    return f"| {told} | {last} |" if passed else f"| {told} | FAILED: {last} ({log.relative_to(ROOT)}) |"
+
+
+def cells(pythons: list[str], torches: list[str], each_once: bool) -> list[tuple[str, str]]:
+    """All pairs, or as few as have each Python and each torch: the older with the older."""
+    if not each_once:
+        return [(python, torch) for python in pythons for torch in torches]
+    count = max(len(pythons), len(torches))
+    spread = lambda values: [values[i * len(values) // count] for i in range(count)]  # noqa: E731
+    return list(zip(spread(pythons), spread(torches), strict=True))
 
 
 def main() -> None:
@@ -90,17 +112,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", nargs="+", default=list(PYTHONS))
     parser.add_argument("--torch", nargs="+", default=list(TORCHES))
+    parser.add_argument("--each-once", action="store_true", help="not every pair: each Python and each torch once")
     options = parser.parse_args()
     here = interpreters(options.python)
     if not here:
         parser.exit(1, f"matrix: none of Python {', '.join(options.python)} is on the path\n")
     print("| Python | torch | numpy | result |\n|---|---|---|---|")
     failed = False
-    for python, path in here.items():
-        for torch in options.torch:
-            result = try_versions(python, path, torch)
-            failed |= "passed" not in result or result.startswith("FAILED")
-            print(f"| {python} | {torch} | {NUMPY.get(torch, '2')} | {result} |", flush=True)
+    for python, torch in cells(list(here), options.torch, options.each_once):
+        row = try_versions(python, here[python], torch)
+        failed |= " passed" not in row or "FAILED" in row
+        print(row, flush=True)
     sys.exit(failed)
 
 

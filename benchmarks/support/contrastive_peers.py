@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -120,16 +121,25 @@ def memeff(image, text, scale):
     return sum(slots) / len(slots) + 0 * scale  # it has no gradient for the scale
 
 
+def named_by(places: list[str], taken: tuple[str, ...]) -> dict[str, Callable]:
+    """The functions of ``--peer FILE.py:NAME ..``, by name."""
+    names = [place.rpartition(":")[2] for place in places]
+    for name in names:
+        if name in taken or names.count(name) > 1:
+            raise pytest.UsageError(f"--peer: there is a provider {name!r} already; give your function another name")
+    return dict(zip(names, map(load, places), strict=True))
+
+
 def load(place: str) -> Callable:
     """The function that ``FILE.py:NAME`` names."""
     file, _, name = place.rpartition(":")
     if not file or not Path(file).is_file():
-        raise ValueError(f"--peer: expected FILE.py:NAME with a file that exists, got {place!r}")
+        raise pytest.UsageError(f"--peer: expected FILE.py:NAME with a file that exists, got {place!r}")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
-        raise ValueError(f"--peer: {file} has no function {name!r}")
+        raise pytest.UsageError(f"--peer: {file} has no function {name!r}")
     return getattr(module, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from ..backends import dispatch
 from ..checks import check_choice
 from ..distributed.collectives import Group
 from ..options import (
+    PAIRS,
     Backend,
     Contrast,
     ContrastiveBackend,
@@ -73,7 +74,7 @@ class DreamLIPLoss(ClipLossArguments):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group)
         _check_weights(mpcl_weight, grouping_weight)
         self.mpcl_weight, self.grouping_weight = mpcl_weight, grouping_weight
-        check_choice("DreamLIPLoss", "pairs", pairs, get_args(Pairs))
+        check_choice("DreamLIPLoss", "pairs", pairs, PAIRS)
         if pairs == "sigmoid" and (negatives, positives) != ("slot", "mean"):
             raise ValueError(
                 f"DreamLIPLoss: negatives={negatives!r} and positives={positives!r} have no meaning with "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
 from ..backends import dispatch
 from ..checks import check_choice
 from ..distributed.collectives import Group
-from ..options import DistImpl, SigmoidBackend, SumOrMean
-from ..sigmoid import multi_positive_sigmoid_loss
+from ..options import DIST_IMPLS, DistImpl, Reduction, SigmoidBackend
+from ..sigmoid import check_reduction, multi_positive_sigmoid_loss
 from ..targets.options import SameImage, check_targets
 from .arguments import check_world
 
@@ -33,7 +33,7 @@ class MultiPositiveSigmoidLoss(nn.Module):
         *,
         label_smoothing: float = 0.0,
         same_image: SameImage = "ignore",
-        reduction: SumOrMean = "mean",
+        reduction: Reduction = "mean",
         group: Group = None,
         backend: SigmoidBackend = "auto",
     ) -> None:
@@ -41,10 +41,10 @@ class MultiPositiveSigmoidLoss(nn.Module):
         name = type(self).__name__
         check_world(name, rank, world_size, False, group)
         if dist_impl is not None:
-            check_choice(name, "dist_impl", dist_impl, get_args(DistImpl))
+            check_choice(name, "dist_impl", dist_impl, DIST_IMPLS)
         check_targets(name, label_smoothing, same_image)
-        check_choice(name, "reduction", reduction, get_args(SumOrMean))
-        self.reduction: SumOrMean = reduction
+        check_reduction(name, reduction, backend)
+        self.reduction: Reduction = reduction
         self.label_smoothing = label_smoothing
         self.same_image: SameImage = same_image
         self.group, self.backend = group, dispatch.requested(name, "sigmoid_pairs", backend, backend)

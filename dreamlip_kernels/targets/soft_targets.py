@@ -114,8 +114,8 @@ def _without_others(candidates: _Sums, same: _Sums, pos: Tensor, y_mask: Tensor 
 def smoothing_of_sigmoids(
     slots: Slots, scale: Tensor, bias: Tensor, *, first: int, label_smoothing: float, same_image: str
 ) -> Tensor:
-    """What smoothed labels add to the sum of a rectangle's log-sigmoid losses, docs/math.md eq. 23:
-    ``label_smoothing`` times the sum of z over positives less half of that over all pairs.
+    """What smoothed labels add to each caption's sum of log-sigmoid losses, [K, n], docs/math.md eq. 23:
+    ``label_smoothing`` times the sum of z over its positives less half of that over all its pairs.
 
     ``first`` is the row of this rank's first image.
     """
@@ -124,10 +124,10 @@ def smoothing_of_sigmoids(
     of_own = slots._replace(
         x=slots.x[own], x_mask=None if slots.x_mask is None else slots.x_mask[own], images=Images(each, each)
     )
-    everything = _sum_over_pairs(slots._replace(images=None), scale, bias)
-    positives = _sum_over_pairs(of_own, scale, bias)
+    everything = _sums_of_captions(slots._replace(images=None), scale, bias)
+    positives = _sums_of_captions(of_own, scale, bias)
     if slots.images is not None:
-        same = _sum_over_pairs(slots, scale, bias)
+        same = _sums_of_captions(slots, scale, bias)
         if same_image == POSITIVE:
             positives = same
         else:
@@ -135,9 +135,9 @@ def smoothing_of_sigmoids(
     return label_smoothing * (positives - everything / 2)
 
 
-def _sum_over_pairs(slots: Slots, scale: Tensor, bias: Tensor) -> Tensor:
-    """The sum of scale * x . y + bias over all pairs of a rectangle, or over those of equal images alone."""
+def _sums_of_captions(slots: Slots, scale: Tensor, bias: Tensor) -> Tensor:
+    """Of each caption, [K, n], the sum of scale * x . y + bias over all images, or over equal ones alone."""
     _, col = logit_sums(slots.x, slots.y, slots.x_mask, slots.y_mask, slots.images)
     count = _rows_of_each_column(slots, slots.images).expand(col.shape)
     count = count if slots.y_mask is None else torch.where(slots.y_mask, count, 0)
-    return scale * col.sum() + bias * count.sum().to(bias.dtype)
+    return scale * col + bias * count.to(bias.dtype)

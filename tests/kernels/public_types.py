@@ -27,7 +27,7 @@ def losses(image: Tensor, text: Tensor, patches: Tensor) -> None:
 
 def functions(image: Tensor, text: Tensor, patches: Tensor, mask: Tensor) -> None:
     assert_type(dk.multi_positive_contrastive_loss(image, text, 10.0, text_mask=mask, reduction="none"), Tensor)
-    assert_type(dk.multi_positive_sigmoid_loss(image, text, 10.0), Tensor)
+    assert_type(dk.multi_positive_sigmoid_loss(image, text, 10.0, reduction="none"), Tensor)
     assert_type(dk.subcaption_grouping_loss(patches, text, 10.0, threshold=0.5), Tensor)
     assert_type(dk.bidirectional_logsumexp(image, text, 10.0), tuple[Tensor, Tensor])
     assert_type(dk.group_patches(patches, text, normalization="softmax"), Tensor)

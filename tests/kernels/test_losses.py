@@ -104,7 +104,7 @@ def test_reductions_are_the_oracles(features, reduction):
     for name, inputs in (
         ("multi_positive_contrastive_loss", (image, text)),
         ("subcaption_grouping_loss", (patches, text)),
-        *([("multi_positive_sigmoid_loss", (image, text))] if reduction == "sum" else []),
+        ("multi_positive_sigmoid_loss", (image, text)),
     ):
         fn, oracle = ((lambda *v, f=f: f(*v, 10.0, **options)) for f in (getattr(dk, name), getattr(reference, name)))
         expected = oracle(*inputs)
@@ -117,8 +117,22 @@ def test_reductions_are_the_oracles(features, reduction):
     both = dk.multi_positive_contrastive_loss(image, text, 10.0, **options)
     torch.testing.assert_close(terms["contrastive_loss"], both)
     torch.testing.assert_close(terms["grouping_loss"], dk.subcaption_grouping_loss(patches, text, 10.0, **options))
-    with pytest.raises(ValueError, match="reduction must be one of .'mean', 'sum'"):
-        dk.DreamLIPLoss(pairs="sigmoid", reduction="none")
+    sigmoid = dk.DreamLIPLoss(pairs="sigmoid", reduction=reduction, grouping_weight=0.5)
+    both = dk.multi_positive_sigmoid_loss(image, text, 10.0, -3.0, **options) + 0.5 * terms["grouping_loss"]
+    torch.testing.assert_close(
+        sigmoid(image, text, 10.0, -3.0, patch_features=patches, text_mask=options["text_mask"]), both
+    )
+    with pytest.raises(ValueError, match="reduction must be one of .'mean', 'sum', 'none'"):
+        dk.DreamLIPLoss(reduction="median")
+
+
+def test_each_captions_sigmoid_loss_is_torch_code_alone(features):
+    image, text, _ = features
+    with pytest.raises(ValueError, match="MultiPositiveSigmoidLoss: reduction='none' is torch code alone, got"):
+        dk.MultiPositiveSigmoidLoss(reduction="none", backend="triton")
+    with pytest.raises(ValueError, match="multi_positive_sigmoid_loss: reduction='none' is torch code alone"):
+        dk.multi_positive_sigmoid_loss(image, text, 10.0, reduction="none", backend="triton")
+    assert dk.multi_positive_sigmoid_loss(image, text, 10.0, reduction="none", backend="torch").shape == (12, 4)
 
 
 def test_open_clips_newest_sigmoid_arguments_are_taken(features):

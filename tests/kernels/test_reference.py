@@ -189,12 +189,19 @@ def test_sigmoid_loss_against_loops(masked, options):
 
 def test_reduction_none_averages_to_the_loss_and_is_zero_where_masked():
     image, text, _, mask = random_case()
-    pairs = reference.multi_positive_contrastive_loss(image, text, 1.3, text_mask=mask, reduction="none")
-    assert pairs.shape == mask.shape
-    assert (pairs[~mask] == 0).all()
-    torch.testing.assert_close(
-        pairs.sum() / mask.sum(), reference.multi_positive_contrastive_loss(image, text, 1.3, text_mask=mask)
-    )
+    for loss in (reference.multi_positive_contrastive_loss, reference.multi_positive_sigmoid_loss):
+        pairs = loss(image, text, 1.3, text_mask=mask, reduction="none")
+        assert pairs.shape == mask.shape
+        assert (pairs[~mask] == 0).all()
+        torch.testing.assert_close(pairs.sum() / mask.sum(), loss(image, text, 1.3, text_mask=mask))
+
+
+def test_a_captions_sigmoid_loss_is_of_all_images():
+    image, text, _, _ = random_case()
+    sign = torch.tensor([1, -1, -1, -1, -1])
+    got = reference.multi_positive_sigmoid_loss(image, text, 2.0, -1.0, reduction="none")
+    expected = -torch.nn.functional.logsigmoid(sign * (2 * image @ text[0, 1] - 1)).sum()
+    torch.testing.assert_close(got[0, 1], expected)
 
 
 def test_identical_embeddings_give_log_n():

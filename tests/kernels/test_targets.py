@@ -62,8 +62,9 @@ def test_the_contrast_in_float64(options, mode, masked, keeps, many_tiles, monke
 
 @each_option
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_sigmoid_loss_in_float64(options, masked, many_tiles):
-    options = {**options, **(masks() if masked else {})}
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_sigmoid_loss_in_float64(options, masked, reduction, many_tiles):
+    options = {**options, **(masks() if masked else {}), "reduction": reduction}
     inputs = [*case(torch.float64), torch.tensor(-7.0, dtype=torch.float64)]
     got, _, gold = three_ways(
         lambda *v: dk.multi_positive_sigmoid_loss(*v, **options),

@@ -1,7 +1,10 @@
 """A batch that 2, 3 and 4 ranks can share, and every loss with every option over it."""
 
 import torch
+import torch.distributed as dist
 from numerics import clip_like
+
+from dreamlip_kernels import reference
 
 N, K, P, D = 12, 3, 9, 8  # N divides by 2, 3 and 4
 
@@ -32,6 +35,8 @@ CASES += [dict(loss="grouping", contrast=c, direction=d, masked=m) for c, d in S
 CASES += [dict(loss="grouping", contrast="conditioned", candidates=3, masked=True, images=m) for m in (False, True)]
 CASES += [dict(loss="contrastive", negatives=n, positives=p, masked=True, reduction="sum") for n, p in MODES[1:]]
 CASES += [dict(loss="sigmoid", masked=True, reduction="sum"), dict(loss="grouping", masked=True, reduction="sum")]
+CASES += [dict(loss=loss, masked=True, reduction="none") for loss in ("contrastive", "sigmoid", "grouping")]
+CASES += [dict(loss="sigmoid", masked=True, reduction="none", **TARGETS[2])]
 # Backward in three stretches of rows, of unequal length where n does not divide.
 IN_STRETCHES = [
     dict(stretches=3, loss="contrastive", negatives=n, positives=p, masked=m, images=m)
@@ -55,5 +60,7 @@ def run_case(module, case, image, text, patches, mask, ids=IDS):
         loss = module.multi_positive_sigmoid_loss(inputs[0], inputs[1], inputs[3], -inputs[3], **options)
     else:
         loss = module.subcaption_grouping_loss(inputs[2], inputs[1], inputs[3], **options)
+    if loss.ndim:  # reduction="none": a rank's part of a sum over the world
+        loss = loss.square().sum() * (1 if module is reference else dist.get_world_size(options.get("group")))
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads
