@@ -104,13 +104,21 @@ def extension() -> dict:
     }
 
 
+def layout() -> dict:
+    """The packages and their folders. An editable install finds csrc/ beside them, and is then a line of a .pth file,
+    which type checkers and editors read; with a folder of another name it would be code that only Python runs.
+    """
+    packages = find_packages(include=["dreamlip_kernels*", "dreamlip_train*"])
+    if "editable_wheel" in sys.argv:
+        return {"packages": packages, "package_dir": {"": "."}}
+    return {"packages": [*packages, "dreamlip_kernels.csrc"], "package_dir": {"dreamlip_kernels.csrc": "csrc"}}
+
+
 setup(
     version=version(),
     long_description=readme(),
     long_description_content_type="text/markdown",
     project_urls=urls(),
-    packages=[*find_packages(include=["dreamlip_kernels*", "dreamlip_train*"]), "dreamlip_kernels.csrc"],
-    package_dir={"dreamlip_kernels.csrc": "csrc"},
     package_data={
         "dreamlip_kernels": ["py.typed"],
         "dreamlip_kernels.backends": ["measured/*.json"],
@@ -118,5 +126,6 @@ setup(
         "dreamlip_train.reporting": ["explore_page/*", "run_page/*"],
         "dreamlip_kernels.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
     },
+    **layout(),
     **extension(),
 )

@@ -296,10 +296,8 @@ def _check(fn, patch_features, text_features, threshold, normalization, patch_ma
 def check_pooling(fn: str, threshold: float | None, normalization: str) -> None:
     """Raise ValueError unless these options of the pooling exist."""
     check_choice(fn, "normalization", normalization, NORMALIZATIONS)
-    if threshold is not None and not isinstance(threshold, (int, float)):
-        raise ValueError(
-            f"{fn}: threshold must be a number or None (1 / valid patches), got {type(threshold).__name__}"
-        )
+    if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
+        raise ValueError(f"{fn}: threshold must be a number or None (1 / valid patches), got {threshold!r}")
 
 
 def check_contrast(fn: str, contrast: str, direction: str, candidates: int, reduction: str) -> None:

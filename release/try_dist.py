@@ -5,13 +5,13 @@ load; `dreamlip-train` without its extra must name the extra; and the archive's 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-PYTHON_PATH = "pythonpath=tests/support tests/support/kernels"
 CHECK = """
 import dreamlip_kernels as dk, torch
 from dreamlip_kernels.backends import extension
@@ -62,9 +62,12 @@ def main(dist: Path) -> None:
         subprocess.run(
             [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", source], check=True, env=clean
         )
-        names = ["test_losses.py", "test_reference.py", "grouping/test_group_patches.py"]
-        tests = [f"tests/kernels/{name}" for name in names]
-        subprocess.run([python, "-m", "pytest", "-q", "-o", PYTHON_PATH, *tests], check=True, cwd=source, env=clean)
+        for package in ("dreamlip_kernels", "dreamlip_train"):  # the tests shall find what is installed
+            shutil.rmtree(source / package)
+        pytest = [python, "-m", "pytest", "-q"]
+        subprocess.run([*pytest, "--collect-only", "tests/kernels"], check=True, cwd=source, env=clean)
+        names = ["test_extension.py", "test_losses.py", "test_reference.py", "grouping/test_group_patches.py"]
+        subprocess.run([*pytest, *(f"tests/kernels/{name}" for name in names)], check=True, cwd=source, env=clean)
     print(f"{wheels[-1].name} and {archives[-1].name} work")
 
 

@@ -75,6 +75,14 @@ def test_an_index_page_has_absolute_links(monkeypatch, end):
     assert names["urls"]()["Source"] == "https://github.com/lab/dreamlip"
 
 
+def test_an_editable_install_is_visible_to_type_checkers(monkeypatch):
+    """It was a finder that Python runs at its start, and editors knew nothing of the package."""
+    names = setup_module(monkeypatch)
+    assert names["layout"]()["package_dir"] == {"dreamlip_kernels.csrc": "csrc"}
+    monkeypatch.setattr(sys, "argv", ["setup.py", "editable_wheel"])
+    assert names["layout"]()["package_dir"] == {"": "."}  # the layout that setuptools writes as a .pth file
+
+
 def test_a_plain_build_keeps_the_links_of_the_repository(monkeypatch):
     monkeypatch.delenv("DREAMLIP_REPOSITORY", raising=False)
     names = setup_module(monkeypatch)

@@ -214,9 +214,10 @@ class DreamLIPLoss(ClipLossArguments):
 
 
 def _check_weights(mpcl_weight: float, grouping_weight: float) -> None:
-    if mpcl_weight < 0 or grouping_weight < 0 or mpcl_weight + grouping_weight == 0:
+    weights = mpcl_weight, grouping_weight
+    if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
         raise ValueError(
-            "DreamLIPLoss: mpcl_weight and grouping_weight must be >= 0 and not both 0, "
+            "DreamLIPLoss: mpcl_weight and grouping_weight must be finite, >= 0 and not both 0, "
             f"got {mpcl_weight} and {grouping_weight}"
         )
 

@@ -123,7 +123,7 @@ def test_a_build_for_another_torch_is_not_used():
         + "\nprint(dk.group_patches(torch.randn(1,4,8), torch.randn(1,2,8)).shape)"
     )
     assert (
-        "built against torch 2.11.0" in printed
+        f"built against torch {torch.__version__.split('+')[0]}" in printed
         and "this is 2.99.0; install the package again" in printed
         and "torch.Size([1, 2, 8])" in printed
     )

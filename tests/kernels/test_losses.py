@@ -1,5 +1,6 @@
 """The loss modules: a one-line swap for the real open_clip ClipLoss, and the weighted terms its training loop sums."""
 
+import math
 import warnings
 
 import pytest
@@ -253,3 +254,20 @@ def test_each_op_has_a_backend_of_its_own(features, monkeypatch):
         dk.DreamLIPLoss(backend="abacus")
     with pytest.raises(ValueError, match="bidirectional_logsumexp has no backend 'cpp'"):
         dk.DreamLIPLoss(contrastive_backend="cpp")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(mpcl_weight=math.nan), "must be finite, >= 0 and not both 0, got nan and 1.0"),  # was no contrast at all
+        (dict(grouping_weight=math.inf), "must be finite"),
+        (dict(mpcl_weight=0, grouping_weight=0), "not both 0"),
+        (dict(threshold=math.nan), "threshold must be a number or None .*, got nan"),
+        (dict(threshold="0.5"), "threshold must be a number or None .*, got '0.5'"),
+        (dict(normalization="max"), "normalization must be one of"),
+        (dict(contrast="world"), "contrast must be one of"),
+    ],
+)
+def test_options_are_checked_when_the_module_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        dk.DreamLIPLoss(**options)

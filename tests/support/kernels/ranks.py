@@ -19,5 +19,8 @@ def spawn(worker, world, *args):
 
 
 def join(rank, world, port):
+    """Become a rank; ``dist.destroy_process_group()`` is how it leaves."""
+    if torch.__version__ < "2.7":  # its gloo sometimes never returns: so do three ranks of nothing but all_gather
+        dist.destroy_process_group = lambda: None
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
