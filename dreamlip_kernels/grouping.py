@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import options as choices
 from .backends import dispatch
 from .checks import as_scale, check_choice, check_features, check_mask, check_shared, promoted
 from .distributed.agreement import agreement_sizes, check_agreement
@@ -21,19 +22,7 @@ from .distributed.gathered_logsumexp import gathered_logsumexp
 from .numerics import accumulate_dtype, unit, without_autocast
 from .ops.group_patches.group_patches import group_patches_op
 from .ops.group_patches.group_patches_torch import pooling_weights
-from .options import (
-    CONTRASTS,
-    DIRECTIONS,
-    NORMALIZATIONS,
-    REDUCTIONS,
-    Backend,
-    Contrast,
-    ContrastiveBackend,
-    Direction,
-    GroupingBackend,
-    Normalization,
-    Reduction,
-)
+from .options import Backend, Contrast, ContrastiveBackend, Direction, GroupingBackend, Normalization, Reduction
 
 
 def group_patches(
@@ -295,15 +284,15 @@ def _check(fn, patch_features, text_features, threshold, normalization, patch_ma
 
 def check_pooling(fn: str, threshold: float | None, normalization: str) -> None:
     """Raise ValueError unless these options of the pooling exist."""
-    check_choice(fn, "normalization", normalization, NORMALIZATIONS)
+    check_choice(fn, "normalization", normalization, choices.NORMALIZATIONS)
     if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"{fn}: threshold must be a number or None (1 / valid patches), got {threshold!r}")
 
 
 def check_contrast(fn: str, contrast: str, direction: str, candidates: int, reduction: str) -> None:
     """Raise ValueError unless these options of the grouping's contrast exist."""
-    check_choice(fn, "contrast", contrast, CONTRASTS)
+    check_choice(fn, "contrast", contrast, choices.CONTRASTS)
     if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 2:
         raise ValueError(f"{fn}: candidates must be an integer of at least 2, got {candidates!r}")
-    check_choice(fn, "direction", direction, DIRECTIONS)
-    check_choice(fn, "reduction", reduction, REDUCTIONS)
+    check_choice(fn, "direction", direction, choices.DIRECTIONS)
+    check_choice(fn, "reduction", reduction, choices.REDUCTIONS)

@@ -6,8 +6,8 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from dreamlip_train.checkpoint.interoperability.hub import upload
 from dreamlip_train.jobs.user_error import UserError
@@ -45,7 +45,7 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         for name, value in (("ENDPOINT", self.url), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False)):
-            self.monkeypatch.setattr(huggingface_hub.constants, name, value)
+            self.monkeypatch.setattr(constants, name, value)
         self.monkeypatch.setenv("HF_TOKEN", "hf_of_a_user")
         return self
 
