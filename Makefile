@@ -34,9 +34,10 @@ test-slow: install
 	$(BIN)/python -m pip install -q -c constraints.txt accelerate datasets lightning pandas sentence-transformers  # the integrations extra
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-# Every kernel's compiled code, executed on the CPU (tests/support/ptx); make test runs a part of it.
+# Every kernel's compiled code, executed on the CPU (tests/support/ptx), and compiled for every architecture: no spills,
+# tensor cores, shared memory in bounds. make test runs a part of both.
 ptx: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels/ptx -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels/ptx tests/kernels/test_compile_only.py -m "not gpu"
 
 # Hostile names, pictures, weights and models: nothing of it runs (SECURITY.md). Part of `make test` too.
 security: install

@@ -135,7 +135,7 @@ MEMORY_SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("negatives", ["slot", "all"])
+@pytest.mark.parametrize("negatives", [pytest.param("slot", marks=pytest.mark.slow), "all"])
 def test_memory_stays_below_the_logits(negatives):
     """N=8192, K=8, D=32: forward and backward add under 400 MB; the logits alone would be 2.1 GB."""
     script = textwrap.dedent(MEMORY_SCRIPT).format(negatives=negatives)

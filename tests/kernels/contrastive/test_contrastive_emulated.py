@@ -5,12 +5,12 @@ inputs.
 """
 
 import itertools
-import shutil
 
 import contrast_promises as promises
 import pytest
 import torch
-from emulated_logsumexp import CUDA, EmulatedOps
+from emulated_logsumexp import EmulatedOps
+from emulation import needs_emulation
 from numerics import clip_like, value_and_grads
 
 import dreamlip_kernels as dk
@@ -19,15 +19,12 @@ from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.ops.logsumexp import logsumexp_cuda
 
-pytestmark = pytest.mark.skipif(
-    CUDA is None or shutil.which("g++") is None,
-    reason="needs g++ and CUDA's headers (CUDA_HOME) to compile the kernels",
-)
+pytestmark = needs_emulation
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return EmulatedOps(tmp_path_factory.mktemp("emulated"))
+def compiled():
+    return EmulatedOps()
 
 
 @pytest.fixture(autouse=True)

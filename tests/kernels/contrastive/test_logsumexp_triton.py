@@ -31,10 +31,13 @@ def compare(make, scale, op=None, **masks):
     close("row, col, dx, dy, dscale", op, oracle, [(*make(seed), torch.tensor(scale)) for seed in range(4)])
 
 
-@pytest.mark.parametrize("m, c, k, d", [(1, 1, 1, 8), (3, 7, 2, 8), (33, 70, 3, 13), (64, 64, 1, 32), (96, 65, 2, 40)])
+SHAPES = [(1, 1, 1, 8), (3, 7, 2, 8), (33, 70, 3, 13), (64, 64, 1, 32), (96, 65, 2, 40)]
+CASES = [(*shape, 14.3) for shape in SHAPES] + [(33, 70, 2, 13, scale) for scale in (1.0, 100.0)]
+
+
+@pytest.mark.parametrize("m, c, k, d, scale", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_logsumexp(m, c, k, d, dtype, scale):
+def test_logsumexp(m, c, k, d, scale, dtype):
     def make(seed):
         x, y = clip_like(max(m, c), k, d, dtype, seed)
         return x[:m], y[:c].transpose(0, 1)
@@ -43,11 +46,13 @@ def test_logsumexp(m, c, k, d, dtype, scale):
 
 
 @pytest.mark.parametrize(
-    "slot, scale",
-    [("some", 14.3), ("a whole slot", 14.3), ("some", -14.3), ("some", 0.0), ("some", 100.0), ("some", 1000.0)],
-)
-@pytest.mark.parametrize(
-    "dtype, held", [(torch.float32, 0.0), (torch.float32, 1e30), (torch.float16, 0.0), (torch.float16, 6e4)]
+    "slot, scale, dtype, held",
+    [
+        ("some", 14.3, torch.float32, 0.0),
+        ("a whole slot", 14.3, torch.float16, 0.0),
+        *(("some", scale, torch.float32, 1e30) for scale in (-14.3, 0.0, 100.0, 1000.0)),
+        *(("some", scale, torch.float16, 6e4) for scale in (14.3, -14.3, 0.0, 1000.0)),
+    ],
 )
 def test_masks(slot, scale, dtype, held):
     """Whichever way a scale turns infinity, in the exact kernels too (1000), and whatever is ``held`` where something

@@ -6,51 +6,21 @@ tests/kernels/grouping/test_grouping_gpu.py.
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulation import emulated, needs_emulation
 from numerics import value_and_grads
 from patch_cases import compare, region_like
 
 from dreamlip_kernels import reference
 
-ROOT = Path(__file__).parents[3]
-TOOLKITS = [
-    os.environ.get("CUDA_HOME", ""),
-    "/usr/local/cuda",
-    *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True)),
-]
-CUDA = next((path for path in TOOLKITS if path and Path(path, "include/cuda_bf16.h").is_file()), None)
-pytestmark = pytest.mark.skipif(
-    CUDA is None or shutil.which("g++") is None,
-    reason="needs g++ and CUDA's headers (CUDA_HOME) to compile the kernels",
-)
+pytestmark = needs_emulation
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    includes = ["-I", ROOT / "csrc", "-I", ROOT / "tests/csrc", "-isystem", Path(CUDA, "include")]
-    subprocess.run(
-        [
-            "g++",
-            "-std=c++17",
-            "-O2",
-            "-w",
-            "-shared",
-            "-fPIC",
-            *includes,
-            ROOT / "tests/csrc/emulate.cpp",
-            "-o",
-            target,
-        ],
-        check=True,
-    )
-    return ctypes.CDLL(str(target))
+def library():
+    return emulated("emulate")
 
 
 class Emulated(torch.autograd.Function):

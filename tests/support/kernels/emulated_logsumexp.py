@@ -1,33 +1,11 @@
-"""csrc/logsumexp.cuh on the CPU: the ops of csrc/logsumexp.cu with every thread of a block a fiber
-(tests/csrc/emulate.h).
-
-What tests/kernels/contrastive/test_logsumexp_emulated.py runs the kernels by; it needs g++
-and CUDA's headers, no nvcc and no GPU.
-"""
+"""csrc/logsumexp.cuh on the CPU (emulation.py): the ops of csrc/logsumexp.cu."""
 
 import ctypes
-import os
-import subprocess
-from pathlib import Path
 
 import torch
+from emulation import emulated
 
-ROOT = Path(__file__).parents[3]
-_TOOLKITS = [
-    os.environ.get("CUDA_HOME", ""),
-    "/usr/local/cuda",
-    *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True)),
-]
-CUDA = next((path for path in _TOOLKITS if path and Path(path, "include/cuda_bf16.h").is_file()), None)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def compile_emulated(source: Path, target: Path) -> ctypes.CDLL:
-    """One of tests/csrc/emulate*.cpp as a library."""
-    includes = ["-I", ROOT / "csrc", "-I", ROOT / "tests/csrc", "-isystem", Path(CUDA, "include")]
-    command = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *includes, source, "-o", target]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(target))
 
 
 def _structure(name, **fields):
@@ -67,8 +45,8 @@ def _pointer(v):
 class EmulatedOps:
     """``torch.ops.dreamlip_csrc`` as far as csrc/logsumexp.cu goes; ``calls`` lists what was launched."""
 
-    def __init__(self, folder: Path, seed: int = 1):
-        self.library = compile_emulated(ROOT / "tests/csrc/emulate_logsumexp.cpp", folder / "logsumexp.so")
+    def __init__(self, seed: int = 1):
+        self.library = emulated("emulate_logsumexp")
         self.seed, self.calls = seed, []
 
     def _call(self, name, *tensors):

@@ -7,6 +7,8 @@ import sys
 from photos import write_photos
 from tiny import clean_environment
 
+from dreamlip_train import cli
+
 TINY = """
 [model]
 name = "tiny"
@@ -35,44 +37,28 @@ warmup_steps = 2
 """
 
 
-def command(*words):
-    run = subprocess.run(
-        [sys.executable, "-m", "dreamlip_train", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=clean_environment(),
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+def test_photographs_from_files_to_recall(tmp_path, capsys):
+    """Training is a process of its own, as a user's; what comes before and after is called."""
 
+    def command(*words):
+        cli.main([*map(str, words)])
+        return capsys.readouterr().out
 
-def test_photographs_from_files_to_recall(tmp_path):
     captions, images = write_photos(tmp_path / "photos")
-    shards = tmp_path / "shards"
-    told = command(
-        "prepare", "folder", "--captions", captions, "--images", images, "--output", shards, "--shard-size", "4"
-    )
-    assert "longSV_captions" in told and "tokens" in told
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    words = ["--captions", captions, "--images", images, "--output", shards, "--shard-size", "4"]
+    summary = command("prepare", "folder", *words)
+    assert "longSV_captions" in summary and "tokens" in summary
     (tmp_path / "tiny.toml").write_text(TINY)
-    run = tmp_path / "run"
-    told = command(
-        "train",
-        "demo",
-        "--run-dir",
-        run,
-        "--config",
-        tmp_path / "tiny.toml",
-        "--data.shards",
-        shards,
-        "--data.val-shards",
-        shards,
-    )
-    assert "R@1" in told
+    words = ["demo", "--run-dir", run, "--config", tmp_path / "tiny.toml"]
+    words += ["--data.shards", shards, "--data.val-shards", shards]
+    train = [sys.executable, "-m", "dreamlip_train", "train", *map(str, words)]
+    done = subprocess.run(train, capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 0 and "R@1" in done.stdout, done.stderr
     losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert sum(losses[-3:]) < sum(losses[:3]), losses
     summary = json.loads((run / "summary.json").read_text())
     assert summary["localization"] is None, "photographs have no masks"
-    told = command("eval", "retrieval", run, "--output", tmp_path / "report.json")
-    assert "long caption, text to image" in told
+    assert "long caption, text to image" in command("eval", "retrieval", run, "--output", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["retrieval"]["long_caption"]["t2i"] == summary["retrieval"]["long_caption"]["t2i"]

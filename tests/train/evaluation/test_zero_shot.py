@@ -3,14 +3,12 @@ accuracy for the exported file.
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from class_sets import write_class_folders, write_class_shard
 from shard_files import jpeg
-from tiny import clean_environment
 
 from dreamlip_train import cli
 from dreamlip_train.checkpoint.weights import load_for_eval
@@ -44,7 +42,7 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_the_numbers_are_those_of_clip_benchmarks_own_program(weights, tmp_path, capsys):
+def test_the_numbers_are_those_of_clip_benchmarks_own_program(weights, tmp_path, capsys, monkeypatch):
     folder = make_set(tmp_path / "sets" / "made")
     root = str(tmp_path / "sets" / "{dataset}")
     words = ["--root", root, "--datasets", "wds/made", "--workers", "0", "--output", str(tmp_path / "ours.json")]
@@ -53,21 +51,12 @@ def test_the_numbers_are_those_of_clip_benchmarks_own_program(weights, tmp_path,
     printed = capsys.readouterr().out
     assert ours["images"] == COUNT and ours["classes"] == 6 and f"{ours['acc1']:.1f}" in printed and "16.7" in printed
     theirs = tmp_path / "theirs.json"
-    program = "from clip_benchmark.cli import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "eval",
-        "--dataset",
-        "wds/made",
-        "--dataset_root",
-        str(folder),
-        "--model",
-        "ViT-S-32-alt",
-    ]
-    command += ["--pretrained", str(weights), "--output", str(theirs), "--no_amp", "--num_workers", "0"]
-    subprocess.run(command, check=True, env=clean_environment(), capture_output=True, timeout=200)
+    words = ["eval", "--dataset", "wds/made", "--dataset_root", str(folder), "--model", "ViT-S-32-alt"]
+    words += ["--pretrained", str(weights), "--output", str(theirs), "--no_amp", "--num_workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
+    from clip_benchmark.cli import main
+
+    main()
     expected = json.loads(theirs.read_text())["metrics"]
     for name in ("acc1", "acc5", "mean_per_class_recall"):
         assert ours[name] == pytest.approx(100 * expected[name], abs=1e-6), name

@@ -27,7 +27,7 @@ LOSSES = {
 }
 
 
-def run(stage: int, chunk: int, options: dict, steps: int = 10, rank: int = 0, world_size: int = 1):
+def run(stage: int, chunk: int, options: dict, steps: int = 6, rank: int = 0, world_size: int = 1):
     """Losses of ``steps`` steps and the weights after them."""
     config = tiny_config(stage, chunk_size=chunk)
     config.model.init_logit_bias = -2.0 if options.get("pairs") == "sigmoid" else None

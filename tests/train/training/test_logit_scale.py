@@ -12,7 +12,7 @@ def test_the_logit_scale_stays_within_bounds_and_does_not_wind_up(stage):
     and comes back as soon both times.
     """
     way_back = []
-    for pushes in (15, 40):
+    for pushes in (10, 25):
         config = tiny_config(stage)
         engine = tiny_engine(config)
         scales = [pushed(engine, sign) for sign in [1] * pushes + [-1] * 14]

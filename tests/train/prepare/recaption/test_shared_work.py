@@ -68,9 +68,9 @@ def test_killed_in_the_middle_no_finished_picture_is_asked_for_again(tmp_path, s
 
 def test_several_processes_share_the_shards_without_overlap(tmp_path, shards):
     with ChatServer(slowly) as server:
-        processes = [start(shards, tmp_path / "out", server) for _ in range(3)]
+        processes = [start(shards, tmp_path / "out", server) for _ in range(2)]
         said = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert [process.returncode for process in processes] == [0, 0], said
     assert set(server.asked.values()) == {1} and len(records(tmp_path / "out")) == 24
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 24
 
