@@ -3,6 +3,7 @@
 Without a CUDA device Triton's interpreter runs the kernels; it must be on before triton is first imported.
 """
 
+import multiprocessing
 import os
 import tempfile
 
@@ -14,6 +15,19 @@ if not torch.cuda.is_available():
 # A verdict on this machine that its user has stored must not choose what the tests run.
 _cache = tempfile.TemporaryDirectory(prefix="dreamlip-cache-")
 os.environ["DREAMLIP_CACHE_DIR"] = _cache.name
+# One server forks the fresh processes of all tests; it imports what they need once, of what is installed.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch.distributed",
+        "open_clip",
+        "transformers.models.clip.image_processing_clip",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.clip.tokenization_clip",
+        "dreamlip_train.training.run",
+        "dreamlip_train.prepare.join.join",
+        "dreamlip_train.prepare.recaption.recaption",
+    ]
+)
 
 
 @pytest.fixture(autouse=True)

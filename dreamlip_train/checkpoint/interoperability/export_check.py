@@ -14,6 +14,13 @@ from typing import Any
 
 import numpy as np
 
+# Imported once by the server that forks the fresh processes: transformers loads what it is asked for late.
+_LIBRARIES = [
+    "open_clip",
+    "transformers.models.clip.image_processing_clip",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+]
 PROBE_TEXTS = (
     "a photo of a dog",
     "Two RED cars, isn't it? 12,000 trees",
@@ -40,7 +47,7 @@ def consumer_features(path: Path, to: str, name: str, size: int) -> tuple[np.nda
     if importlib.util.find_spec(library) is None:
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["open_clip", "transformers"])
+    context.set_forkserver_preload(_LIBRARIES)
     load = {"open_clip-file": _open_clip_file, "open_clip-dir": _open_clip_dir, "hf-dir": _transformers}[to]
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(load, str(path), name, size).result()

@@ -1,7 +1,6 @@
 """Ranks that chose different backends, each by the verdict on its own machine, use the same one."""
 
 import json
-import multiprocessing
 import socket
 
 import torch
@@ -46,7 +45,6 @@ def test_the_rank_that_lacks_a_backend_decides_for_all(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
     mp.start_processes(worker, args=(2, port, tmp_path), nprocs=2, start_method="forkserver")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     twice = lambda names: [name for name in names for _ in ("contrast", "grouping")]  # noqa: E731

@@ -1,6 +1,5 @@
 """Processes that are the ranks of a gloo group, for tests over ranks."""
 
-import multiprocessing
 import socket
 
 import torch
@@ -12,9 +11,8 @@ def spawn(worker, world, *args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    # Forked from a process that has imported torch and nothing else has happened in:
+    # Forked from a process that has imported torch and nothing else has happened in (tests/conftest.py):
     # this one may have a process group of other tests.
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
     mp.start_processes(worker, args=(world, port, *args), nprocs=world, start_method="forkserver")
 
 

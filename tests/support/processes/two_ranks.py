@@ -1,4 +1,4 @@
-"""Run by test_two_ranks.py under torchrun, 2 ranks: what needs a second rank to be true, into facts.json in the folder
+"""Run by test_two_ranks.py on 2 ranks: what needs a second rank to be true, into facts.json in the folder
 given.
 
 The folder holds ``zero-S/step-00000003`` for the stages of ``RESIZED``, written by one process.

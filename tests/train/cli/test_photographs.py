@@ -1,11 +1,9 @@
 """The whole path on real photographs, through the command line: prepare, train, checkpoint, evaluate."""
 
 import json
-import subprocess
-import sys
 
 from photos import write_photos
-from tiny import clean_environment
+from warm import Command
 
 from dreamlip_train import cli
 
@@ -52,9 +50,8 @@ def test_photographs_from_files_to_recall(tmp_path, capsys):
     (tmp_path / "tiny.toml").write_text(TINY)
     words = ["demo", "--run-dir", run, "--config", tmp_path / "tiny.toml"]
     words += ["--data.shards", shards, "--data.val-shards", shards]
-    train = [sys.executable, "-m", "dreamlip_train", "train", *map(str, words)]
-    done = subprocess.run(train, capture_output=True, text=True, env=clean_environment())
-    assert done.returncode == 0 and "R@1" in done.stdout, done.stderr
+    training = Command(["train", *words], tmp_path / "train.txt")
+    assert training.wait() == 0 and "R@1" in training.text(), training.text()
     losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert sum(losses[-3:]) < sum(losses[:3]), losses
     summary = json.loads((run / "summary.json").read_text())

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from shard_files import sample, write_index, write_shards, write_tar
 from tiny import clean_environment, tiny_config
+from warm import Command
 
 from dreamlip_train.checkpoint.files import complete_checkpoints, newest
 from dreamlip_train.config.toml import format_config
@@ -68,13 +69,14 @@ def long_run(tmp_path_factory):
     return words
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen | Command) -> None:
     deadline = time.time() + 100
     while time.time() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
             return
         time.sleep(0.1)
-    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=5)}")
+    printed = process.text() if isinstance(process, Command) else process.communicate(timeout=5)
+    raise AssertionError(f"step {step} was not reached: {printed}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -82,20 +84,14 @@ def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run,
     """To loader workers too, as a terminal sends Ctrl-C and a scheduler SIGTERM. A worker that died of it would take
     the run along.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", *long_run(tmp_path)],
-        env=clean_environment(),
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-    )
+    process = Command(long_run(tmp_path)[1:], tmp_path / "printed.txt", session=True)
     wait_for_step(tmp_path, 3, process)
     os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said.decode()[-2000:]
+    assert process.wait() == 0, process.text()[-2000:]
     step = max(losses(tmp_path))
     assert newest(tmp_path / "checkpoints").name == f"step-{step:08d}"
     assert f"stopped by {number.name} after step {step}, saved as " in (tmp_path / "log.txt").read_text()
-    assert f"{number.name}: finishing the step and saving" in said.decode()
+    assert f"{number.name}: finishing the step and saving" in process.text()
 
 
 def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(long_run, tmp_path):

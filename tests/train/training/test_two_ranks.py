@@ -3,15 +3,14 @@ and resuming on another number of ranks.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from class_sets import write_class_folders, write_class_shard
 from shard_files import write_shards
-from tiny import STEPS, clean_environment, held_out_config, run_steps, tiny_config
+from tiny import STEPS, held_out_config, run_steps, tiny_config
+from warm import two_ranks
 
 from dreamlip_train.checkpoint.loading import load
 from dreamlip_train.checkpoint.saving import save
@@ -45,18 +44,8 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
 def facts(one_process) -> dict:
     folder, _ = one_process
     script = str(Path(__file__).parents[2] / "support/processes/two_ranks.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        script,
-        str(folder),
-    ]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = two_ranks([script, folder], folder)
+    assert [rank.wait(280) for rank in ranks] == [0, 0], [rank.text()[-3000:] for rank in ranks]
     return json.loads((folder / "facts.json").read_text())
 
 

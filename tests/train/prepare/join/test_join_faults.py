@@ -11,6 +11,7 @@ import pytest
 from caption_tables import COLUMNS, digests, rows, write_csv
 from shard_files import records
 from tiny import clean_environment
+from warm import Command
 
 from dreamlip_train import cli
 from dreamlip_train.jobs.user_error import UserError
@@ -22,9 +23,7 @@ def test_a_killed_join_goes_on_and_gives_the_same(tmp_path, shards):
     join_captions(str(table), str(shards), tmp_path / "whole")
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
     for wanted in ("tables/00000.parquet", "joined.parquet", "written/00000.tar.json"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dreamlip_train", *words], env=clean_environment(), start_new_session=True
-        )
+        process = Command(words, tmp_path / "out.txt", session=True)
         while not (tmp_path / "out" / ".join" / wanted).exists() and process.poll() is None:
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)

@@ -5,39 +5,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
+import uuid
 
 import pytest
 from chat_server import ChatServer, through
 from shard_files import records
-from tiny import clean_environment
+from warm import Command
 
 from dreamlip_train.jobs.work_claims import Claims
 
 
-def start(shards, output, server, *extra) -> subprocess.Popen:
-    words = [
-        "recaption",
-        str(shards),
-        "--output",
-        str(output),
-        "--model",
-        "served",
-        "--name",
-        "X",
-        "--endpoint",
-        server.url,
-        "--batch-size",
-        "2",
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-m", "dreamlip_train", *words, *extra],
-        env=clean_environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(shards, output, server) -> Command:
+    words = ["recaption", shards, "--output", output, "--model", "served", "--name", "X"]
+    printed = output.with_name(f"{uuid.uuid4().hex}.txt")
+    return Command([*words, "--endpoint", server.url, "--batch-size", "2"], printed)
 
 
 def slowly(attempt, image):
@@ -57,7 +40,7 @@ def test_killed_in_the_middle_no_finished_picture_is_asked_for_again(tmp_path, s
             process = start(shards, tmp_path / "out", server)
             while answered(tmp_path / "out") < goal and process.poll() is None:
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
             process.wait()
         finished = answered(tmp_path / "out")
         asked = server.asked.total()
@@ -68,9 +51,9 @@ def test_killed_in_the_middle_no_finished_picture_is_asked_for_again(tmp_path, s
 
 def test_several_processes_share_the_shards_without_overlap(tmp_path, shards):
     with ChatServer(slowly) as server:
-        processes = [start(shards, tmp_path / "out", server) for _ in range(2)]
-        said = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+        processes = [start(shards, tmp_path / "out", server) for _ in range(3)]
+        codes = [process.wait() for process in processes]
+    assert codes == [0, 0, 0], [process.text() for process in processes]
     assert set(server.asked.values()) == {1} and len(records(tmp_path / "out")) == 24
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 24
 
