@@ -26,7 +26,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Claim:
+class PaperClaim:
     """``better`` should have the higher ``score`` than ``worse``, as the paper has it for its own worlds."""
 
     better: str
@@ -87,28 +87,32 @@ VARIANTS = (
 )
 
 CLAIMS = (
-    Claim("raw-short", "raw", "short", "short captions help over raw ones alone"),
-    Claim("long-direct", "raw", "long", "a long caption helps even as one text"),
-    Claim(
+    PaperClaim("raw-short", "raw", "short", "short captions help over raw ones alone"),
+    PaperClaim("long-direct", "raw", "long", "a long caption helps even as one text"),
+    PaperClaim(
         "long-sampled", "long-direct", "sentence", "sampling sentences beats the long caption as one text, by sentence"
     ),
-    Claim(
+    PaperClaim(
         "long-sampled", "long-direct", "long", "sampling sentences beats the long caption as one text, by long caption"
     ),
-    Claim("long-short", "long-sampled", "long", "short captions help beside sentences"),
-    Claim("full", "long-short", "long", "the grouping loss helps retrieval"),
-    Claim("full", "long-short", "pointing", "the grouping loss helps localization"),
-    Claim("k2", "k1", "long", "K = 2 beats 1"),
-    Claim("long-short", "k2", "long", "K = 4 beats 2"),
-    Claim("k8", "long-short", "long", "K = 8 beats 4"),
-    Claim("two-sources", "full", "long", "two caption sources beat one"),
-    Claim("three-sources", "two-sources", "long", "three caption sources beat two"),
-    Claim("class-token-full", "class-token", "pointing", "the grouping loss helps localization, with a class token"),
-    Claim("contrast-batch", "full", "pointing", "contrast with the whole batch localizes better than within the image"),
-    Claim(
+    PaperClaim("long-short", "long-sampled", "long", "short captions help beside sentences"),
+    PaperClaim("full", "long-short", "long", "the grouping loss helps retrieval"),
+    PaperClaim("full", "long-short", "pointing", "the grouping loss helps localization"),
+    PaperClaim("k2", "k1", "long", "K = 2 beats 1"),
+    PaperClaim("long-short", "k2", "long", "K = 4 beats 2"),
+    PaperClaim("k8", "long-short", "long", "K = 8 beats 4"),
+    PaperClaim("two-sources", "full", "long", "two caption sources beat one"),
+    PaperClaim("three-sources", "two-sources", "long", "three caption sources beat two"),
+    PaperClaim(
+        "class-token-full", "class-token", "pointing", "the grouping loss helps localization, with a class token"
+    ),
+    PaperClaim(
+        "contrast-batch", "full", "pointing", "contrast with the whole batch localizes better than within the image"
+    ),
+    PaperClaim(
         "conditioned", "weight-1", "pointing", "picking the image localizes better than the image's caption, weight 1"
     ),
-    Claim("class-token-conditioned", "class-token-full", "pointing", "the same with a class token"),
+    PaperClaim("class-token-conditioned", "class-token-full", "pointing", "the same with a class token"),
 )
 
 

@@ -187,7 +187,7 @@ def _mean_losses(results: list[_BatchResult]) -> dict[str, float]:
     return means | {"loss": sum(means.values())}
 
 
-def format_report(report: dict[str, Any]) -> str:
+def format_held_out(report: dict[str, Any]) -> str:
     """evaluate()'s result as a table of plain text, percent, chance beside each number."""
     lines = [f"{report['samples']} held-out images, {report['sentences']} sentences"]
     lines.append(f"{'retrieval, % (chance)':<34}" + "".join(f"{name:>16}" for name in ("R@1", "R@5", "R@10")))

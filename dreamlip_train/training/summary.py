@@ -8,7 +8,7 @@ from typing import Any
 
 from dreamlip_train.config.schema import Config
 from dreamlip_train.data.validation import val_samples
-from dreamlip_train.evaluation.held_out import format_report
+from dreamlip_train.evaluation.held_out import format_held_out
 from dreamlip_train.jobs.atomic_json import write_json
 from dreamlip_train.jobs.user_error import RunError
 from dreamlip_train.model.dreamlip import DreamLIP
@@ -33,7 +33,7 @@ def final_report(
     if report:
         log.row({"step": facts["steps"], **report}, headline(report))
     if "retrieval" in report:
-        log.message(format_report(report))
+        log.message(format_held_out(report))
     path = run_dir / "summary.json"
     try:
         write_json(path, summary)

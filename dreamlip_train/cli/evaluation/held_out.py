@@ -59,6 +59,6 @@ def _held_out(options: HeldOutOptions, *, localize: bool) -> None:
             )
         return report
 
-    from dreamlip_train.evaluation.held_out import format_report
+    from dreamlip_train.evaluation.held_out import format_held_out
 
-    run(options, score, format_report)
+    run(options, score, format_held_out)

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional
 from dreamlip_train.evaluation.classification.class_prompts import class_features
 from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.pictures import read_picture
-from dreamlip_train.evaluation.segmentation.segmentation_sets import IGNORED, Layout, Segmented, read_label_map
+from dreamlip_train.evaluation.segmentation.segmentation_sets import IGNORED, Segmented, SetFiles, read_label_map
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
@@ -102,7 +102,7 @@ def intersection_over_union(counts: Tensor) -> Tensor:
 def evaluate_segmentation(
     model: DreamLIP,
     pairs: Sequence[Segmented],
-    layout: Layout,
+    layout: SetFiles,
     templates: Sequence[str],
     device: torch.device | str,
     *,
@@ -168,7 +168,7 @@ def evaluate_segmentation(
     }
 
 
-def _pictures(pairs: Sequence[Segmented], layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+def _pictures(pairs: Sequence[Segmented], layout: SetFiles) -> Iterator[tuple[Tensor, Tensor]]:
     for pair in pairs:
         image = read_picture(pair.image, "--root")
         labels = torch.from_numpy(read_label_map(pair.labels, layout))

@@ -21,7 +21,7 @@ IGNORED = -1
 
 
 @dataclass(frozen=True)
-class Layout:
+class SetFiles:
     """Folders below the root, the split file ("" takes every label map), and what the labels mean."""
 
     images: str
@@ -50,20 +50,20 @@ _CONTEXT_FOLDERS = ("JPEGImages", "SegmentationClassContext", "ImageSets/Segment
 _COCO_FOLDERS = ("images/val2017", "annotations/val2017", "")
 _16_BIT = {"label_end": ".tif", "first": 0, "void": 65535}
 LAYOUTS = {
-    "voc20": Layout(*_VOC_FOLDERS, class_names("voc20")),
-    "voc21": Layout(*_VOC_FOLDERS, class_names("voc20"), background=True),
-    "pc59": Layout(*_CONTEXT_FOLDERS, class_names("pc59")),
-    "pc60": Layout(*_CONTEXT_FOLDERS, class_names("pc59"), background=True),
-    "pc459": Layout("val/image", "val/label", "", class_names("pc459"), **_16_BIT),
-    "ade150": Layout("images/validation", "annotations/validation", "", class_names("ade150")),
-    "ade847": Layout(
+    "voc20": SetFiles(*_VOC_FOLDERS, class_names("voc20")),
+    "voc21": SetFiles(*_VOC_FOLDERS, class_names("voc20"), background=True),
+    "pc59": SetFiles(*_CONTEXT_FOLDERS, class_names("pc59")),
+    "pc60": SetFiles(*_CONTEXT_FOLDERS, class_names("pc59"), background=True),
+    "pc459": SetFiles("val/image", "val/label", "", class_names("pc459"), **_16_BIT),
+    "ade150": SetFiles("images/validation", "annotations/validation", "", class_names("ade150")),
+    "ade847": SetFiles(
         "images_detectron2/validation", "annotations_detectron2/validation", "", class_names("ade847"), **_16_BIT
     ),
-    "coco-stuff": Layout(*_COCO_FOLDERS, class_names("coco_stuff171"), label_end="_labelTrainIds.png", first=0),
-    "coco-object": Layout(
+    "coco-stuff": SetFiles(*_COCO_FOLDERS, class_names("coco_stuff171"), label_end="_labelTrainIds.png", first=0),
+    "coco-object": SetFiles(
         *_COCO_FOLDERS, class_names("coco_object80"), background=True, label_end="_instanceTrainIds.png"
     ),
-    "cityscapes": Layout(
+    "cityscapes": SetFiles(
         "leftImg8bit/val",
         "gtFine/val",
         "",
@@ -92,7 +92,7 @@ def source_of(name: str) -> str:
     return next(source for start, source in SOURCES.items() if name.startswith(start))
 
 
-def layout_named(name: str, classes: str = "") -> Layout:
+def layout_named(name: str, classes: str = "") -> SetFiles:
     """The layout of that name, with the names in the file ``classes`` in place of its own where one is given.
 
     Raises:
@@ -115,7 +115,7 @@ class Segmented:
     labels: Path
 
 
-def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
+def read_segmentation(root: str | Path, layout: SetFiles) -> list[Segmented]:
     """The pairs of a set's validation split.
 
     Raises:
@@ -149,7 +149,7 @@ def read_segmentation(root: str | Path, layout: Layout) -> list[Segmented]:
     return pairs
 
 
-def read_label_map(path: Path, layout: Layout) -> np.ndarray:
+def read_label_map(path: Path, layout: SetFiles) -> np.ndarray:
     """[H, W] int64: classes 0..C-1, background C where the layout scores it, ``IGNORED`` for what is not scored.
 
     Raises:

@@ -20,7 +20,7 @@ from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.output_names import require_another_folder, require_distinct_names
 from dreamlip_train.prepare.recaption.captioners import Prompt
-from dreamlip_train.prepare.recaption.shard_task import Settings, ShardTask
+from dreamlip_train.prepare.recaption.shard_task import RecaptionSettings, ShardTask
 
 STATE = ".recaption"
 
@@ -70,7 +70,7 @@ def _prompts(options: RecaptionOptions) -> tuple[Prompt, ...]:
     return tuple(prompt for prompt in asked if prompt.text)
 
 
-def _settings(options: RecaptionOptions) -> Settings:
+def _settings(options: RecaptionOptions) -> RecaptionSettings:
     """What a worker needs of the options, checked."""
     prompts = _prompts(options)
     if not prompts:
@@ -88,7 +88,7 @@ def _settings(options: RecaptionOptions) -> Settings:
             f"--keep-above, --clip-model, --clip-weights: got {options.keep_above}, {options.clip_model!r}, "
             f"{options.clip_weights!r}; give a cosine from -1 to 1, and an open_clip folder, or a name and its weights"
         )
-    return Settings(
+    return RecaptionSettings(
         output=Path(options.output),
         state=Path(options.output) / STATE,
         model=options.model,
@@ -107,7 +107,7 @@ def _settings(options: RecaptionOptions) -> Settings:
     )
 
 
-def _caption_all(settings: Settings, shards: list[Shard], ray_address: str) -> Counter[str]:
+def _caption_all(settings: RecaptionSettings, shards: list[Shard], ray_address: str) -> Counter[str]:
     """The shards one after another in this process, whose model they share, or as tasks on Ray."""
     total: Counter[str] = Counter()
     if ray_address:
@@ -139,7 +139,7 @@ def _caption_all(settings: Settings, shards: list[Shard], ray_address: str) -> C
     return total
 
 
-def _samples(settings: Settings, shards: list[Shard]) -> dict[str, int]:
+def _samples(settings: RecaptionSettings, shards: list[Shard]) -> dict[str, int]:
     """Samples by shard where that costs little: in a manifest, or counted once of local files; else nothing."""
     if any(scheme_of(shard) != "file" for shard in shards):
         return indexed_samples(shards)

@@ -21,7 +21,7 @@ from dreamlip_train.prepare.shard_copy import copy_shard
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecaptionSettings:
     """Everything a worker needs to do a shard."""
 
     output: Path
@@ -53,7 +53,7 @@ class ShardTask:
         on_batch: called with the counts of each batch of pictures.
     """
 
-    def __init__(self, settings: Settings, on_batch: Callable[[Counter[str]], None] = lambda _: None) -> None:
+    def __init__(self, settings: RecaptionSettings, on_batch: Callable[[Counter[str]], None] = lambda _: None) -> None:
         self.settings, self.on_batch = settings, on_batch
 
     def __call__(self, shard: str) -> Counter[str]:
@@ -112,10 +112,10 @@ def _batches(shard: str, done: set[str], size: int) -> Iterator[list[tuple[str, 
         yield batch
 
 
-_captioners: dict[Settings, Any] = {}
+_captioners: dict[RecaptionSettings, Any] = {}
 
 
-def _captioner(settings: Settings) -> Any:
+def _captioner(settings: RecaptionSettings) -> Any:
     """The model, made once per process."""
     if settings not in _captioners:
         _captioners.clear()
@@ -136,6 +136,6 @@ def _captioner(settings: Settings) -> Any:
 
 
 @lru_cache(1)
-def _clip_filter(settings: Settings) -> ClipFilter:
+def _clip_filter(settings: RecaptionSettings) -> ClipFilter:
     """The filter, made once per process."""
     return ClipFilter(settings.clip_model, settings.clip_weights, settings.keep_above or 0.0)

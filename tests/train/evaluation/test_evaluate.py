@@ -11,7 +11,7 @@ from planted import GRID, PlantedModel, planted_sample
 
 from dreamlip_train.config.schema import DataConfig, EvalConfig
 from dreamlip_train.evaluation import held_out
-from dreamlip_train.evaluation.held_out import evaluate, format_report
+from dreamlip_train.evaluation.held_out import evaluate, format_held_out
 from dreamlip_train.evaluation.retrieval import recall
 from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
 from dreamlip_train.evaluation.segmentation.localization import localization, mask_to_regions
@@ -148,7 +148,7 @@ def test_modes_and_limits(planted):
     report = evaluate(model, DataConfig(), EvalConfig(max_samples=9), "cpu")
     assert report["samples"] == 9 and report["sentences"] == 27
     assert model.modes_seen == {False} and model.training and not model.frozen.training
-    text = format_report(report)
+    text = format_held_out(report)
     assert "9 held-out images, 27 sentences" in text and "(11.1)" in text
 
 
@@ -174,5 +174,5 @@ def test_without_masks_there_is_no_localization(planted):
     for sample in planted:
         sample["mask"] = None
     report = evaluate(PlantedModel(), DataConfig(), EvalConfig(), "cpu")
-    assert report["localization"] is None and "localization" not in format_report(report)
+    assert report["localization"] is None and "localization" not in format_held_out(report)
     assert report["samples"] == 40 and GRID == (8, 8)

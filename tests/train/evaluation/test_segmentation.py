@@ -25,14 +25,14 @@ from dreamlip_train.evaluation.segmentation.segmentation import (
 from dreamlip_train.evaluation.segmentation.segmentation_sets import (
     IGNORED,
     LAYOUTS,
-    Layout,
+    SetFiles,
     read_label_map,
     read_segmentation,
     source_of,
 )
 from dreamlip_train.model.build import build_model
 
-THREE = Layout("images", "labels", "", ("red", "green", "blue"))
+THREE = SetFiles("images", "labels", "", ("red", "green", "blue"))
 
 
 class ByColor(nn.Module):
@@ -109,7 +109,7 @@ def test_swapped_classes_score_zero(tmp_path):
 
 
 def test_background_is_where_no_class_is_likely(tmp_path):
-    layout = Layout("images", "labels", "", THREE.classes, background=True)
+    layout = SetFiles("images", "labels", "", THREE.classes, background=True)
     labels, image = quarters(96, 160), np.zeros((96, 160, 3), np.uint8)
     image[labels == 0] = 128  # gray: equally like every class
     for c in range(3):
