@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from dreamlip_kernels import patch_weights
 from dreamlip_train.config.schema import Normalization
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 
 
 def encode_batch(
-    model: DreamLIP, batch: Sequence[dict[str, Any]], device: torch.device | str, text_batch_size: int = 64
+    model: DreamLIP,
+    batch: Sequence[dict[str, Any]],
+    device: torch.device | str,
+    text_batch_size: int = defaults.BATCH_SIZE,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Image features [n, D], patch features [n, P, D] or None, and each sample's sentence features [K, D], in float32.
 

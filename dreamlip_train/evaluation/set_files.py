@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,14 @@ def other_layout(path: Path, expected: str, source: str) -> UserError:
 
 
 def require_files(paths: list[Path], name: str, source: str) -> None:
-    """Every image of a set must be there: a number over a part of it is another number."""
-    missing = [path for path in paths if not path.is_file()]
+    """Every image of a published set must be there."""
+    require_all([path for path in paths if not path.is_file()], "--root", f"{name}'s {len(paths)} images", source)
+
+
+def require_all(missing: Sequence[object], option: str, what: str, source: str = "") -> None:
+    """None of ``what`` may be missing: a number over a part is another number."""
     if missing:
         raise UserError(
-            f"--root: {len(missing)} of {name}'s {len(paths)} images are not there, such as {missing[0]}; fetch them, "
-            f"since a number over a part is another. {source}"
+            f"{option}: {len(missing)} of {what} are not there, such as {missing[0]}; fetch them, since a number over "
+            f"a part is another. {source}".rstrip()
         )

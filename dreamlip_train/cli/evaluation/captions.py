@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dreamlip_train.cli.evaluation.options import EvalOptions, Score, Show, parse, run
+from dreamlip_train.evaluation import defaults
 
 
 @dataclass(kw_only=True)
@@ -18,9 +19,9 @@ class RetrievalSetOptions(EvalOptions):
     """Karpathy's json, COCO's captions json, or a clip_benchmark webdataset folder."""
     images: str = ""
     """Folder of the json's images."""
-    split: str = "test"
+    split: str = defaults.SPLIT
     """Split of a Karpathy json or a clip_benchmark folder."""
-    captions_per_image: int = 5
+    captions_per_image: int = defaults.CAPTIONS_PER_IMAGE
     """The first so many captions of each image; 0 takes all."""
 
 

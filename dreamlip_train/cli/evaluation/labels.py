@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dreamlip_train.cli.evaluation.options import EvalOptions, Score, Show, parse, run, write
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.jobs.user_error import UserError
 
 
@@ -19,9 +20,9 @@ class ZeroShotOptions(EvalOptions):
     """Where the data sets are or are downloaded to; "{dataset}" and "{dataset_cleaned}" in it stand for a name."""
     datasets: tuple[str, ...] = ()
     """clip_benchmark's names ("wds/NAME" for a webdataset folder); empty means the paper's eleven."""
-    split: str = "test"
+    split: str = defaults.SPLIT
     """Split to evaluate."""
-    workers: int = 2
+    workers: int = defaults.WORKERS
     """Loader processes."""
 
 
@@ -111,13 +112,13 @@ class SegmentationOptions(EvalOptions):
     """Other names for the layout's classes, one per line in its order; "a; b" are two names of one class."""
     templates: str = "imagenet"
     """"photo" (a photo of a {c}.), "imagenet" (CLIP's 80), or a file with a template per line."""
-    batch_size: int = 16
+    batch_size: int = defaults.WINDOWS
     """Windows per forward pass."""
-    resize: int = 0
+    resize: int = defaults.RESIZE
     """Shorter side of each image in pixels; 0 takes one and a half windows (the model's picture)."""
-    stride: int = 0
+    stride: int = defaults.STRIDE
     """Pixels between windows; 0 takes half a window."""
-    background_threshold: float = 0.5
+    background_threshold: float = defaults.BACKGROUND_THRESHOLD
     """A pixel whose best class has a lower probability (softmax of 100 x cosine) is background."""
 
 

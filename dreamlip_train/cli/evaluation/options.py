@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 
 from dreamlip_train.cli.usage import require_writable, say
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.jobs.user_error import UserError
 
 Score = Callable[[Any, Any, Any], Any]
@@ -32,7 +33,7 @@ class EvalOptions:
     """"average": the moving average of a run with train.ema_decay; "raw": the weights of the last step; empty: what the
     run's eval.weights says, which is raw where nobody set it.
     """
-    batch_size: int = 64
+    batch_size: int = defaults.BATCH_SIZE
     """Images per forward pass."""
     output: str = ""
     """Also write the numbers to this JSON file."""

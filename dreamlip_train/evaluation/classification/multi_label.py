@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.evaluation.classification.class_prompts import class_features
 from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.pictures import model_picture
+from dreamlip_train.evaluation.set_files import require_all
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
@@ -71,11 +73,7 @@ def read_labels(annotations: str | Path, classes: Sequence[str], images: str | P
         next((file for ending in _ENDINGS if (file := folder / (name + ending)).is_file()), None) for name, _ in rows
     ]
     missing = [name for (name, _), file in zip(rows, files, strict=True) if file is None]
-    if missing:
-        raise UserError(
-            f"--images: {len(missing)} of {len(rows)} images are not in {str(folder)!r}, such as {missing[0]}; "
-            "fetch them"
-        )
+    require_all(missing, "--images", f"{len(rows)} images in {str(folder)!r}")
     return Labeled([file for file in files if file is not None], [labels for _, labels in rows])
 
 
@@ -125,7 +123,7 @@ def evaluate_multi_label(
     classes: Sequence[str],
     templates: Sequence[str],
     device: torch.device | str,
-    batch_size: int = 64,
+    batch_size: int = defaults.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Average precision of cosine similarity for each class.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from dreamlip_train.data.images import pillow_reads_known_formats, resize_center_crop
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.evaluation.classification.class_folders import class_folder
 from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.paper import zero_shot_rows
@@ -70,9 +71,9 @@ def evaluate_zero_shot(
     root: str,
     device: torch.device | str,
     *,
-    split: str = "test",
-    batch_size: int = 64,
-    workers: int = 2,
+    split: str = defaults.SPLIT,
+    batch_size: int = defaults.BATCH_SIZE,
+    workers: int = defaults.WORKERS,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
     distributed: bool = False,
     should_stop: Callable[[], bool] = lambda: False,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dreamlip_train.data.images import resize_center_crop
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.evaluation.compositional.sets import SETS, Case, Picture, symmetric_relations
 from dreamlip_train.evaluation.features import eval_mode, require_finite
 from dreamlip_train.evaluation.pictures import read_picture
@@ -23,7 +24,12 @@ _FEWEST = 25  # cases of a pair of attributes that count in ARO's mean
 
 
 def evaluate_cases(
-    model: DreamLIP, name: str, cases: Sequence[Case], device: torch.device | str, *, batch_size: int = 64
+    model: DreamLIP,
+    name: str,
+    cases: Sequence[Case],
+    device: torch.device | str,
+    *,
+    batch_size: int = defaults.BATCH_SIZE,
 ) -> dict[str, Any]:
     """The set's own scores, in percent.
 

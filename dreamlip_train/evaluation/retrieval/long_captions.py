@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamlip_train.captions.columns import split_sub_captions
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.retrieval.long_caption_sets import LongCaptionSet, rejoin
 from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
@@ -22,7 +23,7 @@ _LABELS = {
 
 
 def evaluate_long_captions(
-    model: DreamLIP, captioned: LongCaptionSet, device: torch.device | str, *, batch_size: int = 64
+    model: DreamLIP, captioned: LongCaptionSet, device: torch.device | str, *, batch_size: int = defaults.BATCH_SIZE
 ) -> dict[str, Any]:
     """Recall at 1, 5 and 10 both ways, for each reading of the captions.
 

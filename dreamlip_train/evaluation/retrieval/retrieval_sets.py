@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.pictures import model_picture
 from dreamlip_train.evaluation.retrieval.recall import retrieval, retrieval_chance
+from dreamlip_train.evaluation.set_files import require_all
 from dreamlip_train.jobs.atomic_json import read_json
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
@@ -42,7 +44,7 @@ class RetrievalItem:
         return model_picture(Path(self.name) if self.data is None else self.data, size, "--images", self.name)
 
 
-def read_set(annotations: str | Path, images: str | Path = "", split: str = "test") -> Iterator[RetrievalItem]:
+def read_set(annotations: str | Path, images: str | Path = "", split: str = defaults.SPLIT) -> Iterator[RetrievalItem]:
     """The images of a retrieval set, with all their captions; the layout is recognized.
 
     Args:
@@ -76,11 +78,7 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = "tes
             f'("images" with "sentences") nor COCO\'s ("images" and "annotations"): {error!r}'
         ) from error
     missing = [pictured.name for pictured in items if not Path(pictured.name).is_file()]
-    if missing:
-        raise UserError(
-            f"--images: {len(missing)} of {len(items)} images are not there, such as {missing[0]}; fetch them, "
-            "since recall over a part is another number"
-        )
+    require_all(missing, "--images", f"{len(items)} images")
     return iter(items)
 
 
@@ -145,8 +143,8 @@ def evaluate_retrieval(
     pictured: Iterator[RetrievalItem],
     device: torch.device | str,
     *,
-    captions_per_image: int = 5,
-    batch_size: int = 64,
+    captions_per_image: int = defaults.CAPTIONS_PER_IMAGE,
+    batch_size: int = defaults.BATCH_SIZE,
 ) -> dict[str, Any]:
     """Recall at 1, 5 and 10 both ways; an image counts when any of its captions is among its k nearest.
 

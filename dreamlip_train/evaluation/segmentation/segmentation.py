@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from dreamlip_train.evaluation import defaults
 from dreamlip_train.evaluation.classification.class_prompts import class_features
 from dreamlip_train.evaluation.features import eval_mode
 from dreamlip_train.evaluation.pictures import read_picture
@@ -34,7 +35,9 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 @torch.no_grad()
-def similarity_map(model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: int, batch_size: int = 16) -> Tensor:
+def similarity_map(
+    model: DreamLIP, image: Tensor, text_CD: Tensor, *, stride: int, batch_size: int = defaults.WINDOWS
+) -> Tensor:
     """Cosine similarity of every pixel's patch and every class, windows averaged where they overlap:
     [C, H, W] of an image [3, H, W] uint8.
 
@@ -106,10 +109,10 @@ def evaluate_segmentation(
     templates: Sequence[str],
     device: torch.device | str,
     *,
-    batch_size: int = 16,
-    resize: int = 0,
-    stride: int = 0,
-    background_threshold: float = 0.5,
+    batch_size: int = defaults.WINDOWS,
+    resize: int = defaults.RESIZE,
+    stride: int = defaults.STRIDE,
+    background_threshold: float = defaults.BACKGROUND_THRESHOLD,
 ) -> dict[str, Any]:
     """mIoU of ``predict`` over the pairs.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from dreamlip_train.data.images import ImageError, decode_labels
 from dreamlip_train.evaluation.classification.class_prompts import read_classes
+from dreamlip_train.evaluation.set_files import require_all
 from dreamlip_train.jobs.user_error import UserError
 
 IGNORED = -1
@@ -141,11 +142,7 @@ def read_segmentation(root: str | Path, layout: SetFiles) -> list[Segmented]:
         raise UserError(f"--root: no label map *{layout.label_end} in {str(root / (layout.split or layout.labels))!r}")
     pairs = [Segmented(images / (stem + layout.image_end), labels / (stem + layout.label_end)) for stem in stems]
     missing = [path for pair in pairs for path in (pair.image, pair.labels) if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"--root: {len(missing)} files of {len(pairs)} images are not there, such as {missing[0]}; "
-            "mIoU over a part is another number"
-        )
+    require_all(missing, "--root", f"{2 * len(pairs)} files")
     return pairs
 
 

@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_named(lists, tmp_path):
     with pytest.raises(ValueError, match="line 5: the label '2' is not among the 2 classes"):
         read_labels(lists / "numbered.txt", classes[:2], lists / "imgs")
     (lists / "imgs" / "test" / "0003.jpg").unlink()
-    with pytest.raises(ValueError, match="1 of 12 images are not in .*, such as test/0003"):
+    with pytest.raises(ValueError, match="1 of 12 images in .* are not there, such as test/0003"):
         read_labels(lists / "annots.txt", classes, lists / "imgs")
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
     with pytest.raises(ValueError, match="has 'a' twice"):

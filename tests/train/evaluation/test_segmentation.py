@@ -284,7 +284,7 @@ def test_what_is_wrong_with_a_set_is_named(tmp_path):
     with pytest.raises(ValueError, match="its mode is RGB"):
         read_label_map(tmp_path / "labels" / "b.png", THREE)
     (tmp_path / "images" / "a.jpg").unlink()
-    with pytest.raises(ValueError, match="1 files of 2 images are not there, such as .*a.jpg"):
+    with pytest.raises(ValueError, match="1 of 4 files are not there, such as .*a.jpg"):
         read_segmentation(tmp_path, THREE)
     with pytest.raises(ValueError, match="--resize, --stride: got 16 and 16; windows have 32 pixels"):
         evaluate_segmentation(ByColor(), pairs, THREE, ("{c}",), "cpu", resize=16, stride=16)
