@@ -1,5 +1,6 @@
-"""Every relative link of the Markdown pages leads to a file, every anchor to a heading, and prose keeps to 120 columns:
-``python docs/check_pages.py``. Tables, code blocks and lines with a URL may be wider.
+"""Every relative link of the Markdown pages leads to a file, every anchor to a heading, prose keeps to 120 columns, and
+its sentences have 22 words on average at most: ``python docs/check_pages.py``. Tables, code blocks and lines with a URL
+may be wider.
 """
 
 import re
@@ -50,10 +51,26 @@ def wide_lines(page: Path) -> list[str]:
     ]
 
 
+def sentences(page: Path) -> list[str]:
+    """A page's sentences, tables and headings left out; code in a line is one word."""
+    lines = [line for line in prose(page).split("\n") if not line.startswith(("|", "#", "    "))]
+    text = re.sub(r"^ *([-*]|\d+\.) ", "\n\n", "\n".join(lines), flags=re.MULTILINE)
+    words = re.sub(r"`[^`]*`|<[^>]*>", "X", LINK.sub("X", text))
+    parts = [part for paragraph in words.split("\n\n") for part in re.split(r"(?<=[.!?:])\s+(?=[A-Z(*])", paragraph)]
+    return [part for part in parts if len(part.split()) > 2]
+
+
+def long_sentences(page: Path) -> list[str]:
+    """A page whose sentences are long on average."""
+    lengths = [len(sentence.split()) for sentence in sentences(page)]
+    average = sum(lengths) / max(1, len(lengths))
+    return [f"{page.relative_to(ROOT)}: {average:.1f} words a sentence, 22 at most"] if average > 22 else []
+
+
 def main() -> None:
     """Print what is wrong and exit with 1, or print how many pages are right."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")]
-    wrong = [fault for page in pages for fault in (*faults(page), *wide_lines(page))]
+    wrong = [fault for page in pages for fault in (*faults(page), *wide_lines(page), *long_sentences(page))]
     if wrong:
         sys.exit("\n".join(wrong))
     print(f"{len(pages)} pages, every link leads somewhere, no prose over 120 columns")
