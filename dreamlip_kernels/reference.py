@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 def bidirectional_logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor | float, y_mask: Tensor | None = None, x_mask: Tensor | None = None
+    x: Tensor, y: Tensor, scale: Tensor | float, *, x_mask: Tensor | None = None, y_mask: Tensor | None = None
 ):
     """Row and column log-sum-exp of ``z = scale * einsum("md,kcd->kmc", x, y)``, eq. 1-2.
 
-    x [M,D], y [K,C,D], y_mask [K,C] and x_mask [M] bool (False drops the column or row:
+    x [M,D], y [K,C,D], x_mask [M] and y_mask [K,C] bool (False drops the column or row:
     its logits are -inf) -> row [K,M], col [K,C].
     """
     z = scale * torch.einsum("md,kcd->kmc", x, y)

@@ -33,7 +33,7 @@ def test_bidirectional_logsumexp_against_loops():
     x, text, _, mask = random_case()
     y, y_mask = text.transpose(0, 1), mask.T
     x_mask = torch.tensor([True, False, True, True, True])
-    row, col = reference.bidirectional_logsumexp(x, y, 1.7, y_mask, x_mask)
+    row, col = reference.bidirectional_logsumexp(x, y, 1.7, x_mask=x_mask, y_mask=y_mask)
     for k in range(3):
         for i in range(5):
             expected = lse([1.7 * x[i] @ y[k, j] for j in range(5) if y_mask[k, j] and x_mask[i]])

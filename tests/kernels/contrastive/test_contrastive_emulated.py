@@ -65,7 +65,9 @@ def close(op, oracle, make, rounded=None):
 
 def both(**masks):
     op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, backend="cuda", **masks)  # noqa: E731
-    return op, lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))
+    return op, lambda x, y, s: reference.bidirectional_logsumexp(
+        x, y, s, x_mask=masks.get("x_mask"), y_mask=masks.get("y_mask")
+    )
 
 
 def pairs(m, c, k, d, dtype, scale):

@@ -40,8 +40,8 @@ def products_made(monkeypatch):
     return made
 
 
-def logsumexp_of(y_mask=None, x_mask=None):
-    return lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, y_mask=y_mask, x_mask=x_mask, backend="torch")
+def logsumexp_of(**masks):
+    return lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, backend="torch", **masks)
 
 
 @pytest.mark.parametrize("scale", [0.0, 14.3, -60.0, 70.0, 100.0])
@@ -49,16 +49,17 @@ def logsumexp_of(y_mask=None, x_mask=None):
 def test_kept_pairs_are_as_right_as_pairs_computed_again(small_tiles, monkeypatch, scale, masked):
     x, y = clip_like(37, 3, 16)
     gen = torch.Generator().manual_seed(1)
-    masks = [torch.rand(3, 37, generator=gen) > 0.4, torch.rand(37, generator=gen) > 0.3] if masked else [None, None]
+    y_mask, x_mask = torch.rand(3, 37, generator=gen) > 0.4, torch.rand(37, generator=gen) > 0.3
+    masks = dict(x_mask=x_mask, y_mask=y_mask) if masked else {}
     inputs = (x, y.transpose(0, 1), torch.tensor(scale))
     got, low, gold = three_ways(
-        logsumexp_of(*masks), lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, *masks), inputs
+        logsumexp_of(**masks), lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, **masks), inputs
     )
     if scale == 0:  # dx and dy are exactly 0 there
         got, low, gold = ([v[i] for i in (0, 1, 4)] for v in (got, low, gold))
     assert_no_worse_than_torch("kept", got, low, gold)
     monkeypatch.setattr(settings, "workspace_bytes", 2**10)
-    again = value_and_grads(logsumexp_of(*masks), inputs)
+    again = value_and_grads(logsumexp_of(**masks), inputs)
     assert_no_worse_than_torch("again", [again[i] for i in (0, 1, 4)] if scale == 0 else again, low, gold)
 
 
@@ -97,8 +98,8 @@ def test_sums_out_of_range_are_computed_again(small_tiles, case):
     if case == "a whole slot masked":
         y_mask = torch.tensor([[True], [False]]).expand(2, 24)
     inputs = (x, y, torch.tensor(scale))
-    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, y_mask)  # noqa: E731
-    assert_no_worse_than_torch(case, *three_ways(logsumexp_of(y_mask), oracle, inputs))
+    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, y_mask=y_mask)  # noqa: E731
+    assert_no_worse_than_torch(case, *three_ways(logsumexp_of(y_mask=y_mask), oracle, inputs))
 
 
 def test_backward_twice_gives_the_same_bits():

@@ -39,8 +39,9 @@ def test_logsumexp_masks(small_tiles, masked):
         y_mask[1] = False
     if masked == "all":
         y_mask[:] = False
-    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, y_mask=y_mask, x_mask=x_mask)  # noqa: E731
-    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, y_mask, x_mask)  # noqa: E731
+    masks = dict(x_mask=x_mask, y_mask=y_mask)
+    op = lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, **masks)  # noqa: E731
+    oracle = lambda x, y, s: reference.bidirectional_logsumexp(x, y, s, **masks)  # noqa: E731
     if masked == "all":
         row, col, *grads = value_and_grads(op, (x, y, s))
         assert torch.isneginf(row).all() and torch.isneginf(col).all()

@@ -26,7 +26,7 @@ def compare(make, scale, op=None, **masks):
     op = op or (lambda x, y, s: dk.bidirectional_logsumexp(x, y, s, backend="triton", **masks))
 
     def oracle(x, y, s):
-        return reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))
+        return reference.bidirectional_logsumexp(x, y, s, x_mask=masks.get("x_mask"), y_mask=masks.get("y_mask"))
 
     close("row, col, dx, dy, dscale", op, oracle, [(*make(seed), torch.tensor(scale)) for seed in range(4)])
 

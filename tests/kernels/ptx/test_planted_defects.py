@@ -49,7 +49,13 @@ def problem():
     gen = torch.Generator().manual_seed(1)
     y_mask, x_mask = torch.rand(K, C, generator=gen) > 0.3, torch.rand(M, generator=gen) > 0.3
     x, y = x[:M], y.transpose(0, 1)
-    return x, y, y_mask, x_mask, reference.bidirectional_logsumexp(x.double(), y.double(), SCALE, y_mask, x_mask)
+    return (
+        x,
+        y,
+        y_mask,
+        x_mask,
+        reference.bidirectional_logsumexp(x.double(), y.double(), SCALE, x_mask=x_mask, y_mask=y_mask),
+    )
 
 
 def error(problem, capability, mutate=None, schedule=TOGETHER):

@@ -29,7 +29,7 @@ def results(x, y, scale=14.3, backend="torch", needs=(True, True), **masks):
 def gold(x, y, scale=14.3, **masks):
     """The same by the oracle, in float64."""
     inputs = [v.detach().double().requires_grad_() for v in (x, y)]
-    outs = reference.bidirectional_logsumexp(*inputs, scale, masks.get("y_mask"), masks.get("x_mask"))
+    outs = reference.bidirectional_logsumexp(*inputs, scale, x_mask=masks.get("x_mask"), y_mask=masks.get("y_mask"))
     gen = torch.Generator().manual_seed(3)
     upstream = [torch.rand(o.shape, generator=gen).to(o) for o in outs]
     return [*(o.detach() for o in outs), *torch.autograd.grad(outs, inputs, upstream)]

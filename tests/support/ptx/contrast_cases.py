@@ -49,7 +49,7 @@ def check(kind, backend, x, y, scale, **masks):
         return dk.bidirectional_logsumexp(x, y, s, backend=backend, **masks)
 
     def oracle(x, y, s):
-        return reference.bidirectional_logsumexp(x, y, s, masks.get("y_mask"), masks.get("x_mask"))
+        return reference.bidirectional_logsumexp(x, y, s, x_mask=masks.get("x_mask"), y_mask=masks.get("y_mask"))
 
     got = value_and_grads(op, (x, y, torch.tensor(scale)))
     x, y, s = (rounded(kind, v) for v in (x, y, torch.tensor(scale)))
