@@ -7,7 +7,6 @@ kept and others resume.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -24,7 +23,7 @@ import torch
 from dreamlip_train.ablation.grid import CLAIMS, LONG, RAW, SHORT, VARIANTS, Variant, config_of
 from dreamlip_train.ablation.options import AblationOptions
 from dreamlip_train.config.toml import format_config
-from dreamlip_train.jobs.atomic_json import write_json
+from dreamlip_train.jobs.atomic_json import read_json, write_json
 from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import RunError, UserError
 
@@ -105,7 +104,7 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
     """Results of other settings must not meet in one table."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    if path.is_file() and (old := json.loads(path.read_text())) != settings:
+    if path.is_file() and (old := read_json(path)) != settings:
         changed = ", ".join(f"{name}={old.get(name)}" for name in settings if old.get(name) != settings[name])
         raise UserError(
             f"--output: {str(folder)!r} holds an ablation with {changed}; give those settings or another folder"
@@ -167,7 +166,7 @@ def _scores(run: Path) -> dict[str, Any]:
     """The run's SCORES and their chance levels, computed once and kept in the run folder."""
     path = run / "ablation.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        return read_json(path)
     from dreamlip_train.checkpoint.weights import load_for_eval
     from dreamlip_train.evaluation.held_out import evaluate
 
@@ -192,7 +191,7 @@ def _scores(run: Path) -> dict[str, Any]:
     recall("sentence", report["retrieval"]["sentence"])
     for name in ("mass_inside", "pointing", "miou"):
         scores[name], chance[name] = (report["localization"][name][part] for part in ("value", "chance"))
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     scores["steps_per_s"] = summary["steps"] / summary["seconds"]
     result = {"scores": scores, "chance": chance}
     write_json(path, result)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlip_train.jobs.atomic_file import atomic_write
-from dreamlip_train.jobs.atomic_json import parse_json
+from dreamlip_train.jobs.atomic_json import parse_json, read_json
 from dreamlip_train.jobs.user_error import UserError
 
 MANIFEST = "manifest.json"
@@ -58,7 +58,7 @@ def newest(folder: Path) -> Path | None:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """{"step", "world_size", "global_batch_size", "data", "files": {name: {"bytes", "sha256"}}, ..}."""
-    return json.loads((checkpoint / MANIFEST).read_bytes())
+    return read_json(checkpoint / MANIFEST)
 
 
 def problem_of(checkpoint: Path) -> str | None:

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
 
 _BEAT_SECONDS = 5.0
@@ -68,7 +69,7 @@ class FolderLock:
         """{"host", "pid"} of who holds or held it; empty after a clean end."""
         self.file.seek(0)
         try:
-            content = json.loads(self.file.read())
+            content = parse_json(self.file.read())
             return {"host": content["host"], "pid": content["pid"]}
         except (ValueError, KeyError, TypeError):
             return {}

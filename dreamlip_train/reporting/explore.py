@@ -24,6 +24,7 @@ from dreamlip_train.config.schema import DataConfig, Normalization
 from dreamlip_train.data.images import ImageError, decode_image, resize_center_crop
 from dreamlip_train.data.validation import val_samples
 from dreamlip_train.evaluation.features import eval_mode, sub_caption_weights
+from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
 
@@ -237,8 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json_body(self) -> dict[str, Any]:
         try:
-            asked = json.loads(self._body("application/json"))
-        except (ValueError, RecursionError) as error:
+            asked = parse_json(self._body("application/json"))
+        except ValueError as error:
             raise _Refused(400, "that is no JSON") from error
         if not isinstance(asked, dict):
             raise _Refused(400, "send a JSON object")

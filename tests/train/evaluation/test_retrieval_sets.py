@@ -133,6 +133,7 @@ def broken_layouts(layouts, tmp_path):
     (tmp_path / "orphan.json").write_text(json.dumps(coco))
     (tmp_path / "other.json").write_text('{"data": []}')
     (tmp_path / "cut.json").write_text('{"images": [')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (images / "val2014" / "0003.jpg").unlink()
     return {
         "missing image": ((annotations, images), "--images: 1 of 24 images are not there, such as .*0003.jpg"),
@@ -144,12 +145,13 @@ def broken_layouts(layouts, tmp_path):
         ),
         "other json": ((tmp_path / "other.json", images), "is neither Karpathy's json"),
         "cut json": ((tmp_path / "cut.json", images), "can't be read as json"),
+        "deep json": ((tmp_path / "deep.json", images), "can't be read as json: its JSON is nested too deep"),
         "no tar": ((tmp_path / "wds", "", "val"), "has no .tar files"),
     }
 
 
 @pytest.mark.parametrize(
-    "problem", ["missing image", "no folder", "split", "orphan", "other json", "cut json", "no tar"]
+    "problem", ["missing image", "no folder", "split", "orphan", "other json", "cut json", "deep json", "no tar"]
 )
 def test_what_is_wrong_with_a_set_is_named(layouts, tmp_path, problem):
     arguments, message = broken_layouts(layouts, tmp_path)[problem]
