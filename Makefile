@@ -26,9 +26,10 @@ demo: install-train
 	$(BIN)/dreamlip-train prepare folder --captions $(DEMO)/scenes/val/captions.csv --images $(DEMO)/scenes/val/images --masks $(DEMO)/scenes/val/masks --output $(DEMO)/shards/val
 	$(BIN)/dreamlip-train train demo --run-dir $(or $(DEMO_RUN),runs/demo) --data.shards $(DEMO)/shards/train --data.val-shards $(DEMO)/shards/val $(DEMO_FLAGS)
 
-# Two processes of one thread each: tests wait a lot, and two that both use all cores would slow each other many times over.
+# Three processes of one thread each for two cores: tests wait for children, servers and disks a quarter of their time,
+# and processes that each use all cores would slow one another many times over.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pip install -q -c constraints.txt accelerate datasets lightning pandas sentence-transformers  # the integrations extra

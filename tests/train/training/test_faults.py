@@ -44,9 +44,9 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("kills, data", [(5, "mixture"), pytest.param(20, "one set", marks=pytest.mark.slow)])
 def test_killed_again_and_again_the_losses_are_those_of_the_undisturbed_run_to_the_bit(tmp_path, kills, data):
-    command = [sys.executable, str(SUPPORT / "killed.py"), str(tmp_path), str(kills), str(time.time_ns()), data]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    command = [SUPPORT / "killed.py", tmp_path, kills, time.time_ns(), data]
+    process = Command(command, tmp_path / "printed.txt")
+    assert process.wait(280) == 0, f"{command}\n{process.text()[-3000:]}"
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert len(facts["whole"]) == facts["steps"] and max(map(len, facts["killed"].values())) > 1, (
         "no step was ever repeated"
@@ -96,25 +96,22 @@ def test_a_signal_to_the_process_group_saves_the_step_and_exits_with_0(long_run,
 
 def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(long_run, tmp_path):
     """As the kernel does when memory runs out. torch's handler raises wherever the training process happens to be."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *long_run(tmp_path)], env=clean_environment(), stderr=subprocess.PIPE
-    )
+    process = Command(long_run(tmp_path)[1:], tmp_path / "printed.txt")
     wait_for_step(tmp_path, 3, process)
     # Again and again: a worker that has handed over the last batch of its epoch is missed by nobody.
     deadline = time.time() + 60
     while process.poll() is None and time.time() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children():
-                if "dreamlip_train" in " ".join(child.cmdline()):
+                if "resource_tracker" not in " ".join(child.cmdline()):
                     child.kill()
         time.sleep(0.2)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2, said.decode()[-2000:]
+    assert process.wait() == 2, process.text()[-2000:]
     assert re.search(
         r"data.num_workers: DataLoader worker (\(pid.*\d+|is gone in the middle of a batch).*lower data.num_workers "
         r"or data.shuffle_buffer",
-        said.decode(),
-    ), said.decode()[-2000:]
+        process.text(),
+    ), process.text()[-2000:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
