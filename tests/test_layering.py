@@ -122,6 +122,12 @@ def test_the_trainer_uses_public_names_of_the_kernels(path):
         )
 
 
+@pytest.mark.parametrize("folder", ["kernels", "support/kernels", "support/ptx"])
+def test_the_kernels_are_tested_without_the_trainer(folder):
+    for path in (ROOT / "tests" / folder).rglob("*.py"):
+        assert not {name for name in imports(path) if name.split(".")[0] == "dreamlip_train"}, path.name
+
+
 @each_folder
 def test_a_folder_has_at_most_12_python_files(folder):
     """What has more gets rooms."""
