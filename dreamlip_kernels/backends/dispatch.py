@@ -209,7 +209,7 @@ _plan._dynamo_marked_constant = True
 
 
 def _qualify_now(device: torch.device) -> None:
-    """In a process of its own, once; whatever comes of it, this process goes on."""
+    """In a process of its own, once; whatever comes of it, this process continues."""
     if ("first-use", str(device)) in _announced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return
     _announced.add(("first-use", str(device)))

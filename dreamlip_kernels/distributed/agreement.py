@@ -72,7 +72,7 @@ def check_agreement(
     ranks chose that one, else "torch".
 
     Ranks choose by the verdicts on their own machines: one that has none decides for all.
-    How often ranks compare is said above; while a CUDA graph is captured they don't. Under torch.compile they compare
+    How often ranks compare stands above; while a CUDA graph is captured they don't. Under torch.compile they compare
     when the graph runs, in an op that ``scale`` goes through so that it comes before what multiplies by it; each keeps
     the backend that it was compiled with.
     """

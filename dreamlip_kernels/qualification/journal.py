@@ -1,4 +1,4 @@
-"""The answers of a qualification under way, on disk after each one: one that is killed goes on from there."""
+"""The answers of a qualification under way, on disk after each one: one that is killed resumes from there."""
 
 from __future__ import annotations
 

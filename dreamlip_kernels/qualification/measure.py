@@ -3,7 +3,7 @@
 correctness of every op, backend and dtype class, in processes side by side -> speed of what is right,
 one after another -> a verdict on disk
 
-Each answer goes into a journal first: a qualification that is killed goes on from there.
+Each answer goes into a journal first: a qualification that is killed resumes from there.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def qualify(
     and return it.
 
     Correctness first: ragged sizes, masks, every dtype and scale, forward and backward, against float64,
-    with at most twice the error of eager code; three runs equal to the bit; no write beyond a buffer;
+    with at most twice the error of eager code; three bit-exact runs; no write beyond a buffer;
     captured in a CUDA graph. Then speed against torch code. All of it runs in child processes:
-    a crash, a hang or a lack of memory there is a verdict, and this process goes on.
+    a crash, a hang or a lack of memory there is a verdict, and this process continues.
     One process of a machine works at a time; one that is killed leaves what it has answered so far to the next.
     docs/backends.md.
 

@@ -116,7 +116,7 @@ def _begin_again(run_dir: Path) -> list[str]:
 
 
 def restore_quarantine(checkpoint: Path, run_dir: Path) -> None:
-    """Add what the checkpoint's run had left out to the run folder's quarantine.jsonl, so that its epoch goes on with
+    """Add what the checkpoint's run had left out to the run folder's quarantine.jsonl, so that its epoch continues with
     the same samples. Collective.
     """
 

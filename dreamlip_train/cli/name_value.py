@@ -24,7 +24,7 @@ def _table(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
         for word in words:
             name, equals, value = word.partition("=")
             if not name or not equals or name in table:
-                raise ValueError(f"got {word!r}; " + ("it is said twice" if name in table else "write NAME=VALUE"))
+                raise ValueError(f"got {word!r}; " + ("it is given twice" if name in table else "write NAME=VALUE"))
             table[name] = kind(value)
         return table
 

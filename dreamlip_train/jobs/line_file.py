@@ -59,8 +59,8 @@ class LineFile:
         except OSError as error:
             if not self.failing:
                 self.say(
-                    f"{self.path} CAN'T BE WRITTEN: {error.strerror}. The program goes on and writes it when there is "
-                    "room"
+                    f"{self.path} CAN'T BE WRITTEN: {error.strerror}. The program continues and writes it when there "
+                    "is room"
                 )
             self.failing = OSError(error.errno, error.strerror)  # without the traceback and what it holds
             return

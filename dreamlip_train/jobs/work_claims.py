@@ -78,7 +78,7 @@ class Claims:
         return owner == self.owner or ended or age > self.stale_seconds
 
     def renew(self, name: str) -> None:
-        """Say that the work on ``name`` goes on."""
+        """Say that the work on ``name`` continues."""
         with contextlib.suppress(FileNotFoundError):  # taken over, done and released: both write the same
             os.utime(self._path(name))
 

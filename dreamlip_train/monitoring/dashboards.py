@@ -50,7 +50,7 @@ class TensorBoard:
             if not self.failing:
                 self.failing = True
                 self.say(
-                    f"{self.folder} CAN'T BE WRITTEN: {error.strerror}. Training goes on and writes it when there is "
+                    f"{self.folder} CAN'T BE WRITTEN: {error.strerror}. Training continues and writes it when there is "
                     "room"
                 )
             return

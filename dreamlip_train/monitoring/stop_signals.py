@@ -42,7 +42,7 @@ class StopRequest:
             self._first, self.name, self._since = number, signal.Signals(number).name, time.monotonic()
             _say(f"{self.name}: finishing the step and saving; the same signal again leaves now, without saving")
         elif number == self._first and time.monotonic() - self._since > _ECHO_SECONDS:
-            _say(f"{self.name} again: leaving now; the newest checkpoint is what the next run goes on from")
+            _say(f"{self.name} again: leaving now; the newest checkpoint is what the next run resumes from")
             os._exit(128 + number)
 
 

@@ -19,7 +19,7 @@ from dreamlip_train.jobs.user_error import RunError, UserError
 
 @dataclass(kw_only=True)
 class AllOptions(EvalOptions):
-    """Every benchmark below a folder; finished results are kept, so the same command goes on after a break."""
+    """Every benchmark below a folder; finished results are kept, so the same command resumes after a break."""
 
     command: ClassVar[str] = "all"
 
@@ -32,7 +32,7 @@ class AllOptions(EvalOptions):
 
 
 def all_(arguments: list[str], program: str) -> None:
-    """Every benchmark that lies below DIR, with the paper's rows beside; goes on where it stopped: RUN --root DIR"""
+    """Every benchmark that lies below DIR, with the paper's rows beside; resumes where it stopped: RUN --root DIR"""
     options = tyro.cli(AllOptions, args=arguments, prog=program)
     if options.batch_size < 1:
         raise UserError(f"--batch-size: got {options.batch_size}; give at least 1")
