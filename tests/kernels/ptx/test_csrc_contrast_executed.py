@@ -81,7 +81,7 @@ def test_any_order_of_warps(launch_on, kind, schedule):
         check(kind, "cuda", *features(kind, 140, 70, 1, 200), scale, **masks_of(140, 70, 1, "x, y"))
 
 
-@pytest.mark.parametrize("n, k, d, capability", cases({(64, 1, 128, 80)}, (64, 128), (1,), (128, 256, 512), (80, 90)))
+@pytest.mark.parametrize("n, k, d, capability", cases(set(), (64, 128), (1,), (256, 512), (80, 90)))
 def test_positives_carry_the_error_of_their_sums(monkeypatch, launch_on, n, k, d, capability):
     """Three TF32 products in sums that are cut 192 times: by positives from other products the scale's gradient erred
     by 3.7e-3, and by 6e-4 on an H100."""
