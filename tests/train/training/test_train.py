@@ -211,7 +211,6 @@ def launched(words: list[str], *arguments: str) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
-@pytest.mark.slow
 def test_the_deepspeed_launcher_goes_on_with_two_ranks(scenes, run, tmp_path):
     """The same words, the same global batch, on two ranks from the checkpoint of one."""
     again = tmp_path / "run"
