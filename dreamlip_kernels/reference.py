@@ -198,7 +198,9 @@ def subcaption_grouping_loss(
         over_texts, over_groups = _logsumexp(z, 2), _logsumexp(z, 1)
     else:
         keep = valid.reshape(-1)
-        row, col = bidirectional_logsumexp(group.reshape(-1, d), text.reshape(1, -1, d), logit_scale, keep[None], keep)
+        row, col = bidirectional_logsumexp(
+            group.reshape(-1, d), text.reshape(1, -1, d), logit_scale, x_mask=keep, y_mask=keep[None]
+        )
         over_texts, over_groups = row.reshape(n, k), col.reshape(n, k)
     pos = logit_scale * (group * text).sum(-1)
     t2v = torch.where(valid, over_groups - pos, 0)
