@@ -16,7 +16,13 @@ from torch import Tensor
 from dreamlip_train.config.schema import ModelConfig
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import TRAIN_ONLY, DreamLIP
-from dreamlip_train.model.image_tower import has_patches, size_of, why_no_patches
+from dreamlip_train.model.image_tower import (
+    has_class_token_attention,
+    has_patches,
+    keep_patches_apart,
+    size_of,
+    why_no_patches,
+)
 from dreamlip_train.model.open_clip_weights import fit_weights, load_open_clip_weights
 from dreamlip_train.model.tokenizer import CaptionTokenizer, HubTokenizer
 
@@ -45,6 +51,8 @@ def build_model(model: ModelConfig, seed: int, weights: dict[str, Tensor] | None
     text = settings["text_cfg"]
     tokenizer = _tokenizer(text, model.context_length)
     _check_towers(clip, model, tokenizer)
+    if model.patch_attention == "own":
+        keep_patches_apart(clip.visual)
     if weights is not None:
         fit_weights(clip, {k: v for k, v in weights.items() if k not in TRAIN_ONLY}, model.pretrained)
     elif model.pretrained:
@@ -128,6 +136,11 @@ def _check_towers(clip: Any, model: ModelConfig, tokenizer: CaptionTokenizer | H
         raise UserError(
             f"model.patch_projection: the image tower of {model.name!r} gives no patch tokens "
             f'({why_no_patches(visual)}); use "shared"'
+        )
+    if model.patch_attention == "own" and not has_class_token_attention(visual):
+        raise UserError(
+            f"model.patch_attention: the image tower of {model.name!r} has no class token of open_clip's own ViT, from "
+            'whose embedding the patches could be kept apart; use "full"'
         )
     height, width = size_of(visual)
     if height != width:

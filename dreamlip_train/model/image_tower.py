@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Tower = Any  # an image tower of open_clip, which has no types
 
@@ -42,6 +43,42 @@ def use_tokens(visual: Tower) -> None:
     """
     if isinstance(visual, VisionTransformer):
         visual.output_tokens = True
+
+
+class OwnValueAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention of x with itself in which the first token attends to all, and every other takes its own
+    value, as MaskCLIP's patches do (Zhou et al., 2022).
+
+    The parameters, and what the first token gets, are nn.MultiheadAttention's.
+    """
+
+    def forward(
+        self, x: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        q, k, v = (
+            F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            .unflatten(-1, (3, self.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        first = F.scaled_dot_product_attention(q[:, :, :1], k, v)
+        return self.out_proj(torch.cat([first, v[:, :, 1:]], dim=2).transpose(1, 2).flatten(2)), None
+
+
+def has_class_token_attention(visual: Tower) -> bool:
+    """Whether ``keep_patches_apart`` can be asked of the tower: its embedding is that of a class token, its last block
+    open_clip's plain one.
+    """
+    if not has_patches(visual) or not isinstance(visual, VisionTransformer) or visual.pool_type != "tok":
+        return False
+    block = visual.transformer.resblocks[-1]
+    return isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, nn.MultiheadAttention)
+
+
+def keep_patches_apart(visual: Tower) -> None:
+    """From now on patches take their own values in the last block. The class token, and so the image's embedding, is as
+    before: no later block could tell it.
+    """
+    visual.transformer.resblocks[-1].attn.__class__ = OwnValueAttention
 
 
 def size_of(visual: Tower) -> tuple[int, int]:

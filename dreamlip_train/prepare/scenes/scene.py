@@ -10,8 +10,10 @@ from PIL import Image
 
 from dreamlip_train.prepare.scenes import painting
 
-RADII = {"small": 12.5, "medium": 15.5, "large": 19.5}
-"""Object radius in pixels of a 96-pixel picture."""
+RADII = {"small": 14.0, "medium": 16.5, "large": 19.5}
+"""Object radius in pixels of a 96-pixel picture. Below 14 most crescents and stars fill half of a single one of the
+demo's 64 patches, or of none.
+"""
 PLACES = (
     "upper left",
     "upper middle",

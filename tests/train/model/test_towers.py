@@ -134,3 +134,30 @@ def test_weights_of_a_plain_clip_and_a_bias_fit_a_custom_text_tower():
     tokens = plain.tokenize(["a red star"])
     assert torch.equal(custom.encode_texts(tokens), plain.encode_texts(tokens))
     assert isinstance(custom.clip, open_clip.CustomTextCLIP)
+
+
+def test_patches_kept_apart_tell_of_their_own_place_and_leave_the_embedding_alone():
+    """A patch of a tower of one block is then a function of its own pixels."""
+    vision = {**TOWERS["vision_cfg"], "layers": 1}
+    settings = tiny_model(config={**TOWERS, "vision_cfg": vision})
+    full = build_model(settings, 0).eval()
+    settings.patch_attention = "own"
+    own = build_model(settings, 0).eval()
+    assert own.state_dict().keys() == full.state_dict().keys()
+    images = pictures(own, 2)
+    images[1, :, : own.image_size // 2] = images[0, :, : own.image_size // 2]  # the upper half is the same
+    with torch.no_grad():
+        embedding, patches = own.encode_images(images)
+        usual_embedding, usual_patches = full.encode_images(images)
+    torch.testing.assert_close(embedding, usual_embedding)
+    upper = patches.shape[1] // 2
+    torch.testing.assert_close(patches[0, :upper], patches[1, :upper])
+    assert (patches[:, upper:] - usual_patches[:, upper:]).abs().max() > 1e-3
+    assert (usual_patches[0, :upper] - usual_patches[1, :upper]).abs().max() > 1e-3
+
+
+def test_only_a_class_token_can_be_kept_apart_from_patches():
+    averaged = {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "pool_type": "avg"}}
+    for config in (averaged, FAMILIES["a timm ViT"]):
+        with pytest.raises(ValueError, match="model.patch_attention: .*'tiny' has no class token"):
+            build_model(tiny_model(config=config, patch_attention="own"), 0)
