@@ -25,6 +25,7 @@ from dreamlip_train.captions.table import Row, Table
 from dreamlip_train.data.images import decode_image, media_type
 from dreamlip_train.data.shards.manifest_writer import Manifest
 from dreamlip_train.data.shards.shard_writer import ShardWriter, json_member
+from dreamlip_train.data.shards.shards import MAX_MEMBER_BYTES
 from dreamlip_train.jobs.job_folder import job_folder, make_once
 from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.process_pool import map_bounded
@@ -215,9 +216,23 @@ class _RowWriter:
         """(path below the image folder, "" where it is in the table; the file's content)."""
         if isinstance(self.source, ImageIndex) and inside is None:
             path = self.source.find(image)
-            return path, (self.source.folder / path).read_bytes()
+            return path, _read_regular(self.source.folder / path)
         if isinstance(self.source, ParquetPictures):
             inside = self.source.read(number)
         if inside is None:
             raise LookupError("the row has no picture inside")
         return "", inside
+
+
+def _read_regular(file: Path) -> bytes:
+    """A file's content; a pipe would be waited for without end, and what no reader of shards reads is not written.
+
+    Raises:
+        LookupError: it is a pipe, a device or the like.  ValueError: it is larger than a member of a shard may be.
+    """
+    if not file.is_file():
+        raise LookupError(f"{file.name} is no regular file")
+    size = file.stat().st_size
+    if size > MAX_MEMBER_BYTES:
+        raise ValueError(f"{size:,} bytes are more than {MAX_MEMBER_BYTES:,}")
+    return file.read_bytes()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -178,6 +179,8 @@ def open_shard(shard: str) -> IO[bytes] | Any:
     """
     scheme = scheme_of(shard)
     if scheme == "file":
+        if stat.S_ISFIFO(os.stat(shard).st_mode):  # it would be waited for without end
+            raise OSError("it is a named pipe; 'pipe:cat PATH' reads one")
         return open(shard, "rb")
     if scheme == "http":
         return Pipe([*_CURL, shard], mode="rb", stdin=subprocess.DEVNULL, ignore_status=list(_STOPPED_READING))

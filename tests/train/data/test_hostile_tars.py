@@ -71,3 +71,9 @@ def test_what_a_sample_holds_together_is_capped(tmp_path):
     first, good, _ = read_shard(path, 600)
     assert [isinstance(first[str(i)], Oversized) for i in range(6)] == [False, False, True, True, True, True]
     assert good["key"] == "good" and isinstance(good["jpg"], Oversized) and good["json"]
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(ShardError, match="named pipe"):
+        list(read_shard(tmp_path / "0.tar"))

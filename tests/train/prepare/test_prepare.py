@@ -54,6 +54,17 @@ def members(shard):
         return {m.name: tar.extractfile(m).read() for m in tar}
 
 
+def test_what_is_no_picture_file_is_not_waited_for_and_not_read(images, tmp_path):
+    """A named pipe was read for ever, and a file of any size into memory."""
+    os.mkfifo(images / "pipe.jpg")
+    (images / "giant.jpg").touch()
+    os.truncate(images / "giant.jpg", 2**40)
+    captions = table(tmp_path, [row(name) for name in ("0.jpg", "pipe.jpg", "giant.jpg")])
+    bad = prepare_folder(captions, images, tmp_path / "out")["bad"]
+    assert "pipe.jpg is no regular file" in bad["image not found"]["examples"][0]
+    assert "1,099,511,627,776 bytes are more than" in bad["damaged image"]["examples"][0]
+
+
 def test_real_photographs_from_table_to_batch(tmp_path):
     captions, photos = write_photos(tmp_path / "in")
     manifest = prepare_folder(captions, photos, tmp_path / "out", count_tokens=count_tokens)
