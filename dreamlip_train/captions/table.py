@@ -92,7 +92,9 @@ class Table:
         with open_text(self.path) as file:
             header: list[str] = []
             records = CsvRecords(
-                file, delimiter, lambda cells: len(cells) == len(header) and _names_a_picture(cells, image)
+                file,
+                delimiter,
+                lambda cells: bool(header) and len(cells) == len(header) and _names_a_picture(cells, image),
             )
             number = image = 0
             for _, cells, wrong in records:

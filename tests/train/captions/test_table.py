@@ -96,6 +96,14 @@ def test_captions_of_several_lines_with_commas_are_whole(tmp_path):
     assert [r["longSV_captions"] for _, r, _ in Table(path)] == [caption, row(2)["longSV_captions"]]
 
 
+def test_a_header_with_a_stray_quote_is_a_message(tmp_path):
+    """Each line after it was compared with a header that was not there yet."""
+    path = tmp_path / "t.csv"
+    path.write_text('"Image Path,raw_caption\n\n0.jpg,a\n"')
+    with pytest.raises(UserError, match="--captions: .* needs the column 'Image Path'"):
+        list(Table(path))
+
+
 def test_a_quote_that_is_never_closed_ends_with_its_line(tmp_path):
     path = tmp_path / "t.csv"
     body = "".join(f"http://x.org/{i}.jpg,raw {i},s,A ball.\n" for i in range(3000))
