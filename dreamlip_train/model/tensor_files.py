@@ -1,14 +1,20 @@
-"""Weight files that strangers made: what is read of one is no larger than the file lets expect, and plain numbers."""
+"""Weight files: what is read of a stranger's is no larger than the file lets expect, and plain numbers; and a disk that
+is full is said in our words, whatever the libraries that write make of it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dreamlip_train.jobs.user_error import RunError
 
 FREE_BYTES = 64 * 2**20
 _MOST_RATIO = 50  # weights hardly compress
@@ -40,3 +46,41 @@ def require_plain(state: Mapping[Any, Any]) -> None:
             raise ValueError(f"{name!r} is no dense tensor of real numbers ({kind})")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{name!r} has the shape {tuple(value.shape)}, and fewer numbers in the file")
+
+
+def save_tensors(content: Any, path: Path) -> None:
+    """``torch.save``.
+
+    Raises:
+        RunError: the file can't be written.
+    """
+    with _writing(path):
+        torch.save(content, path)
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' ``save_file``.
+
+    Raises:
+        RunError: the file can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with _writing(path):
+        try:
+            save_file(tensors, path, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free / 1e9
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"--output: {str(path)!r} can't be written: {reason} ({free:.2f} GB free); make room, or give another place"
+        ) from error

@@ -14,7 +14,8 @@ import torch
 from dreamlip_train.checkpoint.files import refuse_foreign_pickles
 from dreamlip_train.checkpoint.interoperability.import_weights import import_weights
 from dreamlip_train.checkpoint.weights import load_for_eval
-from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.jobs.user_error import RunError, UserError
+from dreamlip_train.model.tensor_files import save_safetensors, save_tensors
 
 MODEL = "ViT-B-32-quickgelu"
 
@@ -154,6 +155,18 @@ def test_headers_of_safetensors_that_lie_are_messages(tmp_path):
     for path in paths:
         with pytest.raises(UserError, match=path.name):
             import_weights(path, tmp_path / "out.pt", MODEL)
+
+
+@pytest.mark.parametrize("save", [save_tensors, save_safetensors])
+def test_a_full_disk_is_said_whatever_the_library_makes_of_it(save, tmp_path):
+    """torch raises a RuntimeError for it, and safetensors an error of its own: `export` ended with a traceback."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(RunError, match=r"--output: .*x.pt' can't be written: .* GB free.; make room"):
+            save({"w": torch.zeros(100_000)}, tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 class Runs:

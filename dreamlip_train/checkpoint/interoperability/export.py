@@ -38,6 +38,7 @@ from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.open_clip_weights import open_clip_state_dict
+from dreamlip_train.model.tensor_files import save_safetensors, save_tensors
 
 Format = Literal["open_clip-file", "open_clip-dir", "hf-dir", "hub"]
 _TOLERANCE = 1e-5
@@ -138,12 +139,10 @@ def model_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def _write_file(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
-    torch.save({"state_dict": open_clip_state_dict(model)}, path)
+    save_tensors({"state_dict": open_clip_state_dict(model)}, path)
 
 
 def _write_open_clip_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
-
     path.mkdir(exist_ok=True)
     preprocess = {
         "mean": model.image_mean.flatten().tolist(),
@@ -152,21 +151,19 @@ def _write_open_clip_dir(model: DreamLIP, settings: dict[str, Any], path: Path) 
         "resize_mode": "shortest",
     }
     write_json(path / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": preprocess})
-    save_file(
+    save_safetensors(
         {name: value.contiguous() for name, value in open_clip_state_dict(model).items()},
         path / "open_clip_model.safetensors",
     )
 
 
 def _write_hf_dir(model: DreamLIP, settings: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
-
     config, weights = clip_config(settings), clip_state_dict(open_clip_state_dict(model))
     path.mkdir(exist_ok=True)
     write_json(path / "config.json", config)
     write_json(path / "preprocessor_config.json", processor_config(model.image_size))
     write_tokenizer(path, model.context_length)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    save_safetensors(weights, path / "model.safetensors", {"format": "pt"})
 
 
 def _write_hub(

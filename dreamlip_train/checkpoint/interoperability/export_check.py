@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dreamlip_train.jobs.user_error import RunError
 
 # Imported once by the server that forks the fresh processes: transformers loads what it is asked for late.
 _LIBRARIES = [
@@ -21,6 +24,7 @@ _LIBRARIES = [
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.tokenization_clip",
 ]
+
 PROBE_TEXTS = (
     "a photo of a dog",
     "Two RED cars, isn't it? 12,000 trees",
@@ -50,7 +54,13 @@ def consumer_features(path: Path, to: str, name: str, size: int) -> tuple[np.nda
     context.set_forkserver_preload(_LIBRARIES)
     load = {"open_clip-file": _open_clip_file, "open_clip-dir": _open_clip_dir, "hf-dir": _transformers}[to]
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(load, str(path), name, size).result()
+        try:
+            return pool.submit(load, str(path), name, size).result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"--output: the process that loads {str(path)!r} to compare it died, perhaps killed by the system for "
+                "its memory; nothing is written"
+            ) from error
 
 
 def _open_clip_file(path: str, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from dreamlip_train.jobs.atomic_json import read_json_object
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.build import build_model, known_models
 from dreamlip_train.model.open_clip_weights import open_clip_state_dict
-from dreamlip_train.model.tensor_files import refuse_bomb, require_plain
+from dreamlip_train.model.tensor_files import refuse_bomb, require_plain, save_tensors
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -51,14 +51,14 @@ def import_weights(source: str | Path, output: str | Path, model_name: str = "")
     else:
         raise UserError(f"WEIGHTS: no file or folder {str(source)!r}")
     with atomic_write(output) as partial:
-        torch.save({"state_dict": state}, partial)
+        save_tensors({"state_dict": state}, partial)
         try:
             model = build_model(ModelConfig(name=name, pretrained=str(partial), local_logit_scale=False), seed=0)
         except UserError as error:
             raise UserError(
                 str(error).replace("model.pretrained", "WEIGHTS").replace(str(partial), str(source))
             ) from error
-        torch.save({"state_dict": open_clip_state_dict(model)}, partial)
+        save_tensors({"state_dict": open_clip_state_dict(model)}, partial)
     activation = "QuickGELU" if _settings(name).get("quick_gelu") else "GELU"
     return (
         f"wrote {output}: {name}, {len(state)} tensors, {activation} activations. Train from it: "
