@@ -18,6 +18,7 @@ from tiny import clean_environment
 def _main(words: list[str], environment: dict[str, str], output: str, session: bool) -> None:
     if session:
         os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # not the server's: the system's, as in a user's process
     os.environ.clear()
     os.environ.update(environment)
     with open(output, "ab", buffering=0) as file:
