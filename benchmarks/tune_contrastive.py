@@ -21,6 +21,7 @@ import torch
 import triton
 
 from dreamlip_kernels.backends.settings import settings
+from dreamlip_kernels.backends.tuned_tiles import take_tiles
 from dreamlip_kernels.ops.logsumexp import (
     logsumexp_gradient_triton,
     logsumexp_tiles,
@@ -71,16 +72,19 @@ def _exact_place(kernel: triton.runtime.JITFunction) -> tuple[int] | None:
     return (kernel.arg_names.index("EXACT"),) if "EXACT" in kernel.arg_names else None
 
 
-def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], tuple[str, int, int]]]:
+def steps(
+    width: int, dtype: torch.dtype, device: str = "cuda"
+) -> dict[str, tuple[Callable[[], object], tuple[str, int, int]]]:
     """Of each kernel, a step that launches it as training does, and its key in the table."""
     settings.workspace_bytes = 2**31  # all four slots at once
-    logsumexp_triton._resident = lambda *_: None  # whose tile is fixed
-    x = torch.nn.functional.normalize(torch.randn(N, width, device="cuda"), dim=-1).to(dtype)
-    y = torch.nn.functional.normalize(torch.randn(K, N, width, device="cuda"), dim=-1).to(dtype)
-    y_mask = torch.rand(K, N, device="cuda") > 0.2
-    rectangle = Rectangle(x, y, torch.tensor(14.3, device="cuda"), None, y_mask, float32="torch")
+    settings.resident = False  # its tile is fixed
+    take_tiles({})  # those of the table, whatever a verdict on this device holds
+    x = torch.nn.functional.normalize(torch.randn(N, width, device=device), dim=-1).to(dtype)
+    y = torch.nn.functional.normalize(torch.randn(K, N, width, device=device), dim=-1).to(dtype)
+    y_mask = torch.rand(K, N, device=device) > 0.2
+    rectangle = Rectangle(x, y, torch.tensor(14.3, device=device), None, y_mask, float32="torch")
     operands = TritonOperands(rectangle)
-    row, col = (torch.full((K, N), 10.0, device="cuda") for _ in range(2))
+    row, col = (torch.full((K, N), 10.0, device=device) for _ in range(2))
     upstream = Upstream(row, col, torch.rand_like(row), torch.rand_like(col))
     passes = logsumexp_gradient_triton.Passes(rectangle, upstream, needs_x=True, needs_y=True)
     workspace = operands.x.new_empty(N * K * N)
@@ -89,10 +93,13 @@ def steps(width: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object
         passes.use(operands.blocks("gradient_tile"))
         passes.gradient(workspace, K * N, (0, K), slice(0, N), (0, N))
 
-    major = arch(x) // 10 if arch(x) // 10 in (8, 9, 10) else 8
+    major = arch(x) // 10 if x.is_cuda and arch(x) // 10 in (8, 9, 10) else 8
     place = (operands.x.element_size(), major)
     return {
-        "exp_sums": (lambda: logsumexp_triton._partial_sums(operands, N, None, y_mask), ("exp_sums", *place)),
+        "exp_sums": (
+            lambda: logsumexp_triton._partial_sums(operands, N, None, y_mask, (None, None)),
+            ("exp_sums", *place),
+        ),
         "gradient_tile": (gradients, ("gradient_tile", *place)),
     }
 

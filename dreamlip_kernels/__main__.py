@@ -33,14 +33,18 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "explain":
         print(explain())
         return
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         record = qualify(options.device, widths=tuple(options.widths), tune=options.tune, reuse=options.reuse)
+        print(table(record))
         if options.output:
             write_file(options.output, record.to_json())
     except (RuntimeError, ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")
-    print(table(record))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: what is answered so far is kept, and the same command goes on from there\n")
 
 
 if __name__ == "__main__":

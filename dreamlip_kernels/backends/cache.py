@@ -22,12 +22,25 @@ _warned: set[str] = set()
 
 
 def folders() -> list[Path]:
-    """Where files may lie, in the order in which they are looked for and written."""
-    if chosen := os.environ.get("DREAMLIP_CACHE_DIR"):
-        first = Path(chosen).expanduser()
-    else:
-        first = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "dreamlip"
-    return [first, Path(tempfile.gettempdir()) / f"dreamlip-{_user()}"]
+    """Where files may lie, in the order in which they are looked for and written; none where a process has neither a
+    home nor a folder for temporary files.
+    """
+    return [folder for folder in (_of_user(), _temporary()) if folder is not None]
+
+
+def _of_user() -> Path | None:
+    chosen, caches = os.environ.get("DREAMLIP_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(chosen).expanduser() if chosen else Path(caches or Path("~/.cache").expanduser()) / "dreamlip"
+    except RuntimeError:  # a user id that nobody has an entry for, without HOME: as containers are started
+        return None
+
+
+def _temporary() -> Path | None:
+    try:
+        return Path(tempfile.gettempdir()) / f"dreamlip-{_user()}"
+    except OSError:
+        return None
 
 
 def read(name: str) -> tuple[Any, str] | None:
@@ -37,7 +50,7 @@ def read(name: str) -> tuple[Any, str] | None:
     for folder in folders():
         path = folder / name
         try:
-            if folder == folders()[-1] and _foreign(folder):
+            if _foreign(folder):
                 _warn_once(f"{folder} belongs to another user and is not read")
                 continue
             return json.loads(path.read_text(encoding="utf-8")), str(path)
@@ -56,6 +69,7 @@ def write(name: str, content: Any) -> str:
             return str(_replace(folder, name, content))
         except OSError as error:
             refused.append(f"{folder}: {error.strerror or error}")
+    refused = refused or ["there is neither a home nor a folder for temporary files"]
     _warn_once(f"nothing can be stored on disk ({'; '.join(refused)}): kept in memory, for this process alone")
     _memory[name] = content
     return "memory"
@@ -84,8 +98,8 @@ def write_file(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def lock(name: str) -> Iterator[None]:
-    """One process at a time, as far as the system can lock files in the cache folder;
-    it ends with the process that holds it.
+    """One process at a time, as far as the system can lock files in the cache folder; a log line says that it waits.
+    The lock ends with the process that holds it.
     """
     with contextlib.ExitStack() as held:
         for folder in folders():
@@ -93,8 +107,14 @@ def lock(name: str) -> Iterator[None]:
                 import fcntl
 
                 _make(folder)
+                if _foreign(folder):
+                    continue
                 file = held.enter_context((folder / f"{name}.lock").open("a"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.warning("another process has %s: waiting for its end", file.name)
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 break
             except (OSError, ImportError):
                 continue
@@ -103,7 +123,7 @@ def lock(name: str) -> Iterator[None]:
 
 def _replace(folder: Path, name: str, content: Any) -> Path:
     _make(folder)
-    if folder == folders()[-1] and _foreign(folder):
+    if _foreign(folder):
         raise PermissionError(1, "it belongs to another user")
     write_file(folder / name, content)
     return folder / name
@@ -113,9 +133,9 @@ def _make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
-def _foreign(path: Path) -> bool:
+def _foreign(folder: Path) -> bool:
     """Anyone may create a folder among the temporary files, and what lies there decides what runs."""
-    return hasattr(os, "getuid") and path.stat().st_uid != os.getuid()
+    return folder == _temporary() and hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()
 
 
 def _user() -> str:

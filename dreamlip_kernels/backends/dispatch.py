@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import extension, verdicts
+from .child_process import PYTHON, environment
 from .settings import settings
 
 logger = logging.getLogger("dreamlip_kernels")
@@ -26,7 +26,7 @@ logger = logging.getLogger("dreamlip_kernels")
 # Looked up here, since torch.compile would not trace it. torch 2.10 is the first whose addmm adds 16-bit products to a
 # float32 matrix.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_TORCH_SUFFICES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+ADDS_SIXTEEN_BIT_PRODUCTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 class Case(NamedTuple):
@@ -52,7 +52,7 @@ def _always(case: Case) -> str | None:
 def _triton(case: Case) -> str | None:
     if not TRITON_INSTALLED:
         return "triton is not installed"
-    if not _TORCH_SUFFICES:
+    if not ADDS_SIXTEEN_BIT_PRODUCTS:
         return f"it needs torch 2.10 or later, this is {torch.__version__}"
     if case.dtype == torch.float64:
         return "it computes in float32 or less; float64 needs backend='torch'"
@@ -198,7 +198,11 @@ def _order(op: str, case: Case) -> tuple[tuple[str, ...], str]:
 
 
 def _plan(op: str, device: torch.device, dtype: torch.dtype, float32: str, compiling: bool) -> verdicts.Plan:
-    if os.environ.get("DREAMLIP_AUTO") == "first-use" and not compiling and verdicts.record(device) is None:
+    when = os.environ.get("DREAMLIP_AUTO", "")
+    if when not in ("", "first-use") and ("DREAMLIP_AUTO", when) not in _announced:
+        _announced.add(("DREAMLIP_AUTO", when))
+        logger.warning("DREAMLIP_AUTO=%s means nothing: it is first-use, or not set", when)
+    if when == "first-use" and not compiling and verdicts.record(device) is None:
         _qualify_now(device)
     return verdicts.plan(op, device, dtype, float32)
 
@@ -214,8 +218,8 @@ def _qualify_now(device: torch.device) -> None:
         return
     _announced.add(("first-use", str(device)))
     logger.warning("DREAMLIP_AUTO=first-use: qualifying the backends on %s, once (a minute or two)", device)
-    words = [sys.executable, *COMMAND.split()[1:], "--device", str(device), "--reuse"]
-    outcome = subprocess.run(words, env=os.environ | {"DREAMLIP_AUTO": ""}, capture_output=True, text=True)
+    words = [*PYTHON, *COMMAND.split()[1:], "--device", str(device), "--reuse"]
+    outcome = subprocess.run(words, env=environment(), capture_output=True, text=True)
     if outcome.returncode:
         last = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
         logger.warning("%s failed (%s): torch code runs", " ".join(words), last)

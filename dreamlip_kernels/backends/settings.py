@@ -19,6 +19,8 @@ class Settings:
 
     workspace_bytes: int = 2**29
     float32: str = "torch"
+    resident: bool = True
+    """Whether exp_sums_resident may take the place of exp_sums: not while the tiles of exp_sums are tuned."""
 
 
 settings = Settings()

@@ -129,13 +129,35 @@ class Record:
         try:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
-            fields = {name: content[name] for name in ("identity", "date", "seconds", "rates", "tiles")}
+            fields = {name: content[name] for name in ("identity", "date", "seconds", "rates")}
             verdicts = tuple(
-                Verdict(**v | {"timings": tuple(Timing(**t) for t in v["timings"])}) for v in content["verdicts"]
+                Verdict(**v | {"timings": tuple(_timing(t) for t in v["timings"])}) for v in content["verdicts"]
             )
-            return cls(**fields, widths=tuple(content["widths"]), verdicts=verdicts, path=path)
+            tiles = {
+                str(kernel): {str(int(width)): _tile(tile) for width, tile in by_width.items()}
+                for kernel, by_width in content["tiles"].items()
+            }
+            return cls(**fields, widths=tuple(content["widths"]), verdicts=verdicts, tiles=tiles, path=path)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a verdict: {type(error).__name__}: {error}") from error
+
+
+def _timing(content: dict[str, Any]) -> Timing:
+    """A timing whose numbers are numbers: what a file holds is compared at every call of an op."""
+    timing = Timing(**content)
+    numbers = (timing.ms, 1.0 if timing.torch_ms is None else timing.torch_ms)
+    if not all(number > 0 for number in numbers) or not timing.floor_ms >= 0:
+        raise ValueError(f"times must be positive, got {content}")
+    if not (timing.width > 0 and timing.similarities >= 0):
+        raise ValueError(f"sizes must be positive, got {content}")
+    return timing
+
+
+def _tile(content: list[int]) -> list[int]:
+    """Rows, columns, depth, warps and stages of a tile."""
+    if len(content) != 5 or any(type(number) is not int or number < 1 for number in content):
+        raise ValueError(f"a tile is five positive integers, got {content}")
+    return content
 
 
 _records: dict[torch.device, Record | None] = {}

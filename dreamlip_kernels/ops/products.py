@@ -1,5 +1,5 @@
-"""Matrix products with float32 sums: 16-bit operands multiplied as 16-bit on CUDA, all others as torch's own precision
-setting says.
+"""Matrix products with float32 sums: 16-bit operands multiplied as 16-bit on CUDA, from torch 2.10 on; all others as
+torch's own precision setting says.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import dispatch
+
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def multiplies_sixteen_bit(v: Tensor) -> bool:
     """Whether products of features like ``v`` are made of 16-bit operands; elsewhere they are widened first."""
-    return v.is_cuda and v.dtype in SIXTEEN_BIT
+    return v.is_cuda and v.dtype in SIXTEEN_BIT and dispatch.ADDS_SIXTEEN_BIT_PRODUCTS
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -86,7 +86,7 @@ def qualify(
 def _measure(device: torch.device, widths: tuple[int, ...], tune: bool, journal: Journal) -> Record:
     begin = time.monotonic()
     at_once, limit_s = _workers(device), LIMIT_S[device.type]
-    tiles = _tiles(device, widths, tune, at_once, limit_s)
+    tiles = _tiles(device, widths, tune, at_once, limit_s, journal)
     checks = [job | {"tiles": tiles} for job in _check_jobs(device, widths)]
     [probe] = run_jobs([_job("probe", device, widths)], 1, limit_s, logger.info)
     if "why" in probe:
@@ -108,10 +108,14 @@ def _measure(device: torch.device, widths: tuple[int, ...], tune: bool, journal:
     )
 
 
-def _tiles(device: torch.device, widths: tuple[int, ...], tune: bool, at_once: int, limit_s: float) -> Tiles:
+def _tiles(
+    device: torch.device, widths: tuple[int, ...], tune: bool, at_once: int, limit_s: float, journal: Journal
+) -> Tiles:
     """Tuned now, or what an earlier verdict on the same device and kernels holds: what is tested is what will run."""
     if tune and device.type == "cuda":
-        return tune_tiles(device, widths, at_once, limit_s)
+        return tune_tiles(device, widths, at_once, limit_s, journal)
+    if tune:
+        logger.warning("qualify: there are no tiles to tune on %s: the Triton kernels of a GPU have them", device)
     old = verdicts.record(device)
     return old.tiles if old is not None else {}
 

@@ -10,14 +10,14 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
 
-# -P: the folder it starts in has no part in what it imports.
-WORKER = [sys.executable, "-P", "-m", "dreamlip_kernels.qualification.worker"]
+from ..backends.child_process import PYTHON, environment
+
+WORKER = [*PYTHON, "-m", "dreamlip_kernels.qualification.worker"]
 START_LIMIT_S = 240.0  # torch's import, and a context on the device, beside as many others
 _REPORT_LINES = 15
 _STARTING = "its start"
@@ -39,14 +39,14 @@ class Worker:
         return self._attempt(job, progress) if reused and answer.pop("unheard", False) else answer
 
     def _attempt(self, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        trying = _STARTING
+        trying, process = _STARTING, self.process
         try:
-            if self.process is None:
-                self._start()
+            if process is None:
+                process = self._start()
                 self._event(START_LIMIT_S)
-            assert self.process is not None and self.process.stdin is not None
-            self.process.stdin.write(json.dumps(job | {"limit": self.limit_s}) + "\n")
-            self.process.stdin.flush()
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(job | {"limit": self.limit_s}) + "\n")
+            process.stdin.flush()
             while True:
                 event = self._event(self.limit_s)
                 if "done" in event:
@@ -57,15 +57,17 @@ class Worker:
             self.end(signal.SIGABRT)  # faulthandler then writes where it hung
             return {"why": f"hangs: no answer in {self.limit_s:.0f} s, in: {trying}", "report": self._last_words()}
         except (EOFError, BrokenPipeError):
-            code = self.process.wait() if self.process is not None else 0
+            assert process is not None
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its output ends before it does
+                process.wait(timeout=self.limit_s)
             self.end()
-            ended = {"why": f"{_ending(code)}, in: {trying}", "report": self._last_words()}
+            ended = {"why": f"{_ending(process.returncode or 0)}, in: {trying}", "report": self._last_words()}
             return ended | {"unheard": True} if trying == _STARTING else ended
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[str]:
         # It lives as long as the process.
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
+        self.process = process = subprocess.Popen(
             WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -75,7 +77,8 @@ class Worker:
             start_new_session=True,  # so that its own children, such as compilers, end with it
         )
         self.events: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_read, args=(self.process.stdout, self.events), daemon=True).start()
+        threading.Thread(target=_read, args=(process.stdout, self.events), daemon=True).start()
+        return process
 
     def _event(self, limit_s: float) -> dict[str, Any]:
         try:
@@ -88,14 +91,12 @@ class Worker:
 
     def end(self, first: signal.Signals = signal.SIGKILL) -> None:
         """End the process and its children, at once or after the time a ``first`` signal takes it."""
-        if self.process is None:
-            return
-        for number in (first, signal.SIGKILL):
+        process, self.process = self.process, None  # the thread that works and the one that stops it may both be here
+        for number in (first, signal.SIGKILL) if process is not None else ():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
+                os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=3)
-        self.process = None
+                process.wait(timeout=3)
 
     def _last_words(self) -> str:
         self.log.seek(0)
@@ -125,10 +126,11 @@ def run_jobs(
     for index in range(len(jobs)):
         waiting.put(index)
     running: list[Worker] = []
+    stopped = threading.Event()  # from here on a worker's end is this process's doing, and no answer
 
     def work() -> None:
         by_environment: dict[str, Worker] = {}
-        while True:
+        while not stopped.is_set():
             try:
                 index = waiting.get_nowait()
             except queue.Empty:
@@ -136,13 +138,15 @@ def run_jobs(
             extra = jobs[index].get("environment", {})
             key = json.dumps(extra, sort_keys=True)
             if key not in by_environment:
-                by_environment[key] = Worker(_environment(extra), limit_s)
+                by_environment[key] = Worker(environment(extra), limit_s)
                 running.append(by_environment[key])
             try:
                 answers[index] = by_environment[key].run(jobs[index], progress)
             except (OSError, ValueError, KeyError) as error:  # no more processes, or not an answer of a worker
                 answers[index] = {"why": f"{type(error).__name__}: {error}", "report": ""}
                 by_environment.pop(key).end()
+            if stopped.is_set():
+                return
             finished(jobs[index], answers[index])
             progress(f"{jobs[index]['name']}: {answers[index].get('why') or 'done'}")
 
@@ -153,17 +157,10 @@ def run_jobs(
         for thread in threads:
             thread.join()
     finally:
+        stopped.set()
         for worker in running:
             worker.end()
     return answers
-
-
-def _environment(extra: dict[str, str]) -> dict[str, str]:
-    # A worker asks for backends by name: it must not qualify in turn. The package it imports is this one,
-    # wherever the caller's own path points.
-    return (
-        os.environ | {"DREAMLIP_AUTO": "", "PYTHONPATH": os.pathsep.join([p or os.getcwd() for p in sys.path])} | extra
-    )
 
 
 def _read(stream, events: queue.Queue[str | None]) -> None:

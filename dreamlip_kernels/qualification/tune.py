@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from ..backends.settings import settings
 from ..backends.tuned_tiles import Tiles, take_tiles
 from ..contrastive import multi_positive_contrastive_loss
 from .cases.contrast_cases import clip_like
+from .journal import Journal
 from .speed import milliseconds
-from .supervisor import run_jobs
 
 logger = logging.getLogger("dreamlip_kernels")
 
@@ -46,7 +47,7 @@ CANDIDATES = {
 }
 
 
-def tune(device: torch.device, widths: tuple[int, ...], workers: int, limit_s: float) -> Tiles:
+def tune(device: torch.device, widths: tuple[int, ...], workers: int, limit_s: float, journal: Journal) -> Tiles:
     """The fastest tile of each kernel, element size and width; kernels of which no candidate runs are left out."""
     jobs: list[dict[str, Any]] = [
         {"kernel": kernel, "bytes": size, "tile": list(tile), "width": width, "device": str(device), "tiles": {}}
@@ -57,10 +58,10 @@ def tune(device: torch.device, widths: tuple[int, ...], workers: int, limit_s: f
     named = [job | {"name": f"{job['kernel']} {job['bytes']} {tuple(job['tile'])}"} for job in jobs]
     # Width is no part of the compiled code.
     first = [job | {"kind": "compile_tile"} for job in named if job["width"] == widths[0]]
-    compiled = run_jobs(first, workers, limit_s, logger.info)
+    compiled = journal.run(first, workers, limit_s, logger.info)
     unfit = {job["name"] for job, answer in zip(first, compiled, strict=True) if "why" in answer}
     jobs = [job | {"kind": "time_tile"} for job in named if job["name"] not in unfit]
-    timed = run_jobs(jobs, 1, limit_s, logger.info)
+    timed = journal.run(jobs, 1, limit_s, logger.info)
     best: dict[tuple[str, int], tuple[float, list[int]]] = {}
     for job, answer in zip(jobs, timed, strict=True):
         place = (f"{job['kernel']} {job['bytes']}", job["width"])
@@ -80,15 +81,20 @@ def try_tile(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     image, text = (v.to(device, dtype) for v in clip_like(512, K, job["width"], seed=0))
     image, text = image.repeat(size // 512, 1).requires_grad_(), text.repeat(size // 512, 1, 1).requires_grad_()
     scale = torch.tensor(50.0, device=device, requires_grad=True)
+    mask = (torch.arange(size * K, device=device) % 10 != 3).view(size, K)  # training always has one
 
     def step() -> object:
         # exp_sums is all that forward does; backward adds gradient_tile to it.
         with torch.no_grad() if job["kernel"] == "exp_sums" else contextlib.nullcontext():
-            loss = multi_positive_contrastive_loss(image, text, scale, backend="triton")
+            loss = multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")
         return None if job["kernel"] == "exp_sums" else torch.autograd.grad(loss, (image, text, scale))
 
     take_tiles({f"{job['kernel']} {job['bytes']}": {str(job["width"]): job["tile"]}})
-    if job["kind"] == "compile_tile":
-        step()
-        return {}
-    return {"ms": milliseconds(step, device)}
+    settings.resident = job["kernel"] != "exp_sums"
+    try:
+        if job["kind"] == "compile_tile":
+            step()
+            return {}
+        return {"ms": milliseconds(step, device)}
+    finally:
+        settings.resident = True

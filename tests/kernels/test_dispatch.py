@@ -38,7 +38,7 @@ def test_an_explicit_request_works_or_raises(a_backend_that_cannot_run):
 
 
 def test_a_torch_too_old_for_triton_is_named(monkeypatch):
-    monkeypatch.setattr(dispatch, "_TORCH_SUFFICES", False)
+    monkeypatch.setattr(dispatch, "ADDS_SIXTEEN_BIT_PRODUCTS", False)
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: it needs torch 2.10 or later, this is 2"):
         dispatch.select("bidirectional_logsumexp", torch.zeros(1), "triton")
 

@@ -21,7 +21,7 @@ from ..dense import aligned_rows, dense
 from ..logsumexp.logsumexp_tiles import INTERPRETED, Blocks
 from ..products import accumulate
 from .sigmoid_pairs_kernels import sigmoid_tile
-from .sigmoid_pairs_torch import Pairs, kept
+from .sigmoid_pairs_torch import G_UNIT, Pairs, kept
 
 # By bytes of an operand's element and compute capability's major: without spills, two or three programs on a processor,
 # so that one's exponentials run beside another's products (tests/kernels/sigmoid/test_sigmoid_compiled.py). None timed.
@@ -34,7 +34,6 @@ BLOCKS = {
     (4, 10): Blocks(64, 64, 32, 4, 3),
 }
 SMALLEST_UNIT = 2.0**-126
-G_UNIT = 2.0**-15  # |g| is at most 1: float16 then holds it normally down to 2^-29
 
 
 class _Operand(NamedTuple):
@@ -157,10 +156,9 @@ def _positives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor) -
     """Adds the positives' parts to dx and dy, in float32 -> the sums of their losses, of their gradients,
     and over all pairs of g x . y.
     """
-    k, first = pairs.k, pairs.first
-    start, stop = max(0, -first), max(0, -first, min(len(y.v) // k, len(x.v) - first))  # images with captions here
-    images, columns = slice(start + first, stop + first), slice(start * k, stop * k)
-    x_own, y_own = x.v[images], y.v[columns].view(stop - start, k, -1)
+    k, (images, columns) = pairs.k, pairs.own
+    x_own = x.v[images]
+    y_own = y.v[columns].unflatten(0, (len(x_own), k))
     unit = x.unit * y.unit
     dots = torch.stack([torch.sum(x_own.float() * y_own[:, slot], dim=-1) for slot in range(k)], 1) * unit  # [n, K]
     z = dots * pairs.scale + pairs.bias
@@ -173,7 +171,7 @@ def _positives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor) -
         if dx.numel():
             dx[images].addcmul_(g[:, slot, None] * y.unit, y_own[:, slot])
         if dy.numel():
-            dy[columns].view(stop - start, k, -1)[:, slot].addcmul_(g[:, slot, None] * x.unit, x_own)
+            dy[columns].unflatten(0, (len(x_own), k))[:, slot].addcmul_(g[:, slot, None] * x.unit, x_own)
     factor, gradient = (x, dx) if dx.numel() else (y, dy)
     g_dot = (factor.v * gradient).sum(dtype=torch.float64) * factor.unit if gradient.numel() else g.new_zeros(())
     return losses.sum(dtype=torch.float64), g.sum(dtype=torch.float64), g_dot

@@ -167,7 +167,7 @@ def test_first_use_qualifies_once_and_never_while_compiling(fakes, monkeypatch):
     assert not calls
     for _ in range(2):
         assert dispatch.select("twice", torch.ones(1), N=10, D=8) == "torch"
-    assert len(calls) == 1 and calls[0][1:] == ["-m", "dreamlip_kernels", "qualify", "--device", "cpu", "--reuse"]
+    assert len(calls) == 1 and calls[0][2:] == ["-m", "dreamlip_kernels", "qualify", "--device", "cpu", "--reuse"]
 
 
 def test_compiled_code_reads_the_verdict_at_every_size(monkeypatch, tmp_path):

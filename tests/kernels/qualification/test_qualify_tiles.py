@@ -10,6 +10,7 @@ import torch
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import tuned_tiles, verdicts
+from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.ops.logsumexp import logsumexp_tiles
 from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import Blocks, blocks_for
 from dreamlip_kernels.qualification import tune
@@ -24,7 +25,7 @@ def from_the_verdict():
     tuned_tiles.take_tiles(None)
 
 
-def test_the_fastest_candidate_that_runs_wins_at_each_width(monkeypatch):
+def test_the_fastest_candidate_that_runs_wins_at_each_width():
     asked = []
 
     def run_jobs(jobs, workers, limit_s, progress):
@@ -39,8 +40,7 @@ def test_the_fastest_candidate_that_runs_wins_at_each_width(monkeypatch):
             )
         return answers
 
-    monkeypatch.setattr(tune, "run_jobs", run_jobs)
-    tiles = tune.tune(CUDA, (512, 768), 14, 60.0)
+    tiles = tune.tune(CUDA, (512, 768), 14, 60.0, SimpleNamespace(run=run_jobs))
     assert tiles == {
         "exp_sums 2": {"512": [64, 128, 32, 8, 3], "768": list(FAST)},
         "gradient_tile 2": {"512": [64, 128, 64, 8, 2], "768": list(FAST)},
@@ -78,10 +78,12 @@ def test_a_tile_of_the_verdict_comes_before_the_table(monkeypatch):
 
 
 def test_a_worker_times_a_step_with_the_tile_in_force(monkeypatch):
-    used = []
+    used, resident = [], []
 
-    def loss(image, text, scale, backend):
+    def loss(image, text, scale, text_mask, backend):
+        assert 0 < text_mask.sum() < text_mask.numel(), "training always has a mask, which costs registers"
         used.append((backend, len(image), image.dtype, torch.is_grad_enabled(), blocks_for("gradient_tile", 2, 90, 8)))
+        resident.append(settings.resident)
         return dk.multi_positive_contrastive_loss(image, text, scale, backend="torch")
 
     monkeypatch.setattr(tune, "multi_positive_contrastive_loss", loss)
@@ -91,6 +93,7 @@ def test_a_worker_times_a_step_with_the_tile_in_force(monkeypatch):
     assert used == [("triton", 512, torch.float16, True, Blocks(*FAST))]
     assert tune.try_tile(job | {"kind": "time_tile", "kernel": "exp_sums", "bytes": 4}, torch.device("cpu"))["ms"] > 0
     assert used[-1][2:4] == (torch.float32, False)
+    assert resident[0] and not resident[-1] and settings.resident, "the tiles of exp_sums are timed where it runs"
 
 
 def test_the_file_keeps_the_tiles():

@@ -10,7 +10,7 @@ from dreamlip_kernels.backends import dispatch
 def require_triton() -> None:
     """Skip the test, or the module that is being collected, without Triton or with a torch older than its kernels."""
     pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
-    if not dispatch._TORCH_SUFFICES:
+    if not dispatch.ADDS_SIXTEEN_BIT_PRODUCTS:
         pytest.skip(f"the Triton kernels need torch 2.10, this is {torch.__version__}", allow_module_level=True)
 
 
