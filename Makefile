@@ -87,9 +87,10 @@ wheels-release: install
 wheels: install
 	$(BIN)/python -m pip download -q -d wheels --no-deps --only-binary=:all: --python-version $(or $(GPU_PYTHON),3.12) -c constraints.txt \
 		open_clip_torch ftfy regex wcwidth webdataset braceexpand simplejpeg inf-cl pytest-xdist execnet \
-		tyro docstring_parser typeguard hjson msgpack py-cpuinfo pydantic pydantic_core annotated-types typing-inspection einops \
+		tyro docstring_parser typeguard hjson msgpack py-cpuinfo py-cpuinfo2 pydantic pydantic_core annotated-types typing-inspection einops \
 		torchvision duckdb pyarrow pillow rich markdown-it-py mdurl pygments \
-		matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six packaging
+		matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil tzdata packaging memeff siglip-kernel \
+		timm safetensors huggingface-hub click hf-xet httpx2 httpcore2 h11 anyio idna truststore pyyaml tqdm psutil pytest pytest-benchmark pytest-timeout iniconfig pluggy
 	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel -q -w wheels --no-deps --no-build-isolation -c constraints.txt deepspeed
 
 # On a machine with a CUDA device: everything this repository can say about it, into OUT. Each target ends inside nine

@@ -5,6 +5,7 @@ set -u
 name=$1 limit=$2
 shift 2
 mkdir -p "$OUT"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # what is here need not be installed, for scripts in folders either
 echo "=== $name: $*" | tee -a "$OUT/log.txt"
 timeout -s INT -k 15 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt"
 status=${PIPESTATUS[0]}
