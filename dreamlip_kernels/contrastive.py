@@ -96,7 +96,7 @@ def multi_positive_contrastive_loss(
 
     text_KND = text_features.transpose(0, 1)
     text_mask = of_present_images(image_mask, text_mask, k)
-    mask_KN = None if text_mask is None else text_mask.T
+    mask_KN = None if text_mask is None else text_mask.T.contiguous()  # once, and not in each op that reads it
     images = gathered_images(image_ids, group)
     left_out = images.world if images is not None and same_image == "ignore" else None
     row, col, pos, everyone, everyone_mask = gathered_logsumexp(
@@ -113,12 +113,11 @@ def multi_positive_contrastive_loss(
         how: dict[str, Any] = dict(label_smoothing=label_smoothing, same_image=same_image)
         how |= dict(over_slots=negatives == "all", group=group)
         row_target, col_target = soft_targets(slots, scale, pos, row_target, **how)
-    col_term = _where(mask_KN, col - col_target)
     if positives == "logsum":
         captioned = None if mask_KN is None else mask_KN.any(0)
-        row_term = _where(captioned, row[0] - row_target[0])
+        row_term, col_term = _where(captioned, row[0] - row_target[0]), _where(mask_KN, col - col_target)
         return (reduced(row_term, captioned, reduction, group) + reduced(col_term, mask_KN, reduction, group)) / 2
-    pair = (_where(mask_KN, row - row_target) + col_term) / 2
+    pair = _where(mask_KN, (row - row_target) + (col - col_target)) / 2
     return reduced(pair.T, text_mask, reduction, group)
 
 

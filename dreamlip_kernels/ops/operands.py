@@ -29,19 +29,32 @@ class Operands:
         x, y = rectangle.x, rectangle.y
         self.scale = self.x_scale = self.y_scale = self.slope = rectangle.scale
         self.x_unit = self.y_unit = None
-        x_mask, y_mask = rectangle.x_mask, rectangle.y_mask
         if x.dtype == torch.float32 and x.shape[1] and not rectangle.exact_float32:
-            self.x_unit, self.y_unit = _units(x, y, x_mask, y_mask)
-            self.x_scale, self.y_scale = self.scale * self.x_unit, self.scale * self.y_unit
-            self.slope = self.x_scale * self.y_unit
-            x, y = (
-                torch.div(v, u, out=v.new_empty(v.shape, dtype=torch.float16))
-                for v, u in ((x, self.x_unit), (y, self.y_unit))
-            )
-            without_masked = True  # what they hold had no part in the unit, and may be infinite in it
-        if without_masked:
-            x, y = (v if mask is None else v.masked_fill(~mask[..., None], 0) for v, mask in ((x, x_mask), (y, y_mask)))
-        self.x, self.y = aligned_rows(x, STEP), aligned_rows(y, STEP)
+            self.as_float16(rectangle)
+        else:
+            if without_masked:
+                x, y = without_dropped(x, rectangle.x_mask), without_dropped(y, rectangle.y_mask)
+            self.x, self.y = aligned_rows(x, STEP), aligned_rows(y, STEP)
+
+    def as_float16(self, rectangle: Rectangle) -> None:
+        """Set all of this object from float32 features. What a mask drops is 0: it has no part in the unit, and may be
+        infinite in it.
+        """
+        x_mask, y_mask = rectangle.x_mask, rectangle.y_mask
+        self.x_unit, self.y_unit = _units(rectangle.x, rectangle.y, x_mask, y_mask)
+        self.x_scale, self.y_scale = self.scale * self.x_unit, self.scale * self.y_unit
+        self.slope = self.x_scale * self.y_unit
+        x, y = (
+            torch.div(v, unit, out=v.new_empty(v.shape, dtype=torch.float16))
+            for v, unit in ((rectangle.x, self.x_unit), (rectangle.y, self.y_unit))
+        )
+        self.x = aligned_rows(without_dropped(x, x_mask), STEP)
+        self.y = aligned_rows(without_dropped(y, y_mask), STEP)
+
+
+def without_dropped(v: Tensor, mask: Tensor | None) -> Tensor:
+    """``v`` with zeros in the rows that the mask drops, whatever they hold."""
+    return v if mask is None else v.masked_fill(~mask[..., None], 0)
 
 
 def _units(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:

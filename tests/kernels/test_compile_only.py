@@ -85,8 +85,12 @@ SCRIPT = """
     build(finish_kernels, "finish_sums", "exact", constants, warps, stages, out_ptr="*fp32")
     if compared:
         sys.exit()
-    build(vector_kernels, "coefficients", "vectors", dict(BLOCK=1024), 4, 3)
-    build(vector_kernels, "finish_gradient", "vectors", dict(BLOCK_R=16, BLOCK_D=128), 4, 3)
+    shape = dict(BLOCK=1024, BLOCK_R=16, BLOCK_D=128)
+    features = "x_ptr y_ptr x_mask_ptr y_mask_ptr x_out_ptr y_out_ptr numbers_ptr".split()
+    build(vector_kernels, "vectors", "coefficients", shape | dict.fromkeys(features), 4, 3)
+    build(vector_kernels, "vectors", "float16", dict(shape), 4, 3, x_out_ptr="*fp16", y_out_ptr="*fp16")
+    shape = dict(BLOCK_R=16, BLOCK_D=128, numbers_ptr=None)
+    build(vector_kernels, "finish_gradient", "vectors", shape, 4, 3)
 """
 
 
@@ -171,7 +175,7 @@ SLOW = pytest.mark.slow
 )
 def test_shipped_configurations(arch, dtype, width, tmp_path):
     built = list(compiled(SCRIPT, tmp_path, arch, tmp_path, dtype, width))
-    assert len(built) == 8
+    assert len(built) == 9
     for path, code, shared in built:
         tiled, exact = "vectors" not in path, "exact" in path
         # TF32 products are another instruction of sm_100.
@@ -186,6 +190,8 @@ def test_shipped_configurations(arch, dtype, width, tmp_path):
         if tiled and not exact:
             copies = "UTMALDG" if arch in (90, 100) else "LDGSTS"  # TMA, cp.async
             assert re.search(rf"\b{copies}\b", code), f"{path}: loads are not asynchronous"
+        if (arch, dtype) == (90, "fp16") and "gradient_tile-masked" in path:
+            assert shared >= 3 * 2 * (128 * 64) * 2, "three stages fit beside a second program"
         if "gradient_tile" in path:
             assert re.search(r"\bSTG\.E\.128\b", code), f"{path}: stores are not 16 bytes wide"
 

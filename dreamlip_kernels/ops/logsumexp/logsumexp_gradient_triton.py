@@ -1,6 +1,6 @@
 """Backward of the Triton backend of bidirectional_logsumexp: one recompute of the pairs and two matrix products.
 
-    coefficients     of row, col and their upstream: what G is made of, and the whole gradient of each positive
+    vectors          of row, col and their upstream: what G is made of, and the whole gradient of each positive
     gradient_tile    for each chunk of pairs, of several slots where they fit the workspace: z again, then 16-bit G
     products         dx += G y, dy += G.T x (cuBLAS, float32 sums)
     finish_gradient  their scales and the positives, in float32, rounded once
@@ -22,16 +22,15 @@ from ..products import accumulate, matmul
 from ..rectangle import Rectangle, Upstream, paired_slices
 from .kernels.gradient_kernels import gradient_tile
 from .kernels.logits_kernels import NO_DIAGONAL
-from .kernels.vector_kernels import coefficients, finish_gradient
+from .kernels.vector_kernels import COEFFICIENTS, LARGEST_UPSTREAM, finish_gradient
 from .logsumexp_tiles import Blocks
-from .operands_triton import TritonOperands
+from .operands_triton import BLOCK, ROWS, WIDTH, TritonOperands
 
 EXACT_PROGRAMS = 264  # of gradient_tile when it is only there in case: two for each processor of an H200
-FINISH_ROWS, FINISH_WIDTH = 16, 128
 
 
 class Vectors(NamedTuple):
-    """What ``coefficients`` writes: rows [3, K, M], cols [3, K, C], own [K, C], the flag and the unit of G."""
+    """What ``vectors`` writes: rows [3, K, M], cols [3, K, C], own [K, C], the flag and the unit of G."""
 
     rows: Tensor
     cols: Tensor
@@ -52,10 +51,7 @@ def backward(
         return dx.zero_(), dy.zero_(), torch.zeros_like(scale)
     passes = Passes(rectangle, upstream, needs_x, needs_y)
     dots = passes.run(dx if needs_x else x.new_empty((m, d), dtype=dtype) if passes.through_x else None, dy)
-    dscale = dots.sum(dtype=torch.float64)
-    if passes.operands.x_unit is not None:
-        dscale = dscale * passes.operands.x_unit * passes.operands.y_unit
-    return dx if needs_x else x.new_empty(0, dtype=dtype), dy, dscale.to(scale.dtype)
+    return dx if needs_x else x.new_empty(0, dtype=dtype), dy, dots.sum(dtype=torch.float64).to(scale.dtype)
 
 
 class Passes:
@@ -73,18 +69,16 @@ class Passes:
         paired = upstream.d_pos is not None and own.stop > own.start
         self.diagonal, self.own = (upstream.diagonal, own) if paired else (NO_DIAGONAL, slice(0, 0))
         self.vectors = self._coefficients(upstream)
-        self.masks = dense(rectangle.x_mask), dense(rectangle.y_mask)
         self.images = dense(rectangle.x_images), dense(rectangle.y_images)
         self.use(self.operands.blocks("gradient_tile"))
 
     def use(self, blocks: Blocks) -> None:
         """Make tiles of G of these shapes from now on."""
         self.tile = blocks.m, blocks.c
-        x_mask, y_mask = self.masks
         self.arguments = self.operands.arguments(blocks) | dict(
             flag_ptr=self.vectors.flag,
-            x_mask_ptr=x_mask,
-            y_mask_ptr=y_mask,
+            x_mask_ptr=self.operands.x_mask,
+            y_mask_ptr=self.operands.y_mask,
             x_images_ptr=self.images[0],
             y_images_ptr=self.images[1],
             row_ptr=self.vectors.rows,
@@ -99,44 +93,37 @@ class Passes:
         )
 
     def _coefficients(self, upstream: Upstream) -> Vectors:
-        m, c, k, block = self.m, self.c, self.k, 1024
+        m, c, k = self.m, self.c, self.k
         new = upstream.row.new_empty
         vectors = Vectors(new(3, k, m), new(3, k, c), new(k, c), new((), dtype=torch.int32), new(()))
         row, col, d_row, d_col = map(dense, (upstream.row, upstream.col, upstream.d_row, upstream.d_col))
         pos, d_pos = (col, d_col) if self.diagonal == NO_DIAGONAL else map(dense, (upstream.pos, upstream.d_pos))
-        programs = triton.cdiv(k * m, block) + triton.cdiv(k * c, block)
-        largest = new(programs)
-        for phase in (0, 1):
-            coefficients[(programs,)](
-                phase,
-                row,
-                col,
-                d_row,
-                d_col,
-                pos,
-                d_pos,
-                self.operands.scale,
-                self.operands.slope,
-                largest,
-                vectors.flag,
-                vectors.unit,
-                vectors.rows,
-                vectors.cols,
-                vectors.own,
-                m,
-                c,
-                k,
-                self.diagonal,
-                self.own.start,
-                self.own.stop,
-                BLOCK=block,
-            )
+        programs = triton.cdiv(k * m, BLOCK) + triton.cdiv(k * c, BLOCK)
+        arguments = dict(
+            row_ptr=row,
+            col_ptr=col,
+            d_row_ptr=d_row,
+            d_col_ptr=d_col,
+            pos_ptr=pos,
+            d_pos_ptr=d_pos,
+            largest_ptr=new(programs),
+            flag_ptr=vectors.flag,
+            unit_ptr=vectors.unit,
+            rows_ptr=vectors.rows,
+            cols_ptr=vectors.cols,
+            own_ptr=vectors.own,
+            diagonal=self.diagonal,
+            first_pair=self.own.start,
+            stop_pair=self.own.stop,
+        )
+        for phase in (LARGEST_UPSTREAM, COEFFICIENTS):
+            self.operands.launch_vectors(phase, programs, **arguments)
         return vectors
 
     def run(self, dx: Tensor | None, dy: Tensor) -> Tensor:
         """Write dx and dy, where the passes go through them.
 
-        Returns terms whose sum is dscale in units of the operands.
+        Returns terms whose sum is dscale.
         """
         x, y, width = self.operands.x, self.operands.y, self.operands.x.shape[1]
         slots, rows, cols = self.chunk
@@ -223,7 +210,7 @@ class Passes:
     def _finish(self, total, out, scale, *, v, own, terms, shift, own_shift, dotted) -> list[Tensor]:
         """Launch finish_gradient for ``out`` [Q, R, D]; the dots with ``dotted`` [Q, R, D] if there is one."""
         (features, v_t, v_r, v_rows), (own, own_q, own_t) = v, own
-        programs = triton.cdiv(out.shape[1], FINISH_ROWS)
+        programs = triton.cdiv(out.shape[1], ROWS)
         dots = None if dotted is None else total.new_empty(len(out) * programs)
         beside = total if dotted is None else dotted
         finish_gradient[(programs, len(out))](
@@ -233,6 +220,7 @@ class Passes:
             self_ptr=features if dotted is None else dotted,
             unit_ptr=self.vectors.unit,
             scale_ptr=scale,
+            numbers_ptr=self.operands.features["numbers_ptr"],
             out_ptr=out,
             dots_ptr=total if dots is None else dots,
             R=out.shape[1],
@@ -252,7 +240,7 @@ class Passes:
             shift=shift,
             own_shift=own_shift,
             wants_dots=int(dots is not None),
-            BLOCK_R=FINISH_ROWS,
-            BLOCK_D=FINISH_WIDTH,
+            BLOCK_R=ROWS,
+            BLOCK_D=WIDTH,
         )
         return [] if dots is None else [dots]

@@ -42,7 +42,7 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     if m == 0 or c == 0 or k == 0:
         return row.fill_(-torch.inf), col.fill_(-torch.inf), pos, kept
     operands = TritonOperands(rectangle)
-    x_mask, y_mask = dense(rectangle.x_mask), dense(rectangle.y_mask)
+    x_mask, y_mask = operands.x_mask, operands.y_mask
     images = dense(rectangle.x_images), dense(rectangle.y_images)
     row_parts, column_parts = _partial_sums(operands, c, x_mask, y_mask, images)
     x, y = operands.x, operands.y
@@ -129,6 +129,7 @@ def _resident(
     x, y = operands.x, operands.y
     if (
         images[0] is not None
+        or not settings.resident
         or not x.is_cuda
         or arch(x) != 90
         or (module := _gluon()) is None

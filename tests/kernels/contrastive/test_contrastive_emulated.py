@@ -125,8 +125,15 @@ def test_chunks_of_the_gradient(ops, monkeypatch, workspace, launches):
     x, y = clip_like(150, 2, 16, torch.float16)
     fn = lambda i, t, s: dk.multi_positive_contrastive_loss(i, t, s, backend="cuda")  # noqa: E731
     oracle = lambda i, t, s: reference.multi_positive_contrastive_loss(i, t, s)  # noqa: E731
-    value_and_grads(fn, (x, y, torch.tensor(10.0)))
+    pitches = []
+    with monkeypatch.context() as patched:
+        for name in ("matmul", "accumulate"):
+            product = getattr(logsumexp_cuda, name)
+            noting = lambda a, b, out, f=product: pitches.append(max(a.stride())) or f(a=a, b=b, out=out)  # noqa: E731
+            patched.setattr(logsumexp_cuda, name, noting)
+        value_and_grads(fn, (x, y, torch.tensor(10.0)))
     assert ops.calls.count("gradient") == launches
+    assert pitches and all(pitch % 64 == 0 for pitch in pitches), "rows of G begin at lines of the caches"
     close(fn, oracle, lambda seed: (*clip_like(150, 2, 16, torch.float16, seed), torch.tensor(10.0)))
 
 

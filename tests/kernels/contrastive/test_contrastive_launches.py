@@ -1,179 +1,44 @@
-"""What the Triton backend of the contrast asks of a device, counted without one: launches, compiled kernels, memory."""
+"""What the Triton backend of the contrast launches, counted without a device."""
 
-import itertools
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
+from launch_counts import all_launches
 from numerics import clip_like
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamlip_kernels as dk
+from dreamlip_kernels.backends import tuned_tiles
 from dreamlip_kernels.backends.settings import settings
-from dreamlip_kernels.ops.logsumexp import logsumexp
 
 pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
-
-
-@pytest.fixture(autouse=True)
-def where_it_runs(monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("counted on CPU tensors, where nothing is launched")
-    monkeypatch.setattr(settings, "float32", "fp16")
-
-
-class NothingLaunched:
-    """In place of a kernel, noted in ``launches``: kernels allocate nothing, so shapes may be what no interpreter gets
-    through.
-    """
-
-    def __init__(self, name, launches):
-        self.name, self.launches = name, launches
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launches.append(self.name)
-
-
-def most_allocated(step):
-    """(what ``step()`` returns, the most bytes it had allocated at a time)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        out = step()
-    events = sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    )
-    return out, max(itertools.accumulate(e.nbytes() for e in events))
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """Everything but the kernels and cuBLAS runs, with a device's tiles; the list of those launches."""
-    from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_triton, logsumexp_triton
-    from dreamlip_kernels.ops.logsumexp.logsumexp_tiles import blocks_for
-    from dreamlip_kernels.ops.logsumexp.operands_triton import TritonOperands
-
-    launches = []
-    for module, kernels in (
-        (logsumexp_triton, ("exp_sums", "finish_sums")),
-        (logsumexp_gradient_triton, ("coefficients", "gradient_tile", "finish_gradient")),
-    ):
-        for kernel in kernels:
-            monkeypatch.setattr(module, kernel, NothingLaunched(kernel, launches))
-    for product in ("matmul", "accumulate"):  # on a CPU they would widen their operands first
-        monkeypatch.setattr(logsumexp_gradient_triton, product, lambda a, b, out, p=product: launches.append(p))
-    monkeypatch.setattr(
-        TritonOperands, "blocks", lambda self, kernel: blocks_for(kernel, self.x.element_size(), 90, self.x.shape[1])
-    )
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    return launches
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("n, d, part", [(8192, 128, 16), pytest.param(32768, 512, 1, marks=pytest.mark.slow)])
-def test_memory_by_count(counted, monkeypatch, n, d, part, dtype, masked):
-    """Beyond inputs and gradients at most 1 GB at N=32768, K=8, D=512 with 512 MB to work in, or a sixteenth of
-    each.
-    """
-    monkeypatch.setattr(settings, "workspace_bytes", 2**29 // part)
-    image, text = (v.requires_grad_() for v in clip_like(n, 8, d, dtype))
-    scale = torch.tensor(14.3, requires_grad=True)
-    mask = torch.ones(n, 8, dtype=torch.bool) if masked else None
-
-    def loss():
-        return dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")
-
-    grads, most = most_allocated(lambda: torch.autograd.grad(loss(), (image, text, scale)))
-    assert grads[1].is_contiguous(), "the gradient of a [N, K, D] tensor, not of the kernels' [K, N, D] view of it"
-    extra = most - sum(g.numel() * g.element_size() for g in grads)
-    print(f"{extra / 2**20:.0f} MB beyond inputs and gradients")
-    assert extra <= 2**30 // part, f"{extra / 2**20:.0f} MB"
-
-
-def test_partial_sums_of_all_launches_share_one_workspace(counted, monkeypatch):
-    """N=4096, K=8 and 2 MB: the sums of 16 of the 32 column tiles at a time."""
-    monkeypatch.setattr(settings, "workspace_bytes", 2**21)
-    image, text = clip_like(4096, 8, 16, torch.bfloat16)
-    _, most = most_allocated(lambda: dk.bidirectional_logsumexp(image, text.transpose(0, 1), 14.3, backend="triton"))
-    assert 2**21 < most <= 1.75 * 2**21, f"{most / 2**20:.1f} MB"
-
-
-# Operations that launch nothing: memory that nobody fills, and numbers that stay on the host.
-_SILENT = (
-    "empty",
-    "new_empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty_strided",
-    "detach",
-    "alias",
-    "_unsafe_view",
-    "scalar_tensor",
-    "promote_types",
-)
-
-
-def shares_memory(out, argument):
-    """Whether what may be a view is one: ``contiguous`` and ``to`` copy where they must."""
-    return (
-        not isinstance(out, torch.Tensor) or out.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
-    )
-
-
-class TorchLaunches(TorchDispatchMode):
-    """Every operation of torch that would launch a kernel, also inside this package's ops."""
-
-    def __init__(self, launches):
-        super().__init__()
-        self.launches = launches
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        ours = func.namespace == "dreamlip_kernels"  # counted by what is inside
-        if not ours and name not in _SILENT and not (func.is_view and shares_memory(out, args[0])):
-            self.launches.append(func._schema.name)
-        return out
-
-
-@contextmanager
-def all_launches(launches):
-    """Kernels, products and operations of torch that are launched inside."""
-    launches.clear()
-
-    def inside(backend):
-        def counting(*arguments):
-            with TorchLaunches(launches):
-                return backend(*arguments)
-
-        return counting
-
-    with pytest.MonkeyPatch.context() as patched, TorchLaunches(launches):
-        for table in (logsumexp._FORWARD, logsumexp._BACKWARD):
-            patched.setitem(table, "triton", inside(table["triton"]))
-        yield
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.mark.parametrize(
-    "dtype, masked, most", [(torch.bfloat16, False, 40), (torch.bfloat16, True, 40), (torch.float32, False, 52)]
+    "dtype, float32",
+    [(torch.bfloat16, "torch"), (torch.float32, "fp16"), (torch.float32, "torch")],
+    ids=["bfloat16", "float32 as float16", "float32"],
 )
-def test_launches_of_a_step(counted, dtype, masked, most):
+@pytest.mark.parametrize("masked", [False, True])
+def test_launches_of_a_step(counted, monkeypatch, dtype, float32, masked):
     """The whole loss with its gradients, N=4096, K=8 on one rank: about 270 before slots went together."""
+    monkeypatch.setattr(settings, "float32", float32)
+    operands = "vectors vectors" if (dtype, float32) == (torch.float32, "fp16") else ""
     image, text = (v.requires_grad_() for v in clip_like(4096, 8, 32, dtype))
     scale = torch.tensor(14.3, requires_grad=True)
     mask = torch.ones(4096, 8, dtype=torch.bool) if masked else None
-    with all_launches(counted):
+    with all_launches(counted, many=image.numel()) as passes:
         loss = dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")
         torch.autograd.grad(loss, (image, text, scale))
     print(len(counted), counted)
-    assert len(counted) <= most, counted
+    assert len(counted) <= 40, counted
+    # One matrix of all slots, without what is masked; the kernel that rounds features makes both.
+    expected = [] if operands else ["masked_fill" if masked else "contiguous"]
+    assert passes == expected, "elementwise passes over features or their gradients"
     assert [name for name in counted if "aten" not in name] == (
-        "exp_sums finish_sums finish_sums coefficients coefficients gradient_tile gradient_tile matmul matmul "
-        "finish_gradient finish_gradient"
+        f"{operands} exp_sums finish_sums finish_sums {operands} vectors vectors gradient_tile gradient_tile "
+        "matmul matmul finish_gradient finish_gradient"
     ).split()
 
 
@@ -193,79 +58,46 @@ def test_launches_of_a_further_rectangle(counted):
     assert len(counted) <= 12, counted
 
 
-@pytest.mark.parametrize("frozen", ["x", "y"])
-def test_a_frozen_side_costs_no_product_and_no_buffer(counted, frozen):
-    image, text = clip_like(8192, 2, 128, torch.bfloat16)
-    y = text.transpose(0, 1)
-    trained = (image if frozen == "y" else y).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_the_benchmark_tunes_is_launched(counted, monkeypatch, dtype):
+    """Its exp_sums had not followed a signature: on a GPU each candidate would have been printed as a failure."""
+    from benchmarks import tune_contrastive
 
-    def step():
-        row, col = dk.bidirectional_logsumexp(image, y, 14.3, backend="triton")
-        return torch.autograd.grad(row.sum() + col.sum(), trained)
-
-    grads, most = most_allocated(step)
-    assert counted.count("matmul") + counted.count("accumulate") == 1 and counted.count("finish_gradient") == 1
-    assert len(grads) == 1
-    with_both = most_allocated(lambda: both_gradients(image, y))[1]
-    assert most < with_both - image.numel() * image.element_size(), "the gradient that nobody needs was allocated"
+    monkeypatch.setattr(tune_contrastive, "N", 256)
+    for name in ("workspace_bytes", "resident"):
+        monkeypatch.setattr(settings, name, getattr(settings, name))  # and back at the end
+    monkeypatch.setattr(tuned_tiles, "_instead", None)
+    for name, (step, key) in tune_contrastive.steps(64, dtype, device="cpu").items():
+        counted.clear()
+        step()
+        assert set(counted) == {name} and key == (name, dtype.itemsize, 8)
 
 
-def both_gradients(image, y):
-    inputs = [v.detach().requires_grad_() for v in (image, y)]
-    row, col = dk.bidirectional_logsumexp(*inputs, 14.3, backend="triton")
-    return torch.autograd.grad(row.sum() + col.sum(), inputs)
+def test_a_tile_that_spills_in_any_variant_is_no_candidate(monkeypatch):
+    """The least over the variants was taken: a masked kernel that spilled went by a plain one that did not."""
+    from benchmarks import tune_contrastive
+
+    def variant(spilled, exact):
+        return SimpleNamespace(n_spills=spilled, src=SimpleNamespace(constants={(1,): exact}))
+
+    variants = dict(enumerate((variant(0, False), variant(6, False), variant(9, True))))
+    kernel = SimpleNamespace(device_caches={0: (variants,)}, arg_names=["x", "EXACT"])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert tune_contrastive.spills(kernel) == 6
 
 
-# In a process of its own: the suite's has the interpreter switched on. Nothing is compiled or launched; what would be
-# compiled is told by the key that Triton looks its cache up with.
-COMPILED = """
-    import json, os
-    import torch, triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver, jit
-
-    class Driver:
-        get_current_device = lambda self: 0
-        get_current_stream = lambda self, device: 0
-        get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-
-    driver.set_active(Driver())
-    keys = set()
-
-    def run(self, *args, grid, warmup, **kwargs):
-        _, _, _, _, binder = self.device_caches[0]
-        _, specialization, options = binder(*args, **kwargs)
-        keys.add(self.fn.__name__ + str(specialization) + str(options))
-
-    jit.JITFunction.run = run
-    import dreamlip_kernels as dk
+@pytest.mark.parametrize("columns", [45, 48])
+def test_rows_of_the_gradients_coefficients_begin_at_lines_of_the_cache(counted, monkeypatch, columns):
+    """Without a pitch, a number of columns that 8 does not divide made 64 stores of two bytes for 8 of 16."""
     from dreamlip_kernels.ops.logsumexp import logsumexp_gradient_triton
-    from dreamlip_kernels.ops.logsumexp import logsumexp_triton
-    os.environ["TRITON_INTERPRET"] = "1"  # by which the dispatcher takes CPU tensors; kernels are decorated already
 
-    def step(n, dtype, masked, k=3, d=32):
-        image, text = (torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((n, d), (n, k, d)))
-        mask = torch.ones(n, k, dtype=torch.bool) if masked else None
-        scale = torch.tensor(14.3, requires_grad=True)
-        loss = dk.multi_positive_contrastive_loss(image, text, scale, text_mask=mask, backend="triton")
-        torch.autograd.grad(loss, (image, text, scale))
-        return len(keys)
-
-    counts = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for masked in (False, True):
-            keys.clear()
-            first, second = step(96, dtype, masked), step(160, dtype, masked)
-            counts.append([first, second, step(320, dtype, masked, k=5), step(97, dtype, masked)])
-    print(json.dumps(counts))
-"""
-
-
-def test_few_kernels_are_compiled():
-    """Six at a first step (eight were, nine more with a mask), none for other batches, one for the first ragged one."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", textwrap.dedent(COMPILED)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    for first, larger, more_slots, ragged in json.loads(run.stdout.splitlines()[-1]):
-        assert first <= 6 and first == larger == more_slots and ragged <= first + 1, run.stdout
+    pitches = []
+    for product in ("matmul", "accumulate"):
+        monkeypatch.setattr(logsumexp_gradient_triton, product, lambda a, b, out: pitches.append(max(a.stride())))
+    x, y = clip_like(columns, 3, 32, torch.bfloat16)
+    inputs = [v.requires_grad_() for v in (x[:40].clone(), y.transpose(0, 1).contiguous())]
+    for room in (2**29, 2**20):
+        monkeypatch.setattr(settings, "workspace_bytes", room)
+        row, col = dk.bidirectional_logsumexp(*inputs, 14.3, backend="triton")
+        torch.autograd.grad(row.sum() + col.sum(), inputs)
+    assert len(pitches) >= 4 and all(pitch % 64 == 0 for pitch in pitches), pitches

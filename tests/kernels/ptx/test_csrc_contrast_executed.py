@@ -38,9 +38,16 @@ def launch_on(monkeypatch):
     return launch_on
 
 
+@pytest.mark.parametrize("kind", ["bf16", "tf32x3"], indirect=True)
+def test_every_kernel(launch_on, kind):
+    """Two slots of less than a tile, one box deep: what runs by default of each dtype's code, forward and backward."""
+    launch_on(80)
+    check(kind, "cuda", *features(kind, 20, 24, 2, 16), 14.3, **masks_of(20, 24, 2, "x, y"))
+
+
 @pytest.mark.parametrize(
     "kind, capability, which",
-    cases({("bf16", 80, "x, y")}, KINDS, (80, 90), ("none", "x", "y", "x, y")),
+    cases(set(), KINDS, (80, 90), ("none", "x", "y", "x, y")),
     indirect=["kind"],
 )
 def test_ragged_edges(launch_on, kind, capability, which):

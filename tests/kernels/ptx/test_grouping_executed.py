@@ -16,7 +16,7 @@ ALL = pytest.mark.ptx
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = [(3, 49, 3, 96), (2, 25, 13, 37), (2, 70, 19, 72), (2, 1, 1, 8)]
 # csrc takes whole 16-byte rows; a ring of few boxes is what a small limit of shared memory leaves.
-CSRC_SHAPES = [(3, 49, 3, 96), (3, 33, 13, 136), (2, 270, 2, 72)]
+CSRC_SHAPES = [(3, 49, 3, 96), (3, 33, 13, 136), (2, 270, 2, 72), (1, 40, 3, 72), (1, 70, 2, 40)]
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="needs nvcc (CUDA_HOME, or on PATH)")
 
 
@@ -96,7 +96,7 @@ def test_triton_in_any_order_of_warps(dtype, capability, schedule):
 @pytest.mark.parametrize(
     "shape, dtype, capability, normalization, masked",
     cases(
-        {((3, 49, 3, 96), "fp16", 80, "minmax", True), ((2, 270, 2, 72), "bf16", 90, "softmax", False)},
+        {((1, 40, 3, 72), "fp16", 80, "minmax", True), ((1, 70, 2, 40), "bf16", 90, "softmax", False)},
         CSRC_SHAPES,
         DTYPES,
         (80, 90),

@@ -116,11 +116,13 @@ def largest_upstream_fits_float16(backend, device):
     """Row and column coefficients just below a power of two added up to more than float16 holds: gradients were
     infinite.
     """
-    x = torch.eye(32, device=device)
-    inputs = [v.requires_grad_() for v in (x.clone(), x[None].clone())]
-    row, col = dk.bidirectional_logsumexp(*inputs, 100.0, backend=backend)
-    upstream = torch.full_like(row, 1.9999)
-    assert all(torch.isfinite(g).all() for g in torch.autograd.grad((row, col), inputs, (upstream, upstream)))
+    for dtype in (torch.float32, torch.float16):
+        x = torch.eye(32, device=device, dtype=dtype)
+        inputs = [v.requires_grad_() for v in (x.clone(), x[None].clone())]
+        row, col = dk.bidirectional_logsumexp(*inputs, 100.0, backend=backend)
+        upstream = torch.full_like(row, 1.9999)
+        grads = torch.autograd.grad((row, col), inputs, (upstream, upstream))
+        assert all(torch.isfinite(g).all() for g in grads), dtype
 
 
 def strides_are_those_that_compiled_code_was_told(backend, device):

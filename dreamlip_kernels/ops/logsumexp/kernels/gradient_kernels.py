@@ -162,7 +162,7 @@ def gradient_tile(
     """G [rows, slots, cols] = a exp(z - row) + b exp(z - col) of a chunk, rounded once; the pairs (diagonal + j, j),
     first_pair <= j < stop_pair, are left 0, and those of one image.
 
-    Columns are counted in octets; rows of G are ``pitch`` columns apart. row_ptr and col_ptr are what ``coefficients``
+    Columns are counted in octets; rows of G are ``pitch`` columns apart. row_ptr and col_ptr are what ``vectors``
     wrote: of exp2(z - offset), or for EXACT the log-sum-exps and the upstream. Both are launched; the flag says which
     runs. A program makes one tile; of EXACT, which as a rule has nothing to do, few programs make many: thousands that
     only read the flag would be waited for."""
