@@ -121,8 +121,8 @@ gpu-contrast: gpu-build
 
 # The sanitizers watch kernels that are compiled already: their seconds are not for a compiler.
 gpu-rest: gpu-build
-	for name in grouping:30 train_step:50 pipeline:15; do \
-		$(STEP) $${name%:*} $$(($${name#*:} + 30)) python3 -m pytest benchmarks/bench_$${name%:*}.py --budget $${name#*:} --benchmark-only --benchmark-json=$(OUT)/$${name%:*}.json; done; true
+	for name in grouping:30 sigmoid:15 train_step:40 pipeline:15; do \
+		$(STEP) $${name%:*} $$(($${name#*:} + 20)) python3 -m pytest benchmarks/bench_$${name%:*}.py --budget $${name#*:} --benchmark-only --benchmark-json=$(OUT)/$${name%:*}.json; done; true
 	-$(STEP) small_tests 60 python3 -m pytest tests/kernels/*/test_*_gpu.py -m sanitizer -n 12
 	-for tool in memcheck racecheck; do \
 		$(STEP) $$tool 65 compute-sanitizer --tool $$tool --error-exitcode 9 python3 -m pytest tests/kernels/*/test_*_gpu.py -m sanitizer -x; done

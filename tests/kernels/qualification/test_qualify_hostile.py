@@ -1,11 +1,11 @@
 """Machines and files as users have them: no home, a damaged verdict, another process at work, a key pressed."""
 
-import _thread
 import copy
 import fcntl
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -130,7 +130,7 @@ def test_an_interrupt_is_no_answer(fakes, monkeypatch):
     monkeypatch.setattr(supervisor, "WORKER", [sys.executable, "-c", WORKING])
     journal = Journal("x.json")
     jobs = [{"name": str(number)} for number in range(4)]
-    once = iter([_thread.interrupt_main])
+    once = iter([lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)])
     with pytest.raises(KeyboardInterrupt):
         journal.run(jobs, 2, 30.0, lambda said: next(once, lambda: None)())
     for thread in threading.enumerate():

@@ -49,14 +49,12 @@ def _store_coefficients(out_ptr, flag_ptr, lse, upstream, unit, offset, offs, in
 
 
 @triton.jit
-def _make_coefficients(
-    writes, ours, outs, exponents, largest_ptr, sizes, diagonal, first_pair, stop_pair, BLOCK: tl.constexpr
-):
+def _make_coefficients(writes, ours, outs, exponents, largest_ptr, pairs, BLOCK: tl.constexpr):
     """The phases LARGEST_UPSTREAM and, where it ``writes``, COEFFICIENTS."""
     row_ptr, col_ptr, d_row_ptr, d_col_ptr, pos_ptr, d_pos_ptr = ours
     flag_ptr, unit_ptr, rows_ptr, cols_ptr, own_ptr = outs
     scale_ptr, slope_ptr = exponents
-    M, C, K = sizes
+    M, C, K, diagonal, first_pair, stop_pair = pairs
     pid = tl.program_id(0).to(tl.int64)
     row_programs = tl.cdiv(K * M, BLOCK)
     of_rows = pid < row_programs
@@ -155,10 +153,8 @@ def vectors(
     else:
         ours = (row_ptr, col_ptr, d_row_ptr, d_col_ptr, pos_ptr, d_pos_ptr)
         outs = (flag_ptr, unit_ptr, rows_ptr, cols_ptr, own_ptr)
-        exponents, sizes = (scale_ptr, slope_ptr), (M, C, K)
-        _make_coefficients(
-            phase == 3, ours, outs, exponents, largest_ptr, sizes, diagonal, first_pair, stop_pair, BLOCK
-        )
+        exponents, pairs = (scale_ptr, slope_ptr), (M, C, K, diagonal, first_pair, stop_pair)
+        _make_coefficients(phase == 3, ours, outs, exponents, largest_ptr, pairs, BLOCK)
 
 
 @triton.jit(do_not_specialize=["R", "V", "own_q", "own_t", "terms", "shift", "own_shift", "wants_dots"])
