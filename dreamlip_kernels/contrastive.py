@@ -111,7 +111,7 @@ def multi_positive_contrastive_loss(
     if label_smoothing > 0 or (images is not None and same_image == "positive"):
         slots = Slots(everyone, text_KND, everyone_mask, mask_KN, images)
         how: dict[str, Any] = dict(label_smoothing=label_smoothing, same_image=same_image)
-        how |= dict(over_slots=negatives == "all", group=group)
+        how.update(over_slots=negatives == "all", group=group)
         row_target, col_target = soft_targets(slots, scale, pos, row_target, **how)
     if positives == "logsum":
         captioned = None if mask_KN is None else mask_KN.any(0)

@@ -179,7 +179,7 @@ def subcaption_grouping_loss(
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
         queries, text_features = (t.masked_fill(~text_mask[..., None], 0) for t in (queries, text_features))
     options: dict[str, Any] = dict(threshold=threshold, normalization=normalization, backend=of_pooling)
-    options |= dict(patch_mask=patch_mask, normalize_patches=normalize_patches)
+    options.update(patch_mask=patch_mask, normalize_patches=normalize_patches)
     if contrast == "conditioned":
         pooled = _pooled_for_the_block(patch_features, queries, candidates, options)
     else:

@@ -12,6 +12,7 @@ Collectives on unequal sizes hang or return garbage. DREAMLIP_CHECK says how oft
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -38,6 +39,7 @@ SIZES = (
     "same_image (1 = 'positive')",
 )
 LONGEST_WAIT = datetime.timedelta(minutes=10)  # for a rank that compiles, or loads, while the others already compare
+_LEAVING = datetime.timedelta(seconds=10)  # for ranks that have yet to read the sizes they all raise about
 
 
 @dataclass
@@ -156,4 +158,10 @@ def _by_store(fn: str, sizes: dict[str, int], backend: str, call: int, group: Gr
             f"{LONGEST_WAIT.total_seconds():.0f} s: they hold other shapes, or stopped. Drop or pad the last partial "
             "batch"
         ) from error
-    return [json.loads(store.get(key)) for key in keys]
+    by_rank = [json.loads(store.get(key)) for key in keys]
+    if any(sizes != by_rank[0][:-1] for *sizes, _ in by_rank):
+        # Every rank is about to raise, and the store ends with its process: nobody leaves before all have read it.
+        store.set(f"{keys[rank]}/read", "")
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"{key}/read" for key in keys], _LEAVING)
+    return by_rank

@@ -1,7 +1,5 @@
 """The multi-positive sigmoid loss against the float64 oracle, the real SigLipLoss, and what a user may give it."""
 
-import importlib.util
-
 import pytest
 import torch
 from numerics import assert_no_worse_than_torch, clip_like, three_ways, value_and_grads
@@ -9,12 +7,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamlip_kernels as dk
 from dreamlip_kernels import reference
+from dreamlip_kernels.backends import dispatch
 from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.ops import tiles
 from dreamlip_kernels.ops.sigmoid_pairs import sigmoid_pairs, sigmoid_pairs_torch
 
-TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-triton_only = pytest.mark.skipif(not TRITON, reason="Triton's interpreter; with a CUDA device the kernels are compiled")
+TRITON = dispatch.TRITON_INSTALLED and dispatch._TORCH_SUFFICES and not torch.cuda.is_available()
+triton_only = pytest.mark.skipif(
+    not TRITON, reason="Triton's interpreter, from torch 2.10 on; with a CUDA device the kernels are compiled"
+)
 BACKENDS = ["torch", pytest.param("triton", marks=triton_only)]
 SHAPES = [(1, 1, 8), (3, 2, 8), (37, 5, 96), (65, 8, 123)]
 
