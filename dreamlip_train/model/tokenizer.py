@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import re
 from typing import Any
 
 import open_clip
@@ -17,6 +18,7 @@ from dreamlip_train.jobs.user_error import UserError
 
 _WORDS_KEPT = 200_000
 _LONG_WORD = 64  # bytes; longer ones are merged in n log n instead of n squared, and not kept
+_NO_CHARACTER = re.compile(r"&#[0-9]{4000,};?")
 _MOST_CHARACTERS = 64  # read of a text for each token of the context; the rest could not be seen
 
 
@@ -37,7 +39,7 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
         # What ftfy and html.unescape repair is not in such a text.
         plain = text.isascii() and text.isprintable() and "&" not in text
         tokens: list[int] = []
-        for word in (text.lower() if plain else self.clean_fn(text)).split():
+        for word in (text.lower() if plain else self.clean_fn(_readable(text))).split():
             tokens += self.words.get(word) or self._look_up(word)
         return tokens
 
@@ -107,6 +109,11 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length), cut
 
 
+def _readable(text: str) -> str:
+    """``text`` as html.unescape can read it: Python makes no number of "&#" and 4,301 digits, which is no character."""
+    return _NO_CHARACTER.sub("\ufffd", text) if "&#" in text else text
+
+
 @functools.cache
 def _tokenizer() -> CaptionTokenizer:
     return CaptionTokenizer(77)
@@ -142,5 +149,6 @@ class HubTokenizer:
     def with_cut(self, texts: list[str], context_length: int | None = None) -> tuple[Tensor, int]:
         """The tokens, and how many of the texts were longer than the context and lost their ends."""
         length = context_length or self.context_length
+        texts = [_readable(text) for text in texts]
         whole = self.inner.tokenizer([self.inner.clean_fn(text) for text in texts])["input_ids"]
         return self.inner(texts, length), sum(len(ids) > length for ids in whole)

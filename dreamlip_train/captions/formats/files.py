@@ -20,6 +20,7 @@ _KINDS = {
 }
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = tuple(_KINDS)
+_PIECE = 2**20  # characters
 _LARGEST_JSON = 16 * 2**30  # characters: a document is parsed whole
 
 
@@ -82,8 +83,12 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: a compressed one grows without bounds.
     """
+    parts, size = [], 0
     with open_text(path) as file:
-        text = file.read(_LARGEST_JSON + 1)
-    if len(text) > _LARGEST_JSON:
-        raise UserError(f"--captions: {str(path)!r} is larger than {_LARGEST_JSON:,} characters; give it as JSON lines")
-    return text
+        while part := file.read(_PIECE):  # all at once Python would ask for the memory of the largest first
+            parts.append(part)
+            size += len(part)
+            if size > _LARGEST_JSON:
+                limit = f"{_LARGEST_JSON:,} characters"
+                raise UserError(f"--captions: {str(path)!r} is larger than {limit}; give it as JSON lines")
+    return "".join(parts)

@@ -5,6 +5,8 @@ traceback.
 import csv
 import json
 import random
+import resource
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -94,6 +96,18 @@ def test_captions_of_several_lines_with_commas_are_whole(tmp_path):
     caption = "\n".join(["Yes, it is, indeed, so.", "A dog, a cat, a bird, a fish.", "", "The end."])
     path = table(tmp_path / "t.csv", [row(1) | {"longSV_captions": caption}, row(2)])
     assert [r["longSV_captions"] for _, r, _ in Table(path)] == [caption, row(2)["longSV_captions"]]
+
+
+def test_a_small_json_document_asks_for_little_memory(tmp_path):
+    """16 GB were asked for, whatever the file's size: a MemoryError where memory is limited."""
+    (tmp_path / "t.json").write_text(json.dumps([row(1)] * 5000))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
+    try:
+        assert len(list(Table(tmp_path / "t.json"))) == 5000
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_a_header_with_a_stray_quote_is_a_message(tmp_path):

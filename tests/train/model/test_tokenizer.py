@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreamlip_train.model import tokenizer
-from dreamlip_train.model.tokenizer import CaptionTokenizer
+from dreamlip_train.model.tokenizer import CaptionTokenizer, count_tokens
 
 TEXTS = [
     "",
@@ -73,3 +73,10 @@ def test_long_words_have_open_clip_s_tokens():
     words += ["".join(rng.choices("photograph the running", k=200)).replace(" ", "") for _ in range(20)]
     for word in words:
         assert ours.encode(word) == theirs.encode(word), word
+
+
+@pytest.mark.parametrize("text", ["&#" + "9" * 5000, "a &#" + "0" * 5000 + "65; dog", "&#x" + "f" * 5000 + ";"])
+def test_a_number_of_thousands_of_digits_ends_nothing(text):
+    """html.unescape raised a ValueError: one such caption ended training, in every epoch again."""
+    tokens, _ = CaptionTokenizer(77).with_cut([text])
+    assert tokens.shape == (1, 77) and count_tokens(text) >= 2
