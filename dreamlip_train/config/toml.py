@@ -31,7 +31,7 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config: cannot read {str(path)!r}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also no UTF-8, numbers of thousands of digits, depth
         raise UserError(f"--config: {str(path)!r} is not TOML: {error}") from error
     refuse_renamed_keys(settings, str(path))
     base, loss = base or Config(), settings.get("loss")

@@ -146,6 +146,8 @@ def test_a_url_is_fetched_as_it_is_written():
 def test_patterns_that_name_too_much_or_the_same_are_messages():
     with pytest.raises(UserError, match="more than 1,000,000"):
         list_shards("{0..999999999}.tar")
+    with pytest.raises(UserError, match="more than 1,000,000"):
+        list_shards(f"{{0..{'9' * 5000}}}.tar")  # which Python makes no number of
     with pytest.raises(UserError, match="more than once"):
         list_shards("00000.tar::./00000.tar")
     with pytest.raises(UserError, match="cannot be expanded"):

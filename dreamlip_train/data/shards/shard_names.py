@@ -29,6 +29,7 @@ Scheme = Literal["file", "http", "pipe"]
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*$")
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 _MOST_NAMES = 1_000_000
+_LONGEST_NUMBER = 20  # digits
 # curl may end because we stop reading (23), and a shell or its command for the same reason (SIGPIPE, 141 or -13).
 _STOPPED_READING = (23, 141, -13)
 _CURL = "curl --fail --silent --show-error --location --globoff --proto =http,https --proto-redir =http,https".split()
@@ -80,8 +81,10 @@ def _expanded(pattern: str, field: str) -> list[str]:
     names: list[str] = []
     for part in pattern.split("::"):
         # braceexpand makes a list of each range, before anybody can stop it.
-        ranges = [abs(int(last) - int(first)) for first, last in _RANGE.findall(part)]
-        if max(ranges, default=0) >= _MOST_NAMES:
+        if any(
+            max(len(first), len(last)) > _LONGEST_NUMBER or abs(int(last) - int(first)) >= _MOST_NAMES
+            for first, last in _RANGE.findall(part)
+        ):
             raise UserError(f"{field}: {part!r} names more than {_MOST_NAMES:,} shards; use larger shards or a glob")
         try:
             names += islice(braceexpand.braceexpand(part), _MOST_NAMES - len(names) + 1)

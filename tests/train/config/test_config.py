@@ -6,6 +6,7 @@ from dreamlip_train.config.presets import apply_preset
 from dreamlip_train.config.schema import Config, LossConfig
 from dreamlip_train.config.toml import differences, format_config, override, read_config
 from dreamlip_train.config.validation import validate
+from dreamlip_train.jobs.user_error import UserError
 
 
 @pytest.mark.parametrize(
@@ -137,3 +138,13 @@ def test_patches_are_looked_at_with_the_evaluations_threshold_or_the_losss():
     assert config.selection() == {"threshold": 0.2, "normalization": "softmax"}
     config.eval.threshold = 0.0
     assert config.selection()["threshold"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "content", [b"[train]\nsteps = " + b"9" * 5000, b"[data]\nshards = '\xff'", b"a = " + b"[" * 100_000, b"\0"]
+)
+def test_what_is_no_toml_is_a_message(tmp_path, content):
+    """Python's own errors of numbers, encodings and depth are no TOMLDecodeError."""
+    (tmp_path / "c.toml").write_bytes(content)
+    with pytest.raises(UserError, match="--config: .*c.toml' is not TOML"):
+        read_config(tmp_path / "c.toml")
