@@ -64,7 +64,7 @@ lint: install
 # PEER=my_loss.py:my_loss adds a loss of your own (docs/extending.md).
 bench: install
 	mkdir -p $(OUT)
-	$(BIN)/python -m pytest benchmarks $(addprefix --peer ,$(PEER)) --benchmark-only --benchmark-group-by=func,param:shape,param:phase --benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/benchmarks.json
+	$(BIN)/python -m pytest benchmarks $(addprefix --peer ,$(PEER)) --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/benchmarks.json
 	$(BIN)/python benchmarks/plot_contrastive.py $(OUT)/benchmarks.json $(OUT)/contrastive.png
 
 # The kernels' tests under every version that the metadata promises; MATRIX="--torch 2.6" for a part of it.

@@ -2,7 +2,7 @@
 matrix products with elementwise passes.
 
     make bench
-    pytest benchmarks/bench_contrastive.py --benchmark-only --benchmark-group-by=param:dtype,param:shape,param:phase
+    pytest benchmarks/bench_contrastive.py --benchmark-only
     pytest benchmarks/bench_contrastive.py --benchmark-only --peer my_loss.py:my_loss     # your own beside them
 
 Beside times the summary gives each one's share of the floor (1 U forward, 4 U both ways, U = 2 N N K D operations, at

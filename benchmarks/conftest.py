@@ -86,6 +86,7 @@ def run(benchmark, request):
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
+        benchmark.group = _group(request)
         benchmark.extra_info.update(extra or {})
         try:
             synchronized()
@@ -110,6 +111,16 @@ def run(benchmark, request):
             _SUMMARY.append(f"{request.node.name:<90} {1e3 * median:9.3f} ms   {'  '.join(cells)}")
 
     return measure
+
+
+def _group(request) -> str:
+    """What a case is compared with: its function's cases of the same shape and phase, as far as it has them.
+
+    --benchmark-group-by=param:phase ends with a KeyError where a case has none.
+    """
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    shared = [f"{name}={parameters[name]}" for name in ("shape", "phase") if name in parameters]
+    return " ".join([request.node.function.__name__, *shared])
 
 
 def _peak_bytes(step) -> int:
