@@ -135,44 +135,6 @@ def test_bytes_are_utf8_or_a_finding(tmp_path):
     assert "raw_caption" not in second and "raw_caption left out: bytes that are not UTF-8" in wrong
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        *("['A dog.', 'It runs.']", '["A dog.", "It runs."]', "['A dog.' 'It runs.']", "['A dog.'\n 'It runs.']"),
-        *("('A dog.', 'It runs.')", "[b'A dog.', b'It runs.']", '["A dog.", "It runs.", null]'),
-        *("array(['A dog.', 'It runs.'], dtype=object)", "array(['A dog.',\n       'It runs.'], dtype='<U8')"),
-        "[{'from': 'human', 'value': '<image>'}, {'from': 'gpt', 'value': 'A dog. It runs.'}]",
-    ],
-)
-def test_a_list_written_as_text_is_a_list_and_it_is_said(tmp_path, written):
-    path = table(tmp_path / "t.csv", [row(1) | {"longSV_captions": written}])
-    ((_, cells, note),) = Table(path)
-    assert "longSV_captions: a list that was written as text" in note
-    assert [piece.text for piece in caption_pool(cells, ["longSV_captions"])] == ["A dog.", "It runs."]
-
-
-@pytest.mark.parametrize("written", ["b'A dog.'", 'b"A dog."'])
-def test_bytes_written_as_text_are_what_they_say(tmp_path, written):
-    ((_, cells, note),) = Table(table(tmp_path / "t.csv", [row(1) | {"longSV_captions": written}]))
-    assert cells["longSV_captions"] == "A dog." and "bytes that were written as text" in note
-
-
-@pytest.mark.parametrize(
-    "written", ["{'text': 'A dog.'}", "b'\\xff'", '["A", ["B"]]', "[{'from': 'human', 'value': 'A?'}]"]
-)
-def test_other_values_written_as_text_are_left_out_and_named(tmp_path, written):
-    ((_, cells, note),) = Table(table(tmp_path / "t.csv", [row(1) | {"longSV_captions": written}]))
-    assert "longSV_captions" not in cells and "longSV_captions left out" in note
-
-
-@pytest.mark.parametrize(
-    "text", ["('A dog')", "{'hello'}", "[dog] a dog]", "[1, 2]", "b'A dog", "['a' if 1 else 'b']", '("A")']
-)
-def test_a_caption_in_quotes_and_brackets_stays_as_it_is(tmp_path, text, recwarn):
-    ((_, cells, note),) = Table(table(tmp_path / "t.csv", [row(1) | {"longSV_captions": text}]))
-    assert cells["longSV_captions"] == text and not note and not recwarn
-
-
 def test_other_types_are_refused_by_column_name(tmp_path):
     image = {"bytes": b"\xff\xd8\xff", "path": "x"}
     whole = pyarrow.table({IMAGE_COLUMN: ["0.jpg"], "raw_caption": ["a dog"], "image": [image]})
