@@ -92,7 +92,9 @@ class Worker:
     def end(self, first: signal.Signals = signal.SIGKILL) -> None:
         """End the process and its children, at once or after the time a ``first`` signal takes it."""
         process, self.process = self.process, None  # the thread that works and the one that stops it may both be here
-        for number in (first, signal.SIGKILL) if process is not None else ():
+        if process is None:
+            return
+        for number in (first, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
