@@ -186,7 +186,8 @@ def test_shipped_configurations(arch, dtype, width, tmp_path):
             Path(path).name.split("-")[0],
         )  # measured to be faster so, with larger tiles
         if dtype != "fp32" and not exact and not one_program:
-            assert registers(path) <= 128, f"{path}: a second program does not fit on a processor"
+            most = 128 if tiled else 255  # of 8 warps, of 4
+            assert registers(path) <= most, f"{path}: a second program does not fit on a processor"
         if tiled and not exact:
             copies = "UTMALDG" if arch in (90, 100) else "LDGSTS"  # TMA, cp.async
             assert re.search(rf"\b{copies}\b", code), f"{path}: loads are not asynchronous"
