@@ -84,19 +84,19 @@ def gathered_logsumexp_op(
     own = slice(rank * n, (rank + 1) * n)
     everyone = x.new_empty(world * n, *x.shape[1:])
     travelling = dist.all_gather_into_tensor(everyone, x.contiguous(), group=process_group, async_op=True)
-    keep = False
     y_images = _part(x_images, own)
+    settings = dict(keep=False, float32=float32, backend=backend, y_images=y_images)
     row_own, col, pos, _ = logsumexp_op(
-        x, y, scale, _part(x_mask, own), y_mask, True, keep, float32, backend, y_images, y_images
+        x, y, scale, _part(x_mask, own), y_mask, paired=True, x_images=y_images, **settings
     )
     assert travelling is not None
     travelling.wait()
     rows = [row_own]
     for before, others in ((True, slice(0, own.start)), (False, slice(own.stop, world * n))):
         if others.stop > others.start:
-            masks, images = (_part(x_mask, others), y_mask), (_part(x_images, others), y_images)
+            images = _part(x_images, others)
             row_part, col_part, *_ = logsumexp_op(
-                everyone[others], y, scale, *masks, False, keep, float32, backend, *images
+                everyone[others], y, scale, _part(x_mask, others), y_mask, paired=False, x_images=images, **settings
             )
             rows.insert(0, row_part) if before else rows.append(row_part)
             col = torch.logaddexp(col, col_part)

@@ -39,7 +39,7 @@ class MultiPositiveSigmoidLoss(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check_world(name, rank, world_size, False, group)
+        check_world(name, rank, world_size, use_horovod=False, group=group)
         if dist_impl is not None:
             check_choice(name, "dist_impl", dist_impl, DIST_IMPLS)
         check_targets(name, label_smoothing, same_image)

@@ -132,7 +132,8 @@ def _evaluate_batch(
     result = replace(result, images=image_nD, texts=text_KD)
     if loss is not None:
         text_nKD = nn.utils.rnn.pad_sequence(text_KD, batch_first=True)
-        mask_nK = nn.utils.rnn.pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in text_KD], True)
+        present = [torch.ones(len(text), dtype=torch.bool) for text in text_KD]
+        mask_nK = nn.utils.rnn.pad_sequence(present, batch_first=True)
         losses = loss(image_nD, patch_nPD, text_nKD, mask_nK.to(text_nKD.device))
         result = replace(result, losses={name: float(value) for name, value in losses.items()})
     if selection is None or patch_nPD is None or all(sample["mask"] is None for sample in usable):

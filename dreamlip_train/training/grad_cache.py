@@ -57,7 +57,8 @@ def cached_train_step(
         total = torch.stack(list(losses.values())).sum()
         losses = {name: value.detach() for name, value in losses.items()}
         if not finite_everywhere(total):
-            return StepResult(losses, False, math.nan, {"logit_scale": features["logit_scale"].detach()})
+            scales = {"logit_scale": features["logit_scale"].detach()}
+            return StepResult(losses, applied=False, grad_norm=math.nan, scales=scales)
         values = torch.autograd.grad(total, list(features.values()), allow_unused=True)
         gradients = {name: value for name, value in zip(features, values, strict=True) if value is not None}
     shares, first, within = _shares(chunks), 0, torch.zeros((), device=mask.device)

@@ -55,12 +55,12 @@ def train_step(
     scales = {name: features[name].detach() for name in LOGIT_SCALARS if features[name] is not None}
     losses = {name: value.detach() for name, value in losses.items()}
     if not finite_everywhere(loss):
-        return StepResult(losses, False, math.nan, scales)
+        return StepResult(losses, applied=False, grad_norm=math.nan, scales=scales)
     engine.backward(loss)
     grad_norm = unsharded_grad_norm(engine)
     if grad_norm is not None and not math.isfinite(grad_norm):
         engine.optimizer.zero_grad()
-        return StepResult(losses, False, grad_norm, scales)
+        return StepResult(losses, applied=False, grad_norm=grad_norm, scales=scales)
     engine.step()
     if grad_norm is None:
         grad_norm = float(engine.get_global_grad_norm())

@@ -12,7 +12,7 @@ from dreamlip_kernels.backends.settings import settings
 from dreamlip_kernels.ops import tiles
 from dreamlip_kernels.ops.sigmoid_pairs import sigmoid_pairs, sigmoid_pairs_torch
 
-TRITON = dispatch.TRITON_INSTALLED and dispatch._TORCH_SUFFICES and not torch.cuda.is_available()
+TRITON = dispatch.TRITON_INSTALLED and dispatch.ADDS_SIXTEEN_BIT_PRODUCTS and not torch.cuda.is_available()
 triton_only = pytest.mark.skipif(
     not TRITON, reason="Triton's interpreter, from torch 2.10 on; with a CUDA device the kernels are compiled"
 )

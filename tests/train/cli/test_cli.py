@@ -115,7 +115,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path, trained)
         "a.tar",
         3,
     )
-    assert (config.train.global_batch_size, run_dir, resume) == (128, "r", "never")
+    assert (config.train.global_batch_size, run_dir, resume) == (64, "r", "never")
     assert accept_changes is False
     assert config.deepspeed.config == {"wall_clock_breakdown": True}
 

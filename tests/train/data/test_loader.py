@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -129,11 +131,31 @@ def test_other_readers_go_on_with_the_samples_nobody_has_read(tmp_path, workers)
     assert len(found) == len(set(found)) == sum(counts) // 12 * 12
 
 
-def test_a_stuck_reader_is_named_with_its_shard(tmp_path):
+@pytest.fixture
+def stuck(tmp_path):
+    """Two shards behind a server; the second opens, and never gives a byte."""
     write_shards(tmp_path, [16, 16])
-    (tmp_path / "00001.tar").unlink()
-    os.mkfifo(tmp_path / "00001.tar")  # opens, and never gives a byte
-    made = loader(tmp_path, workers=2, stall_seconds=2)
+    over = threading.Event()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/00001.tar":
+                over.wait(60)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/{{00000..00001}}.tar"
+    over.set()
+    http.shutdown()
+
+
+def test_a_stuck_reader_is_named_with_its_shard(stuck):
+    made = loader(stuck, workers=2, stall_seconds=2)
     with pytest.raises(
         RuntimeError,
         match=r"data.stall_seconds: no batch for 2 s: worker \d has read nothing from .*00001.tar for \d+ s",
@@ -147,12 +169,9 @@ def test_a_stuck_reader_is_named_with_its_shard(tmp_path):
     )  # or the training process would wait for the stuck worker when it exits
 
 
-def test_who_waits_for_a_stuck_reader_can_leave(tmp_path):
+def test_who_waits_for_a_stuck_reader_can_leave(stuck):
     """A signal ends a run although another thread waits for the next batch, for ever as far as anybody knows."""
-    write_shards(tmp_path, [16, 16])
-    (tmp_path / "00001.tar").unlink()
-    os.mkfifo(tmp_path / "00001.tar")
-    made = loader(tmp_path, workers=2, stall_seconds=0)
+    made = loader(stuck, workers=2, stall_seconds=0)
     threading.Timer(1.0, made.leave).start()
     began = time.time()
     assert len(list(prefetched(made.epoch(0), lambda batch: batch, torch.device("cpu")))) <= 1
