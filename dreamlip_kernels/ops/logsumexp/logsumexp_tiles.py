@@ -39,7 +39,7 @@ TABLE: dict[tuple[str, int, int], dict[int, Blocks]] = {
     ("gradient_tile", 2, 9): {512: Blocks(128, 128, 64, 8, 3)},
     ("gradient_tile", 2, 10): {512: Blocks(64, 128, 64, 8, 2)},
     # float32 operands, each product as three TF32 ones.
-    ("exp_sums", 4, 8): {512: Blocks(64, 64, 16, 4, 3)},
+    ("exp_sums", 4, 8): {512: Blocks(64, 64, 16, 8, 3)},  # with 4 warps it spills where images are compared
     ("exp_sums", 4, 9): {512: Blocks(64, 64, 32, 4, 3)},
     ("exp_sums", 4, 10): {512: Blocks(64, 128, 32, 8, 3)},
     ("gradient_tile", 4, 8): {512: Blocks(64, 64, 32, 8, 3)},

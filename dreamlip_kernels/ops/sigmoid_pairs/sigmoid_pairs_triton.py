@@ -67,11 +67,19 @@ def blocks_for(element_bytes: int, major: int) -> Blocks:
     return BLOCKS[element_bytes, major if major in (8, 9, 10) else 8]
 
 
+def compile_options(blocks: Blocks) -> dict[str, int]:
+    """Warps, stages, and registers of a thread such that two programs fit on a processor: where images are compared and
+    equal ones are positives, ptxas would take more.
+    """
+    registers = min(255, 65536 // (2 * 32 * blocks.warps))
+    return dict(num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=registers)
+
+
 def _launch_arguments(x: Tensor, y: Tensor) -> tuple[dict, Blocks]:
     major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
     descriptor = not x.is_cuda or major >= 9
     blocks = blocks_for(x.element_size(), major) if x.is_cuda else INTERPRETED
-    tile = dict(BLOCK_M=blocks.m, BLOCK_C=blocks.c, BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages)
+    tile = dict(BLOCK_M=blocks.m, BLOCK_C=blocks.c, BLOCK_D=blocks.d) | compile_options(blocks)
     operands = dict(x=x, y=y)
     if descriptor:
         operands = dict(

@@ -22,10 +22,11 @@ SCRIPT = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from dreamlip_kernels.ops.sigmoid_pairs.sigmoid_pairs_kernels import sigmoid_tile
-    from dreamlip_kernels.ops.sigmoid_pairs.sigmoid_pairs_triton import blocks_for
+    from dreamlip_kernels.ops.sigmoid_pairs.sigmoid_pairs_triton import blocks_for, compile_options
 
     arch, path, dtype = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    m, c, d, warps, stages = blocks_for(4 if dtype == "fp32" else 2, arch // 10)
+    blocks = blocks_for(4 if dtype == "fp32" else 2, arch // 10)
+    m, c, d, warps, _ = blocks
     descriptor = arch >= 90
     x, y = (f"tensordesc<{dtype}[{rows},{d}]>" if descriptor else f"*{dtype}" for rows in (m, c))
     signature = dict(x=x, y=y, x_mask_ptr="*i1", y_mask_ptr="*i1")
@@ -41,7 +42,7 @@ SCRIPT = """
     by_sixteen = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in aligned]
     attrs = {(i,): [["tt.divisibility", 16]] for i in by_sixteen}
     source = ASTSource(sigmoid_tile, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=compile_options(blocks))
     open(path, "wb").write(built.asm["cubin"])
     print(built.metadata.shared, 32 * warps)
 """
