@@ -91,7 +91,7 @@ def overlap_worker(rank, world, port):
         return Work(work) if async_op else work
 
     dist.all_gather_into_tensor = noted_gather
-    gathered_logsumexp.logsumexp_op = lambda *args: events.append("product") or product(*args)
+    gathered_logsumexp.logsumexp_op = lambda *args, **options: events.append("product") or product(*args, **options)
     step = step_of(dk.DreamLIPLoss(), True, True)
     features, masks = batch(rank, 4)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
