@@ -39,15 +39,22 @@ def job_folder(output: Path, state: str, job: dict[str, Any], what: str, *, shar
                 stack.enter_context(FolderLock(folder, "writing.lock", "--output"))
         except OSError as error:
             raise UserError(f"--output: cannot write into {str(output)!r}: {error.strerror or error}") from error
-        try:
+        with failed_writes_named(output, "--output"):
             _claim(output, folder, job, what, shared)
             yield folder
-        except OSError as error:
-            free = shutil.disk_usage(output).free / 1e9
-            raise RunError(
-                f"--output: {error} ({free:.2f} GB free). What is finished is kept; make room and give the same "
-                "command again"
-            ) from error
+
+
+@contextmanager
+def failed_writes_named(folder: Path, option: str) -> Iterator[None]:
+    """An OSError within it is a RunError that names ``option`` and how much room ``folder`` has."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(folder).free / 1e9
+        raise RunError(
+            f"{option}: {error} ({free:.2f} GB free). What is finished is kept; make room and give the same command "
+            "again"
+        ) from error
 
 
 def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: bool) -> None:

@@ -20,6 +20,7 @@ from dreamlip_train.data.shards.manifest_writer import Manifest
 from dreamlip_train.data.shards.shard_names import address, file_name, list_shards, local_folder
 from dreamlip_train.data.shards.shard_writer import ShardWriter, json_member
 from dreamlip_train.data.shards.shards import RepeatedKey, ShardError, image_of, original_key, read_shard, record_of
+from dreamlip_train.jobs.job_folder import failed_writes_named
 from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.progress_line import Progress
@@ -82,7 +83,8 @@ def validate_shards(
         why = whole.total.bad_summary() or "the shards are empty"
         raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {why}")
     if fix:
-        with Progress(f"repair {pattern}", len(shards), "shards") as progress:
+        written = failed_writes_named(Path(fix), "--fix")
+        with written, Progress(f"repair {pattern}", len(shards), "shards") as progress:
             for _ in map_bounded(lambda shard: _fix(shard, Path(fix), known.repeated), shards):
                 progress.advance()
         validate_shards(fix, count_tokens=count_tokens)

@@ -4,16 +4,17 @@ captions.
 
 import hashlib
 import json
+import resource
 from collections import Counter
 
 import pytest
 from PIL import Image
-from shard_files import jpeg, sample, write_tar
+from shard_files import jpeg, records, sample, write_shards, write_tar
 
 from dreamlip_train import cli
 from dreamlip_train.captions.statistics import percentile
 from dreamlip_train.data.shards.shards import read_shard
-from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.jobs.user_error import RunError, UserError
 from dreamlip_train.prepare.validate import validate_shards
 from dreamlip_train.reporting.caption_histograms import caption_histograms, format_histograms
 
@@ -214,3 +215,17 @@ def test_captions_that_were_written_as_text_are_said(tmp_path, capsys):
     found = checked["bad"]["caption that was a list or bytes, written as text"]
     assert found["count"] == 3 and checked["captions"]["longSV_captions"]["sentences_mean"] == 2.0
     assert "longIB_captions" not in checked["captions"]
+
+
+def test_a_full_disk_under_fix_names_what_to_do_and_the_same_command_goes_on(tmp_path):
+    """It said "[Errno 28] No space left on device", and nothing else."""
+    shards, old = write_shards(tmp_path / "s", [30, 30]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        with pytest.raises(RunError, match=r"--fix: .*GB free\).*make room and give the same command again"):
+            validate_shards(str(shards), fix=str(tmp_path / "fixed"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not list((tmp_path / "fixed").glob("*.tar"))
+    validate_shards(str(shards), fix=str(tmp_path / "fixed"))
+    assert records(tmp_path / "fixed") == records(shards)
