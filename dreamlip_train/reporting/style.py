@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from dreamlip_train.jobs.atomic_file import atomic_write
+from dreamlip_train.jobs.job_folder import failed_writes_named
 from dreamlip_train.jobs.plain_text import plain
 
 matplotlib.use("Agg")
@@ -48,7 +49,7 @@ def save_figure(figure: Figure, png: str | Path) -> None:
     """Write ``figure`` to ``png``, whole or not at all, and close it; by another ending, such as .pdf, as that."""
     png = Path(png)
     try:
-        with atomic_write(png) as partial:
+        with failed_writes_named(png.parent, str(png)), atomic_write(png) as partial:
             figure.savefig(partial, dpi=150, facecolor="white", format=png.suffix[1:].lower() or "png")
     finally:
         plt.close(figure)

@@ -217,6 +217,20 @@ def test_captions_that_were_written_as_text_are_said(tmp_path, capsys):
     assert "longIB_captions" not in checked["captions"]
 
 
+def test_a_full_disk_under_stats_names_the_figure_and_leaves_none(tmp_path, capsys):
+    """A limit of a file's size ended in a traceback."""
+    shards, old = write_shards(tmp_path / "s", [8]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    figure = tmp_path / "o.png"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["prepare", "stats", str(shards), "--output", str(figure)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert end.value.code == 2 and not list(tmp_path.glob("o.png*"))
+    assert f"{figure}: [Errno" in (message := capsys.readouterr().err) and "make room" in message
+
+
 def test_a_full_disk_under_fix_names_what_to_do_and_the_same_command_goes_on(tmp_path):
     """It said "[Errno 28] No space left on device", and nothing else."""
     shards, old = write_shards(tmp_path / "s", [30, 30]), resource.getrlimit(resource.RLIMIT_FSIZE)
