@@ -5,6 +5,7 @@ Without a CUDA device Triton's interpreter runs the kernels; it must be on befor
 
 import multiprocessing
 import os
+import signal
 import tempfile
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# A shell's background job ignores Ctrl-C, and so would all that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A verdict on this machine that its user has stored must not choose what the tests run.
 _cache = tempfile.TemporaryDirectory(prefix="dreamlip-cache-")
 os.environ["DREAMLIP_CACHE_DIR"] = _cache.name
