@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,6 @@ from dreamlip_train.evaluation.retrieval.recall import retrieval
 from dreamlip_train.evaluation.segmentation.localization import localization, mask_to_regions
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
-from dreamlip_train.model.image_tower import OwnValueAttention
 from dreamlip_train.model.packing import pack_captions
 
 LONG, MARGIN = "longIB_captions", 4  # pixels that a training crop may move
@@ -49,9 +49,9 @@ class Options:
     gradients cut: "attention-stopped" at the weights that pool the patches, "text-stopped" at the captions.
     """
     own_values: int = 0
-    """Last blocks of the image tower in which patches take their own values (1: model.patch_attention="own"). In more
-    than the last the class token is another one than open_clip's.
-    """
+    """model.own_value_blocks: last blocks of the image tower in which patches take their own values."""
+    layers: int = 2
+    """Blocks of the image tower."""
     weight: float = 1.0
     warm_up: int = 0
     """Steps in which the weight grows from 0."""
@@ -75,11 +75,9 @@ def main(options: Options) -> None:
 
 def train(options: Options, config: Config, training: Split, held_out: Split, seed: int) -> None:
     """One run; its scores are printed."""
+    start = time.process_time()
     model = build_model(config.model, seed)
     images, pools, _ = training
-    blocks = model.clip.visual.transformer.resblocks
-    for block in blocks[len(blocks) - options.own_values :]:
-        block.attn.__class__ = OwnValueAttention
     words = _Words(model, [part.text for pool in pools + held_out[1] for part in pool])
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -100,13 +98,14 @@ def train(options: Options, config: Config, training: Split, held_out: Split, se
         if step == options.steps or (options.every and step % options.every == 0):
             report = {"seed": seed, "step": step}
             report |= {name: float(loss.detach()) for name, loss in losses.items()}
-            report |= scores(model, words, options.folder / "val", held_out)
+            report |= scores(model, words, options.folder / "val", held_out) | {"cpu_s": time.process_time() - start}
             print(json.dumps({name: round(value, 2) for name, value in report.items()}), flush=True)
 
 
 def _recipe(options: Options) -> Config:
     config = demo()
-    config.model.patch_attention = "full"
+    config.model.own_value_blocks = options.own_values
+    config.model.config["vision_cfg"]["layers"] = options.layers
     if options.towers == "small":
         config.model.config["vision_cfg"] |= {"width": 64, "head_width": 32, "mlp_ratio": 2.0}
         config.model.config["text_cfg"]["width"] = 64

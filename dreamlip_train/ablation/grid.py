@@ -88,7 +88,7 @@ VARIANTS = (
         "class-token-own-values",
         "image embedding",
         "the same, patches taking their own values in the last block",
-        _CONDITIONED | {"model.pool": "tok", "model.patch_attention": "own"},
+        _CONDITIONED | {"model.pool": "tok", "model.own_value_blocks": 1},
     ),
 )
 
@@ -142,7 +142,7 @@ def config_of(variant: Variant, *, train: str, val: str, seed: int, steps: int, 
         num_sub_captions=4,
         eval_source=LONG,
     )
-    config.model.context_length, config.model.patch_attention = 77, "full"
+    config.model.context_length, config.model.own_value_blocks = 77, 0
     # Where no variant says otherwise, as in the table of benchmarks/RESULTS.md: the paper's contrast within the image,
     # at the weight that it bears without a class token.
     config.loss = LossConfig(grouping_weight=0.05, threshold=0.5)

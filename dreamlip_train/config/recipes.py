@@ -67,7 +67,7 @@ def demo() -> Config:
             name="demo",
             config={"embed_dim": 128, "vision_cfg": vision, "text_cfg": {"width": 96, "heads": 4, "layers": 1}},
             context_length=32,
-            patch_attention="own",
+            own_value_blocks=1,
         ),
         # Torch code pools: a run of minutes must not begin by compiling C++ for one.
         loss=LossConfig(contrast="conditioned", direction="t2v", grouping_backend="torch"),
@@ -195,7 +195,7 @@ def _large(model: str, *, global_batch_size: int, weight_decay: float, eps: floa
         model=ModelConfig(name=model, context_length=77, init_temperature=0.07),  # paper
         # Ours: sigma = 1 / number of patches (the paper gives neither sigma nor the loss weights, so 1 and 1), and the
         # contrast over images, the one that localizes at weight 1 with a class token (benchmarks/RESULTS.md: painted
-        # scenes; on photographs a two-block tower needs model.patch_attention="own" for it, which is not taken here:
+        # scenes; on photographs a two-block tower needs model.own_value_blocks for it, which is not taken here:
         # a twelfth of these towers' exchange, and exports would not have its patches). contrast="image" is the paper's.
         loss=LossConfig(contrast="conditioned", direction="t2v"),
         optim=OptimConfig(

@@ -8,6 +8,7 @@ from dreamlip_train.jobs.user_error import UserError
 
 RENAMED = {
     "data.workers": "data.num_workers",
+    "model.patch_attention": 'model.own_value_blocks, 1 for "own" and 0 for "full"',
     "engine.batch_size": "train.global_batch_size, which counts the images of all ranks together",
     "engine.chunk_size": "train.chunk_size",
     "engine.epochs": "train.epochs",

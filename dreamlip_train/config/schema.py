@@ -111,10 +111,10 @@ class ModelConfig:
     """"shared": patch tokens pass ln_post and visual.proj like the class token. "local":
     a train-only projection of their own.
     """
-    patch_attention: Literal["full", "own"] = "full"
-    """"full": patch tokens as the image tower gives them. "own": in its last block a patch takes its own value instead
-    of attending to the others (MaskCLIP), so that it tells of its own place; needs a class token, whose embedding it
-    leaves as it is.
+    own_value_blocks: int = 0
+    """Last blocks of the image tower in which a patch takes its own value instead of attending to the others, as
+    MaskCLIP's, so that it tells of its own place. Needs a class token. That attends to patches that go on attending:
+    the image's embedding is as without.
     """
     patch_dropout: float = 0.0
     """Part of the patches that a training step leaves out of the image tower, another one for each image (FLIP)."""

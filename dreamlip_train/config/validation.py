@@ -20,6 +20,7 @@ _AT_LEAST = {
     "data.max_member_mb": (1, "give at least 1"),
     "data.stall_seconds": (0, "0 waits forever"),
     "model.context_length": (4, "give at least 4 tokens"),
+    "model.own_value_blocks": (0, "0 leaves patches as the image tower gives them"),
     "model.init_temperature": (0.01, "logit scales stop at 100: give 0.01 or more"),
     "loss.mpcl_weight": (0, "give a weight >= 0"),
     "loss.grouping_weight": (0, "give a weight >= 0"),

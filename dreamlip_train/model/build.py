@@ -51,8 +51,8 @@ def build_model(model: ModelConfig, seed: int, weights: dict[str, Tensor] | None
     text = settings["text_cfg"]
     tokenizer = _tokenizer(text, model.context_length)
     _check_towers(clip, model, tokenizer)
-    if model.patch_attention == "own":
-        keep_patches_apart(clip.visual)
+    if model.own_value_blocks:
+        keep_patches_apart(clip.visual, model.own_value_blocks)
     if weights is not None:
         fit_weights(clip, {k: v for k, v in weights.items() if k not in TRAIN_ONLY}, model.pretrained)
     elif model.pretrained:
@@ -137,10 +137,15 @@ def _check_towers(clip: Any, model: ModelConfig, tokenizer: CaptionTokenizer | H
             f"model.patch_projection: the image tower of {model.name!r} gives no patch tokens "
             f'({why_no_patches(visual)}); use "shared"'
         )
-    if model.patch_attention == "own" and not has_class_token_attention(visual):
+    if model.own_value_blocks and not has_class_token_attention(visual):
         raise UserError(
-            f"model.patch_attention: the image tower of {model.name!r} has no class token of open_clip's own ViT, from "
-            'whose embedding the patches could be kept apart; use "full"'
+            f"model.own_value_blocks: the image tower of {model.name!r} has no class token of open_clip's own ViT, "
+            "from whose embedding the patches could be kept apart; use 0"
+        )
+    if model.own_value_blocks and model.own_value_blocks > len(visual.transformer.resblocks):
+        raise UserError(
+            f"model.own_value_blocks: got {model.own_value_blocks}, the image tower of {model.name!r} has "
+            f"{len(visual.transformer.resblocks)} blocks"
         )
     height, width = size_of(visual)
     if height != width:

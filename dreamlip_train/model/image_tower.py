@@ -46,39 +46,63 @@ def use_tokens(visual: Tower) -> None:
 
 
 class OwnValueAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention of x with itself in which the first token attends to all, and every other takes its own
-    value, as MaskCLIP's patches do (Zhou et al., 2022).
+    """nn.MultiheadAttention of ``query`` [n, Q, C] with ``key`` [n, S, C], whose values it takes, followed by the own
+    values of ``value`` [n, P, C], as MaskCLIP's patches take them (Zhou et al., 2022): [n, Q + P, C].
 
-    The parameters, and what the first token gets, are nn.MultiheadAttention's.
+    The parameters are nn.MultiheadAttention's.
     """
 
     def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
+        width = self.embed_dim
+        weights, biases = self.in_proj_weight.split(width), self.in_proj_bias.split(width)
         q, k, v = (
-            F.linear(x, self.in_proj_weight, self.in_proj_bias)
-            .unflatten(-1, (3, self.num_heads, -1))
-            .permute(2, 0, 3, 1, 4)
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((query, key, key), weights, biases, strict=True)
         )
-        first = F.scaled_dot_product_attention(q[:, :, :1], k, v)
-        return self.out_proj(torch.cat([first, v[:, :, 1:]], dim=2).transpose(1, 2).flatten(2)), None
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out_proj(torch.cat([attended, F.linear(value, weights[2], biases[2])], dim=1)), None
+
+
+class OwnValueBlock(ResidualAttentionBlock):
+    """open_clip's block, which it leaves as it is, and a copy of the patches beside it that attends to nothing.
+
+    Takes the class token, the patches and their copies, [n, 1 + P + P, C], and gives them. The first of several takes
+    no copies, but makes them; the last gives the class token and the copies alone.
+    """
+
+    first = last = False
+
+    def forward(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        x = torch.cat([q_x, q_x[:, 1:]], dim=1) if self.first else q_x
+        usual = 1 + x.shape[1] // 2
+        asking = 1 if self.last else usual
+        y = self.ln_1(x)
+        attended, _ = self.attn(y[:, :asking], y[:, :usual], y[:, usual:])
+        x = torch.cat([x[:, :asking], x[:, usual:]], dim=1) + self.ls_1(attended)
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 def has_class_token_attention(visual: Tower) -> bool:
-    """Whether ``keep_patches_apart`` can be asked of the tower: its embedding is that of a class token, its last block
-    open_clip's plain one.
+    """Whether ``keep_patches_apart`` can be asked of the tower: its embedding is that of a class token, its blocks
+    open_clip's plain ones.
     """
     if not has_patches(visual) or not isinstance(visual, VisionTransformer) or visual.pool_type != "tok":
         return False
-    block = visual.transformer.resblocks[-1]
-    return isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, nn.MultiheadAttention)
+    return all(type(block) is ResidualAttentionBlock for block in visual.transformer.resblocks)
 
 
-def keep_patches_apart(visual: Tower) -> None:
-    """From now on patches take their own values in the last block. The class token, and so the image's embedding, is as
-    before: no later block could tell it.
+def keep_patches_apart(visual: Tower, count: int) -> None:
+    """From now on the patches that the tower gives have taken their own values in the last ``count`` blocks. The class
+    token, and so the image's embedding, is as before: it attends to patches that go on attending.
     """
-    visual.transformer.resblocks[-1].attn.__class__ = OwnValueAttention
+    blocks = visual.transformer.resblocks[-count:]
+    for block in blocks:
+        block.__class__, block.attn.__class__ = OwnValueBlock, OwnValueAttention
+    blocks[0].first = blocks[-1].last = True
 
 
 def size_of(visual: Tower) -> tuple[int, int]:

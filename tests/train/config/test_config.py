@@ -3,6 +3,7 @@
 import pytest
 
 from dreamlip_train.config.presets import apply_preset
+from dreamlip_train.config.renamed import refuse_renamed_flags
 from dreamlip_train.config.schema import Config, LossConfig
 from dreamlip_train.config.toml import differences, format_config, override, read_config
 from dreamlip_train.config.validation import validate
@@ -21,6 +22,7 @@ from dreamlip_train.jobs.user_error import UserError
         ({"data": {"flip_prob": -0.5}}, "data.flip_prob"),
         ({"data": {"color_jitter": [0.1, 0.1, 0.1, 0.6]}}, "data.color_jitter"),
         ({"model": {"patch_dropout": 1.0}}, "model.patch_dropout"),
+        ({"model": {"own_value_blocks": -1}}, "model.own_value_blocks"),
         ({"train": {"undropped_steps": 5}}, "train.undropped_steps"),
         ({"data": {"source_weights": {"raw_caption": -1.0}}}, "data.source_weights"),
         (
@@ -148,3 +150,11 @@ def test_what_is_no_toml_is_a_message(tmp_path, content):
     (tmp_path / "c.toml").write_bytes(content)
     with pytest.raises(UserError, match="--config: .*c.toml' is not TOML"):
         read_config(tmp_path / "c.toml")
+
+
+def test_a_setting_of_another_name_is_refused_with_its_new_one(tmp_path):
+    with pytest.raises(UserError, match="--model.patch-attention: is now --model.own-value-blocks, 1 for"):
+        refuse_renamed_flags(["demo", "--model.patch-attention", "own"])
+    (tmp_path / "config.toml").write_text('[model]\npatch_attention = "own"\n')
+    with pytest.raises(UserError, match="config.toml: model.patch_attention is now model.own_value_blocks, 1 for"):
+        read_config(tmp_path / "config.toml")

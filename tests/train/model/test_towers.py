@@ -136,18 +136,19 @@ def test_weights_of_a_plain_clip_and_a_bias_fit_a_custom_text_tower():
     assert isinstance(custom.clip, open_clip.CustomTextCLIP)
 
 
-def test_patches_kept_apart_tell_of_their_own_place_and_leave_the_embedding_alone():
-    """A patch of a tower of one block is then a function of its own pixels."""
-    vision = {**TOWERS["vision_cfg"], "layers": 1}
+@pytest.mark.parametrize("own", [1, 2])
+def test_patches_kept_apart_tell_of_their_own_place_and_leave_the_embedding_alone(own):
+    """Patches of a tower that keeps them apart in all its blocks are functions of their own pixels."""
+    vision = {**TOWERS["vision_cfg"], "layers": own}
     settings = tiny_model(config={**TOWERS, "vision_cfg": vision})
     full = build_model(settings, 0).eval()
-    settings.patch_attention = "own"
-    own = build_model(settings, 0).eval()
-    assert own.state_dict().keys() == full.state_dict().keys()
-    images = pictures(own, 2)
-    images[1, :, : own.image_size // 2] = images[0, :, : own.image_size // 2]  # the upper half is the same
+    settings.own_value_blocks = own
+    apart = build_model(settings, 0).eval()
+    assert apart.state_dict().keys() == full.state_dict().keys()
+    images = pictures(apart, 2)
+    images[1, :, : apart.image_size // 2] = images[0, :, : apart.image_size // 2]  # the upper half is the same
     with torch.no_grad():
-        embedding, patches = own.encode_images(images)
+        embedding, patches = apart.encode_images(images)
         usual_embedding, usual_patches = full.encode_images(images)
     torch.testing.assert_close(embedding, usual_embedding)
     upper = patches.shape[1] // 2
@@ -156,8 +157,33 @@ def test_patches_kept_apart_tell_of_their_own_place_and_leave_the_embedding_alon
     assert (usual_patches[0, :upper] - usual_patches[1, :upper]).abs().max() > 1e-3
 
 
+def test_patches_kept_apart_in_the_last_blocks_have_attended_before_them():
+    vision = {**TOWERS["vision_cfg"], "layers": 4}
+    model = build_model(tiny_model(config={**TOWERS, "vision_cfg": vision}, own_value_blocks=3), 0)
+    images = pictures(model, 2)
+    blocks = model.clip.visual.transformer.resblocks
+    with torch.no_grad():
+        x = blocks[0](model.clip.visual._embeds((images / 255 - model.image_mean) / model.image_std))[:, 1:]
+        for block in blocks[1:]:
+            attention = block.attn
+            value = F.linear(block.ln_1(x), attention.in_proj_weight[-32:], attention.in_proj_bias[-32:])
+            x = x + attention.out_proj(value)
+            x = x + block.mlp(block.ln_2(x))
+        expected = model.clip.visual.ln_post(x) @ model.clip.visual.proj
+    _, patches = model.encode_images(images)
+    torch.testing.assert_close(patches, expected)
+    patches.square().sum().backward()
+    gradient = model.clip.visual.conv1.weight.grad.clone()
+    model.zero_grad()
+    model.clip.visual.set_grad_checkpointing()
+    model.train().encode_images(images)[1].square().sum().backward()
+    torch.testing.assert_close(model.clip.visual.conv1.weight.grad, gradient)
+
+
 def test_only_a_class_token_can_be_kept_apart_from_patches():
     averaged = {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "pool_type": "avg"}}
     for config in (averaged, FAMILIES["a timm ViT"]):
-        with pytest.raises(ValueError, match="model.patch_attention: .*'tiny' has no class token"):
-            build_model(tiny_model(config=config, patch_attention="own"), 0)
+        with pytest.raises(ValueError, match="model.own_value_blocks: .*'tiny' has no class token"):
+            build_model(tiny_model(config=config, own_value_blocks=1), 0)
+    with pytest.raises(ValueError, match="model.own_value_blocks: got 3, the image tower of 'tiny' has 2 blocks"):
+        build_model(tiny_model(own_value_blocks=3), 0)
