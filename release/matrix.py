@@ -88,7 +88,7 @@ def try_versions(python: str, path: str, torch: str) -> str:
     for package in PACKAGES:  # the tests shall find what is installed
         shutil.rmtree(folder / "source" / package)
     tests = [f"tests/kernels/{name}" for name in TESTS]
-    words = [binary, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    words = [binary, "-m", "pytest", "-p", "no:cacheprovider", *tests]  # quiet once already: twice says no count
     passed = run(words, log, env=environment, cwd=folder / "source")
     versions = f"import numpy, platform, torch; print({VERSIONS})"
     told = subprocess.run([binary, "-c", versions], env=environment, capture_output=True, text=True).stdout.strip()
