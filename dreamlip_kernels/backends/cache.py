@@ -50,7 +50,7 @@ def read(name: str) -> tuple[Any, str] | None:
     for folder in folders():
         path = folder / name
         try:
-            if _foreign(folder):
+            if not is_own(folder):
                 _warn_once(f"{folder} belongs to another user and is not read")
                 continue
             return json.loads(path.read_text(encoding="utf-8")), str(path)
@@ -106,8 +106,8 @@ def lock(name: str) -> Iterator[None]:
             try:
                 import fcntl
 
-                _make(folder)
-                if _foreign(folder):
+                make(folder)
+                if not is_own(folder):
                     continue
                 file = held.enter_context((folder / f"{name}.lock").open("a"))
                 try:
@@ -122,20 +122,23 @@ def lock(name: str) -> Iterator[None]:
 
 
 def _replace(folder: Path, name: str, content: Any) -> Path:
-    _make(folder)
-    if _foreign(folder):
+    make(folder)
+    if not is_own(folder):
         raise PermissionError(1, "it belongs to another user")
     write_file(folder / name, content)
     return folder / name
 
 
-def _make(folder: Path) -> None:
+def make(folder: Path) -> None:
+    """The folder is there, for this user alone where it is new."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
-def _foreign(folder: Path) -> bool:
-    """Anyone may create a folder among the temporary files, and what lies there decides what runs."""
-    return folder == _temporary() and hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()
+def is_own(folder: Path) -> bool:
+    """Whether the user's own: anyone may create a folder among the temporary files, and what lies there decides what
+    runs.
+    """
+    return folder != _temporary() or not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
 
 
 def _user() -> str:

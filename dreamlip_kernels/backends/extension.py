@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +149,6 @@ def _compile() -> None:
     with _building:
         if _state:  # another thread was first
             return
-        logger.warning(
-            "compiling the C++ kernels once, into torch's extension cache (half a minute); "
-            "installing the package with torch present avoids it"
-        )
-        began = time.monotonic()
         name = f"dreamlip_kernels_{torch.__version__.replace('.', '_').replace('+', '_')}"
         files = [str(folder / "ops.cpp"), str(folder / "patch_pool_cpu.cpp")]
         try:
@@ -164,7 +158,6 @@ def _compile() -> None:
             logger.warning("the C++ kernels could not be compiled: %s", _state["why"])
             return
         _state.update(cuda=None, module=module)
-        logger.warning("compiled the C++ kernels in %.0f s", time.monotonic() - began)
 
 
 _find()
