@@ -12,6 +12,10 @@ def require_triton() -> None:
     pytest.importorskip("triton", reason="triton is an optional dependency of the kernels")
     if not dispatch.ADDS_SIXTEEN_BIT_PRODUCTS:
         pytest.skip(f"the Triton kernels need torch 2.10, this is {torch.__version__}", allow_module_level=True)
+    if not torch.cuda.is_available():  # tests/conftest.py: the kernels are interpreted
+        from interpreter import remember
+
+        remember()
 
 
 def rounded(v):
