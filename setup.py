@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 # PTX of compute_90 also runs on later GPUs; nothing here needs the features of sm_90a alone.
 ARCHITECTURES = "8.0;9.0+PTX"
@@ -108,7 +108,8 @@ def layout() -> dict:
     """The packages and their folders. An editable install finds csrc/ beside them, and is then a line of a .pth file,
     which type checkers and editors read; with a folder of another name it would be code that only Python runs.
     """
-    packages = find_packages(include=["dreamlip_kernels*", "dreamlip_train*"])
+    # Folders of data are packages too to setuptools, which warns of those that are not listed.
+    packages = find_namespace_packages(include=["dreamlip_kernels*", "dreamlip_train*"], exclude=["*.__pycache__"])
     if "editable_wheel" in sys.argv:
         return {"packages": packages, "package_dir": {"": "."}}
     return {"packages": [*packages, "dreamlip_kernels.csrc"], "package_dir": {"dreamlip_kernels.csrc": "csrc"}}
