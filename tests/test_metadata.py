@@ -45,6 +45,7 @@ def test_the_trainer_declares_what_it_imports():
     """safetensors and braceexpand once came only because something else needed them."""
     trainer = declared("train", "log", "wandb", "recaption", "ray", "hub", "benchmark")
     assert imported("dreamlip_train") <= trainer, imported("dreamlip_train") - trainer
+    assert "requests" in declared("benchmark"), "clip_benchmark imports it and does not say so"
     unused = {name for name in declared("train")} - imported("dreamlip_train")
     assert not unused, f"declared, and never imported: {unused}"
 

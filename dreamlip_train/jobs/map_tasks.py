@@ -12,6 +12,7 @@ from dreamlip_train.jobs.process_pool import map_bounded
 from dreamlip_train.jobs.user_error import RunError, UserError
 
 _WAITING_PER_CPU = 4
+_WAIT_SECONDS = 1.0
 
 
 def map_tasks(
@@ -21,6 +22,7 @@ def map_tasks(
     ray_address: str = "",
     processes: int = 0,
     gpus_if_any: int = 0,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[Any]:
     """``map(function, items)``: on forked processes in order, or with ``ray_address`` on that cluster in the order in
     which tasks end.
@@ -31,6 +33,7 @@ def map_tasks(
     Args:
         ray_address: of a running cluster ("auto" finds the one of this machine); needs the ``ray`` extra.
         gpus_if_any: GPUs a task takes on a cluster that has some.
+        on_wait: called while tasks run there, at least every second, and before what ended ones returned is yielded.
     Raises:
         UserError: ray is not installed, or there is no cluster at that address.
     """
@@ -43,13 +46,20 @@ def map_tasks(
     room = _WAITING_PER_CPU * max(1, int(resources.get("CPU", 1)))
     running: list[Any] = []
     for item in items:
-        if len(running) >= room:
-            ended, running = ray.wait(running)
+        while len(running) >= room:
+            ended, running = _wait(ray, running, on_wait)
             yield from _results(ray, ended)
         running.append(task.remote(item))
     while running:
-        ended, running = ray.wait(running)
+        ended, running = _wait(ray, running, on_wait)
         yield from _results(ray, ended)
+
+
+def _wait(ray: Any, running: list[Any], on_wait: Callable[[], None]) -> tuple[list[Any], list[Any]]:
+    """(tasks that have ended, if any, tasks that run) within a second."""
+    ended, running = ray.wait(running, timeout=_WAIT_SECONDS)
+    on_wait()
+    return ended, running
 
 
 def _results(ray: Any, ended: list[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,3 +69,23 @@ class AnswerFile:
                 f"the last because of {failure}. The reasons are in {self.path}; "
                 "finished captions are kept, and the same command resumes"
             )
+
+
+class AnswersElsewhere:
+    """The answers that other processes write, counted by what their files have grown by since this was made."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.ends = {file: file.stat().st_size if file.exists() else 0 for file in files}
+
+    def count(self) -> Counter[Path]:
+        """Answers since the last call, by file."""
+        new: Counter[Path] = Counter()
+        for file, end in self.ends.items():
+            if file.exists() and file.stat().st_size > end:
+                with file.open("rb") as stream:
+                    stream.seek(end)
+                    lines = stream.read()
+                whole = lines.rfind(b"\n") + 1
+                new[file] = sum(line != b"" for line in lines[:whole].split(b"\n"))
+                self.ends[file] = end + whole
+        return new

@@ -19,6 +19,7 @@ from dreamlip_train.jobs.progress_line import Progress
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.output_names import require_another_folder, require_distinct_names
+from dreamlip_train.prepare.recaption.answers import AnswersElsewhere
 from dreamlip_train.prepare.recaption.captioners import Prompt
 from dreamlip_train.prepare.recaption.shard_task import RecaptionSettings, ShardTask
 
@@ -109,33 +110,64 @@ def _settings(options: RecaptionOptions) -> RecaptionSettings:
 
 def _caption_all(settings: RecaptionSettings, shards: list[Shard], ray_address: str) -> Counter[str]:
     """The shards one after another in this process, whose model they share, or as tasks on Ray."""
-    total: Counter[str] = Counter()
-    if ray_address:
-        gpus = 0 if settings.endpoint else 1
-        with Progress(f"recaption {settings.output}", len(shards), "shards") as progress:
-            for counts in map_tasks(ShardTask(settings), shards, ray_address=ray_address, gpus_if_any=gpus):
-                total.update(counts)
-                progress.advance(text=_told(total))
-        return total
     samples = _samples(settings, shards)
     count, unit = (sum(samples.values()), "images") if samples else (len(shards), "shards")
     with Progress(f"recaption {settings.output}", count, unit) as progress:
+        if ray_address:
+            return _caption_on_ray(settings, shards, samples, progress, ray_address)
+        return _caption_here(settings, shards, samples, progress)
 
-        def on_batch(counts: Counter[str]) -> None:
-            total.update(counts)
-            progress.advance(counts.total() if samples else 0, _told(total))
 
-        task = ShardTask(settings, on_batch)
-        for shard in shards:
-            counts = task(shard)
-            asked = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_batch has counted
-            total.update(counts)
-            if samples:
-                progress.skip(max(0, samples.get(shard, 0) - asked))
-            elif counts["shards done"]:
-                progress.advance()
-            else:
-                progress.skip(1)
+def _caption_here(
+    settings: RecaptionSettings, shards: list[Shard], samples: dict[str, int], progress: Progress
+) -> Counter[str]:
+    total: Counter[str] = Counter()
+
+    def on_batch(counts: Counter[str]) -> None:
+        total.update(counts)
+        progress.advance(counts.total() if samples else 0, _told(total))
+
+    task = ShardTask(settings, on_batch)
+    for shard in shards:
+        counts = task(shard)
+        asked = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_batch has counted
+        total.update(counts)
+        if samples:
+            progress.skip(max(0, samples.get(shard, 0) - asked))
+        elif counts["shards done"]:
+            progress.advance()
+        else:
+            progress.skip(1)
+    return total
+
+
+def _caption_on_ray(
+    settings: RecaptionSettings, shards: list[Shard], samples: dict[str, int], progress: Progress, address: str
+) -> Counter[str]:
+    """The same with a task a shard; how far the tasks are is read from the files that they write their answers to."""
+    total: Counter[str] = Counter()
+    answered: Counter[Path] = Counter()
+    elsewhere = AnswersElsewhere(map(settings.answers, shards))
+
+    def on_wait() -> None:
+        new = elsewhere.count()
+        answered.update(new)
+        progress.advance(new.total() if samples else 0, _told(total))
+
+    task = ShardTask(settings)
+    ended = map_tasks(
+        lambda shard: (shard, task(shard)),
+        shards,
+        ray_address=address,
+        gpus_if_any=0 if settings.endpoint else 1,
+        on_wait=on_wait,
+    )
+    for shard, counts in ended:
+        total.update(counts)
+        if samples:
+            progress.skip(max(0, samples.get(shard, 0) - answered[settings.answers(shard)]))
+        else:
+            progress.advance()
     return total
 
 

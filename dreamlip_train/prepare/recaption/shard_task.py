@@ -45,6 +45,10 @@ class RecaptionSettings:
         name = file_name(shard)
         return self.output / name, self.state / f"{name}.json"
 
+    def answers(self, shard: str) -> Path:
+        """Where a shard's answers are written down as they come."""
+        return self.state / f"{file_name(shard)}.jsonl"
+
 
 class ShardTask:
     """Called with a shard, captions it, unless it is done or somebody else's; returns what was done, as counts.
@@ -81,7 +85,7 @@ class ShardTask:
     def _ask(self, shard: str, claims: Claims) -> AnswerFile:
         """Captions by key: those kept from before, and new ones."""
         settings, name = self.settings, file_name(shard)
-        with AnswerFile(settings.state / f"{name}.jsonl", settings.prompts, settings.max_bad_fraction) as answers:
+        with AnswerFile(settings.answers(shard), settings.prompts, settings.max_bad_fraction) as answers:
             for batch in _batches(shard, set(answers.captions), settings.batch_size):
                 captioner, images = _captioner(settings), [image for _, image in batch]
                 claims.renew(name)

@@ -19,6 +19,7 @@ from shard_files import jpeg, write_tar
 from tiny import clean_environment
 
 from dreamlip_train.data.shards.shards import read_shard
+from dreamlip_train.jobs import progress_line
 from dreamlip_train.prepare.join.join import join_captions
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.recaption.recaption import recaption_shards
@@ -45,6 +46,7 @@ def cluster(tmp_path_factory):
     ]
     address = f"127.0.0.1:{free_port()}"
     environment = clean_environment() | {"RAY_ENABLE_MULTI_TENANCY": "1", "OMP_NUM_THREADS": "1"}
+    environment["RAY_worker_niceness"] = "0"  # 15 by default: beside other programs its workers hardly run
     head = [
         "--head",
         "--port",
@@ -129,10 +131,12 @@ def test_join_gives_what_it_gives_without_ray(cluster, tmp_path):
     }
 
 
-def test_recaption_survives_a_killed_worker(cluster, tmp_path):
+def test_recaption_survives_a_killed_worker(cluster, tmp_path, capsys, monkeypatch):
     """The worker that has just written answers is killed; its shard is done by another, which asks for none of them
-    again.
+    again. What is done is counted in images as they come.
     """
+    monkeypatch.setattr(progress_line, "_style", "json")
+    monkeypatch.setattr(progress_line, "_JSON_SECONDS", 0.0)
     shards = make_shards(tmp_path / "in", 4, 6)
 
     def slowly(attempt, image):
@@ -172,6 +176,10 @@ def test_recaption_survives_a_killed_worker(cluster, tmp_path):
         )
         killer.join(timeout=5)
     assert killed and counts["shards done"] == 4
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    done = [line["done"] for line in told]
+    assert done == sorted(done) and done[-1] == 24 and {line["total"] for line in told} == {24}
+    assert any(number % 6 for number in done), "between whole shards too"
     found = records(tmp_path / "out")
     assert len(found) == 24 and all("longX_captions" in record for record in found.values())
     assert counts["kept from before"] >= 2  # the dead worker's
