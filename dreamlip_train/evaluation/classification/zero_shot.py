@@ -100,14 +100,27 @@ def evaluate_zero_shot(
         for name in datasets:
             plain = name.removeprefix("wds/")
             folder = root.format(dataset=plain, dataset_cleaned=plain.replace("/", "-"))
+            new = not Path(folder).exists()
             try:
                 opened = _open_in_turn(share, name, folder, split, model.image_size, batch_size, workers)
                 features, labels = _features(model, opened, device, share, should_stop)
                 by_set[name] = _scores(model, opened, features, labels, device)
             except UserError as error:
                 by_set[name] = {"error": str(error)}
+                if new and share.rank == 0:
+                    _remove_empty(Path(folder))
             keep(by_set)
     return by_set
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove what a download that failed leaves, empty files and folders: the next look takes it for a set."""
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if (Path(place) / name).stat().st_size == 0:
+                (Path(place) / name).unlink()
+        with contextlib.suppress(OSError):  # it is not empty
+            Path(place).rmdir()
 
 
 @dataclass

@@ -4,6 +4,7 @@ accuracy for the exported file.
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from shard_files import jpeg
 from dreamlip_train import cli
 from dreamlip_train.checkpoint.weights import load_for_eval
 from dreamlip_train.config.schema import ModelConfig
+from dreamlip_train.evaluation.classification import zero_shot
 from dreamlip_train.evaluation.classification.class_folders import class_folder
 from dreamlip_train.evaluation.classification.zero_shot import DATASETS, evaluate_zero_shot, format_zero_shot
 from dreamlip_train.evaluation.paper import paper_table, zero_shot_rows
@@ -76,6 +78,22 @@ def test_a_set_that_cannot_be_read_is_named_and_the_others_are_kept(weights, tmp
     assert "nshards.txt" in found["wds/missing"]["error"] and "label 6 but 6 classes" in found["wds/other"]["error"]
     assert "classnames.txt" in found["wds/nameless"]["error"] and found["wds/good"]["images"] == COUNT
     assert "wds/missing" in captured.out and "not evaluated" in captured.out
+
+
+def test_a_download_that_fails_leaves_no_folder_that_the_next_look_takes_for_the_set(weights, tmp_path, monkeypatch):
+    """`eval all` then counted it as there, and failed."""
+
+    def download(name, folder, *_):
+        (Path(folder) / "inside").mkdir(parents=True)
+        (Path(folder) / "archive.tar").touch()
+        raise OSError("no network")
+
+    monkeypatch.setattr(zero_shot, "_open_images", download)
+    (tmp_path / "dtd").mkdir()  # the user's own stays
+    model, *_ = load_for_eval(str(weights), "ViT-S-32-alt")
+    scores = evaluate_zero_shot(model, ["pets", "dtd"], str(tmp_path / "{dataset}"), "cpu")
+    assert scores["pets"] == {"error": "OSError: no network"} == scores["dtd"]
+    assert [path.name for path in tmp_path.iterdir()] == ["dtd"]
 
 
 def test_an_output_in_no_folder_is_refused_before_anything_runs(weights, tmp_path, capsys):
