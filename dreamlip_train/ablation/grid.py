@@ -87,8 +87,8 @@ VARIANTS = (
     Variant(
         "class-token-own-values",
         "image embedding",
-        "the same, patches taking their own values in the last block",
-        _CONDITIONED | {"model.pool": "tok", "model.own_value_blocks": 1},
+        "the same, patches exchanging nothing",
+        _CONDITIONED | {"model.pool": "tok", "model.own_value_blocks": 2},
     ),
 )
 
@@ -123,7 +123,7 @@ CLAIMS = (
         "class-token-own-values",
         "class-token-conditioned",
         "pointing",
-        "patches that take their own values localize better",
+        "patches that exchange nothing localize better",
     ),
 )
 
