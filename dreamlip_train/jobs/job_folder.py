@@ -17,6 +17,8 @@ from dreamlip_train.jobs.atomic_json import read_json, write_json
 from dreamlip_train.jobs.folder_lock import FolderLock
 from dreamlip_train.jobs.user_error import RunError, UserError
 
+_JOB = "job.json"
+
 
 @contextmanager
 def job_folder(output: Path, state: str, job: dict[str, Any], what: str, *, shared: bool = False) -> Iterator[Path]:
@@ -26,7 +28,8 @@ def job_folder(output: Path, state: str, job: dict[str, Any], what: str, *, shar
         job: the inputs and settings that decide what is written, as json.
         what: what the folder holds if it is another job's, for the message.
         shared: several processes work on the job. Else the folder is locked, and the notes of another job that has
-            written no shard yet give way: a command that failed does not keep the folder from the corrected one.
+            written no shard yet give way. A command that fails before it has made anything takes its own back: it does
+            not keep the folder from the corrected one.
     Raises:
         UserError: the folder can't be written, is in use or another job's, or has shards of unknown origin.
         RunError: the disk is full, or fails otherwise.
@@ -40,8 +43,13 @@ def job_folder(output: Path, state: str, job: dict[str, Any], what: str, *, shar
         except OSError as error:
             raise UserError(f"--output: cannot write into {str(output)!r}: {error.strerror or error}") from error
         with failed_writes_named(output, "--output"):
-            _claim(output, folder, job, what, shared)
-            yield folder
+            first = _claim(output, folder, job, what, shared)
+            try:
+                yield folder
+            except BaseException:
+                if first and not _has_results(output, folder):
+                    (folder / _JOB).unlink(missing_ok=True)
+                raise
 
 
 @contextmanager
@@ -57,8 +65,9 @@ def failed_writes_named(folder: Path, option: str) -> Iterator[None]:
         ) from error
 
 
-def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: bool) -> None:
-    known, job = folder / "job.json", json.loads(json.dumps(job))
+def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: bool) -> bool:
+    """Write the job down where nobody has, and return whether this process did."""
+    known, job = folder / _JOB, json.loads(json.dumps(job))
     if not shared and _is_of_another(known, job) and not any(output.glob("*.tar")):
         for path in folder.iterdir():
             if path.suffix != ".lock":
@@ -69,8 +78,15 @@ def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: b
         raise UserError(
             f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder"
         )
-    if not known.exists():
-        write_json(known, job)
+    if known.exists():
+        return False
+    write_json(known, job)
+    return True
+
+
+def _has_results(output: Path, folder: Path) -> bool:
+    """Whether anything was made or written down that a job would resume from."""
+    return any(output.glob("*.tar")) or any(path.stat().st_size for path in folder.glob("*.jsonl"))
 
 
 def _is_of_another(known: Path, job: dict[str, Any]) -> bool:

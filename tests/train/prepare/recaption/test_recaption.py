@@ -114,6 +114,16 @@ def test_a_server_that_is_down_stops_the_run_and_no_shard_is_called_done(tmp_pat
         assert through(server, shards, tmp_path / "out")["captioned"] == 24
 
 
+def test_a_command_that_failed_does_not_keep_the_folder_from_the_corrected_one(tmp_path, shards):
+    """A model's name with a typing error claimed the folder: the right one was refused."""
+    with ChatServer(lambda attempt, image: "404") as server, pytest.raises(UserError, match="refuses"):
+        through(server, shards, tmp_path / "out", model="servde")
+    with ChatServer() as server:
+        assert through(server, shards, tmp_path / "out")["captioned"] == 24
+        with pytest.raises(UserError, match="--output: .* holds captions of other shards, prompts or another model"):
+            through(server, shards, tmp_path / "out", model="another")
+
+
 @pytest.mark.parametrize("status", ["404", "401"])
 def test_a_refusal_is_said_at_once(tmp_path, shards, status):
     with (
