@@ -27,9 +27,10 @@ demo: install-train
 	$(BIN)/dreamlip-train train demo --run-dir $(or $(DEMO_RUN),runs/demo) --data.shards $(DEMO)/shards/train --data.val-shards $(DEMO)/shards/val $(DEMO_FLAGS)
 
 # Three processes of one thread each for two cores: tests wait for children, servers and disks a quarter of their time,
-# and processes that each use all cores would slow one another many times over.
+# and processes that each use all cores would slow one another many times over. Bytecode is written, also where the
+# environment says otherwise: each of the many processes that tests start would compile the package again.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pip install -q -c constraints.txt accelerate datasets lightning pandas sentence-transformers  # the integrations extra

@@ -18,6 +18,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A verdict on this machine that its user has stored must not choose what the tests run.
 _cache = tempfile.TemporaryDirectory(prefix="dreamlip-cache-")
 os.environ["DREAMLIP_CACHE_DIR"] = _cache.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # shared by the processes of this run (once.py)
+    _run = tempfile.TemporaryDirectory(prefix="dreamlip-run-")
+    os.environ["DREAMLIP_TEST_RUN"] = _run.name
 # One server forks the fresh processes of all tests; it imports what they need once, of what is installed.
 multiprocessing.set_forkserver_preload(
     [
@@ -27,6 +30,13 @@ multiprocessing.set_forkserver_preload(
         "transformers.models.clip.modeling_clip",
         "transformers.models.clip.tokenization_clip",
         "dreamlip_train.training.run",
+        "dreamlip_train.reporting.curves",
+        "dreamlip_train.reporting.grouping_figure",
+        # What training imports only once it begins.
+        "deepspeed",
+        "deepspeed.ops.op_builder.all_ops",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch.utils.tensorboard",
         "dreamlip_train.prepare.join.join",
         "dreamlip_train.prepare.recaption.recaption",
     ]

@@ -11,6 +11,9 @@ from dreamlip_train.config.batch import chunks_per_rank, images_per_rank
 from dreamlip_train.config.schema import Config
 from dreamlip_train.jobs.user_error import UserError
 
+# DeepSpeed's 5e8 elements would be one 2 GB buffer, and a model of this size would be reduced in one piece after
+# backward instead of during it.
+BUCKET_ELEMENTS = 25_000_000
 # DeepSpeed accepts unknown top-level keys silently, so a typing error would be a setting that never acts.
 _DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -65,9 +68,7 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": -(-images // chunks),
         "gradient_accumulation_steps": chunks,
         "gradient_clipping": config.optim.grad_clip_norm,
-        # DeepSpeed's 5e8 elements would be one 2 GB buffer, and a model of this size would be reduced in one piece
-        # after backward instead of during it.
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": 25_000_000},
+        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }

@@ -16,6 +16,8 @@ from dreamlip_train.model.build import build_model
 from dreamlip_train.model.weight_average import WeightAverage, read_average
 from dreamlip_train.training.run import train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_it_is_the_recursion_and_leaves_the_weights():
     model = nn.Linear(2, 1, bias=False)

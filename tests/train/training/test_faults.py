@@ -16,13 +16,14 @@ import psutil
 import pytest
 from shard_files import sample, write_index, write_shards, write_tar
 from tiny import clean_environment, tiny_config
-from warm import Command
+from warm import Command, two_ranks
 
 from dreamlip_train.checkpoint.files import complete_checkpoints, newest
 from dreamlip_train.config.toml import format_config
 from dreamlip_train.training import loop
 from dreamlip_train.training.run import train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SUPPORT = Path(__file__).parents[2] / "support/processes"
 
 
@@ -114,28 +115,34 @@ def test_a_loader_worker_that_the_system_kills_is_an_error_that_says_what_to_do(
     ), process.text()[-2000:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path, number):
-    """SIGTERM to torchrun, which hands it on; SLURM's SIGUSR1 to a single rank."""
+def assert_saved_by_both(run: Path) -> None:
+    step = max(losses(run))
+    assert newest(run / "checkpoints").name == f"step-{step:08d}"
+    for log in ("log.txt", "logs/rank-0001.txt"):
+        assert f"after step {step}, saved as " in (run / log).read_text().splitlines()[-1]
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(long_run, tmp_path):
+    """SLURM's SIGUSR1 to a single rank."""
+    ranks = two_ranks(long_run(tmp_path, "--deepspeed.zero-stage", "3")[1:], tmp_path)
+    wait_for_step(tmp_path, 3, ranks[0])
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.text()[-2000:] for rank in ranks]
+    assert_saved_by_both(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(long_run, tmp_path):
+    """SIGTERM to torchrun, which hands it on, and itself ends with an error whatever its ranks do."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     words = long_run(tmp_path, "--deepspeed.zero-stage", "3")
     process = subprocess.Popen(
         [*launcher, *words], env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     wait_for_step(tmp_path, 3, process)
-    ranks = [
-        int(pid)
-        for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ]
-    assert len(ranks) == 2
-    os.kill(process.pid if number == signal.SIGTERM else ranks[1], number)
-    said, _ = process.communicate(timeout=60)
-    if number == signal.SIGUSR1:  # on SIGTERM torchrun itself ends with an error, whatever its ranks do
-        assert process.returncode == 0, said.decode()[-2000:]
-    step = max(losses(tmp_path))
-    assert newest(tmp_path / "checkpoints").name == f"step-{step:08d}"
-    for log in ("log.txt", "logs/rank-0001.txt"):
-        assert f"after step {step}, saved as " in (tmp_path / log).read_text().splitlines()[-1]
+    process.terminate()
+    process.communicate(timeout=60)
+    assert_saved_by_both(tmp_path)
 
 
 def at_step(monkeypatch, actions: dict[int, object]) -> None:
