@@ -18,7 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A verdict on this machine that its user has stored must not choose what the tests run.
 _cache = tempfile.TemporaryDirectory(prefix="dreamlip-cache-")
 os.environ["DREAMLIP_CACHE_DIR"] = _cache.name
-if "PYTEST_XDIST_WORKER" not in os.environ:  # shared by the processes of this run (once.py)
+if "DREAMLIP_TEST_RUN" not in os.environ:  # shared by all processes of this run (once.py)
     _run = tempfile.TemporaryDirectory(prefix="dreamlip-run-")
     os.environ["DREAMLIP_TEST_RUN"] = _run.name
 # One server forks the fresh processes of all tests; it imports what they need once, of what is installed.

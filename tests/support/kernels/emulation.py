@@ -6,11 +6,11 @@ import ctypes
 import os
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import pytest
+from once import once
 
 ROOT = Path(__file__).parents[3]
 _TOOLKITS = [
@@ -27,10 +27,8 @@ needs_emulation = pytest.mark.skipif(
 
 @cache
 def emulated(name: str) -> ctypes.CDLL:
-    """tests/csrc/NAME.cpp as a library, compiled once a process."""
+    """tests/csrc/NAME.cpp as a library, compiled once a run."""
     includes = ["-I", ROOT / "csrc", "-I", ROOT / "tests/csrc", "-isystem", Path(CUDA, "include")]
-    with tempfile.TemporaryDirectory(prefix="emulated-") as folder:
-        target = Path(folder, f"{name}.so")
-        command = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *includes, ROOT / f"tests/csrc/{name}.cpp"]
-        subprocess.run([*command, "-o", target], check=True)
-        return ctypes.CDLL(str(target))
+    command = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *includes, ROOT / f"tests/csrc/{name}.cpp"]
+    library = once(f"emulated {name}", ".so", lambda target: subprocess.run([*command, "-o", target], check=True))
+    return ctypes.CDLL(str(library))

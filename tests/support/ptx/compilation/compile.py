@@ -8,9 +8,10 @@ import pickle
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
+
+from once import once, run_folder
 
 from .stand_ins import Compiled
 
@@ -19,11 +20,10 @@ ROOT = Path(__file__).parents[4]
 
 @cache
 def _worker() -> subprocess.Popen:
-    """The process that compiles, without Triton's interpreter and with a cache that ends with this session."""
-    cache_folder = tempfile.mkdtemp(prefix="ptx-")
+    """The process that compiles, without Triton's interpreter and with a cache that ends with this run."""
     paths = [str(ROOT), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": cache_folder, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment |= {"TRITON_CACHE_DIR": str(run_folder() / "ptx"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "ptx.compilation.compile_worker"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
@@ -31,7 +31,6 @@ def _worker() -> subprocess.Popen:
     def stop():
         process.stdin.close()
         process.wait()
-        shutil.rmtree(cache_folder, ignore_errors=True)
 
     return process
 
@@ -49,7 +48,7 @@ def _ask(request: bytes) -> Compiled:
 
 def compile_triton(module: str, name: str, capability: int, arguments: tuple, options: dict) -> Compiled:
     """The PTX of ``module.name`` as a launch with such arguments on such a device would compile it;
-    the same request is compiled once a session.
+    the same request is compiled once a run.
     """
     return _ask(pickle.dumps((module, name, capability, arguments, options)))
 
@@ -64,12 +63,13 @@ def nvcc() -> str | None:
 
 @cache
 def compile_cuda(source: str, capability: int, *flags: str) -> str:
-    """The PTX of a .cu file (its path from the repository's root), compiled once a session for each device."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "kernels.ptx")
-        options = ["-ptx", "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=compute_{capability}"]
-        command = [nvcc(), *options, *flags, "-I", str(ROOT / "csrc"), str(ROOT / source), "-o", str(target)]
-        run = subprocess.run(command, capture_output=True, text=True)
+    """The PTX of a .cu file (its path from the repository's root), compiled once a run for each device."""
+    options = ["-ptx", "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=compute_{capability}", *flags]
+    command = [nvcc(), *options, "-I", str(ROOT / "csrc"), str(ROOT / source)]
+
+    def make(target: Path) -> None:
+        run = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"nvcc failed on {source}:\n{run.stderr}")
-        return target.read_text()
+
+    return once(" ".join(command), ".ptx", make).read_text()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
+from once import once
 from torch import Tensor
 
 from ..compilation.compile import ROOT, compile_cuda
@@ -23,22 +22,10 @@ NORMALIZATIONS = ("minmax", "softmax", "none")
 
 @cache
 def _planner() -> ctypes.CDLL:
-    folder = tempfile.mkdtemp(prefix="ptx-")
-    source, target = ROOT / "tests/support/ptx/csrc/plan.cpp", Path(folder, "plan.so")
-    command = [
-        "c++",
-        "-std=c++17",
-        "-O1",
-        "-w",
-        "-shared",
-        "-fPIC",
-        f"-I{ROOT / 'csrc'}",
-        str(source),
-        "-o",
-        str(target),
-    ]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(target))
+    source = str(ROOT / "tests/support/ptx/csrc/plan.cpp")
+    command = ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source]
+    library = once("plan", ".so", lambda target: subprocess.run([*command, "-o", str(target)], check=True))
+    return ctypes.CDLL(str(library))
 
 
 class Device:
