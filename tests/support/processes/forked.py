@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -74,3 +77,30 @@ def obey_permissions() -> None:
     data[0].effective &= ~_OVERRIDES
     data[0].permitted &= ~_OVERRIDES
     assert libc.capset(ctypes.byref(header), data) == 0, os.strerror(ctypes.get_errno())
+
+
+def python_module(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run([sys.executable, "-m", MODULE, ...])`` in a fork of this process: its imports are there."""
+    assert command[:2] == [sys.executable, "-m"], command
+    with tempfile.TemporaryFile("w+") as out:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+                sys.stdout = sys.stderr = out
+                sys.argv = command[2:]
+                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+                code = 0
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                out.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        printed = out.read()
+    return subprocess.CompletedProcess(command, code, printed, printed)

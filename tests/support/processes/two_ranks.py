@@ -9,12 +9,15 @@ import math
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from forked import python_module
 from tiny import GLOBAL_BATCH, STEPS, batch, held_out_config, run_steps, tiny_config, tiny_engine
 
 from dreamlip_kernels import DreamLIPLoss
+from dreamlip_train.checkpoint import loading
 from dreamlip_train.checkpoint.files import complete_checkpoints
 from dreamlip_train.checkpoint.loading import load
 from dreamlip_train.checkpoint.ranks import SaveError
@@ -134,6 +137,7 @@ def held_out(folder: Path) -> dict:
     return found
 
 
+loading.subprocess = SimpleNamespace(run=python_module)  # a conversion imports DeepSpeed, which is imported here
 folder = Path(sys.argv[1])
 facts = {
     "held_out": held_out(folder),

@@ -4,14 +4,17 @@ and resuming on another number of ranks.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from class_sets import write_class_folders, write_class_shard
+from forked import python_module
 from shard_files import write_shards
 from tiny import STEPS, held_out_config, run_steps, tiny_config
 from warm import two_ranks
 
+from dreamlip_train.checkpoint import loading
 from dreamlip_train.checkpoint.loading import load
 from dreamlip_train.checkpoint.saving import save
 from dreamlip_train.checkpoint.state import TrainState
@@ -93,10 +96,11 @@ def test_two_ranks_go_on_from_one(facts, one_process, stage, precision):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_one_process_goes_on_from_two_ranks(facts, one_process, stage):
+def test_one_process_goes_on_from_two_ranks(facts, one_process, stage, monkeypatch):
     """With DeepSpeed's two errors of ZeRO-3 repaired: one Adam step counter for all parameters, one weight decay for
     all groups.
     """
+    monkeypatch.setattr(loading, "subprocess", SimpleNamespace(run=python_module))
     folder, _ = one_process
     config = tiny_config(stage)
     engine = build_engine(build_model(config.model, 7), config, init_distributed(), resized=True)
