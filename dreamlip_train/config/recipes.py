@@ -199,8 +199,8 @@ def _large(model: str, *, global_batch_size: int, weight_decay: float, eps: floa
         # contrast over images, the one that localizes at weight 1 with a class token on painted scenes and on
         # photographs (benchmarks/RESULTS.md: three seeds of 1000 steps, towers of two blocks; contrast="image" is the
         # paper's). It finds twice as much where patches exchange nothing in any block, and no more where they exchange
-        # nothing in the last alone. Without exchange in twelve blocks a patch knows its own pixels only, and how many
-        # would do nobody has measured: model.own_value_blocks stays 0.
+        # nothing in the last alone. Without exchange in twelve blocks a patch knows its own pixels only; how many would
+        # do nobody has measured, and recall fell with them: model.own_value_blocks stays 0.
         loss=LossConfig(contrast="conditioned", direction="t2v"),
         optim=OptimConfig(
             lr=5e-4,
