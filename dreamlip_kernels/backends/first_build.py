@@ -86,7 +86,7 @@ def build(name: str, sources: list[str], flags: list[str], patience: float = PAT
 def folders() -> list[Path]:
     """Where libraries may lie: TORCH_EXTENSIONS_DIR where it is set, then where everything of ours is cached."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return ([Path(chosen).absolute()] if chosen else []) + cache.folders()
+    return [folder.absolute() for folder in ([Path(chosen)] if chosen else []) + cache.folders()]
 
 
 def error_line(output: str) -> str:

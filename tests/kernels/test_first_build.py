@@ -168,6 +168,8 @@ def test_without_a_home_nothing_is_built_below_the_working_directory(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert all(folder.is_absolute() and tmp_path not in folder.parents for folder in first_build.folders())
     assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("DREAMLIP_CACHE_DIR", "own")
+    assert first_build.folders()[0] == tmp_path / "own", "wherever the process goes later"
 
 
 @pytest.mark.parametrize(
