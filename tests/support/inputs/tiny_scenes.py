@@ -23,6 +23,8 @@ steps = 6
 every_steps = 1
 [checkpoint]
 every_steps = 3
+[deepspeed]
+zero_stage = 1
 """
 
 
