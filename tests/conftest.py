@@ -52,7 +52,7 @@ def poisoned_empties():
     torch.use_deterministic_algorithms(False)
 
 
-# Files that take half a minute and more come first: the processes share the files, and none should end with a long one.
+# Files of twenty seconds and more come first: the processes share the files, and none should end with a long one.
 _LONG = (
     "test_two_ranks",
     "test_faults",
@@ -70,6 +70,15 @@ _LONG = (
     "test_export",
     "test_compile_only",
     "test_train",
+    "test_checkpoint",
+    "test_contrast_executed",
+    "test_interrupted",
+    "test_contrastive_promises",
+    "test_import_weights",
+    "test_join_faults",
+    "test_grouping_executed",
+    "test_engine",
+    "test_grad_cache",
 )
 
 
