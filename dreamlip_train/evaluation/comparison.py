@@ -71,8 +71,15 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def format_comparison(one: Comparison) -> str:
-    """A table of plain text: our rows first, a line, the others."""
-    rows = [[one.title.split(":")[0], *one.columns], *one.ours, *one.others]
+    """A table of plain text: our rows first, a line, the others. A column's name stands word under word, as narrow as
+    its numbers.
+    """
+    names = [column.split("_") for column in one.columns]
+    depth = max(len(words) for words in names)
+    stacked = [[""] * (depth - len(words)) + words for words in names]
+    label = [""] * (depth - 1) + [one.title.split(":")[0]]
+    header = [list(line) for line in zip(label, *stacked, strict=True)]
+    rows = [*header, *one.ours, *one.others]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
@@ -80,7 +87,8 @@ def format_comparison(one: Comparison) -> str:
     ]
     rule = "-" * len(lines[0])
     head = [one.title, *([one.note] if one.note else []), rule]
-    return "\n".join([*head, *lines[: 1 + len(one.ours)], rule, *lines[1 + len(one.ours) :]])
+    first = depth + len(one.ours)
+    return "\n".join([*head, *lines[:first], rule, *lines[first:]])
 
 
 def _table(

@@ -168,3 +168,12 @@ def test_tables_of_the_paper_and_their_files_agree():
     for name in Table.__args__:
         rows = paper_table(name)
         assert rows and all(None not in row and all(value is not None for value in row.values()) for row in rows), name
+
+
+def test_columns_are_as_narrow_as_their_numbers():
+    """Word under word: i2t, flickr30k, r10. In one line their names made Table 1 of 228."""
+    for table in comparisons({}):
+        lines = format_comparison(table).splitlines()
+        assert max(map(len, lines[1:])) <= 140, table.title
+    lines = format_comparison(comparisons({})[0]).splitlines()
+    assert [line.split()[-1] for line in lines[3:6]] == ["t2i", "mscoco", "r10"]
