@@ -23,7 +23,7 @@ def slope_and_offset(scale_ptr, slope_ptr):
     *scale_ptr bounds the logits of unit vectors; *slope_ptr has the units that float32 operands were divided by too.
     The offset nearest 0 rounds z least."""
     bound = tl.abs(tl.load(scale_ptr)) * LOG2E
-    offset = tl.maximum(bound - LARGEST_TERM, tl.minimum(0.0, -SMALLEST_SUM - bound))
+    offset = tl.maximum(bound - LARGEST_TERM, tl.minimum(0.0, -bound - SMALLEST_SUM))
     return tl.load(slope_ptr) * LOG2E, offset
 
 
