@@ -27,9 +27,9 @@ def job_folder(output: Path, state: str, job: dict[str, Any], what: str, *, shar
     Args:
         job: the inputs and settings that decide what is written, as json.
         what: what the folder holds if it is another job's, for the message.
-        shared: several processes work on the job. Else the folder is locked, and the notes of another job that has
-            written no shard yet give way. A command that fails before it has made anything takes its own back: it does
-            not keep the folder from the corrected one.
+        shared: several processes work on the job; one that fails before any has made or claimed anything takes its
+            note of the job back. Else the folder is locked, and the notes of another job that has written no shard yet
+            give way. So a command that failed does not keep the folder from the corrected one.
     Raises:
         UserError: the folder can't be written, is in use or another job's, or has shards of unknown origin.
         RunError: the disk is full, or fails otherwise.
@@ -46,9 +46,9 @@ def job_folder(output: Path, state: str, job: dict[str, Any], what: str, *, shar
             first = _claim(output, folder, job, what, shared)
             try:
                 yield folder
-            except BaseException:
-                if first and not _has_results(output, folder):
-                    (folder / _JOB).unlink(missing_ok=True)
+            except UserError:  # of another process of the same command too
+                if shared and first and not _has_work(output, folder):
+                    _clear(folder)
                 raise
 
 
@@ -69,9 +69,7 @@ def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: b
     """Write the job down where nobody has, and return whether this process did."""
     known, job = folder / _JOB, json.loads(json.dumps(job))
     if not shared and _is_of_another(known, job) and not any(output.glob("*.tar")):
-        for path in folder.iterdir():
-            if path.suffix != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _clear(folder)
     if _is_of_another(known, job):
         raise UserError(f"--output: {str(output)!r} holds {what}; give another folder or delete it")
     if not known.exists() and any(output.glob("*.tar")):
@@ -84,9 +82,16 @@ def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: b
     return True
 
 
-def _has_results(output: Path, folder: Path) -> bool:
-    """Whether anything was made or written down that a job would resume from."""
-    return any(output.glob("*.tar")) or any(path.stat().st_size for path in folder.glob("*.jsonl"))
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.suffix != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _has_work(output: Path, folder: Path) -> bool:
+    """Whether there is a shard, an answer, or the claim of a process that is at one."""
+    made = any(output.glob("*.tar")) or any(path.stat().st_size for path in folder.glob("*.jsonl"))
+    return made or any(path.is_file() for path in folder.glob("claims/*"))
 
 
 def _is_of_another(known: Path, job: dict[str, Any]) -> bool:
