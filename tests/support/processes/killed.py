@@ -79,13 +79,16 @@ assert os.waitstatus_to_exitcode(os.waitpid(start(shards, folder / "whole", step
     folder / "whole.out"
 ).read_text()[-3000:]
 rng, run, lost = random.Random(int(sys.argv[3])), folder / "killed", []
-for _ in range(kills):
+for number in range(kills):
     reached = max(losses(run), default=0)
     child = start(shards, run, steps)
-    target, deadline = reached + rng.randrange(0, 4), time.time() + 60
+    target, moment = reached + rng.randrange(0, 4), rng.uniform(0.0, 0.4)
+    if number == kills - 1:  # at once after an odd step, which no checkpoint has: it at least is repeated
+        target, moment = reached + 1 + reached % 2, 0.0
+    deadline = time.time() + 60
     while max(losses(run), default=0) < target and time.time() < deadline:
         time.sleep(0.002)
-    time.sleep(rng.uniform(0.0, 0.4))
+    time.sleep(moment)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     lost.append(max(losses(run), default=0) - newest_step(run))

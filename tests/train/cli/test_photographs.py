@@ -10,6 +10,7 @@ from dreamlip_train import cli
 TINY = """
 [model]
 name = "tiny"
+own_value_blocks = 0
 context_length = 16
 
 [model.config]
