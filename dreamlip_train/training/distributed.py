@@ -33,6 +33,8 @@ def init_distributed() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = _device(_whole_number(os.environ, "LOCAL_RANK", 0)) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" in world:
+            os.environ["MASTER_PORT"] = _free_port()  # another process may have taken the first while DeepSpeed came in
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     _share_cores(on_gpu)
