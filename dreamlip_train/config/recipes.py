@@ -197,7 +197,7 @@ def _large(model: str, *, global_batch_size: int, weight_decay: float, eps: floa
         model=ModelConfig(name=model, context_length=77, init_temperature=0.07),  # paper
         # Ours: sigma = 1 / number of patches (the paper gives neither sigma nor the loss weights, so 1 and 1), and the
         # contrast over images (contrast="image" is the paper's): the one that localizes at weight 1 with a class token
-        # (benchmarks/RESULTS.md: towers of two blocks, 1000 steps; three seeds on photographs, one on painted scenes).
+        # (benchmarks/RESULTS.md: towers of two blocks, 1000 steps; three seeds each on photographs and on scenes).
         # It finds twice as much where patches exchange nothing in any block, and no more where they exchange nothing in
         # the last alone. Without exchange in twelve blocks a patch knows its own pixels only; how many would do nobody
         # has measured, and recall on photographs fell with them: model.own_value_blocks stays 0.
