@@ -39,15 +39,21 @@ def start(words: list[str], out: Path, before: Callable[[], None] = lambda: None
         os.write(begin, b"1")
         with os.fdopen(1, "w", closefd=False) as stdout, os.fdopen(2, "w", closefd=False) as stderr:
             sys.stdout, sys.stderr = stdout, stderr
-            try:
-                cli.main(words)
-                code = 0
-            except SystemExit as stopped:
-                code = int(stopped.code or 0)
-            except BaseException:
-                traceback.print_exc()
+            code = _exit_code(lambda: cli.main(words))
     finally:
         os._exit(code)
+
+
+def _exit_code(program: Callable[[], object]) -> int:
+    """That of a process that runs ``program`` and ends; a traceback is printed."""
+    try:
+        program()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def ended(process: int, seconds: float = 60.0) -> int:
@@ -91,12 +97,7 @@ def python_module(command: list[str], **_: object) -> subprocess.CompletedProces
                 os.dup2(out.fileno(), 2)
                 sys.stdout = sys.stderr = out
                 sys.argv = command[2:]
-                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-                code = 0
-            except SystemExit as stopped:
-                code = int(stopped.code or 0)
-            except BaseException:
-                traceback.print_exc()
+                code = _exit_code(lambda: runpy.run_module(command[2], run_name="__main__", alter_sys=True))
             finally:
                 out.flush()
                 os._exit(code)
