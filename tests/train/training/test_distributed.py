@@ -1,6 +1,7 @@
 """Which rank of which world a process is: from a launcher, from srun, or alone; contradictions are messages."""
 
 import pytest
+from warm import Command
 
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.training.distributed import first_host, world_of
@@ -103,3 +104,21 @@ def test_numbers_that_contradict_each_other_are_a_message():
 )
 def test_the_first_host_of_slurms_list(nodes, host):
     assert first_host(nodes) == host
+
+
+LATE = """
+import socket
+from dreamlip_train.training import distributed
+
+free_port, taken = distributed._free_port, socket.create_server(("127.0.0.1", 0))
+ports = iter([str(taken.getsockname()[1]), free_port()])
+distributed._free_port = lambda: next(ports)
+print(distributed.init_distributed())
+"""
+
+
+def test_a_port_that_was_taken_while_deepspeed_was_imported_stops_nobody(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    process = Command([script], tmp_path / "printed.txt")
+    assert process.wait() == 0, process.text()[-2000:]
