@@ -117,7 +117,7 @@ def _remove_empty(folder: Path) -> None:
     """Remove what a download that failed leaves, empty files and folders: the next look takes it for a set."""
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
-            if (Path(place) / name).stat().st_size == 0:
+            if (Path(place) / name).lstat().st_size == 0:
                 (Path(place) / name).unlink()
         with contextlib.suppress(OSError):  # it is not empty
             Path(place).rmdir()
