@@ -66,7 +66,7 @@ def row(backend: str, n: int, k: int, d: int, dtype: torch.dtype, rate: float) -
     inputs = features(n, k, d, dtype)
     image, text, scale, mask = inputs
     repeats = 3 if backend == "torch" else 8
-    unit = 2 * n * n * k * d / rate * 1e3
+    product_ms = 2 * n * n * k * d / rate * 1e3
     try:
         with torch.no_grad():
             forward = milliseconds(
@@ -75,7 +75,7 @@ def row(backend: str, n: int, k: int, d: int, dtype: torch.dtype, rate: float) -
         both = milliseconds(step(backend, *inputs), repeats)
     except RuntimeError as error:
         return f"| {str(dtype)[6:]} | N{n} K{k} D{d} | {backend} | {str(error).splitlines()[0][:80]} | |"
-    shares = f"{forward:.2f} ms ({unit / forward:.0%}) | {both:.2f} ms ({4 * unit / both:.0%})"
+    shares = f"{forward:.2f} ms ({product_ms / forward:.0%}) | {both:.2f} ms ({4 * product_ms / both:.0%})"
     return f"| {str(dtype)[6:]} | N{n} K{k} D{d} | {backend} | {shares} |"
 
 

@@ -61,7 +61,7 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLargestTerm = 106, kSmallestSum = -82, kLargestSum = 126;
 
 // exp2(slope x . y - offset). *scale bounds the logits of unit vectors; *multiplier, of the operands' products, has the
-// units that float32 features were divided by too. The offset nearest 0 rounds least.
+// divisors of float32 features too. The offset nearest 0 rounds least.
 struct Exponent {
   const float *scale, *multiplier;
 

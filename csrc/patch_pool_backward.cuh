@@ -14,7 +14,7 @@ template <class T, int KT> struct PoolBackward {
   const PoolShape& s;
   const Pool& pool;
   const Ring<T, KT>& ring;
-  // [P] in shared memory: inverse patch norms, and after rows() the units of the patches' coefficients;
+  // [P] in shared memory: inverse patch norms, and after rows() the divisors of the patches' coefficients;
   // coefficients of the patches in their own gradients.
   float *inv, *radial;
 
@@ -41,7 +41,8 @@ template <class T, int KT> struct PoolBackward {
   }
 
   // The rows between the passes. sims(k): gradients of the weights -> of the similarities, whose coefficients dt needs.
-  // In the end weights(k) and sims(k) are the coefficients of the upstream and text rows in dx, over the patch's unit.
+  // In the end weights(k) and sims(k) are the coefficients of the upstream and text rows in dx, over the patch's
+  // divisor.
   DREAMLIP_DEVICE void rows(const bool* valid, const float* similarity, int thread) const {
     const int kind = s.options.normalization;
     for (int k = pool.warp; k < s.K; k += kWarps) {
@@ -75,7 +76,7 @@ template <class T, int KT> struct PoolBackward {
     for (int p = thread; p < s.P; p += kThreads) {
       float largest = 0;
       for (int k = 0; k < s.K; ++k) largest = fmaxf(largest, fmaxf(fabsf(pool.weights(k)[p]), fabsf(pool.sims(k)[p])));
-      const Unit of_patch(largest);
+      const Divisor of_patch(largest);
       inv[p] = of_patch.value;
       for (int k = 0; k < s.K; ++k) {
         pool.weights(k)[p] *= of_patch.inverse;
@@ -84,7 +85,7 @@ template <class T, int KT> struct PoolBackward {
     }
   }
 
-  // The coefficient of row `row` of (upstream | texts) in the gradient of patch p, over the patch's unit.
+  // The coefficient of row `row` of (upstream | texts) in the gradient of patch p, over the patch's divisor.
   DREAMLIP_DEVICE float coefficient(int row, int p) const {
     const int k = row % kTexts;
     if (k >= s.K || p >= s.P) return 0;

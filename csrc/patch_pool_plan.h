@@ -35,7 +35,7 @@ struct PoolLayout {
   int coef;     // [texts, P], of 16 bits [2 texts, P]: high parts, low parts
   int sims;     // [texts, p16] float: similarities; backward: gradients of the weights, then of the similarities
   int weights;  // float: forward [p16] inverse norms; backward [texts, p16] weights, [p16] radial, [p16] inverse norms
-  int along;    // [texts] float, then [texts] inverse norms of the texts, then [texts] units of their coefficients
+  int along;    // [texts] float, then [texts] inverse norms of the texts, then [texts] divisors of their coefficients
   int total;
   int row_pitch, coef_pitch;  // in elements: 16 bytes more than whole, so that a matrix' rows lie in different banks
 

@@ -8,11 +8,11 @@ namespace dreamlip {
 
 // The power of two that numbers up to `largest` are divided by before they are split into two of 16 bits:
 // float16 has its full precision only from 2^-14 on, and a low part lies 2^11 below its number.
-struct Unit {
+struct Divisor {
   float value, inverse;
 
-  DREAMLIP_DEVICE explicit Unit(float largest) {
-    constexpr int kExponent = 12;                // of the largest over its unit
+  DREAMLIP_DEVICE explicit Divisor(float largest) {
+    constexpr int kExponent = 12;                // of the largest over its divisor
     int exponent = int(word_of(largest) >> 23);  // biased by 127; both powers must be normal numbers
     exponent = exponent < kExponent + 1 ? kExponent + 1 : exponent > 253 ? 253 : exponent;
     value = float_of(uint32_t(exponent - kExponent) << 23);
@@ -43,7 +43,7 @@ template <class T, int KT> struct PatchPool {
   }
   DREAMLIP_DEVICE float* along() const { return reinterpret_cast<float*>(memory + layout.along); }
   DREAMLIP_DEVICE float* inv_text() const { return along() + kTexts; }
-  DREAMLIP_DEVICE float* unit() const { return along() + 2 * kTexts; }
+  DREAMLIP_DEVICE float* divisor() const { return along() + 2 * kTexts; }
 
   // c [16 rows, 8] += a b: fragments of T.
   DREAMLIP_DEVICE static void product(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -144,14 +144,14 @@ template <class T, int KT> struct PatchPool {
       }
   }
 
-  // Text k's coefficients of the patches, sims(k)[p] * inv[p], over the row's unit; of 16 bits as high and low parts.
-  // A warp's work; a lane reads the similarities that it wrote itself.
+  // Text k's coefficients of the patches, sims(k)[p] * inv[p], over the row's divisor; of 16 bits as high and low
+  // parts. A warp's work; a lane reads the similarities that it wrote itself.
   DREAMLIP_DEVICE void put_coefs(int k, const float* inv) const {
     const float* value = sims(k);
     float largest = 0;
     for (int p = lane; p < s.P; p += 32) largest = fmaxf(largest, fabsf(value[p] * inv[p]));
-    const Unit of_row(WarpLanes{lane}.max(largest));
-    if (lane == 0) unit()[k] = of_row.value;
+    const Divisor of_row(WarpLanes{lane}.max(largest));
+    if (lane == 0) divisor()[k] = of_row.value;
     for (int p = lane; p < s.P; p += 32) {
       const float scaled = value[p] * inv[p] * of_row.inverse;
       const T high = from_float<T>(scaled);
@@ -204,7 +204,7 @@ template <class T, int KT> struct PatchPool {
     for (int j = 0; j < KT; ++j) {
       const int k = 8 * j + lane / 4;
       if (k >= s.K) continue;
-      const float u = unit()[k];
+      const float u = divisor()[k];
       if (KT == 1) f(k, d, (acc[0] + acc[2]) * u, (acc[1] + acc[3]) * u);  // high parts and low parts
       else f(k, d, acc[2 * j] * u, acc[2 * j + 1] * u);
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from .dense import aligned_rows
 from .rectangle import Rectangle
 
-_SMALLEST_UNIT = 2.0**-126
+_SMALLEST_DIVISOR = 2.0**-126
 # Elements that widths and strides are multiples of: what Triton specializes on, and no less than TMA and cp.async need.
 STEP = 16
 
@@ -28,7 +28,7 @@ class Operands:
     def __init__(self, rectangle: Rectangle, without_masked: bool = False):
         x, y = rectangle.x, rectangle.y
         self.scale = self.x_scale = self.y_scale = self.slope = rectangle.scale
-        self.x_unit = self.y_unit = None
+        self.x_divisor = self.y_divisor = None
         if x.dtype == torch.float32 and x.shape[1] and not rectangle.exact_float32:
             self.as_float16(rectangle)
         else:
@@ -37,16 +37,16 @@ class Operands:
             self.x, self.y = aligned_rows(x, STEP), aligned_rows(y, STEP)
 
     def as_float16(self, rectangle: Rectangle) -> None:
-        """Set all of this object from float32 features. What a mask drops is 0: it has no part in the unit, and may be
-        infinite in it.
+        """Set all of this object from float32 features. What a mask drops is 0: it has no part in the divisor, and
+        over it may be infinite.
         """
         x_mask, y_mask = rectangle.x_mask, rectangle.y_mask
-        self.x_unit, self.y_unit = _units(rectangle.x, rectangle.y, x_mask, y_mask)
-        self.x_scale, self.y_scale = self.scale * self.x_unit, self.scale * self.y_unit
-        self.slope = self.x_scale * self.y_unit
+        self.x_divisor, self.y_divisor = _divisors(rectangle.x, rectangle.y, x_mask, y_mask)
+        self.x_scale, self.y_scale = self.scale * self.x_divisor, self.scale * self.y_divisor
+        self.slope = self.x_scale * self.y_divisor
         x, y = (
-            torch.div(v, unit, out=v.new_empty(v.shape, dtype=torch.float16))
-            for v, unit in ((rectangle.x, self.x_unit), (rectangle.y, self.y_unit))
+            torch.div(v, divisor, out=v.new_empty(v.shape, dtype=torch.float16))
+            for v, divisor in ((rectangle.x, self.x_divisor), (rectangle.y, self.y_divisor))
         )
         self.x = aligned_rows(without_dropped(x, x_mask), STEP)
         self.y = aligned_rows(without_dropped(y, y_mask), STEP)
@@ -57,7 +57,7 @@ def without_dropped(v: Tensor, mask: Tensor | None) -> Tensor:
     return v if mask is None else v.masked_fill(~mask[..., None], 0)
 
 
-def _units(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
+def _divisors(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
     """[2]: the powers of two just not above the largest element of x and of y, dropped rows apart."""
     largest = []
     for v, mask in ((x, x_mask), (y, y_mask)):
@@ -65,4 +65,4 @@ def _units(x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -
             largest.append(torch.linalg.vector_norm(v, torch.inf))
         else:
             largest.append(torch.linalg.vector_norm(v, torch.inf, dim=-1).where(mask, 0).amax())
-    return torch.stack(largest).clamp_(min=_SMALLEST_UNIT).log2_().floor_().exp2_()
+    return torch.stack(largest).clamp_(min=_SMALLEST_DIVISOR).log2_().floor_().exp2_()

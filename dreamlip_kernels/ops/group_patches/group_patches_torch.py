@@ -103,10 +103,10 @@ def _weighted(weights: Tensor, features: Tensor) -> Tensor:
     if features.element_size() != 2:
         return weights @ features
     largest = weights.abs().amax((1, 2), keepdim=True)
-    power = torch.exp2(torch.floor(torch.log2(torch.where(largest > 0, largest, 1))) - 12)
-    high = (weights / power).to(features.dtype)
-    low = ((weights / power - high) * 2**8).to(features.dtype)
-    return (_product(high, features) + _product(low, features).mul_(2**-8)).mul_(power)
+    divisor = torch.exp2(torch.floor(torch.log2(torch.where(largest > 0, largest, 1))) - 12)
+    high = (weights / divisor).to(features.dtype)
+    low = ((weights / divisor - high) * 2**8).to(features.dtype)
+    return (_product(high, features) + _product(low, features).mul_(2**-8)).mul_(divisor)
 
 
 def without_masked(patches: Tensor, patch_mask: Tensor | None) -> Tensor:

@@ -108,21 +108,21 @@ def backward(
         return dx.zero_(), dy.zero_(), torch.zeros_like(scale)
     passes = _Passes(rectangle, upstream, through_x=needs_x or not needs_y)  # one of the two products gives dscale
     dots = passes.run(dx, dy)
-    if passes.operands.x_unit is not None and passes.operands.y_unit is not None:
-        dots = dots * passes.operands.x_unit * passes.operands.y_unit
+    if passes.operands.x_divisor is not None and passes.operands.y_divisor is not None:
+        dots = dots * passes.operands.x_divisor * passes.operands.y_divisor
     return dx, dy, dots.to(scale.dtype)
 
 
 class _Vectors(NamedTuple):
     """rows [3, K, M] and cols [3, K, C] of csrc's Coefficients, the gradients of the positives' logits own [K,
-    pairs] or None, the flag that says whether G is made exactly, and the power of two that it is in units of.
+    pairs] or None, the flag that says whether G is made exactly, and the power of two that it was divided by.
     """
 
     rows: Tensor
     cols: Tensor
     own: Tensor | None
     flag: Tensor
-    unit: Tensor
+    divisor: Tensor
 
 
 class _Passes:
@@ -151,10 +151,10 @@ class _Passes:
             empty = torch.isneginf(lse)  # no logit, no gradient, whatever its upstream
             sides.append(((lse * LOG2E).masked_fill(empty, torch.inf), gradient.masked_fill(empty, 0)))
         largest = torch.stack([gradient.abs().amax() for _, gradient in sides]).amax()
-        unit = torch.where(largest > 0, torch.exp2(largest.log2().floor() - GRADIENT_EXPONENT), 1.0)
+        divisor = torch.where(largest > 0, torch.exp2(largest.log2().floor() - GRADIENT_EXPONENT), 1.0)
         vectors, left = [], self.operands.slope == 0
         for lse, gradient in sides:
-            scaled, exponent = gradient / unit, lse - offset
+            scaled, exponent = gradient / divisor, lse - offset
             vectors.append(torch.stack([scaled * torch.exp2(-exponent), lse, scaled]))
             right = ((exponent >= SMALLEST_SUM) & (exponent <= LARGEST_SUM)) | (lse == torch.inf)
             left = left | ~right.all()
@@ -162,7 +162,7 @@ class _Passes:
         if upstream.d_pos is not None and self.own_cols.stop > self.own_cols.start:
             own = self._own(sides, upstream)
         rows, cols = vectors
-        return _Vectors(rows, cols, own, left.to(torch.int32), unit)
+        return _Vectors(rows, cols, own, left.to(torch.int32), divisor)
 
     def _own(self, sides: list[tuple[Tensor, Tensor]], upstream: Upstream) -> Tensor:
         """The whole gradient of each diagonal pair's logit: its share of both softmaxes and, of a positive,
@@ -191,7 +191,7 @@ class _Passes:
         return own.masked_fill((row == torch.inf) | (col == torch.inf), 0)
 
     def run(self, dx: Tensor, dy: Tensor) -> Tensor:
-        """Write dx and dy, those with elements; returns dscale in units of the operands."""
+        """Write dx and dy, those with elements; returns dscale over the operands' divisors."""
         x, y, width = self.operands.x, self.operands.y, self.operands.x.shape[1]
         (m, c, k), (slots, rows, cols) = self.sizes, self.chunk
         padded = y.shape[1] if slots > 1 else cols
@@ -222,7 +222,7 @@ class _Passes:
 
     def _finish_columns(self, total: Tensor, dy: Tensor, slots: slice, cols: slice) -> Tensor | float:
         """Write dy of a chunk from its product [slots, cols, D]; its part of dscale."""
-        total.mul_(self.vectors.unit)
+        total.mul_(self.vectors.divisor)
         own_cols = slice(max(cols.start, self.own_cols.start), min(cols.stop, self.own_cols.stop))
         if self.vectors.own is not None and own_cols.stop > own_cols.start:
             ours = slice(own_cols.start - self.own_cols.start, own_cols.stop - self.own_cols.start)
@@ -236,7 +236,7 @@ class _Passes:
 
     def _finish_rows(self, total: Tensor, dx: Tensor) -> Tensor:
         """Write dx from its product [M, D]; returns dscale."""
-        total.mul_(self.vectors.unit)
+        total.mul_(self.vectors.divisor)
         if self.vectors.own is not None:
             for own, slot in zip(self.vectors.own, self.operands.y, strict=True):
                 total[self.own_rows].addcmul_(own[:, None], slot[self.own_cols])

@@ -30,13 +30,13 @@ EXACT_PROGRAMS = 264  # of gradient_tile when it is only there in case: two for 
 
 
 class Vectors(NamedTuple):
-    """What ``vectors`` writes: rows [3, K, M], cols [3, K, C], own [K, C], the flag and the unit of G."""
+    """What ``vectors`` writes: rows [3, K, M], cols [3, K, C], own [K, C], the flag and the divisor of G."""
 
     rows: Tensor
     cols: Tensor
     own: Tensor
     flag: Tensor
-    unit: Tensor
+    divisor: Tensor
 
 
 def backward(
@@ -108,7 +108,7 @@ class Passes:
             d_pos_ptr=d_pos,
             largest_ptr=new(programs),
             flag_ptr=vectors.flag,
-            unit_ptr=vectors.unit,
+            divisor_ptr=vectors.divisor,
             rows_ptr=vectors.rows,
             cols_ptr=vectors.cols,
             own_ptr=vectors.own,
@@ -218,7 +218,7 @@ class Passes:
             v_ptr=features,
             own_ptr=own,
             self_ptr=features if dotted is None else dotted,
-            unit_ptr=self.vectors.unit,
+            divisor_ptr=self.vectors.divisor,
             scale_ptr=scale,
             numbers_ptr=self.operands.features["numbers_ptr"],
             out_ptr=out,

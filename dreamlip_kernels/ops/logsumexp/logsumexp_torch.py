@@ -153,7 +153,7 @@ class _Gradient:
     """g = d_row exp(z - row) + d_col exp(z - col), a tile at a time, with what comes down to the positives added in
     float32.
 
-    Where products are 16-bit, g is in units of ``unit`` and without its positives, whose whole gradient ``own``
+    Where products are 16-bit, g is divided by ``divisor`` and without its positives, whose whole gradient ``own``
     gathers."""
 
     def __init__(self, operands: _Operands, upstream: Upstream):
@@ -170,10 +170,10 @@ class _Gradient:
         if self.kept is not None and not self.kept_are_logits:  # as coefficients of exp(z)
             self.a, self.b = self.a * (-self.row).exp(), self.b * (-self.col).exp()
         self.d_pos = None if upstream.d_pos is None else self._of_kept_pairs(upstream.d_pos)
-        self.unit = self.own = None
+        self.divisor = self.own = None
         if operands.sixteen_bit:
             largest = torch.maximum(self.a.abs().amax(), self.b.abs().amax())
-            self.unit = torch.exp2(torch.floor(torch.log2(largest)) - GRADIENT_EXPONENT).where(largest > 0, 1)
+            self.divisor = torch.exp2(torch.floor(torch.log2(largest)) - GRADIENT_EXPONENT).where(largest > 0, 1)
             self.own = None if self.d_pos is None else torch.zeros_like(self.d_pos)
 
     def _of_kept_pairs(self, d_pos: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class _Gradient:
             g.add_((z - self.col[k, None, cols]).exp_().mul_(self.b[k, None, cols]))
         if self.d_pos is not None:
             self._add_positives(g, k, rows, cols)
-        return g if self.unit is None else (g / self.unit).to(self.operands.x.dtype)
+        return g if self.divisor is None else (g / self.divisor).to(self.operands.x.dtype)
 
     def _add_positives(self, g: Tensor, k: int, rows: slice, cols: slice) -> None:
         """The tile's pairs that are positives take d_pos; those of 16-bit products leave g for ``own``."""
@@ -228,16 +228,16 @@ def backward(
             if needs_y:
                 accumulate(dy_k[cols], g.T, operands.x[rows])
         if needs_y:
-            if gradient.unit is not None:
-                dy_k.mul_(gradient.unit)
+            if gradient.divisor is not None:
+                dy_k.mul_(gradient.divisor)
             if gradient.own is not None:
                 dy_k[own_cols].addcmul_(gradient.own[k, own_cols, None], operands.x[own_rows])
             if not through_x:
                 dscale += (y * dy_k).sum(dtype=torch.float64)
             dy[k] = dy_k.mul_(operands.scale)
     if through_x:
-        if gradient.unit is not None:
-            dx.mul_(gradient.unit)
+        if gradient.divisor is not None:
+            dx.mul_(gradient.divisor)
         if gradient.own is not None:
             for k in range(slots):
                 dx[own_rows].addcmul_(gradient.own[k, own_cols, None], operands.slot(k)[own_cols])

@@ -27,7 +27,7 @@ LARGEST_PROGRAMS = 1024  # that look for a largest feature, on each side at most
 
 _FEATURES = "x_ptr y_ptr x_mask_ptr y_mask_ptr x_out_ptr y_out_ptr numbers_ptr".split()
 _SIZES = "D width stride_x stride_xd stride_yk stride_y stride_yd x_programs y_programs".split()
-_COEFFICIENTS = "row_ptr col_ptr d_row_ptr d_col_ptr pos_ptr d_pos_ptr unit_ptr rows_ptr cols_ptr own_ptr".split()
+_COEFFICIENTS = "row_ptr col_ptr d_row_ptr d_col_ptr pos_ptr d_pos_ptr divisor_ptr rows_ptr cols_ptr own_ptr".split()
 
 
 class TritonOperands(Operands):
@@ -47,7 +47,7 @@ class TritonOperands(Operands):
         self.x = x.new_empty(m, width, dtype=torch.float16)
         self.y = y.new_empty(k, c, width, dtype=torch.float16)
         numbers = self.scale.new_empty(5, 4)
-        self.x_unit, self.y_unit, self.x_scale, self.y_scale, self.slope = numbers[:, 0].unbind()
+        self.x_divisor, self.y_divisor, self.x_scale, self.y_scale, self.slope = numbers[:, 0].unbind()
         blocks = [triton.cdiv(rows, self.rows) for rows in (m, k * c)]
         programs = [min(count, LARGEST_PROGRAMS) for count in blocks]
         pointers = (x, y, self.x_mask, self.y_mask, self.x, self.y, numbers)

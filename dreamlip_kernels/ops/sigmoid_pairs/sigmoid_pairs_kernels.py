@@ -116,7 +116,7 @@ def sigmoid_tile(
     DESCRIPTOR: tl.constexpr,
 ):
     """One tile of a chunk of rows x cols pairs: sums [2, sums] of the losses and of the gradients, G [rows,
-    cols] in units of 2^-15.
+    cols] over 2^-15.
 
     Of all pairs but a caption's own, at (first + c // k, c), which adds nothing and has a G of 0. With numbers of
     images [M] and [C], pairs of one image are positives or add nothing, and the others negatives.

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..products import accumulate, matmul, multiplies_sixteen_bit
 from ..tiles import tiles
 
-G_UNIT = 2.0**-15  # |g| is at most 1: in this unit float16 holds it normally down to 2^-29
+G_DIVISOR = 2.0**-15  # |g| is at most 1: over this divisor float16 holds it normally down to 2^-29
 
 
 class Pairs(NamedTuple):
@@ -109,14 +109,14 @@ class _Gradients:
         """The products of a tile's g, of which ``own`` are the places of images' own pairs."""
         if self.own is not None:
             self.own[cols].index_put_((own[1],), g[own])
-            g = g.index_put_(own, g.new_zeros(())).div_(G_UNIT).to(y_tile.dtype)
+            g = g.index_put_(own, g.new_zeros(())).div_(G_DIVISOR).to(y_tile.dtype)
         if self.x is not None:
             accumulate(self.x[rows], g, y_tile)
         if self.y is not None:
             accumulate(self.y[cols], g.T, self.operands.x[rows])
 
     def finish(self) -> None:
-        """Bring 16-bit products to their unit, and add the pairs that they leave out."""
+        """Multiply 16-bit products by what g was divided by, and add the pairs that they leave out."""
         if self.own is None:
             return
         images, captions = self.operands.pairs.own
@@ -124,11 +124,11 @@ class _Gradients:
         y = self.operands.y[captions].unflatten(0, (images.stop - images.start, k))
         own = self.own[captions].view(y.shape[:2])
         if self.x is not None:
-            self.x.mul_(G_UNIT)
+            self.x.mul_(G_DIVISOR)
             for slot in range(y.shape[1]):
                 self.x[images].addcmul_(own[:, slot, None], y[:, slot])
         if self.y is not None:
-            self.y.mul_(G_UNIT)
+            self.y.mul_(G_DIVISOR)
             self.y[captions].view(y.shape).addcmul_(own[..., None], x[:, None])
 
 

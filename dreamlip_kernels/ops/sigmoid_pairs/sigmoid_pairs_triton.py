@@ -21,7 +21,7 @@ from ..dense import aligned_rows, dense
 from ..logsumexp.logsumexp_tiles import INTERPRETED, Blocks
 from ..products import accumulate
 from .sigmoid_pairs_kernels import sigmoid_tile
-from .sigmoid_pairs_torch import G_UNIT, Pairs, kept
+from .sigmoid_pairs_torch import G_DIVISOR, Pairs, kept
 
 # By bytes of an operand's element and compute capability's major: without spills, two or three programs on a processor,
 # so that one's exponentials run beside another's products (tests/kernels/sigmoid/test_sigmoid_compiled.py). None timed.
@@ -33,23 +33,23 @@ BLOCKS = {
     (4, 9): Blocks(128, 64, 32, 8, 2),
     (4, 10): Blocks(64, 64, 32, 4, 3),
 }
-SMALLEST_UNIT = 2.0**-126
+SMALLEST_DIVISOR = 2.0**-126
 
 
 class _Operand(NamedTuple):
     """Features as the kernel and the products read them, with the power of two they were divided by."""
 
     v: Tensor
-    unit: Tensor
+    divisor: Tensor
 
 
 def _operand(v: Tensor, mask: Tensor | None, exact_float32: bool) -> _Operand:
     v = kept(v, mask)
-    unit = v.new_ones((), dtype=torch.float32)
+    divisor = v.new_ones((), dtype=torch.float32)
     if v.dtype == torch.float32 and not exact_float32:
-        unit = torch.linalg.vector_norm(v, torch.inf).clamp_(min=SMALLEST_UNIT).log2_().floor_().exp2_()
-        v = torch.div(v, unit, out=v.new_empty(v.shape, dtype=torch.float16))
-    return _Operand(aligned_rows(v), unit)
+        divisor = torch.linalg.vector_norm(v, torch.inf).clamp_(min=SMALLEST_DIVISOR).log2_().floor_().exp2_()
+        v = torch.div(v, divisor, out=v.new_empty(v.shape, dtype=torch.float16))
+    return _Operand(aligned_rows(v), divisor)
 
 
 def _chunks(m: int, c: int, element_bytes: int) -> tuple[int, int]:
@@ -113,13 +113,13 @@ def forward(pairs: Pairs, needs_x: bool, needs_y: bool, needs_scale: bool) -> tu
 
 
 def _negatives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor, gradient: bool) -> Tensor:
-    """dx += G y and dy += G.T x for those that are not empty, in units of what their operands were divided by -> [2]:
+    """dx += G y and dy += G.T x for those that are not empty, multiplied by the divisors in the end -> [2]:
     the losses' sum and G's.
     """
     m, c = len(x.v), len(y.v)
     arguments, blocks = _launch_arguments(x.v, y.v)
     x_mask, y_mask = dense(pairs.x_mask), dense(pairs.y_mask)
-    slope_and_bias = torch.stack([pairs.scale * x.unit * y.unit, pairs.bias])
+    slope_and_bias = torch.stack([pairs.scale * x.divisor * y.divisor, pairs.bias])
     chunk_rows, chunk_cols = _chunks(m, c, x.v.element_size())
     pitch = -(-chunk_cols // 64) * 64  # rows of G at multiples of 128 bytes: whole stores, and aligned operands
     workspace = x.v.new_empty(chunk_rows * pitch if gradient else 1)
@@ -154,9 +154,9 @@ def _negatives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor, g
         if dy.numel():
             accumulate(dy[j : j + cols], g.T, x.v[i : i + rows])
     if dx.numel():
-        dx.mul_(G_UNIT * y.unit)
+        dx.mul_(G_DIVISOR * y.divisor)
     if dy.numel():
-        dy.mul_(G_UNIT * x.unit)
+        dy.mul_(G_DIVISOR * x.divisor)
     return sums.sum(1, dtype=torch.float64)
 
 
@@ -167,8 +167,8 @@ def _positives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor) -
     k, (images, columns) = pairs.k, pairs.own
     x_own = x.v[images]
     y_own = y.v[columns].unflatten(0, (len(x_own), k))
-    unit = x.unit * y.unit
-    dots = torch.stack([torch.sum(x_own.float() * y_own[:, slot], dim=-1) for slot in range(k)], 1) * unit  # [n, K]
+    divisor = x.divisor * y.divisor
+    dots = torch.stack([torch.sum(x_own.float() * y_own[:, slot], dim=-1) for slot in range(k)], 1) * divisor  # [n, K]
     z = dots * pairs.scale + pairs.bias
     losses, g = -F.logsigmoid(z), -torch.sigmoid(-z)
     if pairs.x_mask is not None:
@@ -177,9 +177,9 @@ def _positives(pairs: Pairs, x: _Operand, y: _Operand, dx: Tensor, dy: Tensor) -
         losses, g = (v.where(pairs.y_mask[columns].view(-1, k), 0) for v in (losses, g))
     for slot in range(k):
         if dx.numel():
-            dx[images].addcmul_(g[:, slot, None] * y.unit, y_own[:, slot])
+            dx[images].addcmul_(g[:, slot, None] * y.divisor, y_own[:, slot])
         if dy.numel():
-            dy[columns].unflatten(0, (len(x_own), k))[:, slot].addcmul_(g[:, slot, None] * x.unit, x_own)
+            dy[columns].unflatten(0, (len(x_own), k))[:, slot].addcmul_(g[:, slot, None] * x.divisor, x_own)
     factor, gradient = (x, dx) if dx.numel() else (y, dy)
-    g_dot = (factor.v * gradient).sum(dtype=torch.float64) * factor.unit if gradient.numel() else g.new_zeros(())
+    g_dot = (factor.v * gradient).sum(dtype=torch.float64) * factor.divisor if gradient.numel() else g.new_zeros(())
     return losses.sum(dtype=torch.float64), g.sum(dtype=torch.float64), g_dot

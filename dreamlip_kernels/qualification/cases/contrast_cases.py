@@ -148,9 +148,9 @@ def speeds(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ..
                     multi_positive_contrastive_loss(*inputs, text_mask=mask, backend=backend), inputs
                 )
 
-            unit = 2 * n * n * k * d
+            product_flops = 2 * n * n * k * d
             moved = 3 * n * (k + 1) * d * features.itemsize
-            yield Speed(f"N={n} K={k}", d, n * n * k, make, flops=4 * unit, moved=moved)
+            yield Speed(f"N={n} K={k}", d, n * n * k, make, flops=4 * product_flops, moved=moved)
 
 
 def clip_like(n: int, k: int, d: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,6 @@ def speeds(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ..
                     multi_positive_sigmoid_loss(*inputs, text_mask=mask, backend=backend), inputs
                 )
 
-            unit = 2 * n * n * k * d
+            product_flops = 2 * n * n * k * d
             moved = 3 * n * (k + 1) * d * features.itemsize
-            yield Speed(f"N={n} K={k}", d, n * n * k, make, flops=3 * unit, moved=moved)
+            yield Speed(f"N={n} K={k}", d, n * n * k, make, flops=3 * product_flops, moved=moved)

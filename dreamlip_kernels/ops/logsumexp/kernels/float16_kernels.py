@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .logits_kernels import kept
 
-SMALLEST_UNIT = tl.constexpr(2.0**-126)
+SMALLEST_DIVISOR = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def largest_of(largest_ptr, programs, BLOCK: tl.constexpr):
 @triton.jit
 def _power_of_two(largest):
     """The power of two just not above a number, at least 2^-126: the bits of its exponent."""
-    bits = tl.maximum(largest, SMALLEST_UNIT).to(tl.int32, bitcast=True)
+    bits = tl.maximum(largest, SMALLEST_DIVISOR).to(tl.int32, bitcast=True)
     return (bits & 0x7F800000).to(tl.float32, bitcast=True)
 
 
@@ -57,9 +57,9 @@ def _largest_feature(v_ptr, strides, mask_ptr, sizes, first, step, BLOCK_R: tl.c
 
 @triton.jit
 def _store_float16(
-    out_ptr, v_ptr, strides, mask_ptr, sizes, width, unit, block, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    out_ptr, v_ptr, strides, mask_ptr, sizes, width, divisor, block, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """out [K, C, width] = v / unit of a block of rows, zeros in rows that a mask drops and beyond D."""
+    """out [K, C, width] = v / divisor of a block of rows, zeros in rows that a mask drops and beyond D."""
     K, C, D = sizes
     offs_r, keep_r, rows = _rows(v_ptr, strides, mask_ptr, sizes, block, BLOCK_R)
     for d in range(0, width, BLOCK_D):
@@ -67,7 +67,7 @@ def _store_float16(
         inside = keep_r[:, None] & (offs_d < D)[None, :]
         v = tl.load(rows[:, None] + offs_d.to(tl.int64)[None, :] * strides[2], mask=inside, other=0.0)
         to = out_ptr + offs_r.to(tl.int64)[:, None] * width + offs_d[None, :]
-        tl.store(to, tl.div_rn(v, unit).to(tl.float16), mask=(offs_r < K * C)[:, None] & (offs_d < width)[None, :])
+        tl.store(to, tl.div_rn(v, divisor).to(tl.float16), mask=(offs_r < K * C)[:, None] & (offs_d < width)[None, :])
 
 
 @triton.jit
@@ -84,27 +84,30 @@ def make_float16(
 ):
     """Unless it ``writes``: each program's largest feature, x's programs before y's.
 
-    Else, one program for each block of rows: x / unit and y / unit in float16, and the numbers that belong to them."""
+    Else, one program for each block of rows: x / divisor and y / divisor in float16, and the numbers that belong to
+    them."""
     x_ptr, x_strides, x_mask_ptr, x_out_ptr, x_programs = x_side
     y_ptr, y_strides, y_mask_ptr, y_out_ptr, y_programs = y_side
     M, C, K, D, width = sizes
     pid = tl.program_id(0)
     if writes:
-        x_unit = _power_of_two(largest_of(largest_ptr, x_programs, BLOCK))
-        y_unit = _power_of_two(largest_of(largest_ptr + x_programs, y_programs, BLOCK))
+        x_divisor = _power_of_two(largest_of(largest_ptr, x_programs, BLOCK))
+        y_divisor = _power_of_two(largest_of(largest_ptr + x_programs, y_programs, BLOCK))
         y_block = pid - tl.cdiv(M, BLOCK_R)
         if y_block < 0:
-            _store_float16(x_out_ptr, x_ptr, x_strides, x_mask_ptr, (1, M, D), width, x_unit, pid, BLOCK_R, BLOCK_D)
+            _store_float16(x_out_ptr, x_ptr, x_strides, x_mask_ptr, (1, M, D), width, x_divisor, pid, BLOCK_R, BLOCK_D)
         else:
-            _store_float16(y_out_ptr, y_ptr, y_strides, y_mask_ptr, (K, C, D), width, y_unit, y_block, BLOCK_R, BLOCK_D)
+            _store_float16(
+                y_out_ptr, y_ptr, y_strides, y_mask_ptr, (K, C, D), width, y_divisor, y_block, BLOCK_R, BLOCK_D
+            )
         if pid == 0:
             numbers_ptr, scale_ptr = numbers
             scale = tl.load(scale_ptr)
-            tl.store(numbers_ptr, x_unit)
-            tl.store(numbers_ptr + 4, y_unit)
-            tl.store(numbers_ptr + 8, scale * x_unit)
-            tl.store(numbers_ptr + 12, scale * y_unit)
-            tl.store(numbers_ptr + 16, scale * x_unit * y_unit)
+            tl.store(numbers_ptr, x_divisor)
+            tl.store(numbers_ptr + 4, y_divisor)
+            tl.store(numbers_ptr + 8, scale * x_divisor)
+            tl.store(numbers_ptr + 12, scale * y_divisor)
+            tl.store(numbers_ptr + 16, scale * x_divisor * y_divisor)
     elif pid < x_programs:
         largest = _largest_feature(x_ptr, x_strides, x_mask_ptr, (1, M, D), pid, x_programs, BLOCK_R, BLOCK_D)
         tl.store(largest_ptr + pid, largest)

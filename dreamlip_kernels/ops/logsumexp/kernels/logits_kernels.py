@@ -20,7 +20,7 @@ NO_DIAGONAL = 2**30  # of a rectangle without positives: no column meets it
 def slope_and_offset(scale_ptr, slope_ptr):
     """z in powers of two is slope * acc; exp2(z - offset) has no term too large, nor sum too small up to a scale of 65.
 
-    *scale_ptr bounds the logits of unit vectors; *slope_ptr has the units that float32 operands were divided by too.
+    *scale_ptr bounds the logits of unit vectors; *slope_ptr has the divisors of float32 operands too.
     The offset nearest 0 rounds z least."""
     bound = tl.abs(tl.load(scale_ptr)) * LOG2E
     offset = tl.maximum(bound - LARGEST_TERM, tl.minimum(0.0, -bound - SMALLEST_SUM))

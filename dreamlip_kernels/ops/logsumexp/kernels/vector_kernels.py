@@ -30,18 +30,18 @@ def _upstream(lse_ptr, upstream_ptr, offs, inside):
 
 
 @triton.jit
-def _unit(largest_ptr, programs, BLOCK: tl.constexpr):
-    """The power of two that G is in units of, from every program's largest upstream."""
+def _divisor(largest_ptr, programs, BLOCK: tl.constexpr):
+    """The power of two that G was divided by, from every program's largest upstream."""
     top = largest_of(largest_ptr, programs, BLOCK)
     return tl.where(top > 0, tl.exp2(tl.floor(tl.log2(top)) - GRADIENT_EXPONENT), 1.0)
 
 
 @triton.jit
-def _store_coefficients(out_ptr, flag_ptr, lse, upstream, unit, offset, offs, inside, total):
+def _store_coefficients(out_ptr, flag_ptr, lse, upstream, divisor, offset, offs, inside, total):
     """The three vectors that gradient_tile reads, and the flag where exp2(z - offset) can't serve one of them."""
     log_sum = lse - offset
     right = ((log_sum >= SMALLEST_SUM) & (log_sum <= LARGEST_SUM)) | (lse == float("inf"))
-    scaled = upstream / unit
+    scaled = upstream / divisor
     tl.store(out_ptr + offs, scaled * tl.exp2(offset - lse), mask=inside)
     tl.store(out_ptr + total + offs, lse, mask=inside)
     tl.store(out_ptr + 2 * total + offs, scaled, mask=inside)
@@ -52,7 +52,7 @@ def _store_coefficients(out_ptr, flag_ptr, lse, upstream, unit, offset, offs, in
 def _make_coefficients(writes, ours, outs, exponents, largest_ptr, pairs, BLOCK: tl.constexpr):
     """The phases LARGEST_UPSTREAM and, where it ``writes``, COEFFICIENTS."""
     row_ptr, col_ptr, d_row_ptr, d_col_ptr, pos_ptr, d_pos_ptr = ours
-    flag_ptr, unit_ptr, rows_ptr, cols_ptr, own_ptr = outs
+    flag_ptr, divisor_ptr, rows_ptr, cols_ptr, own_ptr = outs
     scale_ptr, slope_ptr = exponents
     M, C, K, diagonal, first_pair, stop_pair = pairs
     pid = tl.program_id(0).to(tl.int64)
@@ -67,13 +67,13 @@ def _make_coefficients(writes, ours, outs, exponents, largest_ptr, pairs, BLOCK:
         lse, upstream = _upstream(col_ptr, d_col_ptr, offs, inside)
     if writes:
         slope, offset = slope_and_offset(scale_ptr, slope_ptr)
-        unit = _unit(largest_ptr, tl.num_programs(0), BLOCK)
-        tl.store(unit_ptr, unit, mask=pid == 0)
+        divisor = _divisor(largest_ptr, tl.num_programs(0), BLOCK)
+        tl.store(divisor_ptr, divisor, mask=pid == 0)
         tl.store(flag_ptr, 1, mask=(pid == 0) & (slope == 0))  # the infinity that drops a column would be NaN
         if of_rows:
-            _store_coefficients(rows_ptr, flag_ptr, lse, upstream, unit, offset, offs, inside, total)
+            _store_coefficients(rows_ptr, flag_ptr, lse, upstream, divisor, offset, offs, inside, total)
         else:
-            _store_coefficients(cols_ptr, flag_ptr, lse, upstream, unit, offset, offs, inside, total)
+            _store_coefficients(cols_ptr, flag_ptr, lse, upstream, divisor, offset, offs, inside, total)
             column = offs % C
             partner = column + diagonal
             paired = inside & (column >= first_pair) & (column < stop_pair) & (lse != float("inf"))
@@ -110,7 +110,7 @@ def vectors(
     slope_ptr,
     largest_ptr,
     flag_ptr,
-    unit_ptr,
+    divisor_ptr,
     rows_ptr,
     cols_ptr,
     own_ptr,
@@ -137,11 +137,11 @@ def vectors(
     compiles. Of 16-bit features, whose pointers are None, there are the last two alone.
 
     LARGEST_FEATURE: of each program's part of x [M, D] and of y [K, C, D], float32, rows that a mask drops apart.
-    FLOAT16: x and y over their units, the powers of two just not above those, rounded, [M, width] and [K, C, width],
-    zeros where a mask drops; and numbers [5, 4], of which each first one counts: the two units, scale times each, and
-    scale times both.
+    FLOAT16: x and y over their divisors, the powers of two just not above those, rounded, [M, width] and [K, C,
+    width], zeros where a mask drops; and numbers [5, 4], of which each first one counts: the two divisors, scale times
+    each, and scale times both.
     LARGEST_UPSTREAM: of each program's part of the upstream of row [K, M] and col [K, C], and the flag lowered.
-    COEFFICIENTS: the unit of G, rows [3, K, M] and cols [3, K, C] (``_store_coefficients``), the flag raised where
+    COEFFICIENTS: the divisor of G, rows [3, K, M] and cols [3, K, C] (``_store_coefficients``), the flag raised where
     needed, and own [K, C]: the gradient of the logits of the pairs (diagonal + j, j), first_pair <= j < stop_pair,
     their share of both softmaxes and d_pos; elsewhere 0."""
     if phase < 2:  # of the features
@@ -152,7 +152,7 @@ def vectors(
             make_float16(phase == 1, x_side, y_side, sizes, numbers, largest_ptr, BLOCK, BLOCK_R, BLOCK_D)
     else:
         ours = (row_ptr, col_ptr, d_row_ptr, d_col_ptr, pos_ptr, d_pos_ptr)
-        outs = (flag_ptr, unit_ptr, rows_ptr, cols_ptr, own_ptr)
+        outs = (flag_ptr, divisor_ptr, rows_ptr, cols_ptr, own_ptr)
         exponents, pairs = (scale_ptr, slope_ptr), (M, C, K, diagonal, first_pair, stop_pair)
         _make_coefficients(phase == 3, ours, outs, exponents, largest_ptr, pairs, BLOCK)
 
@@ -163,7 +163,7 @@ def finish_gradient(
     v_ptr,
     own_ptr,
     self_ptr,
-    unit_ptr,
+    divisor_ptr,
     scale_ptr,
     numbers_ptr,
     out_ptr,
@@ -188,26 +188,26 @@ def finish_gradient(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[q, r] = *scale * t[q, r]; t[q, r] = *unit * acc[q, r] + the sum of ``terms`` positives,
+    """out[q, r] = *scale * t[q, r]; t[q, r] = *divisor * acc[q, r] + the sum of ``terms`` positives,
     own[q, t, r + own_shift] * v[t, r + shift].
 
     Where 0 <= r + shift < V: the gradients of a chunk's products, with their positives added in float32.
-    ``wants_dots``: also each program's sum of t[q, r] . self[q, r], times both units where ``vectors`` wrote numbers:
-    their total is the scale's gradient."""
+    ``wants_dots``: also each program's sum of t[q, r] . self[q, r], times both divisors where ``vectors`` wrote
+    numbers: their total is the scale's gradient."""
     pid_q = tl.program_id(1).to(tl.int64)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     keep_r = offs_r < R
     partner = offs_r + shift
     paired = keep_r & (partner >= 0) & (partner < V)
     own_base = own_ptr + pid_q * own_q + offs_r + own_shift
-    unit, scale = tl.load(unit_ptr), tl.load(scale_ptr)
+    divisor, scale = tl.load(divisor_ptr), tl.load(scale_ptr)
     dots = tl.zeros((BLOCK_R,), tl.float32)
     rows = offs_r.to(tl.int64)[:, None]
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         keep_d = (offs_d < D)[None, :]
         inside = keep_r[:, None] & keep_d
-        t = tl.load(acc_ptr + pid_q * acc_q + rows * acc_r + offs_d[None, :], mask=inside, other=0.0) * unit
+        t = tl.load(acc_ptr + pid_q * acc_q + rows * acc_r + offs_d[None, :], mask=inside, other=0.0) * divisor
         own_at = own_base
         v_at = v_ptr + partner.to(tl.int64)[:, None] * v_r + offs_d[None, :]
         for _ in range(0, terms):
