@@ -92,9 +92,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_pool_forward_cpu(const at::
                                                                       const std::optional<at::Tensor>& patch_mask) {
   check(patches, texts, patch_mask);
   const int64_t N = patches.size(0), P = patches.size(1), K = texts.size(1), D = patches.size(2);
-  const auto wide = patches.options().dtype(patches.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  at::Tensor pooled = at::empty({N, K, D}, patches.options()), similarity = at::empty({N, K, P}, wide),
-             inv_norm = at::empty({N, P}, wide);
+  const auto sum_options = patches.options().dtype(patches.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  at::Tensor pooled = at::empty({N, K, D}, patches.options()), similarity = at::empty({N, K, P}, sum_options),
+             inv_norm = at::empty({N, P}, sum_options);
   const at::Tensor mask = patch_mask ? patch_mask->contiguous() : at::Tensor();
   with_types(patches.scalar_type(), [&](auto s, auto t) {
     using S = decltype(s);

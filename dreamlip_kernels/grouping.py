@@ -77,13 +77,13 @@ def group_patches(
 
 def _pooled_as_they_are(patches, texts, threshold, normalization, patch_mask) -> Tensor:
     dtype = accumulate_dtype(patches)
-    wide = patches.to(dtype)  # once, so that a patch's two gradients are rounded together
+    patches = patches.to(dtype)  # once, so that a patch's two gradients are rounded together
     if patch_mask is not None:
-        wide = wide.masked_fill(~patch_mask[..., None], 0)
+        patches = patches.masked_fill(~patch_mask[..., None], 0)
     options: dict[str, Any] = dict(threshold=threshold, normalization=normalization, patch_mask=patch_mask)
-    weights = patch_weights(wide, texts.to(dtype), **options)
+    weights = patch_weights(patches, texts.to(dtype), **options)
     with without_autocast(patches.device):
-        return (weights @ wide).to(texts.dtype)
+        return (weights @ patches).to(texts.dtype)
 
 
 def patch_weights(

@@ -156,18 +156,18 @@ def logsumexp_backward_op(
     needs_y: bool,
     float32: str,
     backend: str,
-    wide: bool,
+    full_precision: bool,
     x_images: Tensor | None = None,
     y_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy (strided as y) and dscale; ``Upstream`` says what the gradients are of.
 
-    A side that needs no gradient costs nothing and comes back without an element. ``wide`` leaves dx and dy in the
-    dtype they were summed in, for a caller that sums on. With images (as in ``logsumexp_op``) d_pos is not None where
-    pairs are a row's own."""
+    A side that needs no gradient costs nothing and comes back without an element. ``full_precision`` leaves dx and dy
+    in the dtype they were summed in, for a caller that sums on. With images (as in ``logsumexp_op``) d_pos is not None
+    where pairs are a row's own."""
     rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32, x_images, y_images)
     upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, first_pair, stop_pair, kept)
-    dtype = accumulate_dtype(x) if wide else x.dtype
+    dtype = accumulate_dtype(x) if full_precision else x.dtype
     with torch.autocast(x.device.type, enabled=False):
         return _BACKWARD[backend](rectangle, upstream, needs_x, needs_y, dtype)
 
@@ -193,11 +193,11 @@ def _(
     needs_y,
     float32,
     backend,
-    wide,
+    full_precision,
     x_images=None,
     y_images=None,
 ):
-    dtype = accumulate_dtype(x) if wide else x.dtype
+    dtype = accumulate_dtype(x) if full_precision else x.dtype
     return (
         x.new_empty(x.shape if needs_x else 0, dtype=dtype),
         torch.empty_like(y, dtype=dtype) if needs_y else y.new_empty(0, dtype=dtype),

@@ -144,8 +144,8 @@ def _sums_are_right(operands: _Operands, row: Tensor, col: Tensor) -> bool:
 
 def _positives(operands: _Operands) -> Tensor:
     """The logits [K, C] of the pairs (j, j)."""
-    wide = operands.scale.dtype
-    x = operands.x.to(wide) * operands.scale
+    sum_dtype = operands.scale.dtype
+    x = operands.x.to(sum_dtype) * operands.scale
     return torch.stack([torch.sum(x * operands.slot(k), dim=-1) for k in range(operands.rectangle.sizes[2])])
 
 
@@ -210,7 +210,7 @@ def backward(
     rectangle: Rectangle, upstream: Upstream, needs_x: bool, needs_y: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [M, D], dy (strided as y), each in ``dtype`` or without an element where nobody needs it; and dscale."""
-    (m, c, slots, d), wide = rectangle.sizes, rectangle.scale.dtype
+    (m, c, slots, d), sum_dtype = rectangle.sizes, rectangle.scale.dtype
     own_rows, own_cols = paired_slices(m, c, upstream)
     operands = _Operands(rectangle, own_rows, own_cols)
     gradient = _Gradient(operands, upstream)
@@ -220,7 +220,7 @@ def backward(
     dscale = operands.scale.new_zeros((), dtype=torch.float64)
     for k in range(slots):
         y = operands.slot(k)
-        dy_k = torch.zeros_like(y, dtype=wide) if needs_y else y.new_empty(0, dtype=wide)
+        dy_k = torch.zeros_like(y, dtype=sum_dtype) if needs_y else y.new_empty(0, dtype=sum_dtype)
         for rows, cols in tiles(m, c, y.device):
             g = gradient.tile(y, k, rows, cols)
             if through_x:
@@ -243,4 +243,4 @@ def backward(
                 dx[own_rows].addcmul_(gradient.own[k, own_cols, None], operands.slot(k)[own_cols])
         dscale = (operands.x * dx).sum(dtype=torch.float64)
     dx = dx.mul_(operands.scale).to(dtype) if needs_x else rectangle.x.new_empty(0, dtype=dtype)
-    return dx, dy, dscale.to(wide)
+    return dx, dy, dscale.to(sum_dtype)

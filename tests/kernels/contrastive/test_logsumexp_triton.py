@@ -125,8 +125,9 @@ def test_opcheck():
     x, y, scale = x.detach(), y.detach(), scale.detach()
     sums, upstream = reference.bidirectional_logsumexp(x, y, scale), torch.rand(3, 2, 9)
     pos = scale * torch.einsum("cd,kcd->kc", x, y)
-    for wide in (False, True):
-        args = (x, y, scale, None, None, *sums, pos, None, *upstream, 0, 0, 9, True, True, "fp16", "triton", wide)
+    operands = x, y, scale, None, None, *sums, pos, None, *upstream
+    for full_precision in (False, True):
+        args = *operands, 0, 0, 9, True, True, "fp16", "triton", full_precision
         torch.library.opcheck(torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward.default, args)
         dx, dy, _ = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(*args)
         assert dx.is_contiguous() and dy.stride() == y.stride()  # which opcheck does not compare

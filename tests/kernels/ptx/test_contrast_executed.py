@@ -122,13 +122,13 @@ def test_chunks_and_the_diagonal(kind, capability, diagonal, monkeypatch):
     g[:, j + diagonal, j] += d_pos[:, j]
     dx, dy = (14.3 * torch.einsum(f"kmc,{other}", g, v.double()) for other, v in (("kcd->md", y), ("md->kcd", x)))
     dscale = (x.double() * dx).sum() / 14.3
-    given = dict(
+    operands = dict(
         x=x, y=y, scale=scale, **masks, row=row.float(), col=col.float(), d_row=d_row, d_col=d_col, d_pos=d_pos, pos=pos
     )
-    given |= dict(diagonal=diagonal, needs_x=True, needs_y=True, backend="triton", wide=True, float32=KINDS[kind][1])
-    given |= dict(kept=None, first_pair=0, stop_pair=c)
+    options = dict(backend="triton", full_precision=True, float32=KINDS[kind][1], needs_x=True, needs_y=True)
+    options |= dict(kept=None, diagonal=diagonal, first_pair=0, stop_pair=c)
     with device(capability) as launches:
-        got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(**given)
+        got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(**operands, **options)
     assert len(launches) > 2 + 2 * k  # two of the coefficients, two for each chunk
     within(kind, (row, col, *got), (row, col, dx, dy, dscale), (x * dx).abs().sum().item() / 14.3)
 

@@ -52,8 +52,8 @@ def test_sixteen_bit_products(multiplied, n, k, d, dtype, case):
     inputs = (*clip_like(n, k, d, dtype), torch.tensor(14.3), torch.tensor(-4.0))
     options = options_of(case, n, k)
     got = value_and_grads(lambda *i: dk.multi_positive_sigmoid_loss(*i, backend="torch", **options), inputs)
-    wide = [v.double() for v in inputs]
-    gold = value_and_grads(lambda *i: reference.multi_positive_sigmoid_loss(*i, **options), wide)
+    inputs64 = [v.double() for v in inputs]
+    gold = value_and_grads(lambda *i: reference.multi_positive_sigmoid_loss(*i, **options), inputs64)
     assert set(multiplied) == {dtype}
     for number, (a, b) in enumerate(zip(got, gold, strict=True)):
         bound = ROUNDING[dtype] if number in (1, 2) else ROUNDING[dtype] / 16  # of features' gradients, and of sums
@@ -77,9 +77,9 @@ def test_frozen_sides(multiplied, needs):
     numbers = [torch.tensor(v, requires_grad=True) for v in (14.3, -4.0)]
     wanted = [v for v in (image, text, *numbers) if v.requires_grad]
     got = torch.autograd.grad(dk.multi_positive_sigmoid_loss(image, text, *numbers, backend="torch"), wanted)
-    wide = [v.detach().double().requires_grad_(v.requires_grad) for v in (image, text, *numbers)]
-    loss = reference.multi_positive_sigmoid_loss(*wide)
-    for a, b in zip(got, torch.autograd.grad(loss, [v for v in wide if v.requires_grad]), strict=True):
+    inputs64 = [v.detach().double().requires_grad_(v.requires_grad) for v in (image, text, *numbers)]
+    loss = reference.multi_positive_sigmoid_loss(*inputs64)
+    for a, b in zip(got, torch.autograd.grad(loss, [v for v in inputs64 if v.requires_grad]), strict=True):
         assert (a.double() - b).norm() <= 2**-8 * b.norm()
 
 

@@ -97,9 +97,9 @@ def frozen_sides_get_nothing(backend, device):
         inputs = [v.detach().requires_grad_(need) for v, need in zip((x, y), needs, strict=True)]
         row, col = dk.bidirectional_logsumexp(*inputs, scale, backend=backend)
         (got,) = torch.autograd.grad(row.sum() + col.sum(), scale)
-        wide = scale.detach().double().requires_grad_()
-        row, col = reference.bidirectional_logsumexp(x.double(), y.double(), wide)
-        (expected,) = torch.autograd.grad(row.sum() + col.sum(), wide)
+        scale64 = scale.detach().double().requires_grad_()
+        row, col = reference.bidirectional_logsumexp(x.double(), y.double(), scale64)
+        (expected,) = torch.autograd.grad(row.sum() + col.sum(), scale64)
         assert abs(got - expected) <= 2e-3 * abs(expected), needs
 
 
@@ -145,9 +145,9 @@ def strides_are_those_that_compiled_code_was_told(backend, device):
         d_row, d_col = torch.ones_like(row).T.contiguous().T, torch.ones_like(col[:1]).expand_as(col)
         args = (x, y, scale, None, None, row, col, None, None, d_row, d_col, None, 0, 0, 9)
         grads = [
-            ops.bidirectional_logsumexp_backward(*args, *needs, "fp16", backend, wide)
+            ops.bidirectional_logsumexp_backward(*args, *needs, "fp16", backend, full_precision)
             for needs in ((True, True), (True, False), (False, True))
-            for wide in (False, True)
+            for full_precision in (False, True)
         ]
         return [row, col, pos, *(v for three in grads for v in three)]
 

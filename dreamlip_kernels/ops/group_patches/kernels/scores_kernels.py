@@ -46,9 +46,9 @@ def two_dots(weights, features, acc, PRECISION: tl.constexpr):
         # float16 cannot hold the low part of a weight over a norm, about 1e-5. TF32 holds every float16 and has
         # float32's exponent. The high part is what the tensor core reads of the weights: their upper 19 bits.
         high = (weights.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        wide = features.to(tl.float32)
-        acc = tl.dot(high, wide, acc, input_precision="tf32")
-        acc = tl.dot(weights - high, wide, acc, input_precision="tf32")
+        features32 = features.to(tl.float32)
+        acc = tl.dot(high, features32, acc, input_precision="tf32")
+        acc = tl.dot(weights - high, features32, acc, input_precision="tf32")
     return acc
 
 

@@ -97,15 +97,15 @@ def float_unary(threads, operands, form, name):
     """9.7.3: functions of one float32."""
     count(operands, 2)
     (a,) = _floats(threads, operands[1:], form)
-    wide = a.astype(np.float64)
+    a64 = a.astype(np.float64)
     value = {
         "neg": lambda: -a,
         "abs": lambda: np.abs(a),
-        "sqrt": lambda: np.sqrt(wide),
-        "rsqrt": lambda: 1 / np.sqrt(wide),
-        "rcp": lambda: 1 / wide,
-        "ex2": lambda: np.exp2(wide),
-        "lg2": lambda: np.log2(wide),
+        "sqrt": lambda: np.sqrt(a64),
+        "rsqrt": lambda: 1 / np.sqrt(a64),
+        "rcp": lambda: 1 / a64,
+        "ex2": lambda: np.exp2(a64),
+        "lg2": lambda: np.log2(a64),
     }[name]()
     _put(threads, operands[0], value, form)
 
