@@ -15,7 +15,7 @@
 
 namespace dreamlip {
 
-// What is known of the rows or of the columns: which are kept, and of which images they are; either may be null.
+// What is known of the rows or of the columns: which are present, and of which images they are; either may be null.
 struct Labels {
   const bool* mask;
   const int* images;
@@ -87,19 +87,19 @@ DREAMLIP_DEVICE void exp_sums(const Rectangle<T>& r, Exponent exponent, Bands ba
   const int first_col = (bands.first_tile + tile) * Tiles::kTile, first = band * bands.band_rows;
   const int rows = r.M - first < bands.band_rows ? r.M - first : bands.band_rows;
   const float slope = exponent.slope(), offset = exponent.offset();
-  const uint32_t kept = kept_columns(logits, first_col, r.mask_of(k));
+  const uint32_t present = present_columns(logits, first_col, r.mask_of(k));
   row += (long(k) * bands.tiles + tile) * r.M;
   col += (long(band) * r.K + k) * r.C;
   float columns[Tiles::kColTiles][2] = {};
 
   const auto both_sums = [&](Corner at, const typename Tiles::Logits& acc) {
     float sums[Tiles::kRowTiles][2] = {};
-    uint32_t kept_here = 0;
+    uint32_t present_here = 0;
     Tiles::each_logit([&](int i, int half, int j, int e) {
       const int m = at.row + logits.row(i, half);
-      if (j == 0 && e == 0) kept_here = kept & ~columns_of_image(logits, m, at.col, r.x_images, r.y_images);
+      if (j == 0 && e == 0) present_here = present & ~columns_of_image(logits, m, at.col, r.x_images, r.y_images);
       const float term = power_of_two(acc[i][j][2 * half + e] * slope - offset);
-      const bool keep = r.keeps_row(m) && (kept_here >> (2 * j + e) & 1);
+      const bool keep = r.keeps_row(m) && (present_here >> (2 * j + e) & 1);
       sums[i][half] += keep ? term : 0.f;
       columns[j][e] += keep ? term : 0.f;
     });
@@ -154,17 +154,17 @@ DREAMLIP_DEVICE void exact_rows(const Sides<T>& sides, const Labels& row_labels,
 
   const auto corner = [&](int i) { return Corner{first_row, i * Tiles::kTile}; };
   logits.stream((sides.S + Tiles::kTile - 1) / Tiles::kTile, corner, [&](Corner at, typename Tiles::Logits& acc) {
-    const uint32_t kept = kept_columns(logits, at.col, col_labels.mask);
-    uint32_t kept_here = 0;
+    const uint32_t present = present_columns(logits, at.col, col_labels.mask);
+    uint32_t present_here = 0;
     float top[Tiles::kRowTiles][2], total[Tiles::kRowTiles][2] = {};
 #pragma unroll
     for (int i = 0; i < Tiles::kRowTiles; ++i) top[i][0] = top[i][1] = -INFINITY;
     Tiles::each_logit([&](int i, int half, int j, int e) {
       if (j == 0 && e == 0)
-        kept_here = kept & ~columns_of_image(logits, at.row + logits.row(i, half), at.col, row_labels.images,
-                                             col_labels.images);
+        present_here = present & ~columns_of_image(logits, at.row + logits.row(i, half), at.col, row_labels.images,
+                                                   col_labels.images);
       float& z = acc[i][j][2 * half + e];
-      z = kept_here >> (2 * j + e) & 1 ? z * slope : -INFINITY;
+      z = present_here >> (2 * j + e) & 1 ? z * slope : -INFINITY;
       top[i][half] = fmaxf(top[i][half], z);
     });
     Tiles::each_logit([&](int i, int half, int j, int e) {

@@ -72,7 +72,7 @@ DREAMLIP_DEVICE void gradient(const Rectangle<T>& r, const Coefficients& coeffic
     constexpr bool kExact = decltype(exact)::value;
     constexpr int kVectors = kExact ? 2 : 1, kFirst = kExact ? 1 : 0;
     const float slope = exponent.slope(), offset = exponent.offset();
-    const uint32_t kept = kept_columns(logits, at.col, r.mask_of(k));
+    const uint32_t present = present_columns(logits, at.col, r.mask_of(k));
     float col[kVectors][Tiles::kColTiles][2];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
@@ -80,15 +80,16 @@ DREAMLIP_DEVICE void gradient(const Rectangle<T>& r, const Coefficients& coeffic
       for (int j = 0; j < Tiles::kColTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          col[v][j][e] =
-              kept >> (2 * j + e) & 1 ? of_col[(kFirst + v) * coefficients.col_part + at.col + logits.col(j, e)] : 0.f;
+          col[v][j][e] = present >> (2 * j + e) & 1
+                             ? of_col[(kFirst + v) * coefficients.col_part + at.col + logits.col(j, e)]
+                             : 0.f;
     const bool crossed = chunk.has_diagonal && at.row < at.col + chunk.diagonal + Tiles::kTile &&
                          at.col + chunk.diagonal < at.row + Tiles::kTile;
-    uint32_t kept_here = 0;
+    uint32_t present_here = 0;
     Tiles::each_logit([&](int i, int half, int j, int e) {
       const int m = at.row + logits.row(i, half);
-      if (j == 0 && e == 0) kept_here = kept & ~columns_of_image(logits, m, at.col, r.x_images, r.y_images);
-      const bool keep = r.keeps_row(m) && (kept_here >> (2 * j + e) & 1) &&
+      if (j == 0 && e == 0) present_here = present & ~columns_of_image(logits, m, at.col, r.x_images, r.y_images);
+      const bool keep = r.keeps_row(m) && (present_here >> (2 * j + e) & 1) &&
                         !(crossed && m == at.col + logits.col(j, e) + chunk.diagonal);
       const float* row = of_row + kFirst * coefficients.row_part + (m < r.M ? m : 0);
       float& value = acc[i][j][2 * half + e];

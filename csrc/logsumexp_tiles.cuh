@@ -134,17 +134,18 @@ template <class T> struct LogitTiles {
   }
 };
 
-// Bit 2 j + e says whether column (j, e) of this thread is inside and kept.
-template <class T> DREAMLIP_DEVICE uint32_t kept_columns(const LogitTiles<T>& tiles, int first_col, const bool* mask) {
-  uint32_t kept = 0;
+// Bit 2 j + e says whether column (j, e) of this thread is inside and present.
+template <class T>
+DREAMLIP_DEVICE uint32_t present_columns(const LogitTiles<T>& tiles, int first_col, const bool* mask) {
+  uint32_t present = 0;
 #pragma unroll
   for (int j = 0; j < tiles.kColTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int c = first_col + tiles.col(j, e);
-      if (c < tiles.sides.S && is_valid(mask, c)) kept |= 1u << (2 * j + e);
+      if (c < tiles.sides.S && is_valid(mask, c)) present |= 1u << (2 * j + e);
     }
-  return kept;
+  return present;
 }
 
 }  // namespace dreamlip

@@ -64,8 +64,8 @@ template <class T> DREAMLIP_HD T score(const Row<T>& row, int normalization, T w
   return u;
 }
 
-// NaN compares false with everything: a NaN score is kept, so that it shows in the result.
-template <class T> DREAMLIP_HD bool keeps(const Row<T>& row, T u, T compared) {
+// NaN compares false with everything: a NaN score is above the threshold, so that it shows in the result.
+template <class T> DREAMLIP_HD bool is_above(const Row<T>& row, T u, T compared) {
   return !(compared < row.cut) && !(u < 0);
 }
 
@@ -106,7 +106,7 @@ DREAMLIP_HD Row<T> read_row(Lanes lanes, const T* w, const bool* valid, int patc
   for (int p = lanes.lane; p < patches; p += lanes.width) {
     T compared;
     const T u = score(row, options.normalization, w[p], compared);
-    if (is_valid(valid, p) && keeps(row, u, compared)) total += u;
+    if (is_valid(valid, p) && is_above(row, u, compared)) total += u;
   }
   total = lanes.sum(total);
   row.uniform = row.uniform || total <= 0;
@@ -120,7 +120,7 @@ template <class T> DREAMLIP_HD T weight(const Row<T>& row, int normalization, T 
   if (row.uniform) return row.even;
   T compared;
   const T u = score(row, normalization, w, compared);
-  return keeps(row, u, compared) ? u * row.inv_total : T(0);
+  return is_above(row, u, compared) ? u * row.inv_total : T(0);
 }
 
 // da [P] (gradient of the weights) -> dw [P] (gradient of the similarities), in place; returns sum_p dw w.
@@ -151,7 +151,7 @@ DREAMLIP_HD T weights_backward(Lanes lanes, const Row<T>& row, const T* w, const
     T compared;
     const T u = score(row, normalization, w[p], compared);
     const T slope = normalization == kSoftmax ? u * row.inv_total : row.inv_total;
-    const T dw = in && keeps(row, u, compared) ? slope * T(T(da[p] - mean) - rest) : T(0);
+    const T dw = in && is_above(row, u, compared) ? slope * T(T(da[p] - mean) - rest) : T(0);
     da[p] = dw;
     sum += dw;
     along += Sum(dw) * (w[p] - origin);

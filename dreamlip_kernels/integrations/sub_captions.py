@@ -80,5 +80,5 @@ def mean_of_sub_captions(features: Tensor, mask: Tensor) -> Tensor:
     """One unit vector per caption, [N, D]: the mean of its unit sub-caption features [N, K, D] where mask [N,
     K] is set.
     """
-    kept = torch.where(mask[..., None], features, 0)
-    return torch.nn.functional.normalize(kept.sum(-2), dim=-1)
+    present = torch.where(mask[..., None], features, 0)
+    return torch.nn.functional.normalize(present.sum(-2), dim=-1)

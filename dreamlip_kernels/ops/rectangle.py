@@ -44,8 +44,8 @@ class Upstream:
     """Forward's results with their upstream gradients: row and d_row [K, M], col and d_col [K, C].
 
     With d_pos [K, C] the pairs (diagonal + j, j) of the columns first_pair <= j < stop_pair, as far as there are such
-    rows, are positives with that upstream, and pos [K, C] holds their logits. ``kept`` is what forward kept of the
-    pairs, or None."""
+    rows, are positives with that upstream, and pos [K, C] holds their logits. ``saved_pairs`` [K, M, C] is what
+    forward saved: exp(z), at a large scale z, or None."""
 
     row: Tensor
     col: Tensor
@@ -56,7 +56,7 @@ class Upstream:
     diagonal: int = 0
     first_pair: int = 0
     stop_pair: int = 2**30
-    kept: Tensor | None = None
+    saved_pairs: Tensor | None = None
 
 
 def paired_slices(m: int, c: int, upstream: Upstream) -> tuple[slice, slice]:

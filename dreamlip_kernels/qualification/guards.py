@@ -54,7 +54,7 @@ class Guards(TorchDispatchMode):
         """Which buffer was written beyond an end, or None."""
         bands = [torch.stack([buffer[:BAND], buffer[-BAND:]]) for _, buffer in self.buffers]
         whole = (torch.stack(bands) == _BAND_BYTE).flatten(1).all(1).tolist() if bands else []
-        names = [name for (name, _), kept in zip(self.buffers, whole, strict=True) if not kept]
+        names = [name for (name, _), intact in zip(self.buffers, whole, strict=True) if not intact]
         return f"a write beyond the end of a buffer ({names[0]})" if names else None
 
 

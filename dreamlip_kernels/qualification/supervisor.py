@@ -105,8 +105,8 @@ class Worker:
         lines = self.log.read().strip().splitlines()
         # Where faulthandler wrote a stack, innermost call first, its beginning; else the end of what was printed.
         stack = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
-        kept = lines[-_REPORT_LINES:] if stack is None else lines[stack : stack + _REPORT_LINES]
-        return "\n".join(kept)
+        excerpt = lines[-_REPORT_LINES:] if stack is None else lines[stack : stack + _REPORT_LINES]
+        return "\n".join(excerpt)
 
 
 def run_jobs(

@@ -25,8 +25,8 @@ class PoolingWeights(NamedTuple):
     """Weights of the patches and what their backward needs."""
 
     a: Tensor  # [n, K, P], rows that sum to one
-    kept: Tensor  # [n, K, P] bool
-    total: Tensor  # [n, K, 1] sum of the kept scores
+    above: Tensor  # [n, K, P] bool, whether a valid patch reaches the threshold
+    total: Tensor  # [n, K, 1] sum of their scores
     uniform: Tensor  # [n, K, 1] bool, whether nothing told the patches apart
 
 
@@ -45,22 +45,22 @@ def pooling_weights(
         lo = (w if valid is None else w.masked_fill(~valid, torch.inf)).amin(-1, keepdim=True)
         hi = (w if valid is None else w.masked_fill(~valid, -torch.inf)).amax(-1, keepdim=True)
         uniform = hi - lo <= flat_tolerance(w.dtype)
-        score = w - lo  # the range cancels in score / sum(score): hi only decides what is kept
+        score = w - lo  # the range cancels in score / sum(score): hi only decides what is above the threshold
         compared = score / (hi - lo)
     elif normalization == "softmax":
         score = compared = (w if valid is None else w.masked_fill(~valid, torch.finfo(w.dtype).min)).softmax(-1)
     drop = (compared < (1 / count if threshold is None else threshold)) | (score < 0)
-    kept = ~(drop if valid is None else drop | ~valid)
-    score = torch.where(kept, score, 0)
+    above = ~(drop if valid is None else drop | ~valid)
+    score = torch.where(above, score, 0)
     total = score.sum(-1, keepdim=True)
     uniform = uniform | (total <= 0)
     even = 1 / count if valid is None else valid / count
-    return PoolingWeights(torch.where(uniform, even, score / torch.where(uniform, 1, total)), kept, total, uniform)
+    return PoolingWeights(torch.where(uniform, even, score / torch.where(uniform, 1, total)), above, total, uniform)
 
 
 def _similarity_gradient(w: Tensor, weights: PoolingWeights, da: Tensor, normalization: str, patch_mask: Tensor | None):
     """The gradient of similarities w [n, K, P] from the weights' own, eq. 13-14."""
-    a, kept, total, uniform = weights
+    a, above, total, uniform = weights
     centered = da - (a * da).sum(-1, keepdim=True)
     # A large mean is rounded, every patch would get that error, and what is summed over them is near zero:
     # so once more.
@@ -68,7 +68,7 @@ def _similarity_gradient(w: Tensor, weights: PoolingWeights, da: Tensor, normali
     if normalization == "softmax":
         dw = a * centered
     else:
-        dw = torch.where(kept, centered / torch.where(uniform, 1, total), 0)
+        dw = torch.where(above, centered / torch.where(uniform, 1, total), 0)
     if normalization == "minmax":
         w = w if patch_mask is None else w.masked_fill(~patch_mask[:, None, :], torch.inf)
         lowest = w == w.amin(-1, keepdim=True)

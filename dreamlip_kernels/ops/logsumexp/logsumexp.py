@@ -107,7 +107,7 @@ def logsumexp_op(
     x_images: Tensor | None = None,
     y_images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row [K, M], col [K, C], if ``paired`` pos [K, C], the logits of the pairs (j, j), else [0, 0]; what is kept.
+    """row [K, M], col [K, C], if ``paired`` pos [K, C], the logits of the pairs (j, j), else [0, 0]; the saved pairs.
 
     One op for all of them: a positive's gradient and its share of the softmax's, which nearly cancel late in training,
     are added in float32 before anything is rounded, and no second dy [K, C, D] waits for its sum with the first.
@@ -145,7 +145,7 @@ def logsumexp_backward_op(
     row: Tensor,
     col: Tensor,
     pos: Tensor | None,
-    kept: Tensor | None,
+    saved_pairs: Tensor | None,
     d_row: Tensor,
     d_col: Tensor,
     d_pos: Tensor | None,
@@ -166,7 +166,7 @@ def logsumexp_backward_op(
     in the dtype they were summed in, for a caller that sums on. With images (as in ``logsumexp_op``) d_pos is not None
     where pairs are a row's own."""
     rectangle = Rectangle(x, y, scale, x_mask, y_mask, float32, x_images, y_images)
-    upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, first_pair, stop_pair, kept)
+    upstream = Upstream(row, col, d_row, d_col, pos, d_pos, diagonal, first_pair, stop_pair, saved_pairs)
     dtype = accumulate_dtype(x) if full_precision else x.dtype
     with torch.autocast(x.device.type, enabled=False):
         return _BACKWARD[backend](rectangle, upstream, needs_x, needs_y, dtype)
@@ -182,7 +182,7 @@ def _(
     row,
     col,
     pos,
-    kept,
+    saved_pairs,
     d_row,
     d_col,
     d_pos,
@@ -207,14 +207,14 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     x, y, scale, x_mask, y_mask, ctx.paired, ctx.keep, ctx.float32, ctx.backend, x_images, y_images = inputs
-    row, col, pos, kept = output
-    ctx.set_materialize_grads(False)  # of the pairs kept, a gradient of zeros would be as large as they are
-    ctx.mark_non_differentiable(kept)
-    ctx.save_for_backward(x, y, scale, x_mask, y_mask, row, col, pos, kept, x_images, y_images)
+    row, col, pos, saved_pairs = output
+    ctx.set_materialize_grads(False)  # of the saved pairs, a gradient of zeros would be as large as they are
+    ctx.mark_non_differentiable(saved_pairs)
+    ctx.save_for_backward(x, y, scale, x_mask, y_mask, row, col, pos, saved_pairs, x_images, y_images)
 
 
 def _backward(ctx, d_row, d_col, d_pos, _):
-    x, y, scale, x_mask, y_mask, row, col, pos, kept, x_images, y_images = ctx.saved_tensors
+    x, y, scale, x_mask, y_mask, row, col, pos, saved_pairs, x_images, y_images = ctx.saved_tensors
     d_row = torch.zeros_like(row) if d_row is None else d_row
     d_col = torch.zeros_like(col) if d_col is None else d_col
     if d_pos is None and x_images is not None:  # which pairs are a row's own, and stay, is told by it
@@ -229,7 +229,7 @@ def _backward(ctx, d_row, d_col, d_pos, _):
         row,
         col,
         pos,
-        kept if ctx.keep else None,
+        saved_pairs if ctx.keep else None,
         d_row,
         d_col,
         d_pos if ctx.paired else None,

@@ -56,13 +56,13 @@ def _call(operands: Operands, rectangle: Rectangle) -> _Call:
 
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, M], col [K, C], with ``paired`` the logits of the pairs (j, j) [K, C];
-    nothing kept (``keep`` is the torch backend's).
+    nothing saved (``keep`` is the torch backend's).
     """
     m, c, k, _ = rectangle.sizes
     empty = rectangle.scale.new_empty
-    row, col, pos, kept = empty(k, m), empty(k, c), empty((k, c) if paired else (0, 0)), empty(0, 0, 0)
+    row, col, pos, saved_pairs = empty(k, m), empty(k, c), empty((k, c) if paired else (0, 0)), empty(0, 0, 0)
     if m == 0 or c == 0 or k == 0:
-        return row.fill_(-torch.inf), col.fill_(-torch.inf), pos, kept
+        return row.fill_(-torch.inf), col.fill_(-torch.inf), pos, saved_pairs
     operands = Operands(rectangle)
     call = _call(operands, rectangle)
     row_parts, column_parts = _partial_sums(call)
@@ -72,7 +72,7 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
         _ops.logsumexp_pairs(*call, 0, pos)
         if rectangle.x_images is not None:
             add_own_pairs(rectangle, row, col, pos)
-    return row, col, pos, kept
+    return row, col, pos, saved_pairs
 
 
 def _partial_sums(call: _Call) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     forward   z of a tile -> its log-sum-exps over rows and columns, with true maxima -> folded into the totals
               with ``keep`` exp(z) of all pairs is stored, and its plain sums are the totals; or z, at a large scale
-    backward  z of a tile again, or what forward kept -> its gradient g -> dx += g y, dy += g.T x
+    backward  z of a tile again, or what forward saved -> its gradient g -> dx += g y, dy += g.T x
 
 M rows, C columns, K slots, D width.
 """
@@ -89,40 +89,40 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     m, c, slots, _ = rectangle.sizes
     own = slice(0, min(m, c) if paired else 0)
     operands = _Operands(rectangle, own, own)
-    kept = operands.scale.new_empty(0, 0, 0)
+    saved_pairs = operands.scale.new_empty(0, 0, 0)
     if keep:
-        kept = operands.scale.new_empty(slots, m, c)
+        saved_pairs = operands.scale.new_empty(slots, m, c)
     plain = keep and _offset(operands) == 0
     if plain:
-        row, col = _plain_logsumexps(operands, kept)
+        row, col = _plain_logsumexps(operands, saved_pairs)
     if not plain or not _sums_are_right(operands, row, col):
-        row, col = _tiled_logsumexps(operands, kept if keep and not plain else None)
+        row, col = _tiled_logsumexps(operands, saved_pairs if keep and not plain else None)
     pos = _positives(operands) if paired else row.new_empty(0, 0)
-    return row, col, pos, kept
+    return row, col, pos, saved_pairs
 
 
-def _tiled_logsumexps(operands: _Operands, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """row and col from true maxima, one tile at a time; the logits stay in ``kept``."""
+def _tiled_logsumexps(operands: _Operands, saved_pairs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """row and col from true maxima, one tile at a time; the logits stay in ``saved_pairs``."""
     m, c, slots, _ = operands.rectangle.sizes
     row = operands.scale.new_full((slots, m), -torch.inf)
     col = operands.scale.new_full((slots, c), -torch.inf)
     for k in range(slots):
         y = operands.slot(k)
         for rows, cols in tiles(m, c, y.device):
-            z = operands.logits(y, k, rows, cols, None if kept is None else kept[k, rows, cols])
+            z = operands.logits(y, k, rows, cols, None if saved_pairs is None else saved_pairs[k, rows, cols])
             row[k, rows] = torch.logaddexp(row[k, rows], z.logsumexp(1))
             col[k, cols] = torch.logaddexp(col[k, cols], z.logsumexp(0))
     return row, col
 
 
-def _plain_logsumexps(operands: _Operands, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """row and col, for ``_sums_are_right`` to judge, from plain sums of exp(z), which stay in ``kept``."""
+def _plain_logsumexps(operands: _Operands, saved_pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """row and col, for ``_sums_are_right`` to judge, from plain sums of exp(z), which stay in ``saved_pairs``."""
     m, c, slots, _ = operands.rectangle.sizes
     row_sum, col_sum = operands.scale.new_zeros(slots, m), operands.scale.new_zeros(slots, c)
     for k in range(slots):
         y = operands.slot(k)
         for rows, cols in tiles(m, c, y.device):
-            e = operands.logits(y, k, rows, cols, out=kept[k, rows, cols]).exp_()
+            e = operands.logits(y, k, rows, cols, out=saved_pairs[k, rows, cols]).exp_()
             row_sum[k, rows] += e.sum(1)
             col_sum[k, cols] += e.sum(0)
     return row_sum.log_(), col_sum.log_()
@@ -162,21 +162,21 @@ class _Gradient:
         empty_row, empty_col = torch.isneginf(upstream.row), torch.isneginf(upstream.col)
         self.a, self.row = upstream.d_row.masked_fill(empty_row, 0), upstream.row.masked_fill(empty_row, torch.inf)
         self.b, self.col = upstream.d_col.masked_fill(empty_col, 0), upstream.col.masked_fill(empty_col, torch.inf)
-        self.kept = upstream.kept
-        # Beside an offset the logits were kept: z - offset would be rounded where z - row is not.
-        self.kept_are_logits = self.kept is not None and _offset(operands) != 0
-        if self.kept is not None and not self.kept_are_logits:
-            self.kept = self.kept if _sums_are_right(operands, upstream.row, upstream.col) else None
-        if self.kept is not None and not self.kept_are_logits:  # as coefficients of exp(z)
+        self.saved_pairs = upstream.saved_pairs
+        # Beside an offset the logits were saved: z - offset would be rounded where z - row is not.
+        self.saved_are_logits = self.saved_pairs is not None and _offset(operands) != 0
+        if self.saved_pairs is not None and not self.saved_are_logits:
+            self.saved_pairs = self.saved_pairs if _sums_are_right(operands, upstream.row, upstream.col) else None
+        if self.saved_pairs is not None and not self.saved_are_logits:  # as coefficients of exp(z)
             self.a, self.b = self.a * (-self.row).exp(), self.b * (-self.col).exp()
-        self.d_pos = None if upstream.d_pos is None else self._of_kept_pairs(upstream.d_pos)
+        self.d_pos = None if upstream.d_pos is None else self._of_present_pairs(upstream.d_pos)
         self.divisor = self.own = None
         if operands.sixteen_bit:
             largest = torch.maximum(self.a.abs().amax(), self.b.abs().amax())
             self.divisor = torch.exp2(torch.floor(torch.log2(largest)) - GRADIENT_EXPONENT).where(largest > 0, 1)
             self.own = None if self.d_pos is None else torch.zeros_like(self.d_pos)
 
-    def _of_kept_pairs(self, d_pos: Tensor) -> Tensor:
+    def _of_present_pairs(self, d_pos: Tensor) -> Tensor:
         """d_pos [K, C], 0 where there is no pair or a mask drops its row or column."""
         x_dropped, y_dropped = self.operands.x_dropped, self.operands.y_dropped
         without = torch.ones(d_pos.shape[1], dtype=torch.bool, device=d_pos.device)
@@ -186,10 +186,10 @@ class _Gradient:
 
     def tile(self, y: Tensor, k: int, rows: slice, cols: slice) -> Tensor:
         """g of one tile of slot k, of which ``y`` is what ``slot`` read."""
-        if self.kept is not None and not self.kept_are_logits:
-            g = (self.a[k, rows, None] + self.b[k, None, cols]).mul_(self.kept[k, rows, cols])
+        if self.saved_pairs is not None and not self.saved_are_logits:
+            g = (self.a[k, rows, None] + self.b[k, None, cols]).mul_(self.saved_pairs[k, rows, cols])
         else:
-            z = self.operands.logits(y, k, rows, cols) if self.kept is None else self.kept[k, rows, cols]
+            z = self.operands.logits(y, k, rows, cols) if self.saved_pairs is None else self.saved_pairs[k, rows, cols]
             g = (z - self.row[k, rows, None]).exp_().mul_(self.a[k, rows, None])
             g.add_((z - self.col[k, None, cols]).exp_().mul_(self.b[k, None, cols]))
         if self.d_pos is not None:

@@ -34,13 +34,13 @@ PROGRAMS = 4 * 132  # of exp_sums at least, where there are rows enough: four fo
 def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row [K, M], col [K, C], with ``paired`` the logits of the pairs (j, j) [K, C].
 
-    Nothing kept (``keep`` is the torch backend's).
+    Nothing saved (``keep`` is the torch backend's).
     """
     m, c, k, _ = rectangle.sizes
     empty = rectangle.scale.new_empty
-    row, col, pos, kept = empty(k, m), empty(k, c), empty((k, c) if paired else (0, 0)), empty(0, 0, 0)
+    row, col, pos, saved_pairs = empty(k, m), empty(k, c), empty((k, c) if paired else (0, 0)), empty(0, 0, 0)
     if m == 0 or c == 0 or k == 0:
-        return row.fill_(-torch.inf), col.fill_(-torch.inf), pos, kept
+        return row.fill_(-torch.inf), col.fill_(-torch.inf), pos, saved_pairs
     operands = TritonOperands(rectangle)
     x_mask, y_mask = operands.x_mask, operands.y_mask
     images = dense(rectangle.x_images), dense(rectangle.y_images)
@@ -52,7 +52,7 @@ def forward(rectangle: Rectangle, paired: bool, keep: bool) -> tuple[Tensor, Ten
     _finish(operands, columns, rows, column_parts.transpose(0, 1), col, pos if paired else None)
     if paired and rectangle.x_images is not None:
         add_own_pairs(rectangle, row, col, pos)
-    return row, col, pos, kept
+    return row, col, pos, saved_pairs
 
 
 class _SumsKernel(NamedTuple):

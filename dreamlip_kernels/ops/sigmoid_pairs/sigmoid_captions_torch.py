@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operands import without_dropped
 from ..tiles import tiles
-from .sigmoid_pairs_torch import Pairs, kept
+from .sigmoid_pairs_torch import Pairs
 
 
 def forward(pairs: Pairs) -> Tensor:
@@ -49,7 +50,7 @@ def backward(pairs: Pairs, d_loss: Tensor, needs_x: bool, needs_y: bool) -> tupl
 
 def _operands(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """x in the accumulation dtype and y, of which a tile is converted at a time; what a mask drops is 0."""
-    return kept(pairs.x.to(pairs.scale.dtype), pairs.x_mask), kept(pairs.y, pairs.y_mask)
+    return without_dropped(pairs.x.to(pairs.scale.dtype), pairs.x_mask), without_dropped(pairs.y, pairs.y_mask)
 
 
 def _negated_logits(pairs: Pairs, x_scaled: Tensor, y_tile: Tensor, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:

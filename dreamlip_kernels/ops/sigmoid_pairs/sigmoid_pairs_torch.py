@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operands import without_dropped
 from ..products import accumulate, matmul, multiplies_sixteen_bit
 from ..tiles import tiles
 
@@ -61,11 +62,6 @@ class Pairs(NamedTuple):
         return column // self.k + (self.first - rows.start), column - cols.start
 
 
-def kept(v: Tensor, mask: Tensor | None) -> Tensor:
-    """``v`` with zeros in the rows that the mask drops, whatever they hold."""
-    return v if mask is None else v.masked_fill(~mask[:, None], 0)
-
-
 def _with_positives_negated(tile: Tensor, own: tuple[Tensor, Tensor], same: Tensor | None) -> Tensor:
     """The tile, which may be overwritten, with its positives negated: the pairs ``own``, or all of ``same``."""
     if same is not None:
@@ -79,8 +75,8 @@ class _Operands:
 
     def __init__(self, pairs: Pairs):
         self.pairs, self.sixteen_bit = pairs, multiplies_sixteen_bit(pairs.x)
-        self.x = kept(pairs.x if self.sixteen_bit else pairs.x.to(pairs.scale.dtype), pairs.x_mask)
-        self.y = kept(pairs.y, pairs.y_mask)
+        self.x = without_dropped(pairs.x if self.sixteen_bit else pairs.x.to(pairs.scale.dtype), pairs.x_mask)
+        self.y = without_dropped(pairs.y, pairs.y_mask)
         self.x_scaled = self.x if self.sixteen_bit else self.x * pairs.scale
 
     def columns(self, cols: slice) -> Tensor:

@@ -19,9 +19,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...backends.settings import settings
 from ..dense import aligned_rows, dense
 from ..logsumexp.logsumexp_tiles import INTERPRETED, Blocks
+from ..operands import without_dropped
 from ..products import accumulate
 from .sigmoid_pairs_kernels import sigmoid_tile
-from .sigmoid_pairs_torch import G_DIVISOR, Pairs, kept
+from .sigmoid_pairs_torch import G_DIVISOR, Pairs
 
 # By bytes of an operand's element and compute capability's major: without spills, two or three programs on a processor,
 # so that one's exponentials run beside another's products (tests/kernels/sigmoid/test_sigmoid_compiled.py). None timed.
@@ -44,7 +45,7 @@ class _Operand(NamedTuple):
 
 
 def _operand(v: Tensor, mask: Tensor | None, exact_float32: bool) -> _Operand:
-    v = kept(v, mask)
+    v = without_dropped(v, mask)
     divisor = v.new_ones((), dtype=torch.float32)
     if v.dtype == torch.float32 and not exact_float32:
         divisor = torch.linalg.vector_norm(v, torch.inf).clamp_(min=SMALLEST_DIVISOR).log2_().floor_().exp2_()

@@ -126,7 +126,7 @@ def test_chunks_and_the_diagonal(kind, capability, diagonal, monkeypatch):
         x=x, y=y, scale=scale, **masks, row=row.float(), col=col.float(), d_row=d_row, d_col=d_col, d_pos=d_pos, pos=pos
     )
     options = dict(backend="triton", full_precision=True, float32=KINDS[kind][1], needs_x=True, needs_y=True)
-    options |= dict(kept=None, diagonal=diagonal, first_pair=0, stop_pair=c)
+    options |= dict(saved_pairs=None, diagonal=diagonal, first_pair=0, stop_pair=c)
     with device(capability) as launches:
         got = torch.ops.dreamlip_kernels.bidirectional_logsumexp_backward(**operands, **options)
     assert len(launches) > 2 + 2 * k  # two of the coefficients, two for each chunk

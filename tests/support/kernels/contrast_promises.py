@@ -177,13 +177,13 @@ def positives_of_masked_pairs_are_harmless(backend, device):
     assert all(torch.isfinite(g).all() for g in grads)
 
 
-def _softmax_gradients(x, y, scale, kept, own_rows, own_cols, lse, upstream):
-    """dx and dy in float64 of both log-sum-exps of the ``kept`` pairs and of the logits of the own pairs."""
+def _softmax_gradients(x, y, scale, present, own_rows, own_cols, lse, upstream):
+    """dx and dy in float64 of both log-sum-exps of the ``present`` pairs and of the logits of the own pairs."""
     z = scale * torch.einsum("md,kcd->kmc", x.double(), y.double())
     (row, col), (d_row, d_col, d_pos) = lse, (v.double() for v in upstream)
     g = (z - row[:, :, None]).exp() * d_row[:, :, None] + (z - col[:, None]).exp() * d_col[:, None]
-    g = torch.where(kept, g, 0)
-    g[:, own_rows, own_cols] += torch.where(kept[:, own_rows, own_cols], d_pos[:, own_cols], 0)
+    g = torch.where(present, g, 0)
+    g[:, own_rows, own_cols] += torch.where(present[:, own_rows, own_cols], d_pos[:, own_cols], 0)
     return [scale * torch.einsum(f"kmc,{other}", g, v.double()) for other, v in (("kcd->md", y), ("md->kcd", x))]
 
 
@@ -195,10 +195,10 @@ def pairs_of_one_image_are_left_out(backend, device, scale=14.3, n=44, d=24):
     masks = [(torch.rand(*shape, generator=gen) > 0.2).to(device) for shape in ((n,), (2, n))]
     j = torch.arange(n, device=device)
     for x_mask, y_mask in ((None, None), masks):
-        kept = (images[:, None] != images[None, :]).expand(2, n, n).clone()
-        kept[:, j, j] = True
-        kept = kept if x_mask is None else kept & x_mask[None, :, None] & y_mask[:, None]
-        z = (scale * torch.einsum("md,kcd->kmc", x.double(), y.double())).masked_fill(~kept, -torch.inf)
+        present = (images[:, None] != images[None, :]).expand(2, n, n).clone()
+        present[:, j, j] = True
+        present = present if x_mask is None else present & x_mask[None, :, None] & y_mask[:, None]
+        z = (scale * torch.einsum("md,kcd->kmc", x.double(), y.double())).masked_fill(~present, -torch.inf)
         row, col = z.logsumexp(2), z.logsumexp(1)
         inputs = [v.detach().requires_grad_() for v in (x, y)]
         arguments = torch.tensor(scale, device=device), x_mask, y_mask, True, False, "fp16", backend, images, images
@@ -206,7 +206,7 @@ def pairs_of_one_image_are_left_out(backend, device, scale=14.3, n=44, d=24):
         upstream = [torch.rand(v.shape, generator=gen).to(v) for v in got]
         grads = torch.autograd.grad(got, inputs, upstream)
         alone = [v.masked_fill(torch.isneginf(v), torch.inf) for v in (row, col)]
-        expected = [row, col, *_softmax_gradients(x, y, scale, kept, j, j, alone, upstream)]
+        expected = [row, col, *_softmax_gradients(x, y, scale, present, j, j, alone, upstream)]
         assert_close([*got[:2], *grads], expected)
 
 
@@ -220,10 +220,10 @@ def pairs_of_one_image_in_a_stretch_of_rows(backend, device, scale=14.3, d=24):
     j, every = torch.arange(start, stop, device=device), torch.arange(n, device=device)
     x_images, y_images = (torch.arange(count, dtype=torch.int32, device=device) % 5 for count in (m, n))
     x_images[every + diagonal] = y_images  # the whole diagonal, and not only what is own
-    kept = (x_images[:, None] != y_images).expand(2, m, n).clone()
-    kept[:, j + diagonal, j] = True
+    present = (x_images[:, None] != y_images).expand(2, m, n).clone()
+    present[:, j + diagonal, j] = True
     logits = scale * torch.einsum("md,kcd->kmc", x.double(), y.double())
-    z = logits.masked_fill(~kept, -torch.inf)
+    z = logits.masked_fill(~present, -torch.inf)
     row, col = z.logsumexp(2) + 0.3, z.logsumexp(1) + 0.2  # of more pairs than these
     pos = torch.full((2, n), torch.nan, device=device)
     pos[:, start:stop] = logits[:, j + diagonal, j].float()
@@ -233,7 +233,7 @@ def pairs_of_one_image_in_a_stretch_of_rows(backend, device, scale=14.3, d=24):
     got = logsumexp_backward_op(
         *arguments, diagonal, start, stop, True, True, "fp16", backend, True, x_images, y_images
     )
-    assert_close(got[:2], _softmax_gradients(x, y, scale, kept, j + diagonal, j, (row, col), upstream))
+    assert_close(got[:2], _softmax_gradients(x, y, scale, present, j + diagonal, j, (row, col), upstream))
 
 
 CHECKS = [

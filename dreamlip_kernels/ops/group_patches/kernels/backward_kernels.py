@@ -20,11 +20,11 @@ from .scores_kernels import (
 
 
 @triton.jit
-def _kept_gradient(u, kept, rows, da, mean, NORMALIZATION: tl.constexpr):
+def _gradient_above(u, above, rows, da, mean, NORMALIZATION: tl.constexpr):
     """The gradient of the similarities [KP, BLOCK_P] before the smallest one takes its share, eq. 13."""
     inv_total, uniform = rows[3], rows[4]
     slope = u * inv_total[:, None] if NORMALIZATION == 1 else inv_total[:, None]
-    return tl.where(kept & (uniform == 0)[:, None], slope * ((da - mean[0][:, None]) - mean[1][:, None]), 0.0)
+    return tl.where(above & (uniform == 0)[:, None], slope * ((da - mean[0][:, None]) - mean[1][:, None]), 0.0)
 
 
 @triton.jit
@@ -102,11 +102,11 @@ def _similarity_gradient(
         keep = keep_k[:, None] & valid[None, :]
         w = tl.load(s_rows + offs_p[None, :], mask=keep, other=0.0)
         da = tl.load(dw_rows + offs_p[None, :], mask=keep, other=0.0)
-        _, u, kept = pooling_weights(w, rows, valid, NORMALIZATION)
-        dw = _kept_gradient(u, kept, rows, da, mean, NORMALIZATION)
+        _, u, above = pooling_weights(w, rows, valid, NORMALIZATION)
+        dw = _gradient_above(u, above, rows, da, mean, NORMALIZATION)
         total += tl.sum(dw, 1)
         if NORMALIZATION == 0:
-            along += tl.sum(tl.where(kept, dw * (w - lo[:, None]), 0.0), 1)
+            along += tl.sum(tl.where(above, dw * (w - lo[:, None]), 0.0), 1)
             lowest += tl.sum(tl.where(valid[None, :] & (w == lo[:, None]), 1.0, 0.0), 1)
         else:
             along += tl.sum(dw * w, 1)
@@ -117,8 +117,8 @@ def _similarity_gradient(
         keep = keep_k[:, None] & valid[None, :]
         w = tl.load(s_rows + offs_p[None, :], mask=keep, other=0.0)
         da = tl.load(dw_rows + offs_p[None, :], mask=keep, other=0.0)
-        a, u, kept = pooling_weights(w, rows, valid, NORMALIZATION)
-        dw = _kept_gradient(u, kept, rows, da, mean, NORMALIZATION)
+        a, u, above = pooling_weights(w, rows, valid, NORMALIZATION)
+        dw = _gradient_above(u, above, rows, da, mean, NORMALIZATION)
         if NORMALIZATION == 0:
             dw = tl.where(valid[None, :] & (w == lo[:, None]) & (uniform == 0)[:, None], dw - share[:, None], dw)
         tl.store(dw_rows + offs_p[None, :], dw, mask=keep_k[:, None] & (offs_p < P)[None, :])

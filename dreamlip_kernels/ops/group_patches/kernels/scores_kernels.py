@@ -98,8 +98,8 @@ def _scores(w, lo, hi, scale, NORMALIZATION: tl.constexpr):
 
 
 @triton.jit
-def _kept(u, compared, cut, valid):
-    # NaN compares false with everything: a NaN score is kept, so that it shows in the result.
+def _is_above(u, compared, cut, valid):
+    # NaN compares false with everything: a NaN score is above the threshold, so that it shows in the result.
     return ((compared < cut[:, None]) == 0) & ((u < 0) == 0) & valid[None, :]
 
 
@@ -157,18 +157,18 @@ def row_statistics(
         valid = valid_patches(mask_ptr, n, offs_p, P, HAS_MASK)
         w = tl.load(rows + offs_p[None, :], mask=keep_k[:, None] & valid[None, :], other=0.0)
         u, compared = _scores(w, lo, hi, scale, NORMALIZATION)
-        total += tl.sum(tl.where(_kept(u, compared, cut, valid), u, 0.0), 1)
+        total += tl.sum(tl.where(_is_above(u, compared, cut, valid), u, 0.0), 1)
     uniform = uniform | (total <= 0)
     return lo, hi, scale, 1.0 / tl.where(uniform, 1.0, total), uniform, cut, even
 
 
 @triton.jit
 def pooling_weights(w, rows, valid, NORMALIZATION: tl.constexpr):
-    """-> weights a [KP, BLOCK_P] (eq. 11), the score u and whether it was kept; ``rows`` is what row_statistics
-    gave.
+    """-> weights a [KP, BLOCK_P] (eq. 11), the score u and whether it is above the threshold; ``rows`` is what
+    row_statistics gave.
     """
     lo, hi, scale, inv_total, uniform, cut, even = rows
     u, compared = _scores(w, lo, hi, scale, NORMALIZATION)
-    kept = _kept(u, compared, cut, valid)
+    above = _is_above(u, compared, cut, valid)
     spread = tl.where(valid[None, :], even[:, None], 0.0)
-    return tl.where(uniform[:, None], spread, tl.where(kept, u * inv_total[:, None], 0.0)), u, kept
+    return tl.where(uniform[:, None], spread, tl.where(above, u * inv_total[:, None], 0.0)), u, above

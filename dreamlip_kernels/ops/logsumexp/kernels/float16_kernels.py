@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logits_kernels import kept
+from .logits_kernels import present
 
 SMALLEST_DIVISOR = tl.constexpr(2.0**-126)
 
@@ -32,12 +32,12 @@ def _power_of_two(largest):
 
 @triton.jit
 def _rows(v_ptr, strides, mask_ptr, sizes, block, BLOCK_R: tl.constexpr):
-    """Numbers of a block's rows of v [K, C, D], those that are kept, and their addresses."""
+    """Numbers of a block's rows of v [K, C, D], which are present, and their addresses."""
     stride_k, stride_c, _ = strides
     K, C, _ = sizes
     offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     slot, row = offs_r // C, offs_r % C
-    return offs_r, kept(offs_r, K * C, mask_ptr), v_ptr + slot.to(tl.int64) * stride_k + row.to(tl.int64) * stride_c
+    return offs_r, present(offs_r, K * C, mask_ptr), v_ptr + slot.to(tl.int64) * stride_k + row.to(tl.int64) * stride_c
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logits_kernels import drop_columns, kept, logits_tile, slope_and_offset, without_same_image
+from .logits_kernels import drop_columns, logits_tile, present, slope_and_offset, without_same_image
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _gradient_of(acc, vectors, masks, slot, first_m, first_c, sizes, EXACT: tl.c
         acc = drop_columns(acc, keep_c, slope, DTYPE)
     offs_m = first_m + tl.arange(0, acc.shape[0])
     offs_c = first_c + tl.arange(0, acc.shape[1])
-    keep_m = kept(offs_m, M, x_mask_ptr)
+    keep_m = present(offs_m, M, x_mask_ptr)
     row_ptr += slot.to(tl.int64) * M
     col_ptr += slot.to(tl.int64) * C
     if EXACT:

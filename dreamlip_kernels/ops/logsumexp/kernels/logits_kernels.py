@@ -92,8 +92,8 @@ def logits_tile(
 
 
 @triton.jit
-def kept(offs, count, mask_ptr):
-    """Which of ``offs`` lie below ``count`` and are kept by the mask, if there is one."""
+def present(offs, count, mask_ptr):
+    """Which of ``offs`` lie below ``count`` and are not masked."""
     keep = offs < count
     if mask_ptr is not None:
         keep = keep & (tl.load(mask_ptr + offs, mask=keep, other=0) != 0)

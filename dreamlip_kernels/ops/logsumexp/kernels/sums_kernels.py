@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logits_kernels import drop_columns, kept, logits_tile, slope_and_offset, without_same_image
+from .logits_kernels import drop_columns, logits_tile, present, slope_and_offset, without_same_image
 
 
 @triton.jit(do_not_specialize=["M", "C", "first_tile", "row_tiles_stride", "band_rows"])
@@ -49,7 +49,7 @@ def exp_sums(
     offs_c = first_c + tl.arange(0, BLOCK_C)
     if y_mask_ptr is not None:
         y_mask_ptr += pid_k.to(tl.int64) * C
-    keep_c = kept(offs_c, C, y_mask_ptr)
+    keep_c = present(offs_c, C, y_mask_ptr)
     slope, offset = slope_and_offset(scale_ptr, slope_ptr)
     # Rows r and r + 8 of a tile lie in one thread (wgmma and mma layouts), so this partial sum over rows needs no
     # exchange of lanes.
@@ -62,7 +62,7 @@ def exp_sums(
         if MASK_COLUMNS:
             acc = drop_columns(acc, keep_c, slope, DTYPE)
         offs_m = first_m + tl.arange(0, BLOCK_M)
-        keep_m = kept(offs_m, M, x_mask_ptr)
+        keep_m = present(offs_m, M, x_mask_ptr)
         # A dropped row has an infinite offset: two registers a thread, where a mask of the tile would take one for each
         # element.
         e = tl.exp2(acc * slope - tl.where(keep_m, offset, float("inf"))[:, None])
