@@ -89,10 +89,10 @@ def multi_positive_contrastive_loss(
     image_features, text_features = promoted(image_features, text_features)
     scale = as_scale(fn, "logit_scale", logit_scale, image_features)
     rows = n * rank_and_size(group)[1]
-    chosen = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
+    op_backend = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
-    scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
-    chosen = agreed if backend == "auto" else chosen
+    scale, agreed = check_agreement(fn, sizes, scale, group, backend=op_backend)
+    op_backend = agreed if backend == "auto" else op_backend
 
     text_KND = text_features.transpose(0, 1)
     text_mask = of_present_images(image_mask, text_mask, k)
@@ -100,7 +100,7 @@ def multi_positive_contrastive_loss(
     images = gathered_images(image_ids, group)
     left_out = images.world if images is not None and same_image == "ignore" else None
     row, col, pos, everyone, everyone_mask = gathered_logsumexp(
-        image_features, text_KND, scale, image_mask, mask_KN, chosen, group, left_out
+        image_features, text_KND, scale, image_mask, mask_KN, op_backend, group, left_out
     )  # [K, n] each of the first three
     row_target, col_target = pos, pos
     if negatives == "all":

@@ -71,8 +71,8 @@ def group_patches(
     if not normalize_patches:
         dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d, raw=1)
         return _pooled_as_they_are(patch_features, text_features, threshold, normalization, patch_mask)
-    chosen = dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d)
-    return group_patches_op(patch_features, text_features, threshold, normalization, patch_mask, chosen)[0]
+    op_backend = dispatch.select(fn, patch_features, backend, N=n, P=p, K=k, D=d)
+    return group_patches_op(patch_features, text_features, threshold, normalization, patch_mask, op_backend)[0]
 
 
 def _pooled_as_they_are(patches, texts, threshold, normalization, patch_mask) -> Tensor:
@@ -167,13 +167,13 @@ def subcaption_grouping_loss(
     of_pooling = dispatch.requested(fn, "group_patches", grouping_backend, backend)
     of_contrast = dispatch.requested(fn, "bidirectional_logsumexp", contrastive_backend, backend)
     scale = as_scale(fn, "logit_scale", logit_scale, text_features)
-    chosen = "torch"  # of a contrast within the image there is one
+    op_backend = "torch"  # of a contrast within the image there is one
     if contrast == "batch":
         pairs = dict(M=n * k * rank_and_size(group)[1], C=n * k, K=1, D=d)
-        chosen = dispatch.select("bidirectional_logsumexp", scale, of_contrast, **pairs)
+        op_backend = dispatch.select("bidirectional_logsumexp", scale, of_contrast, **pairs)
     sizes = agreement_sizes(text_features, image_mask, text_mask)
-    scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
-    chosen = agreed if of_contrast == "auto" else chosen
+    scale, agreed = check_agreement(fn, sizes, scale, group, backend=op_backend)
+    op_backend = agreed if of_contrast == "auto" else op_backend
     text_mask = of_present_images(image_mask, text_mask, k)
     patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
@@ -191,7 +191,7 @@ def subcaption_grouping_loss(
         elif contrast == "conditioned":
             over_texts, over_groups, pos = _among_images(pooled, text, scale, image_mask, text_mask, candidates)
         else:
-            over_texts, over_groups, pos = _over_the_batch(pooled, text, scale, text_mask, chosen, group)
+            over_texts, over_groups, pos = _over_the_batch(pooled, text, scale, text_mask, op_backend, group)
         pair = over_groups - pos
         if direction == "both":
             pair = (pair + over_texts - pos) / 2

@@ -100,10 +100,10 @@ def multi_positive_sigmoid_loss(
     mask = None if mask_NK is None else mask_NK.reshape(-1)
     if reduction == "none":
         backend = "torch"
-    chosen = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
+    op_backend = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
-    scale, agreed = check_agreement(fn, sizes, scale, group, backend=chosen)
-    chosen = agreed if backend == "auto" else chosen
+    scale, agreed = check_agreement(fn, sizes, scale, group, backend=op_backend)
+    op_backend = agreed if backend == "auto" else op_backend
     x_mask = None if image_mask is None else all_gather_rows(image_mask, group)
     images = gathered_images(image_ids, group)
     everyone = all_gather_rows(image_features, group)
@@ -113,7 +113,7 @@ def multi_positive_sigmoid_loss(
     if reduction == "none":
         loss = sigmoid_captions(*operands, **options).view(n, k)
     else:
-        loss = sigmoid_pairs(*operands, **options, backend=chosen)
+        loss = sigmoid_pairs(*operands, **options, backend=op_backend)
     if label_smoothing > 0:
         slots = Slots(everyone, text_features.transpose(0, 1), x_mask, None if mask_NK is None else mask_NK.T, images)
         smoothing_KN = smoothing_of_sigmoids(

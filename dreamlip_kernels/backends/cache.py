@@ -29,9 +29,9 @@ def folders() -> list[Path]:
 
 
 def _of_user() -> Path | None:
-    chosen, caches = os.environ.get("DREAMLIP_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    folder, caches = os.environ.get("DREAMLIP_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     try:
-        return Path(chosen).expanduser() if chosen else Path(caches or Path("~/.cache").expanduser()) / "dreamlip"
+        return Path(folder).expanduser() if folder else Path(caches or Path("~/.cache").expanduser()) / "dreamlip"
     except RuntimeError:  # a user id that nobody has an entry for, without HOME: as containers are started
         return None
 

@@ -85,8 +85,8 @@ def build(name: str, sources: list[str], flags: list[str], patience: float = PAT
 
 def folders() -> list[Path]:
     """Where libraries may lie: TORCH_EXTENSIONS_DIR where it is set, then where everything of ours is cached."""
-    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return [folder.absolute() for folder in ([Path(chosen)] if chosen else []) + cache.folders()]
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return [folder.absolute() for folder in ([Path(extensions)] if extensions else []) + cache.folders()]
 
 
 def error_line(output: str) -> str:

@@ -29,9 +29,9 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
 
 def process_group(group: Group) -> dist.ProcessGroup:
     """The group itself, or the world's; one is initialized."""
-    chosen = group or dist.group.WORLD
-    assert chosen is not None
-    return chosen
+    group = group or dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def group_name(group: Group) -> str:

@@ -88,41 +88,43 @@ class Choice(NamedTuple):
     changes: list[str]
 
 
-def choose_backends(config: Config, model: DreamLIP, device: torch.device, images: int, kept: dict[str, str]) -> Choice:
+def choose_backends(
+    config: Config, model: DreamLIP, device: torch.device, images: int, before: dict[str, str]
+) -> Choice:
     """The backend of each op, the same on all ranks and pinned in this process. Collective.
 
     Args:
         images: this rank's share of a step.
-        kept: what the checkpoint that the run resumes from was trained with; {} for a new run.
+        before: what the checkpoint that the run resumes from was trained with; {} for a new run.
     Raises:
         RuntimeError: loss.backend names a backend that cannot run here.
     """
-    chosen, reasons, changes = {}, [], []
+    backends, reasons, changes = {}, [], []
     for op, (probe, sizes) in _calls(config, model, device, images).items():
         requested = requested_backend(config.loss, op)
-        chosen[op] = dispatch.select(op, probe, requested, **sizes)
-        reasons.append(f"{op}={chosen[op]} ({dispatch.why(op, probe, requested, **sizes)})")
-        old = kept.get(op, chosen[op])
-        if requested == "auto" and old != chosen[op]:
+        backends[op] = dispatch.select(op, probe, requested, **sizes)
+        reasons.append(f"{op}={backends[op]} ({dispatch.why(op, probe, requested, **sizes)})")
+        old = before.get(op, backends[op])
+        if requested == "auto" and old != backends[op]:
             why = (
                 dispatch.why_not(op, old, probe, **sizes)
                 if old in dispatch.backends(op)
                 else "there is none of that name"
             )
             if why is None:
-                chosen[op], reasons[-1] = old, f"{op}={old} (as until this checkpoint)"
+                backends[op], reasons[-1] = old, f"{op}={old} (as until this checkpoint)"
             else:
-                changes.append(f"{op} ran by {old} until this checkpoint and runs by {chosen[op]} now: {why}")
+                changes.append(f"{op} ran by {old} until this checkpoint and runs by {backends[op]} now: {why}")
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, chosen)
-    for op in chosen:
+    dist.all_gather_object(everyone, backends)
+    for op in backends:
         theirs = [choice[op] for choice in everyone]
         if len(set(theirs)) > 1:
             # The rank that has no verdict, or no such kernels, decides for all.
             changes.append(f"{op} runs by torch code on every rank, for they chose {theirs}")
-            chosen[op] = "torch"
-        dispatch.pin(op, chosen[op])
-    return Choice(chosen, ", ".join(reasons), changes)
+            backends[op] = "torch"
+        dispatch.pin(op, backends[op])
+    return Choice(backends, ", ".join(reasons), changes)
 
 
 def release_backends() -> None:

@@ -102,8 +102,8 @@ def _train(
     model = _model(config, start_from)
     loader = _loader(config, run_dir, model)
     changed = resume.check_fits(start_from, config, loader.fingerprint, accept_changes) if start_from else {}
-    kept = files.read_manifest(start_from).get("backends", {}) if start_from else {}
-    choice = choose_backends(config, model, device, images_per_rank(config, ranks), kept)
+    backends_before = files.read_manifest(start_from).get("backends", {}) if start_from else {}
+    choice = choose_backends(config, model, device, images_per_rank(config, ranks), backends_before)
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
     log = RunLog(run_dir, rank, total_steps, config.logging.wandb_project, config)
     try:

@@ -52,8 +52,8 @@ def bidirectional_logsumexp(
     check_mask(fn, "y_mask", y_mask, y.shape[:2], y)
     check_mask(fn, "x_mask", x_mask, x.shape[:1], x)
     (m, d), (k, c, _) = x.shape, y.shape
-    chosen = dispatch.select(fn, x, backend, M=m, C=c, K=k, D=d)
-    row, col, _ = logsumexp(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, paired=False, backend=chosen)
+    op_backend = dispatch.select(fn, x, backend, M=m, C=c, K=k, D=d)
+    row, col, _ = logsumexp(x, y, as_scale(fn, "scale", scale, x), x_mask, y_mask, paired=False, backend=op_backend)
     return row, col
 
 
