@@ -115,6 +115,8 @@ def _caption(value: Any, notes: list[str], name: str) -> Any:
     if isinstance(value, str):
         return written_value(value, notes, name)
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        if all(isinstance(sentence.get("raw"), str) for sentence in value):  # Karpathy's sentences
+            return [sentence["raw"] for sentence in value]
         return _answer(value)
     if isinstance(value, list):
         texts = [item for item in value if isinstance(item, str)]

@@ -19,7 +19,8 @@ from dreamlip_train.captions.columns import is_caption_column
 from dreamlip_train.captions.csv_rows import CsvRecords
 from dreamlip_train.captions.formats.annotations import records_of
 from dreamlip_train.captions.formats.files import is_compressed, open_text, read_text, require_kind
-from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN, describe_layout, renaming
+from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN, advice, describe_layout, renaming
+from dreamlip_train.captions.formats.row_per_caption import together
 from dreamlip_train.captions.parquet_rows import parquet_rows
 from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
@@ -68,7 +69,7 @@ class Table:
             rows = self._csv_rows("\t" if self.kind == "tsv" else ",")
         number = 0
         try:
-            for number, row, wrong in rows:
+            for number, row, wrong in rows if self.kind == "parquet" else together(rows):
                 yield number, row, wrong
         except (OSError, EOFError) as error:
             if not is_compressed(self.path):
@@ -100,10 +101,11 @@ class Table:
             for _, cells, wrong in records:
                 self.lines = records.lines
                 if not header:
-                    header = _header(self.path, cells or [], delimiter)
-                    ours = [self._know(header).get(name, name) for name in header]
+                    header, form = _header(self.path, cells or [], delimiter)
+                    ours = [self._know(header, form).get(name, name) for name in header]
                     image = ours.index(IMAGE_COLUMN) if IMAGE_COLUMN in ours else 0
-                    continue
+                    if not form:
+                        continue
                 number += 1
                 if cells is None:
                     yield number, None, wrong
@@ -143,9 +145,12 @@ class Table:
             raise UserError(f"--captions: {str(self.path)!r} is not JSON: {error}") from error
         records, form = records_of(content)
         if not records:
+            names = (
+                f"; it is an object of {_listed(list(content)[:10])}" if isinstance(content, dict) and content else ""
+            )
             raise UserError(
                 f"--captions: {str(self.path)!r} must hold a list of records, or an object of records by key, "
-                "and at least one"
+                f"and at least one{names}. A file for each picture: jq -c . FILES > captions.jsonl"
             )
         self._know(
             list(dict.fromkeys(name for record in records[:100] if isinstance(record, dict) for name in record)), form
@@ -163,19 +168,32 @@ def peeked(rows: Iterable[Row]) -> Iterator[Row]:
     return chain([row for row in [next(iterator, None)] if row is not None], iterator)
 
 
-def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
+def _header(path: Path, cells: list[str], delimiter: str) -> tuple[list[str], str]:
+    """(the columns' names, the form of a table that has no line for them).
+
+    Raises:
+        UserError: the file is separated otherwise, has a name twice, or no names.
+    """
     other = next((mark for mark in "\t;|," if mark != delimiter and cells and mark in cells[0]), None)
     if len(cells) == 1 and other:
         raise UserError(
             f"--captions: {str(path)!r} is read as separated by {delimiter!r}, but its header {cells[0][:80]!r} has "
-            f"{other!r}; "
-            "name a tab-separated file .tsv, or convert it to CSV or parquet"
+            f"{other!r}; name a tab-separated file .tsv, or convert it, such as with "
+            f"pandas.read_csv(FILE, sep={other!r}, skipinitialspace=True).to_csv(OTHER, index=False)"
         )
     header = [name.strip() for name in cells]
+    urls = [name for name in header if name.startswith(("http://", "https://"))]
+    if len(header) == 2 and len(urls) == 1:  # CC3M's and CC12M's files, one the other way round
+        return ["url" if name == urls[0] else "caption" for name in header], "no header"
+    if urls:
+        raise UserError(
+            f"--captions: {str(path)!r} has no line with its columns' names: the first line holds {urls[0][:80]!r}; "
+            "put one above it"
+        )
     repeated = [name for name, times in Counter(filter(None, header)).items() if times > 1]
     if repeated:
         raise UserError(f"--captions: {str(path)!r} has the column {repeated[0]!r} twice; rename one")
-    return header
+    return header, ""
 
 
 def _names_a_picture(cells: list[str], image: int) -> bool:
@@ -195,6 +213,5 @@ def check_columns(table: str, names: list[str], theirs: list[str]) -> None:
     if IMAGE_COLUMN not in names or not any(is_caption_column(name) for name in names):
         raise UserError(
             f"{table} needs the column {IMAGE_COLUMN!r} and at least one of raw_caption, short.._captions and "
-            f"long.._captions; it has {_listed(theirs)}. If they are called otherwise, say how: "
-            "--columns url=THEIRS long=THEIRS"
+            f"long.._captions; it has {_listed(theirs)}. If they are called otherwise, say how: {advice(theirs)}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import tyro
 
 from dreamlip_train.captions.columns import Splitter
-from dreamlip_train.captions.formats.files import kind_of
+from dreamlip_train.captions.formats.files import SUFFIXES, kind_of
 from dreamlip_train.captions.formats.layouts import parse_columns
 from dreamlip_train.cli.usage import require_picture, require_writable, say
 from dreamlip_train.jobs.user_error import UserError
@@ -102,6 +103,10 @@ def prepare_validate(arguments: list[str], program: str) -> None:
         checked = validate_table(Path(options.pattern), parse_columns(options.columns))
         say(format_table(options.pattern, checked))
         sys.exit(1 if checked["bad"] else 0)
+    if options.columns:
+        raise UserError(f"--columns: {options.pattern!r} is no table by its name ({', '.join(SUFFIXES)})")
+    if _is_some_other_file(Path(options.pattern)):
+        raise UserError(f"PATTERN: {options.pattern!r} is no tar; if it is a table, name it {', '.join(SUFFIXES)}")
     from dreamlip_train.captions.statistics import format_summary
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare.validate import validate_shards
@@ -113,6 +118,11 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     if options.fix:
         say(f"repaired copies are in {options.fix}")
     sys.exit(1 if checked["bad"] else 0)
+
+
+def _is_some_other_file(path: Path) -> bool:
+    """Whether a file is neither called a shard nor one."""
+    return path.is_file() and path.suffix != ".tar" and not tarfile.is_tarfile(path)
 
 
 @dataclass

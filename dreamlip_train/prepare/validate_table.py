@@ -23,6 +23,7 @@ def validate_table(path: Path, columns: dict[str, str]) -> dict[str, Any]:
         UserError: it is no table, or lacks columns.
     """
     table, counts, rows = Table(path, columns), Statistics(), 0
+    pictures: set[str] = set()
     inside = None
     with Progress(f"validate {path}", unit="rows") as progress:
         for rows, (number, row, wrong) in enumerate(table, 1):
@@ -39,8 +40,11 @@ def validate_table(path: Path, columns: dict[str, str]) -> dict[str, Any]:
                 counts.add_bad("no image", name)
             elif not caption_pool(row):
                 counts.add_bad("no captions", name)
+            elif inside is None and row[IMAGE_COLUMN] in pictures:
+                counts.add_bad("duplicate image", name, row[IMAGE_COLUMN])
             else:
                 counts.add_sample(row, None)
+                pictures.add(row.get(IMAGE_COLUMN, ""))
     read = [IMAGE_COLUMN, *caption_columns(dict.fromkeys(table.names))]
     theirs = {ours: name for name, ours in table.rename.items() if ours in table.names}
     return {

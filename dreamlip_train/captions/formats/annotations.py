@@ -16,7 +16,9 @@ def records_of(content: Any) -> tuple[list[Any] | None, str]:
     if isinstance(content, Mapping) and isinstance(content.get("annotations"), list):
         form = "images and annotations" if isinstance(content.get("images"), list) else "annotations"
         content = _with_files(content["annotations"], content.get("images"))
-    if isinstance(content, Mapping):
+    if isinstance(content, Mapping) and len(lists := [value for value in content.values() if _has_records(value)]) == 1:
+        content = lists[0]  # Karpathy's "images", TextCaps' "data"
+    elif isinstance(content, Mapping) and isinstance(next(iter(content.values()), None), Mapping):
         content = [{"key": key, **value} if isinstance(value, Mapping) else value for key, value in content.items()]
     return _grouped(content) if isinstance(content, list) else None, form
 
@@ -55,6 +57,10 @@ def _grouped(records: list[Any]) -> list[Any]:
             first[image] = len(grouped)
             grouped.append({name: value for name, value in record.items() if name != "caption_id"})
     return grouped
+
+
+def _has_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _is_name(value: Any) -> bool:

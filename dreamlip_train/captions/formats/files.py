@@ -45,7 +45,8 @@ def require_kind(path: Path) -> str:
     kind = kind_of(path)
     if not kind:
         raise UserError(
-            f"--captions: {str(path)!r} is none of {', '.join(SUFFIXES)} (all but parquet also as .gz or .zst)"
+            f"--captions: {str(path)!r} is none of {', '.join(SUFFIXES)} (all but parquet also as .gz or .zst); "
+            "if it is one, name it so"
         )
     return kind
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ _DREAMLIP_JSON = {
         for length in ("short", "long")
     },
 }
+# What a table's names for its pictures and captions have in them, the likeliest first.
+_IMAGE_WORDS = ("url", "path", "file", "image", "img")
+_LONG_WORDS, _RAW_WORDS = ("caption", "description"), ("text", "comment", "sentence", "raw")
 # What --columns calls ours in short.
 _SHORTHAND = {"url": IMAGE_COLUMN, "image": IMAGE_COLUMN, "path": IMAGE_COLUMN, "raw": RAW}
 
@@ -38,6 +42,8 @@ LAYOUTS = (
     Layout("ShareGPT4V / LLaVA conversations", {"image": IMAGE_COLUMN, "conversations": "longSV_captions"}),
     Layout("FLAIR annotations", {"image": IMAGE_COLUMN, "caption": LONG_CAPTION}, form="annotations"),
     Layout("COCO captions", {"image": IMAGE_COLUMN, "caption": RAW}, form="images and annotations"),
+    Layout("Karpathy's splits", {"filename": IMAGE_COLUMN, "sentences": RAW}),
+    Layout("Conceptual Captions, no header", {"url": IMAGE_COLUMN, "caption": RAW}, form="no header"),
     Layout("ALBEF / BLIP annotations", {"image": IMAGE_COLUMN, "caption": RAW}),
     Layout("DOCCI descriptions", {"image_file": IMAGE_COLUMN, "description": LONG_CAPTION}),
     Layout("DOCCI with pictures", {"image": IMAGE_COLUMN, "description": LONG_CAPTION}),
@@ -75,6 +81,32 @@ def renaming(names: Iterable[str], columns: Mapping[str, str], form: str = "") -
     renamed = {theirs: ours for ours, theirs in columns.items()}
     hidden = {ours: f"{ours} of the table" for ours in columns if ours not in renamed}
     return {theirs: ours for theirs, ours in known.items() if ours not in columns} | hidden | renamed
+
+
+def advice(names: Sequence[str]) -> str:
+    """What a user can say of a table whose columns are not known: words of --columns with the table's own names, where
+    they look like it.
+    """
+    known = [_DREAMLIP_JSON.get(name, name) for name in names]
+    words = []
+    image = _alike(names, _IMAGE_WORDS)
+    if IMAGE_COLUMN not in known:
+        words.append(f"url={_quoted(image)}")
+    if not any(map(is_caption_column, known)):
+        caption = _alike([name for name in names if name != image], (*_LONG_WORDS, *_RAW_WORDS))
+        is_raw = any(word in caption.lower() for word in _RAW_WORDS)
+        words.append(f"{'raw' if is_raw else 'long'}={_quoted(caption)}")
+    return f"--columns {' '.join(words)} (long is split into sentences, raw is one)"
+
+
+def _alike(names: Sequence[str], words: Sequence[str]) -> str:
+    """The first name that is one of ``words``, or has one in it; THEIRS where none has."""
+    exact = (name for word in words for name in names if name.lower() == word)
+    return next(exact, next((name for word in words for name in names if word in name.lower()), "THEIRS"))
+
+
+def _quoted(name: str) -> str:
+    return shlex.quote(name) if len(name) <= 40 else "THEIRS"
 
 
 def parse_columns(words: Sequence[str]) -> dict[str, str]:

@@ -218,7 +218,8 @@ def image_of(sample: dict[str, Any]) -> bytes | None:
 
 
 def record_of(sample: dict[str, Any], notes: list[str] | None = None) -> dict[str, Any]:
-    """The sample's caption columns: its json, and its txt (``text_columns``) where the json has no such column.
+    """The sample's caption columns: its json, and where that has none its txt or else the json's "caption", as
+    img2dataset writes it (``text_columns``).
 
     Args:
         notes: gets a line for each caption that was a list, or bytes, written as text, and is read as that.
@@ -237,6 +238,8 @@ def record_of(sample: dict[str, Any], notes: list[str] | None = None) -> dict[st
         for column, text in text_columns(sample["txt"].decode("utf-8", errors="replace")).items():
             if not record.get(column):
                 record[column] = text
+    if "txt" not in sample and isinstance(record.get("caption"), str) and not any(map(is_caption_column, record)):
+        record |= text_columns(record["caption"])
     for column, value in record.items():
         if isinstance(value, str) and is_caption_column(column):
             record[column] = _caption_of(value, column, [] if notes is None else notes)

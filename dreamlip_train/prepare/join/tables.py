@@ -13,6 +13,7 @@ from typing import Any
 
 from dreamlip_train.captions.columns import is_caption_column
 from dreamlip_train.captions.formats.files import SUFFIXES, kind_of
+from dreamlip_train.captions.formats.layouts import advice
 from dreamlip_train.captions.statistics import Statistics
 from dreamlip_train.captions.table import Check, Table
 from dreamlip_train.jobs.atomic_file import atomic_write
@@ -56,8 +57,8 @@ def _check(column: str) -> Check:
         if column not in {*names, *theirs} or not any(is_caption_column(name) for name in names):
             raise UserError(
                 f"{table} needs the column {column!r} and at least one of raw_caption, short.._captions and "
-                f"long.._captions; it has {', '.join(map(repr, theirs))}. --table-column names the compared one, "
-                "--columns long=THEIRS maps captions"
+                f"long.._captions; it has {', '.join(map(repr, theirs))}. --table-column names the compared one, or if "
+                f"they are called otherwise: {advice(theirs)}"
             )
 
     return check

@@ -108,6 +108,46 @@ LAYOUTS = {
         "COCO captions",
         {"000000179765.jpg": {"raw_caption": ["A black bike.", "A Honda."]}},
     ),
+    "Karpathy": (
+        "dataset_coco.json",
+        text(
+            {
+                "images": [
+                    {
+                        "filepath": "val2014",
+                        "filename": "COCO_val2014_000000391895.jpg",
+                        "imgid": 0,
+                        "split": "test",
+                        "sentences": [{"tokens": ["a", "man"], "raw": "A man.", "sentid": 0}, {"raw": "A bike."}],
+                    }
+                ],
+                "dataset": "coco",
+            }
+        ),
+        "Karpathy's splits",
+        {"COCO_val2014_000000391895.jpg": {"raw_caption": ["A man.", "A bike."]}},
+    ),
+    "CC3M": (
+        "Train_GCC-training.tsv",
+        b"a very typical bus station\thttp://h/0.jpg\nsierra looked stunning, in this top\thttps://h/1.jpg\n",
+        "Conceptual Captions, no header",
+        {
+            "http://h/0.jpg": {"raw_caption": ["a very typical bus station"]},
+            "https://h/1.jpg": {"raw_caption": ["sierra looked stunning, in this top"]},
+        },
+    ),
+    "CC12M": (
+        "cc12m.tsv",
+        b"https://h/0.jpg?x=1\t<PERSON> in 1905\n",
+        "Conceptual Captions, no header",
+        {"https://h/0.jpg?x=1": {"raw_caption": ["<PERSON> in 1905"]}},
+    ),
+    "Flickr8k, a row per caption": (
+        "captions.csv",
+        b"image,caption\n1.jpg,A child .\n1.jpg,A girl .\n1.jpg,A girl .\n2.jpg,A dog .\n",
+        "ALBEF / BLIP annotations",
+        {"1.jpg": {"raw_caption": ["A child .", "A girl .", "A girl ."]}, "2.jpg": {"raw_caption": ["A dog ."]}},
+    ),
     "DOCCI": (
         "docci_descriptions.jsonlines",
         lines(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -141,6 +142,84 @@ def test_columns_under_any_name(tmp_path):
     assert pyarrow.parquet.read_table(tmp_path / "u.parquet").to_pylist() == [
         {"url": "http://h/1.jpg", "longQwen_captions": LONG}
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["SAMPLE_ID", "URL", "TEXT", "similarity"], "url=URL raw=TEXT"),  # LAION
+        (["id", "url", "text", "width", "image_phash", "text_length"], "url=url raw=text"),  # COYO
+        (["image_url", "caption", "transcripts"], "url=image_url long=caption"),  # PixMo-Cap
+        (["file_name", "text"], "url=file_name raw=text"),  # Hugging Face's imagefolder
+        (["dataset_id", "image_id", "annotator_id", "caption", "timed_caption"], "url=image_id long=caption"),
+        (["raw", "sentids", "split", "filename", "img_id"], "url=filename raw=raw"),  # Flickr30k
+        (["image_id", "url", "raw_caption", "caption"], "url=url"),  # RedCaps
+        (["id", "a b"], "url=THEIRS long=THEIRS"),
+    ],
+)
+def test_a_table_of_others_is_answered_with_the_words_that_read_it(tmp_path, names, words):
+    """The advice was url=THEIRS long=THEIRS, whatever the table had."""
+    (tmp_path / "t.jsonl").write_text(json.dumps({name: f"{name}.jpg" for name in names}) + "\n")
+    with pytest.raises(UserError, match="needs the column 'Image Path'") as refused:
+        list(Table(tmp_path / "t.jsonl"))
+    assert f": --columns {words} (long is" in str(refused.value)
+    if "THEIRS" not in words:
+        ((_, row, _),) = Table(tmp_path / "t.jsonl", parse_columns(words.split()))
+        assert row[IMAGE_COLUMN] and caption_pool(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.tsv", "a dog\thttp://h/1.jpg\t0.3\n", "no line with its columns' names.*http://h/1.jpg"),
+        ("t.csv", "image_name| comment\n1.jpg| a dog\n", r"read_csv\(FILE, sep='\|'"),
+        ("sa_1.json", json.dumps({"image": "1.jpg", "mask_data": {"0": {}}}), "of 'image', 'mask_data'.*jq -c"),
+        ("sbu.json", json.dumps({"image_urls": ["u"], "captions": ["c"]}), "an object of 'image_urls', 'captions'"),
+        ("captions.txt", "image,caption\n1.jpg,a dog\n", "is no tar; if it is a table, name it .csv"),
+    ],
+)
+def test_what_is_no_table_yet_is_told_what_to_become(tmp_path, name, content, message, capsys):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "validate", str(tmp_path / name)])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_row_per_caption_is_one_picture_where_no_caption_is_long(tmp_path, capsys):
+    """Of Flickr8k's five captions prepare folder kept one; validate called every row usable."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3):
+        (images / f"{i}.jpg").write_bytes(jpeg(i))
+    rows = [(0, "A child."), (0, "A girl."), (1, "A dog."), (1, "A dog."), (2, "A cat."), (0, "A boy.")]
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,{text}\n" for i, text in rows))
+    manifest = prepare_folder(tmp_path / "t.csv", images, tmp_path / "raw")
+    captions = [record["raw_caption"] for _, record in pictures(tmp_path / "raw")]
+    assert captions == [["A child.", "A girl."], "A dog.", "A cat."]
+    assert manifest["bad"]["duplicate image"]["count"] == 2
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "validate", str(tmp_path / "t.csv")])
+    printed = capsys.readouterr().out
+    assert "5 rows on 7 lines, 3 usable" in printed and "2 x duplicate image" in printed
+    long = {IMAGE_COLUMN: "image", "long_captions": "caption"}
+    prepare_folder(tmp_path / "t.csv", images, tmp_path / "long", columns=long)
+    assert [record["long_captions"] for _, record in pictures(tmp_path / "long")] == ["A child.", "A dog.", "A cat."]
+
+
+def test_a_caption_in_the_json_alone(tmp_path):
+    """As img2dataset names it: where neither a txt nor one of our columns has any."""
+    own = json.dumps({"caption": "a bus", "url": "u"}).encode()
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            *[("a.jpg", jpeg(1)), ("a.json", own)],
+            *[("b.jpg", jpeg(2)), ("b.json", own), ("b.txt", b"a tree")],
+            *sample("c", 3, caption="a bus", longIB_captions=LONG),
+        ],
+    )
+    pools = [{(piece.source, piece.text) for piece in caption_pool(record)} for _, record in pictures(tmp_path)]
+    assert pools[:2] == [{("raw_caption", "a bus")}, {("raw_caption", "a tree")}]
+    assert pools[2] == {("longIB_captions", piece) for piece in PIECES}
 
 
 def test_a_long_caption_in_a_text_file_is_split(tmp_path):

@@ -100,9 +100,14 @@ def test_by_key_path_or_any_column(tmp_path, shards, on, column, value):
 
 
 def test_of_a_picture_named_twice_the_first_row_counts(tmp_path, shards):
-    table = write_csv(tmp_path / "c.csv", [(url(1), f"raw {n}", "", "") for n in ("first", "second", "a third")])
+    """All captions of rows that follow each other, where none is long (Flickr8k's); of others those of the first."""
+    rows = [(url(1), f"raw {n}", "", "") for n in ("first", "second")]
+    rows += [(url(2), f"raw {n}", "", f"Long {n}.") for n in ("first", "second")]
+    table = write_csv(tmp_path / "c.csv", [*rows, (url(1), "raw third", "", "")])
     assert join_captions(str(table), str(shards), tmp_path / "out")["join"]["rows_duplicate"] == 2
-    assert records(tmp_path / "out")["000000001"]["raw_caption"] == "raw first"
+    joined = records(tmp_path / "out")
+    assert joined["000000001"]["raw_caption"] == ["raw first", "raw second"]
+    assert joined["000000002"]["raw_caption"] == "raw first"
 
 
 def test_several_tables_complete_each_other_and_the_first_wins(tmp_path, shards):
