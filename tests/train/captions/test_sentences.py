@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -17,7 +18,13 @@ from dreamlip_train.model.tokenizer import CaptionTokenizer
 TEXTS = Path(__file__).parents[2] / "support/inputs/texts/sentences.jsonl"
 CASES = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
 MEGABYTE = 1 << 20
-rng = random.Random(0)
+
+
+def random_letters(seed: int) -> str:
+    """A megabyte of a-z."""
+    return random.Random(seed).randbytes(MEGABYTE).translate(bytes(97 + i % 26 for i in range(256))).decode()
+
+
 HOSTILE = {
     "dots": "." * MEGABYTE,
     "dots that end in a word": "." * MEGABYTE + "a",
@@ -29,8 +36,8 @@ HOSTILE = {
     "No. 5": "No. 5 " * (MEGABYTE // 6),
     "Mr.": "Mr. " * (MEGABYTE // 4),
     "one word": "a" * MEGABYTE,
-    "one word of random letters": "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=MEGABYTE)),
-    "random words": " ".join("".join(rng.choices("abcdefghij", k=200)) for _ in range(MEGABYTE // 200)),
+    "one word of random letters": random_letters(0),
+    "random words": re.sub(".{200}", r"\g<0> ", random_letters(1)),
     "open quotes": ' "a' * (MEGABYTE // 3),
     "open brackets": "(" * MEGABYTE,
     "brackets and words": "(a [b " * (MEGABYTE // 6),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from shard_files import jpeg
-from sklearn.metrics import average_precision_score
 from tiny import tiny_model
 
 from dreamlip_train import cli
@@ -25,6 +24,12 @@ from dreamlip_train.model.build import build_model
 CLASSES = ["red star", "blue moon", "dog; hound", "nothing like it"]
 
 
+def scikit_learn_precision(targets: np.ndarray, scores: np.ndarray) -> float:
+    from sklearn.metrics import average_precision_score  # a second, in every process that collects these tests
+
+    return average_precision_score(targets, scores)
+
+
 @pytest.fixture(scope="module")
 def model():
     return build_model(tiny_model(), seed=3).eval()
@@ -37,7 +42,7 @@ def test_average_precision_is_scikit_learns_with_and_without_ties(levels):
     targets = rng.random((200, 7)) < rng.uniform(0.01, 0.6, 7)
     targets[0] = True
     found = average_precision(torch.from_numpy(scores), torch.from_numpy(targets))
-    expected = [average_precision_score(targets[:, c], scores[:, c]) for c in range(7)]
+    expected = [scikit_learn_precision(targets[:, c], scores[:, c]) for c in range(7)]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
 
 
@@ -88,7 +93,7 @@ def test_the_map_of_a_model(lists, model):
             class_features(model, classes, templates, "cpu", batch_size=3), text, atol=1e-6, rtol=1e-5
         )
     targets = np.array([[c in labels for c in range(3)] for labels in labeled.labels])
-    expected = [100 * average_precision_score(targets[:, c], (images @ text.T).numpy()[:, c]) for c in range(3)]
+    expected = [100 * scikit_learn_precision(targets[:, c], (images @ text.T).numpy()[:, c]) for c in range(3)]
     assert [found["per_class"][name] for name in CLASSES] == [
         *(pytest.approx(value, abs=1e-6) for value in expected),
         None,

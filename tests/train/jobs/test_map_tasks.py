@@ -40,13 +40,21 @@ def cluster(tmp_path_factory):
         "start",
         "--disable-usage-stats",
         "--num-cpus",
-        "2",
+        "1",
         "--object-store-memory",
         "100000000",
+        "--include-log-monitor",
+        "false",
     ]
     address = f"127.0.0.1:{free_port()}"
-    environment = clean_environment() | {"RAY_ENABLE_MULTI_TENANCY": "1", "OMP_NUM_THREADS": "1"}
-    environment["RAY_worker_niceness"] = "0"  # 15 by default: beside other programs its workers hardly run
+    environment = clean_environment() | {
+        "RAY_ENABLE_MULTI_TENANCY": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # 15 by default: beside other programs its workers hardly run
+        "RAY_prestart_worker_first_driver": "0",  # workers that nobody asked for
+        "RAY_enable_worker_prestart": "0",
+        "RAY_enable_metrics_collection": "0",
+    }
     head = [
         "--head",
         "--port",
@@ -55,6 +63,7 @@ def cluster(tmp_path_factory):
         str(temporary),
         "--include-dashboard",
         "false",
+        "--no-monitor",
         "--node-ip-address",
         "127.0.0.1",
     ]
@@ -83,7 +92,7 @@ def cluster(tmp_path_factory):
     deadline = time.time() + 60
     while len(ray.nodes()) < 2 and time.time() < deadline:
         time.sleep(0.2)
-    assert len(ray.nodes()) == 2 and ray.cluster_resources()["CPU"] == 4
+    assert len(ray.nodes()) == 2 and ray.cluster_resources()["CPU"] == 2
     yield address
     ray.shutdown()
     signal.signal(signal.SIGTERM, handler)  # ray puts its own in place
