@@ -10,8 +10,12 @@ from typing import Any, Literal
 
 @dataclass
 class OptimConfig:
-    """AdamW, its learning rate over the steps and over the parts of the model."""
+    """The optimizer, its learning rate over the steps and over the parts of the model."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon": the matrices of the towers' blocks move by orthogonalized updates as large as AdamW's, all else by AdamW.
+    It wants a higher rate, and learns more from few steps. Needs ZeRO 0 and fp32 weights.
+    """
     lr: float = 5e-4
     """Peak learning rate."""
     beta1: float = 0.9

@@ -184,6 +184,10 @@ def _check_training(config: Config) -> None:
         refuse("train.ema_decay", train.ema_decay, "a rank has slices with deepspeed.zero_stage=3; use stage 0, 1 or 2")
     if config.eval.weights == "ema" and not train.ema_decay:
         refuse("eval.weights", "ema", "there is no average; give train.ema_decay, such as 0.999")
+    if config.optim.optimizer == "muon" and (config.deepspeed.zero_stage > 0 or train.precision == "bf16"):
+        # Elsewhere DeepSpeed gives the optimizer pieces of one long vector.
+        what_to_do = 'it moves whole matrices; give deepspeed.zero_stage=0 and train.precision="fp32" or "amp_bf16"'
+        refuse("optim.optimizer", "muon", what_to_do)
     if train.compile and config.deepspeed.zero_stage == 3:
         refuse("train.compile", True, "does not run with deepspeed.zero_stage=3; use stage 0, 1 or 2")
     if train.compile and not train.pack_captions:

@@ -19,11 +19,12 @@ from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.weight_average import WeightAverage
 from dreamlip_train.training.engine.deepspeed_config import deepspeed_config
+from dreamlip_train.training.engine.muon import Muon
 from dreamlip_train.training.engine.optimizer import freeze_towers, parameter_groups
 
 
 def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resized: bool = False) -> Any:
-    """``deepspeed.initialize`` of ``model`` with AdamW; the process group must exist (``init_distributed``).
+    """``deepspeed.initialize`` of ``model`` with its optimizer; the process group must exist (``init_distributed``).
 
     ``resized``: it will load a checkpoint that another number of ranks wrote.
     """
@@ -42,7 +43,8 @@ def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resiz
         model.compile_towers()
     # lr=0 here, the real rate before each step: DeepSpeed's bf16 ZeRO-0 optimizer takes one step with zero gradients to
     # allocate its state, and that step would decay the weights and start Adam's bias correction at 2.
-    optimizer = torch.optim.AdamW(
+    kind = Muon if optim.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(
         parameter_groups(model, optim),
         lr=0.0,
         betas=(optim.beta1, optim.beta2),

@@ -1,4 +1,4 @@
-"""What AdamW gets: groups of parameters, and the learning rate of each step."""
+"""What the optimizer gets: groups of parameters, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ def freeze_towers(model: DreamLIP, optim: OptimConfig) -> None:
 
 
 def parameter_groups(model: DreamLIP, optim: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay; biases, norms, logit scales and other vectors do not.
+    """The optimizer's groups: matrices decay; biases, norms, logit scales and other vectors do not.
 
-    There is one of each for every ``lr_scale``, the group's multiple of the step's rate.
+    There is one of each for every ``lr_scale``, the group's multiple of the step's rate. With "muon" the matrices of
+    the towers' blocks have groups of their own, which say ``orthogonal``.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith("bias") or name in LOGIT_SCALARS
-            key = (_scale(name, model, optim), 0.0 if plain else optim.weight_decay)
+            of_muon = optim.optimizer == "muon" and parameter.ndim == 2 and _BLOCK.search(name) is not None
+            key = (of_muon, _scale(name, model, optim), 0.0 if plain else optim.weight_decay)
             groups.setdefault(key, []).append(parameter)
     return [
-        {"params": groups[key], "lr_scale": key[0], "weight_decay": key[1]}
-        for key in sorted(groups, key=lambda key: (-key[1], -key[0]))
+        {"params": groups[key], "lr_scale": key[1], "weight_decay": key[2]} | ({"orthogonal": True} if key[0] else {})
+        for key in sorted(groups, key=lambda key: (key[0], -key[2], -key[1]))
     ]
 
 

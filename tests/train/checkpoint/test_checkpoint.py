@@ -23,9 +23,16 @@ from dreamlip_train.model.open_clip_weights import open_clip_state_dict
 from dreamlip_train.training.engine.engine import evaluation_model
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "amp_bf16"), (0, "bf16")])
-def test_resumed_losses_are_bitwise_the_uninterrupted_ones(tmp_path, stage, precision):
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"),
+    [
+        *((0, "fp32", "adamw"), (1, "fp32", "adamw"), (3, "fp32", "adamw"), (1, "amp_bf16", "adamw")),
+        *((0, "bf16", "adamw"), (0, "fp32", "muon")),
+    ],
+)
+def test_resumed_losses_are_bitwise_the_uninterrupted_ones(tmp_path, stage, precision, optimizer):
     config = tiny_config(stage, precision)
+    config.optim.optimizer = optimizer
     engine = tiny_engine(config)
     run_steps(engine, config, 0, 4)
     save(

@@ -1,0 +1,96 @@
+"""Muon against the singular value decomposition, against torch's own, and in the engine against a plain loop."""
+
+import pytest
+import torch
+from tiny import STEPS, batch, run_steps, tiny_config, tiny_engine
+
+from dreamlip_kernels import DreamLIPLoss
+from dreamlip_train.config.validation import validate
+from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.model.build import build_model
+from dreamlip_train.training.engine.muon import Muon, orthogonal
+from dreamlip_train.training.engine.optimizer import learning_rate, parameter_groups
+
+
+def muon_config(**changes):
+    config = tiny_config(0, **changes)
+    config.optim.optimizer, config.optim.lr = "muon", 5e-3
+    return config
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e12])
+def test_orthogonal_keeps_the_singular_vectors_and_evens_out_the_values(shape, size):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
+    seen = u.mT @ orthogonal(matrix * size) @ vt.mT
+    assert torch.allclose(seen, torch.diag(seen.diagonal()), atol=1e-10), "no vector is mixed with another"
+    large = values > 0.1 * values.max()
+    assert seen.diagonal()[large].min() > 0.65 and seen.diagonal().max() < 1.25
+    assert large.sum() >= 9
+    assert torch.equal(orthogonal(matrix * 0), matrix * 0)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon to compare with")
+def test_a_step_is_that_of_torchs_own_but_for_its_bfloat16():
+    weights = [torch.randn(shape) for shape in ((12, 30), (30, 12))]
+    ours, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    first = Muon([{"params": ours, "orthogonal": True, **options}])
+    second = torch.optim.Muon(theirs, momentum=0.95, adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = torch.randn_like(b)
+            a.grad = b.grad.clone()
+        before = [a.detach().clone() for a in ours]
+        first.step()
+        second.step()
+        for old, a, b in zip(before, ours, theirs, strict=True):
+            assert (a - b).norm() < 0.03 * (a - old).norm()
+            with torch.no_grad():
+                b.copy_(a)
+
+
+def test_blocks_move_by_muon_and_all_else_by_adamw():
+    config = muon_config()
+    model = build_model(config.model, 0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, config.optim)
+    muons = [names[id(p)] for group in groups if group.get("orthogonal") for p in group["params"]]
+    assert len(muons) == 4 * 4  # four matrices a block, two blocks a tower
+    assert all("resblocks" in name and name.endswith("weight") for name in muons)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_the_engine_follows_a_plain_loop():
+    config = muon_config()
+    model, loss_fn = build_model(config.model, config.train.seed), DreamLIPLoss()
+    groups = parameter_groups(model, config.optim)
+    adamw = torch.optim.AdamW([g for g in groups if not g.get("orthogonal")], betas=(0.9, 0.98), eps=1e-8)
+    matrices = [p for group in groups if group.get("orthogonal") for p in group["params"]]
+    momentum, losses = [torch.zeros_like(p) for p in matrices], []
+    for step in range(STEPS):
+        data, lr = batch(step), learning_rate(step, STEPS, config.optim)
+        loss = loss_fn(**model(data["images"], data["text"]), text_mask=data["text_mask"])
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        adamw.step()
+        with torch.no_grad():
+            for p, m in zip(matrices, momentum, strict=True):
+                m.copy_(0.95 * m + 0.05 * p.grad)
+                update = orthogonal(0.05 * p.grad + 0.95 * m) * 0.2 * max(p.shape) ** 0.5
+                p -= lr * (update + config.optim.weight_decay * p)
+        losses.append(loss.item())
+    assert run_steps(tiny_engine(config), config, 0, STEPS) == pytest.approx(losses, rel=2e-6, abs=0)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (0, "bf16")])
+def test_where_the_optimizer_sees_no_matrices_it_is_refused(stage, precision):
+    config = muon_config(precision=precision)
+    config.deepspeed.zero_stage = stage
+    with pytest.raises(UserError, match=r"optim\.optimizer: got 'muon'; .*zero_stage=0"):
+        validate(config)
