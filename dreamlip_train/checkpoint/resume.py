@@ -32,7 +32,7 @@ logger = logging.getLogger("dreamlip_train")
 _FIXED = {
     "data": ("proportions",),  # the position in an epoch follows from them
     "model": ("name", "config", "context_length", "patch_projection", "local_logit_scale", "init_logit_bias"),
-    "optim": ("vision_lr_scale", "text_lr_scale", "layer_decay"),  # other groups of parameters
+    "optim": ("optimizer", "vision_lr_scale", "text_lr_scale", "layer_decay"),  # other groups of parameters
     "train": ("global_batch_size", "precision"),
     "deepspeed": ("zero_stage",),
 }

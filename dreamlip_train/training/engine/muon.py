@@ -13,7 +13,8 @@ _ITERATIONS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # Jordan's: steepest 
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but a matrix W [A, B] of a group with ``orthogonal`` moves by an orthogonalized update::
+    """AdamW, but a weight of a group with ``matrices`` is so many matrices W [A, B], one below the other (a block's
+    queries, keys and values are three), and each moves by an orthogonalized update::
 
         momentum = 0.95 * momentum + 0.05 * gradient
         update = 0.2 * max(A, B) ** 0.5 * orthogonal(0.05 * gradient + 0.95 * momentum)
@@ -27,20 +28,22 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """One step. The gradients that Muon has used are gone after it: AdamW passes over what has none."""
         for group in self.param_groups:
-            for parameter in group["params"] if group.get("orthogonal") else ():
+            for parameter in group["params"] if "matrices" in group else ():
                 if parameter.grad is not None:
-                    self._move(parameter, group["lr"], group["weight_decay"])
+                    self._move(parameter, parameter.grad, group)
                     parameter.grad = None
         super().step(closure)
 
-    def _move(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             # Nobody counts Muon's steps, but AdamW reads the number wherever it restores a state.
             state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(parameter)}
-        momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - _MOMENTUM)
-        update = orthogonal(parameter.grad.lerp(momentum, _MOMENTUM))
-        parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-0.2 * lr * max(parameter.shape) ** 0.5)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
+        direction = gradient.lerp(momentum, _MOMENTUM)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        for weight, part in zip(parameter.chunk(group["matrices"]), direction.chunk(group["matrices"]), strict=True):
+            weight.add_(orthogonal(part), alpha=-0.2 * group["lr"] * max(part.shape) ** 0.5)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

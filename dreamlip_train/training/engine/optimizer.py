@@ -17,6 +17,7 @@ _EMBEDDINGS = (
 )
 # open_clip's blocks, timm's.
 _BLOCK = re.compile(r"(?:transformer\.resblocks|blocks)\.(\d+)\.")
+_QUERIES_KEYS_VALUES = ("attn.in_proj_weight", "attn.qkv.weight")
 
 
 def freeze_towers(model: DreamLIP, optim: OptimConfig) -> None:
@@ -30,17 +31,19 @@ def parameter_groups(model: DreamLIP, optim: OptimConfig) -> list[dict[str, Any]
     """The optimizer's groups: matrices decay; biases, norms, logit scales and other vectors do not.
 
     There is one of each for every ``lr_scale``, the group's multiple of the step's rate. With "muon" the matrices of
-    the towers' blocks have groups of their own, which say ``orthogonal``.
+    the towers' blocks have groups of their own, which say of how many ``matrices`` a weight is made.
     """
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith("bias") or name in LOGIT_SCALARS
-            of_muon = optim.optimizer == "muon" and parameter.ndim == 2 and _BLOCK.search(name) is not None
-            key = (of_muon, _scale(name, model, optim), 0.0 if plain else optim.weight_decay)
+            matrices = 0
+            if optim.optimizer == "muon" and parameter.ndim == 2 and _BLOCK.search(name):
+                matrices = 3 if name.endswith(_QUERIES_KEYS_VALUES) else 1
+            key = (matrices, _scale(name, model, optim), 0.0 if plain else optim.weight_decay)
             groups.setdefault(key, []).append(parameter)
     return [
-        {"params": groups[key], "lr_scale": key[1], "weight_decay": key[2]} | ({"orthogonal": True} if key[0] else {})
+        {"params": groups[key], "lr_scale": key[1], "weight_decay": key[2]} | ({"matrices": key[0]} if key[0] else {})
         for key in sorted(groups, key=lambda key: (key[0], -key[2], -key[1]))
     ]
 

@@ -88,6 +88,12 @@ def test_never_and_foreign_checkpoints_do_not_mix_with_a_run(run, saved):
             "local",
             "model.patch_projection: .* was written with 'shared', this run has 'local'; use its value",
         ),
+        (
+            "optim",
+            "optimizer",
+            "muon",
+            "optim.optimizer: .* with 'adamw', this run has 'muon'; use its value, or another",
+        ),
         ("deepspeed", "zero_stage", 2, "deepspeed.zero_stage: .* was written with 1, this run has 2"),
         (
             "train",

@@ -36,7 +36,7 @@ def test_a_step_is_that_of_torchs_own_but_for_its_bfloat16():
     weights = [torch.randn(shape) for shape in ((12, 30), (30, 12))]
     ours, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
     options = {"lr": 0.01, "weight_decay": 0.1}
-    first = Muon([{"params": ours, "orthogonal": True, **options}])
+    first = Muon([{"params": ours, "matrices": 1, **options}])
     second = torch.optim.Muon(theirs, momentum=0.95, adjust_lr_fn="match_rms_adamw", **options)
     for _ in range(3):
         for a, b in zip(ours, theirs, strict=True):
@@ -56,9 +56,11 @@ def test_blocks_move_by_muon_and_all_else_by_adamw():
     model = build_model(config.model, 0)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, config.optim)
-    muons = [names[id(p)] for group in groups if group.get("orthogonal") for p in group["params"]]
-    assert len(muons) == 4 * 4  # four matrices a block, two blocks a tower
-    assert all("resblocks" in name and name.endswith("weight") for name in muons)
+    matrices = {names[id(p)]: group["matrices"] for group in groups if "matrices" in group for p in group["params"]}
+    assert len(matrices) == 4 * 4  # four weights per block, two blocks per tower
+    assert all("resblocks" in name and name.endswith("weight") for name in matrices)
+    assert {name for name, count in matrices.items() if count == 3} == {n for n in matrices if "in_proj" in n}
+    assert set(matrices.values()) == {1, 3}
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
 
 
@@ -66,9 +68,9 @@ def test_the_engine_follows_a_plain_loop():
     config = muon_config()
     model, loss_fn = build_model(config.model, config.train.seed), DreamLIPLoss()
     groups = parameter_groups(model, config.optim)
-    adamw = torch.optim.AdamW([g for g in groups if not g.get("orthogonal")], betas=(0.9, 0.98), eps=1e-8)
-    matrices = [p for group in groups if group.get("orthogonal") for p in group["params"]]
-    momentum, losses = [torch.zeros_like(p) for p in matrices], []
+    adamw = torch.optim.AdamW([group for group in groups if "matrices" not in group], betas=(0.9, 0.98), eps=1e-8)
+    weights = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
+    momentum, losses = [torch.zeros_like(p) for p in weights], []
     for step in range(STEPS):
         data, lr = batch(step), learning_rate(step, STEPS, config.optim)
         loss = loss_fn(**model(data["images"], data["text"]), text_mask=data["text_mask"])
@@ -79,9 +81,10 @@ def test_the_engine_follows_a_plain_loop():
             group["lr"] = lr
         adamw.step()
         with torch.no_grad():
-            for p, m in zip(matrices, momentum, strict=True):
+            for p, m in zip(weights, momentum, strict=True):
                 m.copy_(0.95 * m + 0.05 * p.grad)
-                update = orthogonal(0.05 * p.grad + 0.95 * m) * 0.2 * max(p.shape) ** 0.5
+                parts = (0.05 * p.grad + 0.95 * m).split(p.shape[1] if p.shape[0] == 3 * p.shape[1] else len(p))
+                update = torch.cat([orthogonal(part) * 0.2 * max(part.shape) ** 0.5 for part in parts])
                 p -= lr * (update + config.optim.weight_decay * p)
         losses.append(loss.item())
     assert run_steps(tiny_engine(config), config, 0, STEPS) == pytest.approx(losses, rel=2e-6, abs=0)
