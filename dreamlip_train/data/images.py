@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -46,7 +46,10 @@ def open_picture(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image
         ValueError: it is none of them, or has over ``MAX_PIXELS`` pixels.
         OSError and others: Pillow's, for damaged headers.
     """
-    picture = Image.open(io.BytesIO(data), formats=formats)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:  # it names an object in memory
+        raise ValueError(f"no {', '.join(formats)}, or damaged where it begins") from error
     _check_size(*picture.size)
     return picture
 

@@ -6,15 +6,16 @@ D embedding width.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import parse_qs
 
 import torch
 from PIL import Image
@@ -29,6 +30,7 @@ from dreamlip_train.jobs.plain_text import plain
 from dreamlip_train.jobs.user_error import UserError
 
 MAX_BODY, MAX_TEXT, MAX_PICTURES = 50 * 2**20, 2000, 1000
+_LONGEST_NAME = 200
 _PAGE = Path(__file__).parent / "explore_page"
 _FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -155,9 +157,16 @@ def explorer_server(explorer: Explorer, port: int = 0) -> ThreadingHTTPServer:
         pass
 
     Handler.explorer = explorer
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
-    return server
+    return _Server(("127.0.0.1", port), Handler)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves in the middle, as it does when its tab is closed, is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Refused(Exception):
@@ -194,12 +203,14 @@ class _Handler(BaseHTTPRequestHandler):
             text, threshold = asked.get("text"), asked.get("threshold")
             if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
                 raise _Refused(400, f"text: give a sentence of 1 to {MAX_TEXT} characters")
-            if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+            if threshold is not None and (type(threshold) not in (int, float) or not 0 <= threshold <= 1):
                 raise _Refused(400, "threshold: give a number from 0 to 1")
             return _json(self.explorer.look(self._index(asked.get("picture")), text, threshold))
-        if self.path == "/picture":
+        path, _, query = self.path.partition("?")
+        if path == "/picture":
+            name = parse_qs(query).get("name", ["your picture"])[0][:_LONGEST_NAME]
             try:
-                index = self.explorer.add_file("your picture", self._body("application/octet-stream"))
+                index = self.explorer.add_file(name, self._body("application/octet-stream"))
             except UserError as error:
                 raise _Refused(400, str(error)) from error
             return _json({"picture": index})
@@ -216,8 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # who asked has left
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def _check_origin(self) -> None:
         """A foreign page can send requests here, and can make a name of its own lead to 127.0.0.1."""
@@ -250,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             index = int(value)
         except (TypeError, ValueError, OverflowError):
             index = -1
-        if isinstance(value, bool) or not 0 <= index < len(self.explorer.pictures):
+        if isinstance(value, bool | float) or not 0 <= index < len(self.explorer.pictures):
             raise _Refused(404, "no such picture")
         return index
 

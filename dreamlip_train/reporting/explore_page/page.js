@@ -5,7 +5,9 @@ const byId = (id) => document.getElementById(id);
 const state = { listing: null, chosen: 0, answer: null, asked: 0, images: [] };
 
 async function ask(path, options) {
-  const response = await fetch(path, options);
+  const response = await fetch(path, options).catch(() => {
+    throw new Error("no answer: is `dreamlip-train explore` still running?");
+  });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
   return answer;
@@ -31,6 +33,15 @@ function addThumbnail(index, picture) {
   byId("pictures").append(button);
 }
 
+// The pictures that the server has and this page does not: its own new one, and those of other tabs.
+async function addNewPictures() {
+  const { pictures } = await ask("pictures");
+  for (const picture of pictures.slice(state.listing.pictures.length)) {
+    state.listing.pictures.push(picture);
+    addThumbnail(state.listing.pictures.length - 1, picture);
+  }
+}
+
 function choose(index) {
   state.chosen = index;
   state.images[index] ??= loadPicture(index);
@@ -50,14 +61,19 @@ async function look() {
   const text = byId("sentence").value.trim();
   const turn = ++state.asked;
   byId("threshold-value").textContent = Number(byId("threshold").value).toFixed(2);
-  if (!text || !state.listing.pictures.length) { state.answer = null; mark(); draw(); return; }
+  if (!text || !state.listing.pictures.length) { state.answer = null; say(""); mark(); draw(); return; }
   const body = JSON.stringify({ picture: state.chosen, text, threshold: Number(byId("threshold").value) });
   try {
     const answer = await ask("look", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    if (answer.cosines.length > state.listing.pictures.length) await addNewPictures();
     if (turn !== state.asked) return;  // typed on since
     state.answer = answer;
     say("");
-  } catch (error) { if (turn === state.asked) say(error.message); }
+  } catch (error) {
+    if (turn !== state.asked) return;
+    state.answer = null;
+    say(error.message);
+  }
   mark();
   draw();
 }
@@ -120,9 +136,8 @@ async function addFile(event) {
   if (!file) return;
   try {
     const headers = { "Content-Type": "application/octet-stream" };
-    const { picture } = await ask("picture", { method: "POST", headers, body: file });
-    state.listing.pictures[picture] = { name: file.name, sentences: [] };
-    addThumbnail(picture, state.listing.pictures[picture]);
+    const { picture } = await ask(`picture?name=${encodeURIComponent(file.name)}`, { method: "POST", headers, body: file });
+    await addNewPictures();
     say("");
     choose(picture);
   } catch (error) { say(error.message); }

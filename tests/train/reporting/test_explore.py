@@ -2,10 +2,12 @@
 
 import io
 import json
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import browser
 import numpy as np
@@ -79,6 +81,29 @@ def test_a_picture_of_the_users_is_decoded_as_every_other():
         assert explorer.pictures[0].image.shape == (3, 64, 64)
         status, answer, _ = ask(f"{address}/picture", buffer.getvalue()[:200], "application/octet-stream")
         assert status == 400 and "error" in json.loads(answer) and len(explorer.pictures) == 1
+        status, answer, _ = ask(f"{address}/picture?name=a%20%C3%BC.svg", b"<svg>", "application/octet-stream")
+        assert status == 400 and json.loads(answer)["error"].startswith("'a ü.svg' is no picture")
+        assert "object at 0x" not in answer.decode()
+        assert ask(f"{address}/picture?name=b.jpg", buffer.getvalue(), "application/octet-stream")[0] == 200
+        assert [picture["name"] for picture in json.loads(ask(f"{address}/pictures")[1])["pictures"]][1:] == ["b.jpg"]
+
+
+def test_a_browser_that_leaves_is_no_traceback(capsys):
+    """A tab that was closed while a picture was sent printed one."""
+    with serving([planted_sample(0)]) as (address, _):
+        host = address.removeprefix("http://")
+        head = f"Host: {host}\r\nContent-Type: application/octet-stream\r\nContent-Length: 9999\r\n\r\nabc"
+        for sent in (
+            f"POST /picture HTTP/1.1\r\n{head}",
+            f"GET /picture/0 HTTP/1.1\r\nHost: {host}\r\n\r\n",
+            "GET /pic",
+        ):
+            with socket.create_connection(("127.0.0.1", int(host.split(":")[1]))) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed with a reset
+                client.sendall(sent.encode())
+                threading.Event().wait(0.1)
+        assert ask(f"{address}/look", {"picture": 0, "text": "a red square"})[0] == 200
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_hostile_text_stays_text():
@@ -111,6 +136,8 @@ def test_hostile_text_stays_text():
         {"picture": 0, "text": ["red"]},
         {"picture": 0, "text": "red " * 1000},
         {"picture": 0, "text": "red", "threshold": "0"},
+        {"picture": 0, "text": "red", "threshold": True},
+        {"picture": 0.5, "text": "red"},
         {"picture": 0, "text": "red", "threshold": float("nan")},
         ["picture"],
         b"{",
@@ -184,7 +211,9 @@ def test_the_page_in_a_browser():
         pytest.skip("no chromium and chromedriver here")
     samples = [planted_sample(seed) for seed in range(3)]
     samples[1] |= {"key": HOSTILE, "sentences": [HOSTILE, "a blue square"]}
-    with serving(samples) as (address, _), browser.page(address) as script:
+    server = ExitStack()
+    address, explorer = server.enter_context(serving(samples))
+    with server, browser.page(address) as script:
         wait_for(script, "document.querySelectorAll('#pictures img').length == 3")
         script("document.getElementById('sentence').value = arguments[0]; look()", samples[0]["sentences"][0])
         wait_for(script, "state.answer !== null && state.images[0].complete")
@@ -200,6 +229,20 @@ def test_the_page_in_a_browser():
         script("document.getElementById('sentence').value = 'x'.repeat(3000); look()")
         wait_for(script, "document.getElementById('message').textContent.includes('2000')")
         assert script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert script("return state.answer") is None, "nothing of the sentence before stays lit"
+        script("document.getElementById('sentence').value = ''; look()")
+        wait_for(script, "document.getElementById('message').textContent == ''")
+        # Another tab adds a picture: it had the numbers of the next one here.
+        assert ask(f"{address}/picture?name=b.png", explorer.png(2), "application/octet-stream")[0] == 200
+        script("document.getElementById('sentence').value = 'a blue square'; look()")
+        wait_for(script, "document.querySelectorAll('#pictures img').length == 4 && state.answer !== null")
+        script("choose(3)")
+        wait_for(script, "state.answer !== null && document.querySelector('button.chosen span').textContent")
+        cosines = script("return [...document.querySelectorAll('#pictures span')].map((span) => span.textContent)")
+        assert len(cosines) == 4 and cosines[2] == cosines[3]
+        server.close()
+        script("document.getElementById('sentence').value = 'a blue square'; look()")
+        wait_for(script, "document.getElementById('message').textContent.includes('still running')")
 
 
 # The saturation of the middle of each patch as the canvas shows it: what is not selected is gray.
