@@ -52,7 +52,7 @@ def ablate(options: AblationOptions) -> dict[str, Any]:
         UserError: an unknown variant, a count below 1, or the folder holds an ablation with other settings.
         RunError: runs failed (their logs are named); those that finished are in the table.
     """
-    variants, jobs = _chosen(options.only), options.jobs
+    variants, jobs = _variants(options.only), options.jobs
     settings = {name: getattr(options, name) for name in ("steps", "batch_size", "num_train", "num_val")}
     for name, value in settings.items() | {("seeds", options.seeds), ("jobs", jobs)}:
         if value < 1:
@@ -62,7 +62,7 @@ def ablate(options: AblationOptions) -> dict[str, Any]:
     train, val = _prepare_data(folder / "data", options.num_train, options.num_val)
     cells = [(variant, seed) for seed in range(options.seeds) for variant in variants]
     done: dict[tuple[str, int], dict[str, Any]] = {}
-    failed: dict[tuple[str, int], str] = {}
+    failures: dict[tuple[str, int], str] = {}
     lock = threading.Lock()
 
     def one(cell: tuple[Variant, int]) -> None:
@@ -75,8 +75,8 @@ def ablate(options: AblationOptions) -> dict[str, Any]:
                 done[variant.name, seed] = _scores(run)
                 write_results(folder, settings, _by_variant(variants, done))
         except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as error:
-            failed[variant.name, seed] = str(error)
-        progress.advance(text=f"{len(failed)} failed; last {run.name}")
+            failures[variant.name, seed] = str(error)
+        progress.advance(text=f"{len(failures)} failed; last {run.name}")
 
     with Progress("ablate", len(cells), "runs") as progress, ThreadPoolExecutor(jobs) as pool:
         try:
@@ -84,20 +84,20 @@ def ablate(options: AblationOptions) -> dict[str, Any]:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # the runs got the signal too, and save
             raise
-    if failed:
-        causes = "\n".join(f"  {name}, seed {seed}: {why}" for (name, seed), why in failed.items())
+    if failures:
+        causes = "\n".join(f"  {name}, seed {seed}: {why}" for (name, seed), why in failures.items())
         raise RunError(
-            f"{len(failed)} of {len(cells)} runs failed; the others are in {folder / 'ablation.md'}:\n{causes}"
+            f"{len(failures)} of {len(cells)} runs failed; the others are in {folder / 'ablation.md'}:\n{causes}"
         )
     return write_results(folder, settings, _by_variant(variants, done))
 
 
-def _chosen(only: Sequence[str]) -> list[Variant]:
-    known = {variant.name: variant for variant in VARIANTS}
-    unknown = [name for name in only if name not in known]
+def _variants(only: Sequence[str]) -> list[Variant]:
+    by_name = {variant.name: variant for variant in VARIANTS}
+    unknown = [name for name in only if name not in by_name]
     if unknown:
-        raise UserError(f"--only: no variant {unknown[0]!r}; there are {', '.join(known)}")
-    return [known[name] for name in only] if only else list(VARIANTS)
+        raise UserError(f"--only: no variant {unknown[0]!r}; there are {', '.join(by_name)}")
+    return [by_name[name] for name in only] if only else list(VARIANTS)
 
 
 def _claim(folder: Path, settings: dict[str, int]) -> None:
@@ -105,9 +105,9 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if path.is_file() and (old := read_json(path)) != settings:
-        changed = ", ".join(f"{name}={old.get(name)}" for name in settings if old.get(name) != settings[name])
+        other_values = ", ".join(f"{name}={old.get(name)}" for name in settings if old.get(name) != settings[name])
         raise UserError(
-            f"--output: {str(folder)!r} holds an ablation with {changed}; give those settings or another folder"
+            f"--output: {str(folder)!r} holds an ablation with {other_values}; give those settings or another folder"
         )
     write_json(path, settings)
 

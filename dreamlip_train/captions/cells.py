@@ -164,8 +164,8 @@ def written_value(text: str, notes: list[str], name: str) -> Any:
             return text
     if not isinstance(value, list | tuple | dict | bytes):  # a caption that is in quotes and brackets
         return text
-    said = "bytes that were" if isinstance(value, bytes) else "a list that was"
+    form = "bytes that were" if isinstance(value, bytes) else "a list that was"
     value = _plain(value, notes, name)
     value = value if isinstance(value, str) else _caption(value, notes, name)
-    notes.append(f"{name}: {said} written as text, read as {said.rsplit(' ', 2)[0]}")
+    notes.append(f"{name}: {form} written as text, read as {form.rsplit(' ', 2)[0]}")
     return value

@@ -37,9 +37,9 @@ class CsvRecords:
     def __iter__(self) -> Iterator[Record]:
         while True:
             begin = self.lines + 1
-            taken: list[str] = []
+            record: list[str] = []
             try:
-                cells = next(csv.reader(self._take(taken), delimiter=self.delimiter), None)
+                cells = next(csv.reader(self._take(record), delimiter=self.delimiter), None)
                 wrong = ""
             except csv.Error as error:
                 cells, wrong = [], str(error)
@@ -47,27 +47,27 @@ class CsvRecords:
                 return
             if not wrong and self.fields and len(cells) != self.fields and cells:
                 wrong = f"{len(cells)} fields, the header has {self.fields}"
-            if len(taken) > 1 and not wrong and (not self._is_strict(taken) or self._swallowed(taken)):
+            if len(record) > 1 and not wrong and (not self._is_strict(record) or self._holds_another_row(record)):
                 wrong = "a quote is opened and not closed, before rows that are whole"
             if wrong:
-                self.again.extendleft(reversed(taken[1:]))
-                self.lines -= len(taken) - 1
+                self.again.extendleft(reversed(record[1:]))
+                self.lines -= len(record) - 1
                 yield begin, None, f"line {begin}: {wrong}"
             elif cells:
                 self.fields = self.fields or len(cells)
                 yield begin, cells, ""
 
-    def _take(self, taken: list[str]) -> Iterator[str]:
-        """Lines for one record, noted in ``taken``."""
+    def _take(self, record: list[str]) -> Iterator[str]:
+        """Lines for one record, noted in ``record``."""
         while True:
             line = self.again.popleft() if self.again else self._read_line()
             if not line:
-                if taken:
+                if record:
                     raise csv.Error("a quote is opened and not closed up to the end of the file")
                 return
-            taken.append(line)
+            record.append(line)
             self.lines += 1
-            if len(taken) > _MOST_LINES:
+            if len(record) > _MOST_LINES:
                 raise csv.Error(f"a quote is opened and not closed for {_MOST_LINES} lines")
             yield line
 
@@ -78,18 +78,18 @@ class CsvRecords:
             rest = self.file.readline(2 * _LONGEST_CELL)
         return line.replace("\0", "") or ("\n" if line else "")
 
-    def _is_strict(self, taken: list[str]) -> bool:
+    def _is_strict(self, record: list[str]) -> bool:
         """Whether each quote that closes is followed by a delimiter or the end, as no stray one's partner is."""
         try:
-            next(csv.reader(taken, delimiter=self.delimiter, strict=True))
+            next(csv.reader(record, delimiter=self.delimiter, strict=True))
         except csv.Error:
             return False
         return True
 
-    def _swallowed(self, taken: list[str]) -> bool:
+    def _holds_another_row(self, record: list[str]) -> bool:
         """Whether one of a record's further lines is a row by itself; its last, in which the quote closes, is none."""
         return any(
             self.looks_like_row(next(csv.reader([line], delimiter=self.delimiter), []))
-            for line in taken[1:]
+            for line in record[1:]
             if line.count('"') % 2 == 0
         )

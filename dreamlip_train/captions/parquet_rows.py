@@ -39,12 +39,12 @@ def parquet_rows(
     except Exception as error:  # damaged footers: ArrowException, OSError, UnicodeDecodeError, MemoryError ..
         raise UserError(f"--captions: {str(path)!r} is not a readable parquet file: {_first_line(error)}") from error
     rename = know(names)
-    kept = _text_columns(path, file, rename)
+    columns_to_read = _text_columns(path, file, rename)
     done = 0
     for group, rows in enumerate(groups):
         begin = done
         try:
-            for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=kept):
+            for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=columns_to_read):
                 for record in _records(batch):
                     done += 1
                     yield done, *as_row(record, rename)
@@ -75,16 +75,16 @@ def _values(column: Any) -> list[Any]:
 
 def _text_columns(path: Path, file: Any, rename: Mapping[str, str]) -> list[str]:
     """The columns that are read: text for captions and images, and all others but those with bytes inside."""
-    kept, left_out = [], []
+    columns_to_read, columns_of_bytes = [], []
     pictures = pictures_of(file, rename)
     for field in file.schema_arrow:
         ours = rename.get(field.name, field.name)
         if field.name == pictures:
             if any(child.name == "path" for child in getattr(field.type, "fields", ())):
-                kept.append(f"{field.name}.path")
+                columns_to_read.append(f"{field.name}.path")
             continue
         if is_caption_column(ours) and _is_conversation(field.type):
-            kept.append(field.name)
+            columns_to_read.append(field.name)
             continue
         if (ours == IMAGE_COLUMN or is_caption_column(ours)) and not _is_text(field.type, lists=ours != IMAGE_COLUMN):
             raise UserError(
@@ -92,12 +92,12 @@ def _text_columns(path: Path, file: Any, rename: Mapping[str, str]) -> list[str]
                 "give a table without it, or convert it to text"
             )
         if _is_text(field.type, lists=True) or "binary" not in str(field.type):
-            kept.append(field.name)
+            columns_to_read.append(field.name)
         else:
-            left_out.append(f"{field.name} ({field.type})")
-    if left_out:
-        logger.warning("%r: columns that hold bytes are left out: %s", str(path), ", ".join(left_out))
-    return kept
+            columns_of_bytes.append(f"{field.name} ({field.type})")
+    if columns_of_bytes:
+        logger.warning("%r: columns that hold bytes are left out: %s", str(path), ", ".join(columns_of_bytes))
+    return columns_to_read
 
 
 def _is_conversation(kind: Any) -> bool:

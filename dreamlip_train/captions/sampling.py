@@ -45,13 +45,13 @@ def sample_sub_captions(
     if sampling == "raw_first":
         head = [c for c in candidates if c.source == RAW][:1]
         candidates = [c for c in candidates if c.source != RAW]
-    drawn: dict[str, str] = {}
+    draws: dict[str, str] = {}
     for candidate in head + _weighted_order(candidates, weights, rng):
-        if len(drawn) == k:
+        if len(draws) == k:
             break
         # The MLLMs do write the same sentence; a repeat would be a negative of itself in the within-image contrast.
-        drawn.setdefault(candidate.text.casefold(), candidate.text)
-    return list(drawn.values())
+        draws.setdefault(candidate.text.casefold(), candidate.text)
+    return list(draws.values())
 
 
 def _weighted_order(pool: list[SubCaption], weights: Mapping[str, float], rng: random.Random) -> list[SubCaption]:
@@ -82,5 +82,5 @@ def _merge_runs(pool: Sequence[SubCaption], merged_num: int, rng: random.Random)
 def _joined(run: list[SubCaption]) -> SubCaption:
     texts = [piece.text for piece in run]
     # Official pieces have lost their full stops.
-    ended = [t if t[-1] in ".!?…\"'”’)。！？" else t + "." for t in texts[:-1]]
-    return SubCaption(" ".join([*ended, texts[-1]]), run[0].source, run[0].index)
+    sentences = [t if t[-1] in ".!?…\"'”’)。！？" else t + "." for t in texts[:-1]]
+    return SubCaption(" ".join([*sentences, texts[-1]]), run[0].source, run[0].index)

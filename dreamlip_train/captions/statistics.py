@@ -103,21 +103,21 @@ class Statistics:
 
 
 def _describe(histograms: Mapping[str, Counter[int]]) -> dict[str, Any]:
-    described: dict[str, Any] = {"samples": histograms["sentences"].total()}
+    numbers: dict[str, Any] = {"samples": histograms["sentences"].total()}
     for name in ("sentences", "tokens", "sentence_tokens"):
         histogram = histograms[name]
         if histogram:
-            described[f"{name}_mean"] = round(sum(n * c for n, c in histogram.items()) / histogram.total(), 2)
-            described |= {f"{name}_p{p}": percentile(histogram, p) for p in (50, 95)} | {f"{name}_max": max(histogram)}
-    return described
+            numbers[f"{name}_mean"] = round(sum(n * c for n, c in histogram.items()) / histogram.total(), 2)
+            numbers |= {f"{name}_p{p}": percentile(histogram, p) for p in (50, 95)} | {f"{name}_max": max(histogram)}
+    return numbers
 
 
 def percentile(histogram: Counter[int], percent: float) -> int:
     """The smallest value that at least ``percent`` of the counted do not exceed."""
-    needed, passed = histogram.total() * percent / 100, 0
+    enough, count = histogram.total() * percent / 100, 0
     for value in sorted(histogram):
-        passed += histogram[value]
-        if passed >= needed:
+        count += histogram[value]
+        if count >= enough:
             return value
     return 0
 
@@ -132,11 +132,11 @@ def format_summary(title: str, manifest: Mapping[str, Any]) -> str:
     lines = [
         f"{title}: {manifest['samples']} samples in {len(manifest['shards'])} shards, {manifest['masks']} with masks"
     ]
-    for source, described in manifest["captions"].items():
-        parts = [f"{described['samples']:>9} captions", f"{described['sentences_mean']:>5.1f} sentences each"]
-        if "tokens_mean" in described:
+    for source, numbers in manifest["captions"].items():
+        parts = [f"{numbers['samples']:>9} captions", f"{numbers['sentences_mean']:>5.1f} sentences each"]
+        if "tokens_mean" in numbers:
             parts.append(
-                f"{described['tokens_mean']:>6.1f} tokens each, {described['sentence_tokens_mean']:.1f} a sentence"
+                f"{numbers['tokens_mean']:>6.1f} tokens each, {numbers['sentence_tokens_mean']:.1f} a sentence"
             )
         lines.append(f"  {source:<18} {', '.join(parts)}")
     for reason, entry in manifest["bad"].items():

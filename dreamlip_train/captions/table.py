@@ -117,7 +117,7 @@ class Table:
             logger.info("%r: %d rows on %d lines", str(self.path), number, records.lines)
 
     def _json_lines(self) -> Iterator[Row]:
-        checked = False
+        has_names = False
         with open_text(self.path) as file:
             for number, line in enumerate(file, 1):
                 self.lines = number
@@ -131,9 +131,9 @@ class Table:
                 if not isinstance(record, dict):
                     yield number, None, f"line {number}: a {type(record).__name__}, not an object"
                     continue
-                if not checked:
+                if not has_names:
                     self._know(list(record))
-                    checked = True
+                    has_names = True
                 yield number, *as_row(record, self.rename)
 
     def _json_rows(self) -> Iterator[Row]:
@@ -190,9 +190,9 @@ def _header(path: Path, cells: list[str], delimiter: str) -> tuple[list[str], st
             f"--captions: {str(path)!r} has no line with its columns' names: the first line holds {urls[0][:80]!r}; "
             "put one above it"
         )
-    repeated = [name for name, times in Counter(filter(None, header)).items() if times > 1]
-    if repeated:
-        raise UserError(f"--captions: {str(path)!r} has the column {repeated[0]!r} twice; rename one")
+    duplicates = [name for name, times in Counter(filter(None, header)).items() if times > 1]
+    if duplicates:
+        raise UserError(f"--captions: {str(path)!r} has the column {duplicates[0]!r} twice; rename one")
     return header, ""
 
 

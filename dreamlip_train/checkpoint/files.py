@@ -158,16 +158,16 @@ def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def damaged_files(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """Files whose content is not what was written; ranks can share the reading, each doing its ``part``."""
-    listed = read_manifest(checkpoint)["files"]
-    damaged = []
-    for name in sorted(listed)[part::parts]:
+    entries = read_manifest(checkpoint)["files"]
+    names = []
+    for name in sorted(entries)[part::parts]:
         try:
             entry = describe(checkpoint, [name])[name]
         except OSError:  # a disk that can't read a block
             entry = {"sha256": ""}
-        if entry["sha256"] != listed[name]["sha256"]:
-            damaged.append(name)
-    return damaged
+        if entry["sha256"] != entries[name]["sha256"]:
+            names.append(name)
+    return names
 
 
 def refuse_foreign_pickles(checkpoint: Path) -> None:

@@ -38,8 +38,8 @@ def load(engine: Any, checkpoint: Path, seed: int = 0) -> TrainState:
     settings = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
-    loaded, client_state = engine.load_checkpoint(str(source.parent), tag=source.name, load_lr_scheduler_states=False)
-    if loaded is None:
+    path, client_state = engine.load_checkpoint(str(source.parent), tag=source.name, load_lr_scheduler_states=False)
+    if path is None:
         raise UserError(f"{checkpoint} holds no weights DeepSpeed can read; give an earlier checkpoint")
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         # The checkpoint's weight decay and betas would silently win over the config's;

@@ -36,9 +36,9 @@ def all_or_none() -> Iterator[list[str]]:
         errors.append(describe_error(error))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, errors[0] if errors else None)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
-    if failed:
-        raise SaveError(failed[0])
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
+    if failures:
+        raise SaveError(failures[0])
 
 
 def describe_error(error: Exception) -> str:
@@ -57,13 +57,13 @@ def deaths_told_afterwards() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    missed: list[Any] = []
-    handler = signal.signal(signal.SIGCHLD, lambda number, frame: missed.append(number))
+    deaths: list[Any] = []
+    handler = signal.signal(signal.SIGCHLD, lambda number, frame: deaths.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
-    if missed and callable(handler):
+    if deaths and callable(handler):
         handler(signal.SIGCHLD, None)
 
 

@@ -97,10 +97,10 @@ def starting_point(run_dir: Path, resume: str) -> Path | None:
 def _newest_undamaged(checkpoints: Path) -> Path | None:
     """The newest checkpoint whose files are what was written; newer ones are put aside."""
     for candidate in complete_checkpoints(checkpoints):
-        damaged = _damaged(candidate)
-        if not damaged:
+        damaged_names = _damaged(candidate)
+        if not damaged_names:
             return candidate
-        why = f"{damaged[0]} is not what was written (its hash differs)"
+        why = f"{damaged_names[0]} is not what was written (its hash differs)"
         on_first_rank(lambda path=candidate, why=why: [put_aside(path, why)])
     return None
 
@@ -122,9 +122,9 @@ def restore_quarantine(checkpoint: Path, run_dir: Path) -> None:
 
     def add_missing() -> list[str]:
         source, target = checkpoint / QUARANTINE, run_dir / QUARANTINE
-        known = set(target.read_text(encoding="utf-8", errors="replace").splitlines()) if target.exists() else set()
+        present = set(target.read_text(encoding="utf-8", errors="replace").splitlines()) if target.exists() else set()
         lines = source.read_text(encoding="utf-8", errors="replace").splitlines() if source.exists() else []
-        missing = [line for line in lines if line not in known]
+        missing = [line for line in lines if line not in present]
         if missing:
             with target.open("a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in missing)
@@ -161,9 +161,9 @@ def _damaged(checkpoint: Path) -> list[str]:
 
 
 def _require_undamaged(checkpoint: Path) -> None:
-    if damaged := _damaged(checkpoint):
+    if damaged_names := _damaged(checkpoint):
         raise UserError(
-            f"--resume: {checkpoint / damaged[0]} is not what was written (its hash differs); "
+            f"--resume: {checkpoint / damaged_names[0]} is not what was written (its hash differs); "
             "give an earlier checkpoint"
         )
 
@@ -179,8 +179,8 @@ def check_fits(checkpoint: Path, config: Config, data: str, accept_changes: bool
             it is named with both values.
     """
     manifest = read_manifest(checkpoint)
-    changed = differences(read_config(checkpoint / "config.toml"), config)
-    for name, (old, new) in changed.items():
+    changes = differences(read_config(checkpoint / "config.toml"), config)
+    for name, (old, new) in changes.items():
         problem = f"{name}: {checkpoint} was written with {old!r}, this run has {new!r}"
         section, field = name.split(".")
         if field in _FIXED.get(section, ()):
@@ -196,4 +196,4 @@ def check_fits(checkpoint: Path, config: Config, data: str, accept_changes: bool
             "give the same shards, or start another "
             "run from its weights (--run-dir, model.pretrained)"
         )
-    return changed
+    return changes

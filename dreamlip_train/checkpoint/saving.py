@@ -70,9 +70,9 @@ def save(
 
 def _drop_old(folder: Path, keep_last: int) -> None:
     if dist.get_rank() == 0:
-        kept = complete_checkpoints(folder)
-        good = next((path for path in kept if not read_manifest(path)["skipped_in_a_row"]), None)
-        for old in kept[keep_last:]:
+        checkpoints = complete_checkpoints(folder)
+        good = next((path for path in checkpoints if not read_manifest(path)["skipped_in_a_row"]), None)
+        for old in checkpoints[keep_last:]:
             if old != good:
                 shutil.rmtree(old, ignore_errors=True)
     dist.barrier()

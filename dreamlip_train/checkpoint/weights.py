@@ -67,9 +67,9 @@ def read_weights(path: Path, weights: Weights = "") -> tuple[dict[str, torch.Ten
         UserError: no whole, undamaged checkpoint is there, or no average in it.
     """
     checkpoint = find_checkpoint(path)
-    if damaged := damaged_files(checkpoint):
+    if damaged_names := damaged_files(checkpoint):
         raise UserError(
-            f"{checkpoint / damaged[0]} is not what was written (its hash differs); give an earlier checkpoint"
+            f"{checkpoint / damaged_names[0]} is not what was written (its hash differs); give an earlier checkpoint"
         )
     refuse_foreign_pickles(checkpoint)
     config = read_config(checkpoint / "config.toml")

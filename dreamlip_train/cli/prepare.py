@@ -46,9 +46,9 @@ def prepare_urls(arguments: list[str], program: str) -> None:
     require_writable(options.output)
     from dreamlip_train.prepare.url_list import write_url_list
 
-    written = write_url_list(options.captions, options.output, parse_columns(options.columns))
-    names = written.pop("columns")
-    say(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in written.items()))
+    counts = write_url_list(options.captions, options.output, parse_columns(options.columns))
+    names = counts.pop("columns")
+    say(f"wrote {options.output}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     say(f"img2dataset: --url_col url --save_additional_columns {shlex.quote(json.dumps(names))}")
 
 
@@ -100,9 +100,9 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     if kind_of(Path(options.pattern)) and Path(options.pattern).is_file():
         from dreamlip_train.prepare.validate_table import format_table, validate_table
 
-        checked = validate_table(Path(options.pattern), parse_columns(options.columns))
-        say(format_table(options.pattern, checked))
-        sys.exit(1 if checked["bad"] else 0)
+        result = validate_table(Path(options.pattern), parse_columns(options.columns))
+        say(format_table(options.pattern, result))
+        sys.exit(1 if result["bad"] else 0)
     if options.columns:
         raise UserError(f"--columns: {options.pattern!r} is no table by its name ({', '.join(SUFFIXES)})")
     if _is_some_other_file(Path(options.pattern)):
@@ -111,13 +111,13 @@ def prepare_validate(arguments: list[str], program: str) -> None:
     from dreamlip_train.model.tokenizer import count_tokens
     from dreamlip_train.prepare.validate import validate_shards
 
-    checked = validate_shards(
+    result = validate_shards(
         options.pattern, count_tokens=count_tokens, allow_pipe=options.allow_pipe, crop=options.crop, fix=options.fix
     )
-    say(format_summary(options.pattern, checked))
+    say(format_summary(options.pattern, result))
     if options.fix:
         say(f"repaired copies are in {options.fix}")
-    sys.exit(1 if checked["bad"] else 0)
+    sys.exit(1 if result["bad"] else 0)
 
 
 def _is_some_other_file(path: Path) -> bool:

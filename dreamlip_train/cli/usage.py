@@ -40,9 +40,9 @@ def first_line(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().split("\n")[0]
 
 
-def closest(word: str, known: Collection[str]) -> str:
+def closest(word: str, names: Collection[str]) -> str:
     """The names most like ``word``, or all of them."""
-    return ", ".join(difflib.get_close_matches(word, known, n=3) or list(known))
+    return ", ".join(difflib.get_close_matches(word, names, n=3) or list(names))
 
 
 def require_picture(output: str) -> None:

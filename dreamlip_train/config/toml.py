@@ -85,8 +85,8 @@ def _checked(value: Any, expected: Any, name: str) -> Any:
         return float(value)
     if any(type(value) is kind for kind in kinds):
         return value
-    wanted = getattr(expected, "__name__", str(expected)) if not arguments else str(expected)
-    raise UserError(f"{name}: got {value!r}; it must be {wanted}")
+    type_name = getattr(expected, "__name__", str(expected)) if not arguments else str(expected)
+    raise UserError(f"{name}: got {value!r}; it must be {type_name}")
 
 
 def _with_none(value: Any) -> Any:

@@ -52,13 +52,13 @@ def data_sets(
     """
     patterns = {f"data.mixture.{name}": pattern for name, pattern in sorted(data.mixture.items())}
     patterns = patterns or {"data.shards": data.shards}
-    listed = {
+    shards_by_field = {
         field: list_shards(pattern, allow_pipe=data.allow_pipe, field=field) for field, pattern in patterns.items()
     }
-    shards = [shard for of_set in listed.values() for shard in of_set]
+    shards = [shard for of_set in shards_by_field.values() for shard in of_set]
     places = Counter(os.path.abspath(shard) if scheme_of(shard) == "file" else shard for shard in shards)
-    if shared := [place for place, times in places.items() if times > 1]:
-        raise UserError(f"data.mixture: {shared[0]!r} is in two sets; name each shard once")
+    if duplicates := [place for place, times in places.items() if times > 1]:
+        raise UserError(f"data.mixture: {duplicates[0]!r} is in two sets; name each shard once")
     readers = world_size * max(1, data.num_workers)
     if len(shards) < readers:
         raise UserError(
@@ -72,7 +72,7 @@ def data_sets(
     if counts.broken:
         _set_aside(counts, ids, data, quarantine if rank == 0 else None)
     sets = []
-    for field, of_set in listed.items():
+    for field, of_set in shards_by_field.items():
         usable: list[str] = [shard for shard in of_set if shard in counts.samples]
         name = field.removeprefix("data.mixture.") if data.mixture else ""
         sets.append(DataSet(name, usable, [counts.samples[shard] for shard in usable]))
@@ -81,13 +81,13 @@ def data_sets(
 
 def _shared_counts(shards: list[Shard], quarantine: Path | None) -> Counts:
     """Samples in each shard; of several ranks the first one counts, once for the run folder."""
-    known = None if quarantine is None else quarantine.with_name(_COUNTS)
+    counts_file = None if quarantine is None else quarantine.with_name(_COUNTS)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return count_samples(shards, known)
+        return count_samples(shards, counts_file)
     result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            result = [count_samples(shards, known)]
+            result = [count_samples(shards, counts_file)]
         except UserError as error:
             result = [error]
     dist.broadcast_object_list(result)
@@ -107,10 +107,10 @@ def _set_aside(counts: Counts, ids: Mapping[str, str], data: DataConfig, quarant
             "Fetch them again, leave them out of data.shards, or raise the limit"
         )
     logger.warning("set aside: %d of %d shards, which can't be read to their ends: %s", len(broken), total, names)
-    known = read_quarantine(quarantine, ids)
+    places_before = read_quarantine(quarantine, ids)
     entries = [
         {"shard": ids[shard], "path": shard, "key": "", "reason": "shard could not be counted", "detail": why}
         for shard, why in broken.items()
-        if (ids[shard], "") not in known
+        if (ids[shard], "") not in places_before
     ]
     Quarantine(quarantine).add(entries)

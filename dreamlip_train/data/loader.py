@@ -95,7 +95,7 @@ class TrainLoader:
     bad: BadCounts = field(default_factory=BadCounts)
 
     def __post_init__(self) -> None:
-        self.left_out = Quarantine(self.quarantine)
+        self.quarantine_log = Quarantine(self.quarantine)
         self.layout = ReaderLayout(self.world_size, max(1, self.data.num_workers), self.batch_size)
         self.heartbeats = Heartbeats(self.layout.workers)
         proportions = self.data.proportions if self.data.mixture else {}
@@ -149,11 +149,11 @@ class TrainLoader:
         The workers start with this call, in this thread: only the main one hears at once that one of them was killed.
         The batches may be taken by another.
         """
-        begun = past[-1].steps if past and past[-1].same_readers(self.layout) else 0
-        steps, plans = plan_epoch(self.mixture, epoch, past[:-1] if begun else past, self.layout)
+        steps_before = past[-1].steps if past and past[-1].same_readers(self.layout) else 0
+        steps, plans = plan_epoch(self.mixture, epoch, past[:-1] if steps_before else past, self.layout)
         own = plans[self.rank * self.layout.workers :][: self.layout.workers]
-        make = _MakeReader(self, own, begun)
-        dataset = ReaderDataset(make, self.layout.workers, begun % self.layout.workers, self.heartbeats)
+        make = _MakeReader(self, own, steps_before)
+        dataset = ReaderDataset(make, self.layout.workers, steps_before % self.layout.workers, self.heartbeats)
         loader = DataLoader(
             dataset,
             batch_size=None,
@@ -167,7 +167,7 @@ class TrainLoader:
             timeout=min(_LOOK_EVERY, self.data.stall_seconds or _LOOK_EVERY) if self.data.num_workers else 0,
         )
         self.heartbeats.leaving.value = 0
-        return self._batches(iter(loader), steps - begun)
+        return self._batches(iter(loader), steps - steps_before)
 
     def _batches(self, batches: Iterator[dict[str, Any]], count: int) -> Generator[dict[str, Any], None, None]:
         try:
@@ -192,12 +192,12 @@ class TrainLoader:
                 batch = next(batches)
                 break
             except RuntimeError as error:  # the DataLoader's: nothing for _LOOK_EVERY seconds, or a worker was killed
-                waited = time.monotonic() - began
+                seconds = time.monotonic() - began
                 if "timed out" not in str(error):
                     raise worker_error(error) from error
                 if self.heartbeats.leaving.value:
                     return None
-                if self.data.stall_seconds and waited >= self.data.stall_seconds:
+                if self.data.stall_seconds and seconds >= self.data.stall_seconds:
                     silent = self.heartbeats.silent(self.data.stall_seconds / 2) or [
                         "no worker says which shard it reads"
                     ]
@@ -219,7 +219,7 @@ class TrainLoader:
         for entry in bad:
             self.bad.add(entry)
             logger.warning("left out: %s: %s: %s (%s)", entry["path"], entry["key"], entry["reason"], entry["detail"])
-        self.left_out.add(bad)
+        self.quarantine_log.add(bad)
         if self.bad.seen >= _JUDGED_AFTER and self.bad.total > self.data.max_bad_fraction * self.bad.seen:
             raise RunError(
                 f"data.max_bad_fraction: {self.bad.total} of {self.bad.seen} samples could not be used (limit "
@@ -246,13 +246,13 @@ def worker_error(error: BaseException | str) -> RunError:
 class _MakeReader:
     """Builds a worker's reader inside the worker."""
 
-    def __init__(self, loader: TrainLoader, plans: list[ReaderPlan], begun: int) -> None:
-        self.loader, self.plans, self.begun = loader, plans, begun
+    def __init__(self, loader: TrainLoader, plans: list[ReaderPlan], steps_before: int) -> None:
+        self.loader, self.plans, self.steps_before = loader, plans, steps_before
         self.known_bad = read_quarantine(loader.quarantine, loader.ids)
 
     def __call__(self, worker: int, beat: Callable[[str], None]) -> tuple[Reader, int]:
         loader, plan = self.loader, self.plans[worker]
-        done = batches_of_worker(self.begun, worker, len(self.plans))
+        done = batches_of_worker(self.steps_before, worker, len(self.plans))
         context = ReadingContext(
             loader.data, loader.image_size, loader.seed, self.known_bad, loader.ids, beat, alone=len(loader.sets) == 1
         )

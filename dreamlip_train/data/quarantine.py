@@ -50,12 +50,12 @@ def read_quarantine(path: Path | None, ids: Mapping[str, str]) -> set[tuple[str,
     """
     if path is None or not path.exists():
         return set()
-    known, names = set(), set(ids.values())
+    places, names = set(), set(ids.values())
     for entry in read_json_lines(path):
         name, key = entry.get("shard"), entry.get("key")
         if isinstance(name, str) and isinstance(key, str):
-            known.add((name if name in names else ids.get(str(entry.get("path", name)), name), key))
-    return known
+            places.add((name if name in names else ids.get(str(entry.get("path", name)), name), key))
+    return places
 
 
 class Quarantine:

@@ -45,7 +45,7 @@ def prepare_sample(sample: dict[str, Any], data: DataConfig, image_size: int, sa
     rng = random.Random(f"{salt}-{key}")
     record = _record(sample)
     pool = caption_pool(record, data.caption_sources, data.splitter)
-    drawn = sample_sub_captions(
+    sub_captions = sample_sub_captions(
         pool,
         data.num_sub_captions,
         rng,
@@ -53,12 +53,12 @@ def prepare_sample(sample: dict[str, Any], data: DataConfig, image_size: int, sa
         source_weights=data.source_weights,
         merged_num=data.merged_num,
     )
-    if not drawn:
+    if not sub_captions:
         raise BadSample("no captions", f"none in {', '.join(data.caption_sources) or 'any caption column'}")
     image = random_resized_crop(_image(sample), image_size, data.crop_scale, rng, data.crop_ratio)
     image = augment(image, data, rng)
     too_long = sum(is_too_long(record.get(source)) for source in data.caption_sources or caption_columns(record))
-    return TrainingSample(key, image, drawn, too_long)
+    return TrainingSample(key, image, sub_captions, too_long)
 
 
 def val_sample(sample: dict[str, Any], data: DataConfig, image_size: int) -> dict[str, Any]:

@@ -21,13 +21,13 @@ def val_samples(
     *,
     image_size: int,
     max_samples: int = 0,
-    wanted: Callable[[int], bool] = lambda position: True,
+    is_ours: Callable[[int], bool] = lambda position: True,
 ) -> Iterator[dict[str, Any]]:
     """Held-out samples in file order, for evaluation.
 
     Args:
         max_samples: how many of the first ones are looked at, 0 for all.
-        wanted: whether the sample at a position is decoded; the others are passed over.
+        is_ours: whether the sample at a position is decoded; the others are passed over.
     Yields:
         {"position": int, "key": str, "image": uint8 [3, S, S], "sentences": the sub-captions of data.eval_source or,
         where it is missing, of the first long caption the sample has, "raw": str or None, "mask":
@@ -43,7 +43,7 @@ def val_samples(
             position += 1
             if max_samples and position >= max_samples:
                 break
-            if not wanted(position):
+            if not is_ours(position):
                 continue
             try:
                 yield {"position": position, **val_sample(sample, data, image_size)}

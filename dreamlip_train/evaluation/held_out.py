@@ -79,7 +79,7 @@ def evaluate(
             data,
             image_size=model.image_size,
             max_samples=eval.max_samples,
-            wanted=lambda position: share.owns(position // size),
+            is_ours=lambda position: share.owns(position // size),
         )
         batches = (list(batch) for _, batch in groupby(samples, key=lambda sample: sample["position"] // size))
         own = share.map(work, batches, should_stop)
@@ -163,7 +163,7 @@ def _report(results: list[_BatchResult], data: DataConfig) -> dict[str, Any]:
     captions = torch.stack([nn.functional.normalize(text.mean(dim=0), dim=0) for text in sentences])
     one_each = torch.arange(len(image_ND))
     owner_M = torch.repeat_interleave(one_each, torch.tensor([len(text) for text in sentences]))
-    located = sum(map(len, weights)) > 0
+    has_regions = sum(map(len, weights)) > 0
     report = {
         "retrieval": {
             "long_caption": retrieval(image_ND, captions, one_each)
@@ -171,7 +171,7 @@ def _report(results: list[_BatchResult], data: DataConfig) -> dict[str, Any]:
             "sentence": retrieval(image_ND, torch.cat(sentences), owner_M)
             | {"chance": retrieval_chance(owner_M, len(image_ND))},
         },
-        "localization": localization(torch.cat(weights), torch.cat(regions)) if located else None,
+        "localization": localization(torch.cat(weights), torch.cat(regions)) if has_regions else None,
         "samples": len(image_ND),
         "sentences": len(owner_M),
         "skipped": {reason: count for reason, count in skipped.items() if count},
@@ -203,14 +203,14 @@ def format_held_out(report: dict[str, Any]) -> str:
     if "held_out_loss" in report:
         parts = ", ".join(f"{name} {value:.4f}" for name, value in report["held_out_loss"].items())
         lines.append(f"held-out loss: {parts}")
-    located = report["localization"]
-    if located is not None:
-        lines.append(f"patch localization of {located['sub_captions']} sub-captions, % (chance)")
+    regions = report["localization"]
+    if regions is not None:
+        lines.append(f"patch localization of {regions['sub_captions']} sub-captions, % (chance)")
         for name, label in (
             ("mass_inside", "weight inside the region"),
             ("pointing", "top patch inside the region"),
             ("miou", "IoU of the selected patches"),
         ):
-            lines.append(f"  {label:<32}" + f"{located[name]['value']:.1f} ({located[name]['chance']:.1f})".rjust(16))
+            lines.append(f"  {label:<32}" + f"{regions[name]['value']:.1f} ({regions[name]['chance']:.1f})".rjust(16))
     lines += [f"left out: {count} x {reason}" for reason, count in report["skipped"].items()]
     return "\n".join(lines)

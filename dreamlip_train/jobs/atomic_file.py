@@ -22,8 +22,8 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     try:
         yield partial
         if partial.exists():
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -67,18 +67,18 @@ def failed_writes_named(folder: Path, option: str) -> Iterator[None]:
 
 def _claim(output: Path, folder: Path, job: dict[str, Any], what: str, shared: bool) -> bool:
     """Write the job down where nobody has, and return whether this process did."""
-    known, job = folder / _JOB, json.loads(json.dumps(job))
-    if not shared and _is_of_another(known, job) and not any(output.glob("*.tar")):
+    job_file, job = folder / _JOB, json.loads(json.dumps(job))
+    if not shared and _is_of_another(job_file, job) and not any(output.glob("*.tar")):
         _clear(folder)
-    if _is_of_another(known, job):
+    if _is_of_another(job_file, job):
         raise UserError(f"--output: {str(output)!r} holds {what}; give another folder or delete it")
-    if not known.exists() and any(output.glob("*.tar")):
+    if not job_file.exists() and any(output.glob("*.tar")):
         raise UserError(
             f"--output: {str(output)!r} holds .tar files that this command did not write; give another folder"
         )
-    if known.exists():
+    if job_file.exists():
         return False
-    write_json(known, job)
+    write_json(job_file, job)
     return True
 
 
@@ -90,12 +90,12 @@ def _clear(folder: Path) -> None:
 
 def _has_work(output: Path, folder: Path) -> bool:
     """Whether there is a shard, an answer, or the claim of a process that is at one."""
-    made = any(output.glob("*.tar")) or any(path.stat().st_size for path in folder.glob("*.jsonl"))
-    return made or any(path.is_file() for path in folder.glob("claims/*"))
+    has_output = any(output.glob("*.tar")) or any(path.stat().st_size for path in folder.glob("*.jsonl"))
+    return has_output or any(path.is_file() for path in folder.glob("claims/*"))
 
 
-def _is_of_another(known: Path, job: dict[str, Any]) -> bool:
-    return known.exists() and read_json(known) != job
+def _is_of_another(job_file: Path, job: dict[str, Any]) -> bool:
+    return job_file.exists() and read_json(job_file) != job
 
 
 def make_once(file: Path, note: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class LineFile:
         try:
             while self.waiting:
                 self.file = self.file or self._open()
-                written = self.file.write(self.waiting[0])
-                if written < len(self.waiting[0]):  # the disk filled up in the middle of the line
-                    self.waiting[0] = self.waiting[0][written:]
+                count = self.file.write(self.waiting[0])
+                if count < len(self.waiting[0]):  # the disk filled up in the middle of the line
+                    self.waiting[0] = self.waiting[0][count:]
                 else:
                     self.waiting.popleft()
         except OSError as error:

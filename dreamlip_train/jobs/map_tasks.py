@@ -47,27 +47,27 @@ def map_tasks(
     running: list[Any] = []
     for item in items:
         while len(running) >= room:
-            ended, running = _wait(ray, running, on_wait)
-            yield from _results(ray, ended)
+            ready, running = _wait(ray, running, on_wait)
+            yield from _results(ray, ready)
         running.append(task.remote(item))
     while running:
-        ended, running = _wait(ray, running, on_wait)
-        yield from _results(ray, ended)
+        ready, running = _wait(ray, running, on_wait)
+        yield from _results(ray, ready)
 
 
 def _wait(ray: Any, running: list[Any], on_wait: Callable[[], None]) -> tuple[list[Any], list[Any]]:
     """(tasks that have ended, if any, tasks that run) within a second."""
-    ended, running = ray.wait(running, timeout=_WAIT_SECONDS)
+    ready, running = ray.wait(running, timeout=_WAIT_SECONDS)
     on_wait()
-    return ended, running
+    return ready, running
 
 
-def _results(ray: Any, ended: list[Any]) -> list[Any]:
+def _results(ray: Any, ready: list[Any]) -> list[Any]:
     """What tasks returned; a user's error is raised as itself, without the traceback that Ray makes part of its
     message.
     """
     try:
-        return ray.get(ended)
+        return ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError | RunError):
             raise error.cause from None

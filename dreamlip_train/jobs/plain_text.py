@@ -12,7 +12,7 @@ _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 
 def plain(text: str) -> str:
     """``text`` with each control character as its escape, such as ``\\x1b``."""
-    return _COMMANDS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return _COMMANDS.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 class PlainFormatter(logging.Formatter):

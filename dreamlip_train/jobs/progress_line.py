@@ -56,7 +56,7 @@ class Progress:
         self.done = self.skipped = 0
         self.text = ""
         self.style = _style if _style != "auto" else ("bar" if sys.stderr.isatty() else "lines")
-        self.began = self.told = time.monotonic()
+        self.began = self.last_print = time.monotonic()
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.bar: Bar | None = None
 
@@ -103,7 +103,7 @@ class Progress:
         self.text = plain(text) or self.text
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, text=self.text)
-        elif self.style == "json" and time.monotonic() - self.told >= _JSON_SECONDS:
+        elif self.style == "json" and time.monotonic() - self.last_print >= _JSON_SECONDS:
             self._print()
 
     def _tell_regularly(self) -> None:
@@ -118,8 +118,8 @@ class Progress:
         return max(0, self.total - self.done) * seconds / (self.done - self.skipped)
 
     def _print(self, *, finished: bool = False) -> None:
-        self.told = time.monotonic()
-        seconds = self.told - self.began
+        self.last_print = time.monotonic()
+        seconds = self.last_print - self.began
         left = self._seconds_left(seconds)
         if self.style == "json":
             record: dict[str, Any] = {"progress": self.title, "done": self.done, "total": self.total, "unit": self.unit}

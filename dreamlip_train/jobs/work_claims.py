@@ -74,8 +74,8 @@ class Claims:
         except (ValueError, KeyError):  # its owner is just writing it, or died doing so
             owner, age = "", time.time() - path.stat().st_mtime
         host, _, process = owner.rpartition(":")
-        ended = host == self.host and process.isdigit() and not _is_alive(int(process))
-        return owner == self.owner or ended or age > self.stale_seconds
+        owner_is_gone = host == self.host and process.isdigit() and not _is_alive(int(process))
+        return owner == self.owner or owner_is_gone or age > self.stale_seconds
 
     def renew(self, name: str) -> None:
         """Say that the work on ``name`` continues."""

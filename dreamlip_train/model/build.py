@@ -57,7 +57,7 @@ def build_model(model: ModelConfig, seed: int, weights: dict[str, Tensor] | None
         fit_weights(clip, {k: v for k, v in weights.items() if k not in TRAIN_ONLY}, model.pretrained)
     elif model.pretrained:
         load_open_clip_weights(clip, model.pretrained)
-    built = DreamLIP(
+    dreamlip = DreamLIP(
         clip,
         tokenizer,
         local_projection=model.patch_projection == "local",
@@ -65,12 +65,12 @@ def build_model(model: ModelConfig, seed: int, weights: dict[str, Tensor] | None
         logit_bias=model.init_logit_bias,
         **_normalization(model),
     )
-    own = dict(built.named_parameters())
+    own = dict(dreamlip.named_parameters())
     with torch.no_grad():
-        stored = weights or {}
-        for name in TRAIN_ONLY & own.keys() & stored.keys():
-            own[name].copy_(stored[name].reshape(own[name].shape))
-    return built
+        values = weights or {}
+        for name in TRAIN_ONLY & own.keys() & values.keys():
+            own[name].copy_(values[name].reshape(own[name].shape))
+    return dreamlip
 
 
 @functools.cache

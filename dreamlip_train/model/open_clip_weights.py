@@ -79,12 +79,12 @@ def stretch_positions(positions: Tensor, length: int) -> Tensor:
     count = len(positions)
     if length <= count:
         return positions[:length]
-    kept = min(_KEPT_POSITIONS, count // 2)
-    place = kept + torch.arange(length - kept, dtype=torch.float64) * ((count - kept) / (length - kept))
+    head = min(_KEPT_POSITIONS, count // 2)
+    place = head + torch.arange(length - head, dtype=torch.float64) * ((count - head) / (length - head))
     low = place.floor().long().clamp(max=max(count - 2, 0))
     part = (place - low)[:, None].to(positions.dtype)
     stretched = positions[low] + part * (positions[(low + 1).clamp(max=count - 1)] - positions[low])
-    return torch.cat([positions[:kept], stretched])
+    return torch.cat([positions[:head], stretched])
 
 
 def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:
@@ -96,14 +96,14 @@ def open_clip_state_dict(model: DreamLIP) -> dict[str, Tensor]:
     return state
 
 
-def _mismatches(expected: dict[str, Tensor], loaded: dict[str, Tensor]) -> list[str]:
-    """What keeps ``loaded`` from loading, position counts aside: those are resized."""
-    problems = [f"{key} is missing" for key in expected if key not in loaded]
-    problems += [f"{key} is not in this model" for key in loaded if key not in expected]
-    for key in expected.keys() & loaded.keys():
-        want, got = tuple(expected[key].shape), tuple(loaded[key].shape)
+def _mismatches(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
+    """What keeps ``weights`` from loading, position counts aside: those are resized."""
+    problems = [f"{key} is missing" for key in expected if key not in weights]
+    problems += [f"{key} is not in this model" for key in weights if key not in expected]
+    for key in expected.keys() & weights.keys():
+        ours, theirs = tuple(expected[key].shape), tuple(weights[key].shape)
         if key.endswith("positional_embedding"):
-            want, got = want[1:], got[1:]
-        if want != got and expected[key].numel() != 1:
-            problems.append(f"{key} is {got}, this model's is {want}")
+            ours, theirs = ours[1:], theirs[1:]
+        if ours != theirs and expected[key].numel() != 1:
+            problems.append(f"{key} is {theirs}, this model's is {ours}")
     return sorted(problems, key=lambda problem: "positional" in problem)

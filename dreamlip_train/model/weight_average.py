@@ -34,12 +34,12 @@ class WeightAverage:
     @contextlib.contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
         """``model`` has the average as its weights for a while."""
-        kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._write(model, self.average)
         try:
             yield
         finally:
-            self._write(model, kept)
+            self._write(model, own)
 
     @staticmethod
     @torch.no_grad()
@@ -55,9 +55,9 @@ class WeightAverage:
         """Go on from ``folder``/ema.pt; False where there is none."""
         if not (folder / FILE).is_file():
             return False
-        stored = read_average(folder)
+        values = read_average(folder)
         for name, value in self.average.items():
-            value.copy_(stored[name])
+            value.copy_(values[name])
         return True
 
 

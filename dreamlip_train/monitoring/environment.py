@@ -10,10 +10,10 @@ _PACKAGES = ("dreamlip", "torch", "deepspeed", "open_clip_torch", "webdataset", 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose behavior a run depends on; those not installed are left out."""
-    known = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            known[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return known
+    return by_package

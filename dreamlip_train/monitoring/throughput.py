@@ -21,13 +21,13 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.slow_windows = self.windows = 0
-        self.advised = False
+        self.has_advised = False
         self.restart()
 
     def restart(self) -> None:
         """Start a window now."""
         self.began = time.perf_counter()
-        self.waited = 0.0
+        self.seconds_waited = 0.0
         self.images = self.tokens = self.cut = 0
 
     def window(self) -> dict[str, float]:
@@ -38,7 +38,7 @@ class Stopwatch:
             "images": self.images,
             "tokens": self.tokens,
             "cut": self.cut,
-            "data_wait": self.waited / seconds,
+            "data_wait": self.seconds_waited / seconds,
         }
         self.windows += 1
         self.slow_windows += self.windows > 1 and result["data_wait"] > _SLOW_DATA
@@ -47,9 +47,9 @@ class Stopwatch:
 
     def advice(self, data_wait: float, workers: int, cores: int) -> str | None:
         """Once, when the step keeps waiting for data: what to change."""
-        if self.advised or self.slow_windows < _WINDOWS_BEFORE_ADVICE:
+        if self.has_advised or self.slow_windows < _WINDOWS_BEFORE_ADVICE:
             return None
-        self.advised = True
+        self.has_advised = True
         remedy = (
             f"raise --data.num-workers (now {workers}; {cores} cores here)"
             if workers < cores

@@ -42,13 +42,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self.quiet_seconds / 4):
-            waited = time.monotonic() - self._since
-            if waited >= self._patience:
-                self._patience = 2 * waited
+            seconds = time.monotonic() - self._since
+            if seconds >= self._patience:
+                self._patience = 2 * seconds
                 self.say(
                     "; ".join(
                         [
-                            f"rank {self.rank} has been {self._doing} for {waited:.0f} s",
+                            f"rank {self.rank} has been {self._doing} for {seconds:.0f} s",
                             *self.details(self.quiet_seconds),
                         ]
                     )

@@ -60,13 +60,13 @@ def validate_shards(
     several = len({os.path.dirname(shard) for shard in shards}) > 1
     whole, folders = Manifest(), defaultdict(Manifest)
     kinds: Counter[tuple[str, str]] = Counter()
-    known = _KnownSamples()
+    samples_before = _SamplesBefore()
     with Progress(f"validate {pattern}", len(shards), "shards") as progress:
-        checked = map_bounded(lambda shard: _check(shard, count_tokens, crop), shards)
-        for shard, note, digests, shard_kinds in checked:
+        checks = map_bounded(lambda shard: _check(shard, count_tokens, crop), shards)
+        for shard, note, digests, shard_kinds in checks:
             kinds.update(shard_kinds)
             counts = Statistics(note["counts"])
-            known.add(shard, digests, counts)
+            samples_before.add(shard, digests, counts)
             note["counts"] = counts.state
             folder, name = os.path.dirname(address(shard)), file_name(shard)
             folders[folder].add(name, note)
@@ -83,20 +83,20 @@ def validate_shards(
         why = whole.total.bad_summary() or "the shards are empty"
         raise UserError(f"PATTERN: no sample of {pattern!r} is usable: {why}")
     if fix:
-        written = failed_writes_named(Path(fix), "--fix")
-        with written, Progress(f"repair {pattern}", len(shards), "shards") as progress:
-            for _ in map_bounded(lambda shard: _fix(shard, Path(fix), known.repeated), shards):
+        writing = failed_writes_named(Path(fix), "--fix")
+        with writing, Progress(f"repair {pattern}", len(shards), "shards") as progress:
+            for _ in map_bounded(lambda shard: _fix(shard, Path(fix), samples_before.duplicates), shards):
                 progress.advance()
         validate_shards(fix, count_tokens=count_tokens)
     return whole.content()
 
 
-class _KnownSamples:
+class _SamplesBefore:
     """Which samples came before. Two sets may count from the same number: a sample is its key and its content."""
 
     def __init__(self) -> None:
         self.owner: dict[bytes, str] = {}
-        self.repeated: set[tuple[str, str]] = set()
+        self.duplicates: set[tuple[str, str]] = set()
         """(shard, key) of the samples that came before."""
 
     def add(self, shard: str, digests: Sequence[tuple[str, bytes]], counts: Statistics) -> None:
@@ -104,7 +104,7 @@ class _KnownSamples:
         for key, digest in digests:
             if digest in self.owner:
                 counts.add_bad("duplicate sample", f"{shard}: {key}", f"also in {self.owner[digest]}")
-                self.repeated.add((shard, key))
+                self.duplicates.add((shard, key))
             self.owner.setdefault(digest, shard)
 
 
@@ -182,14 +182,14 @@ def _check_sample(
     counts.add_sample(record, count_tokens, "mask.png" in sample)
 
 
-def _fix(shard: str, folder: Path, repeated: set[tuple[str, str]]) -> None:
-    """The shard's repaired copy, without the ``repeated`` (shard, key)."""
+def _fix(shard: str, folder: Path, duplicates: set[tuple[str, str]]) -> None:
+    """The shard's repaired copy, without the ``duplicates`` (shard, key)."""
     with ShardWriter(folder / file_name(shard)) as writer:
         try:
             for sample in read_shard(shard):
-                fixed = None if (shard, sample["key"]) in repeated else _fixed(sample)
-                if fixed is not None:
-                    writer.add(fixed)
+                copy = None if (shard, sample["key"]) in duplicates else _fixed(sample)
+                if copy is not None:
+                    writer.add(copy)
         except ShardError:
             pass  # what comes after the damage is lost; the findings say so
 

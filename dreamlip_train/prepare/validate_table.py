@@ -58,15 +58,15 @@ def validate_table(path: Path, columns: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def format_table(name: str, checked: dict[str, Any]) -> str:
+def format_table(name: str, table: dict[str, Any]) -> str:
     """What ``validate_table`` found, as text to read."""
-    lines = f" on {checked['lines']} lines" if checked["lines"] else ""
-    text = [f"{name}: {checked['layout']}, {checked['rows']} rows{lines}, {checked['usable']} usable"]
-    for theirs, ours in checked["columns"].items():
-        inside = ", the pictures themselves" if theirs == checked["pictures"] else ""
+    lines = f" on {table['lines']} lines" if table["lines"] else ""
+    text = [f"{name}: {table['layout']}, {table['rows']} rows{lines}, {table['usable']} usable"]
+    for theirs, ours in table["columns"].items():
+        inside = ", the pictures themselves" if theirs == table["pictures"] else ""
         text.append(f"  {theirs} -> {ours}{inside}" if theirs != ours or inside else f"  {ours}")
-    for source, described in checked["captions"].items():
-        text.append(f"  {source}: {described['samples']} captions, {described['sentences_mean']:.1f} sentences each")
-    for reason, entry in checked["bad"].items():
+    for source, numbers in table["captions"].items():
+        text.append(f"  {source}: {numbers['samples']} captions, {numbers['sentences_mean']:.1f} sentences each")
+    for reason, entry in table["bad"].items():
         text.append(f"  {entry['count']} x {reason}, such as {'; '.join(entry['examples'][:3])}")
     return "\n".join(text)

@@ -169,7 +169,7 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Refused(Exception):
+class _RefusedRequest(Exception):
     """(status, message)."""
 
 
@@ -195,33 +195,33 @@ class _Handler(BaseHTTPRequestHandler):
             return _json(self.explorer.listing())
         if path.startswith("/picture/"):
             return self.explorer.png(self._index(path.removeprefix("/picture/"))), "image/png"
-        raise _Refused(404, "no such page")
+        raise _RefusedRequest(404, "no such page")
 
     def _post(self) -> tuple[bytes, str]:
         if self.path == "/look":
-            asked = self._json_body()
-            text, threshold = asked.get("text"), asked.get("threshold")
+            request = self._json_body()
+            text, threshold = request.get("text"), request.get("threshold")
             if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
-                raise _Refused(400, f"text: give a sentence of 1 to {MAX_TEXT} characters")
+                raise _RefusedRequest(400, f"text: give a sentence of 1 to {MAX_TEXT} characters")
             if threshold is not None and (type(threshold) not in (int, float) or not 0 <= threshold <= 1):
-                raise _Refused(400, "threshold: give a number from 0 to 1")
-            return _json(self.explorer.look(self._index(asked.get("picture")), text, threshold))
+                raise _RefusedRequest(400, "threshold: give a number from 0 to 1")
+            return _json(self.explorer.look(self._index(request.get("picture")), text, threshold))
         path, _, query = self.path.partition("?")
         if path == "/picture":
             name = parse_qs(query).get("name", ["your picture"])[0][:_LONGEST_NAME]
             try:
                 index = self.explorer.add_file(name, self._body("application/octet-stream"))
             except UserError as error:
-                raise _Refused(400, str(error)) from error
+                raise _RefusedRequest(400, str(error)) from error
             return _json({"picture": index})
-        raise _Refused(404, "no such page")
+        raise _RefusedRequest(404, "no such page")
 
     def _answer(self, make: Any) -> None:
         try:
             self._check_origin()
             body, kind, status = *make(), 200
-        except _Refused as refused:
-            status, message = refused.args
+        except _RefusedRequest as error:
+            status, message = error.args
             body, kind = _json({"error": message})
         self.send_response(status)
         for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
@@ -235,25 +235,25 @@ class _Handler(BaseHTTPRequestHandler):
         own = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in own or (origin is not None and origin.removeprefix("http://") not in own):
-            raise _Refused(403, "open this page as http://127.0.0.1")
+            raise _RefusedRequest(403, "open this page as http://127.0.0.1")
 
     def _body(self, kind: str) -> bytes:
         length = self.headers.get("Content-Length", "")
         if self.headers.get("Content-Type") != kind or not length.isascii() or not length.isdigit():
-            raise _Refused(400, f"send {kind} with its length")
+            raise _RefusedRequest(400, f"send {kind} with its length")
         if int(length) > MAX_BODY:
             self.close_connection = True
-            raise _Refused(413, f"more than {MAX_BODY} bytes")
+            raise _RefusedRequest(413, f"more than {MAX_BODY} bytes")
         return self.rfile.read(int(length))
 
     def _json_body(self) -> dict[str, Any]:
         try:
-            asked = parse_json(self._body("application/json"))
+            content = parse_json(self._body("application/json"))
         except ValueError as error:
-            raise _Refused(400, "that is no JSON") from error
-        if not isinstance(asked, dict):
-            raise _Refused(400, "send a JSON object")
-        return asked
+            raise _RefusedRequest(400, "that is no JSON") from error
+        if not isinstance(content, dict):
+            raise _RefusedRequest(400, "send a JSON object")
+        return content
 
     def _index(self, value: Any) -> int:
         try:
@@ -261,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (TypeError, ValueError, OverflowError):
             index = -1
         if isinstance(value, bool | float) or not 0 <= index < len(self.explorer.pictures):
-            raise _Refused(404, "no such picture")
+            raise _RefusedRequest(404, "no such picture")
         return index
 
 

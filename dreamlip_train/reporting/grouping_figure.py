@@ -53,12 +53,12 @@ def plot_grouping(
     Raises:
         UserError: no sample has a sentence, or the model gives no patch features.
     """
-    drawn = list(islice((sample for sample in samples if sample["sentences"]), rows))
-    if not drawn:
+    samples_to_draw = list(islice((sample for sample in samples if sample["sentences"]), rows))
+    if not samples_to_draw:
         raise UserError("plot_grouping: samples: none has a sentence to draw; check data.eval_source")
-    drawn = [sample | {"sentences": sample["sentences"][:columns]} for sample in drawn]
+    samples_to_draw = [sample | {"sentences": sample["sentences"][:columns]} for sample in samples_to_draw]
     with eval_mode(model), torch.no_grad():
-        _, patch_nPD, text_KD = encode_batch(model, drawn, next(model.parameters()).device)
+        _, patch_nPD, text_KD = encode_batch(model, samples_to_draw, next(model.parameters()).device)
         if patch_nPD is None:
             raise UserError(
                 "plot_grouping: the model gives no patch features, so nothing is selected; "
@@ -66,7 +66,7 @@ def plot_grouping(
             )
         weights_KP = [weights.cpu() for weights in sub_caption_weights(patch_nPD, text_KD, threshold, normalization)]
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure = _draw_rows(drawn, weights_KP, model.grid)
+        figure = _draw_rows(samples_to_draw, weights_KP, model.grid)
         save_figure(figure, png)
 
 
@@ -94,13 +94,13 @@ def plot_sentences(
     plot_grouping(model, rows, png, rows=len(rows), threshold=threshold, normalization=normalization)
 
 
-def _draw_rows(drawn: list[dict[str, Any]], weights: list[Tensor], grid: tuple[int, int]) -> Figure:
+def _draw_rows(samples: list[dict[str, Any]], weights: list[Tensor], grid: tuple[int, int]) -> Figure:
     """A figure on a fixed grid in inches: captions of any length leave the pictures aligned."""
-    columns = 1 + max(len(sample["sentences"]) for sample in drawn)
+    columns = 1 + max(len(sample["sentences"]) for sample in samples)
     width = 2 * _MARGIN + columns * (_CELL + _GAP) - _GAP
-    height = 2 * _MARGIN + len(drawn) * (_CELL + _BAND)
+    height = 2 * _MARGIN + len(samples) * (_CELL + _BAND)
     figure = plt.figure(figsize=(width, height))
-    for row, (sample, weights_KP) in enumerate(zip(drawn, weights, strict=True)):
+    for row, (sample, weights_KP) in enumerate(zip(samples, weights, strict=True)):
         bottom = height - _MARGIN - row * (_CELL + _BAND) - _CELL
         axes = []
         for column in range(1 + len(sample["sentences"])):

@@ -88,8 +88,8 @@ def render_page(**content: Any) -> str:
 
 def _last_evaluation(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The last held-out numbers of a run that has no summary yet."""
-    evaluated = [row for row in rows if "retrieval" in row]
-    return (evaluated[-1] if evaluated else {}) | {"steps": rows[-1].get("step", 0) if rows else 0}
+    evaluations = [row for row in rows if "retrieval" in row]
+    return (evaluations[-1] if evaluations else {}) | {"steps": rows[-1].get("step", 0) if rows else 0}
 
 
 def _content(make: Callable[[], Content]) -> Content:
@@ -132,16 +132,16 @@ def _retrieval(summary: dict[str, Any]) -> Content:
 
 
 def _localization(summary: dict[str, Any]) -> Content:
-    located = summary.get("localization")
-    if not located:
+    scores = summary.get("localization")
+    if not scores:
         raise UserError("the held-out samples have no masks")
     names = {
         "mass_inside": "weight inside the region",
         "pointing": "top patch inside the region",
         "miou": "IoU of the selected patches",
     }
-    rows = [[label, f"{located[name]['value']:.1f}", f"{located[name]['chance']:.1f}"] for name, label in names.items()]
-    return {"sub_captions": located["sub_captions"], "rows": rows}
+    rows = [[label, f"{scores[name]['value']:.1f}", f"{scores[name]['chance']:.1f}"] for name, label in names.items()]
+    return {"sub_captions": scores["sub_captions"], "rows": rows}
 
 
 def result_files(run: Path, more: Sequence[str | Path] = ()) -> list[Path]:
@@ -160,12 +160,12 @@ def evaluations_of(files: Sequence[Path]) -> list[tuple[str, str]]:
     for path in files:
         try:
             content = read_json(path)
-            described = content.pop("evaluation")
-            text = FORMATS[described["command"]](content)
+            evaluation = content.pop("evaluation")
+            text = FORMATS[evaluation["command"]](content)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # another file
-        of = (described.get(name) for name in ("annotations", "layout", "set", "val_shards", "datasets", "root"))
-        evaluations.append((f"{described['command']} {next(filter(None, of), '')}", text))
+        of = (evaluation.get(name) for name in ("annotations", "layout", "set", "val_shards", "datasets", "root"))
+        evaluations.append((f"{evaluation['command']} {next(filter(None, of), '')}", text))
     return evaluations
 
 

@@ -150,7 +150,7 @@ class Loop:
         self.saved_at = time.monotonic()
         try:
             with all_or_none():
-                self.loader.left_out.require_written()
+                self.loader.quarantine_log.require_written()
             folder = self.run_dir / "checkpoints"
             path = saving.save(self.engine, folder, self.config, self.state, self.loader.fingerprint, self.average)
         except SaveError as error:

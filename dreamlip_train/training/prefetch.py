@@ -36,13 +36,13 @@ def training_batches(
     """
     while state.step < total_steps:
         with (
-            contextlib.closing(loader.epoch(state.epoch, tuple(state.layouts))) as loaded,
-            contextlib.closing(_moved(loader, loaded, move, device, prefetch)) as batches,
+            contextlib.closing(loader.epoch(state.epoch, tuple(state.layouts))) as source,
+            contextlib.closing(_moved(loader, source, move, device, prefetch)) as batches,
         ):
             while state.step < total_steps:
-                asked = time.perf_counter()
+                began = time.perf_counter()
                 batch = next(batches, None)
-                watch.waited += time.perf_counter() - asked
+                watch.seconds_waited += time.perf_counter() - began
                 if batch is None:
                     break
                 yield batch
@@ -50,15 +50,15 @@ def training_batches(
 
 def _moved(
     loader: TrainLoader,
-    loaded: Iterator[dict[str, Any]],
+    source: Iterator[dict[str, Any]],
     move: Callable[[dict[str, Any]], Any],
     device: torch.device,
     prefetch: bool,
 ) -> Generator[tuple[dict[str, Any], Any], None, None]:
     if not prefetch:
-        yield from ((batch, move(batch)) for batch in loaded)
+        yield from ((batch, move(batch)) for batch in source)
         return
-    batches = prefetched(loaded, move, device)
+    batches = prefetched(source, move, device)
     try:
         # `yield from` would close it, and wait for its thread, before the loader hears of it.
         for batch in batches:  # noqa: UP028

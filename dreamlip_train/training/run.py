@@ -149,10 +149,10 @@ def _train(
 
 def _model(config: Config, start_from: Path | None) -> DreamLIP:
     """A checkpoint has the weights; what its run once started from may be gone."""
-    model = dataclasses.replace(config.model, pretrained="") if start_from else config.model
-    built = build_model(model, config.train.seed, pretrained_weights(model))
-    _check_model(config, built)
-    return built
+    settings = dataclasses.replace(config.model, pretrained="") if start_from else config.model
+    model = build_model(settings, config.train.seed, pretrained_weights(settings))
+    _check_model(config, model)
+    return model
 
 
 def _check_model(config: Config, model: DreamLIP) -> None:

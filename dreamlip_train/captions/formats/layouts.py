@@ -77,10 +77,10 @@ def renaming(names: Iterable[str], columns: Mapping[str, str], form: str = "") -
         columns: {ours: the table's} as the user says, which comes before what a layout says.
     """
     layout = layout_of(names, form) if not columns else None
-    known = {**_DREAMLIP_JSON, **(layout.columns if layout else {})}
-    renamed = {theirs: ours for ours, theirs in columns.items()}
-    hidden = {ours: f"{ours} of the table" for ours in columns if ours not in renamed}
-    return {theirs: ours for theirs, ours in known.items() if ours not in columns} | hidden | renamed
+    by_layout = {**_DREAMLIP_JSON, **(layout.columns if layout else {})}
+    by_user = {theirs: ours for ours, theirs in columns.items()}
+    hidden = {ours: f"{ours} of the table" for ours in columns if ours not in by_user}
+    return {theirs: ours for theirs, ours in by_layout.items() if ours not in columns} | hidden | by_user
 
 
 def advice(names: Sequence[str]) -> str:

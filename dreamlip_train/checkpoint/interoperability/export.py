@@ -87,26 +87,26 @@ def export_checkpoint(
         "hf-dir": _write_hf_dir,
         "hub": partial(_write_hub, Path(checkpoint), config, repository or output.name, license),
     }
-    written = output.with_name(output.name + ".partial")
-    shutil.rmtree(written, ignore_errors=True)
-    written.parent.mkdir(parents=True, exist_ok=True)
+    partial_output = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial_output, ignore_errors=True)
+    partial_output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with Progress("export: write the weights"):
-            writers[to](model, settings, written)
+            writers[to](model, settings, partial_output)
         with Progress("export: load them as their consumer does and compare features"):
-            difference = _difference(model, config.model.name, written, to)
+            difference = _difference(model, config.model.name, partial_output, to)
         if difference is not None and not max(difference.values()) <= _TOLERANCE:
             raise RuntimeError(
                 f"--to {to}: loaded back, features differ by up to {max(difference.values()):.2g}; this is a defect, "
                 "please report it with the config.toml"
             )
     except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
-        written.unlink(missing_ok=True) if written.is_file() else None
+        shutil.rmtree(partial_output, ignore_errors=True)
+        partial_output.unlink(missing_ok=True) if partial_output.is_file() else None
         raise
     if output.is_dir():
         output.rmdir()
-    os.replace(written, output)
+    os.replace(partial_output, output)
     return {"image": None, "text": None} if difference is None else {**difference}
 
 
@@ -190,8 +190,8 @@ def _difference(model: DreamLIP, name: str, path: Path, to: Format) -> dict[str,
     are from this one's.
     """
     if to == "hub":
-        held: list[Format] = ["open_clip-dir", *(["hf-dir"] if (path / "config.json").is_file() else [])]
-        differences = [d for part in held if (d := _difference(model, name, path, part)) is not None]
+        forms: list[Format] = ["open_clip-dir", *(["hf-dir"] if (path / "config.json").is_file() else [])]
+        differences = [d for part in forms if (d := _difference(model, name, path, part)) is not None]
         return {kind: max(d[kind] for d in differences) for kind in ("image", "text")}
     theirs = consumer_features(path, to, name, model.image_size)
     if theirs is None:

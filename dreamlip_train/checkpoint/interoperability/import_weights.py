@@ -136,7 +136,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _name_of(settings: dict[str, Any], model_name: str, folder: Path) -> str:
     """open_clip's name of the model ``settings`` describe; ``model_name`` must agree with them."""
-    wanted = comparable(settings)
+    description = comparable(settings)
     if model_name:
         differ = differences(settings, _settings(model_name), model_name)
         if differ:
@@ -145,7 +145,7 @@ def _name_of(settings: dict[str, Any], model_name: str, folder: Path) -> str:
                 "name looked up"
             )
         return model_name
-    names = [name for name in known_models() if comparable(_settings(name)) == wanted]
+    names = [name for name in known_models() if comparable(_settings(name)) == description]
     if not names:
         raise UserError(
             f"WEIGHTS: open_clip has no model built like {str(folder)!r}; describe it in model.config of a TOML file, "
@@ -163,11 +163,11 @@ def _settings(name: str) -> dict[str, Any]:
 
 def differences(there: dict[str, Any], here: dict[str, Any], name: str, ignore: tuple[str, ...] = ()) -> list[str]:
     """In what two of open_clip's model configs differ, as text; ``name`` is that of the second one."""
-    wanted, got = comparable(there), comparable(here)
+    theirs, ours = comparable(there), comparable(here)
     return [
-        f"{key} {wanted.get(key)!r} (there) and {got.get(key)!r} ({name})"
-        for key in wanted | got
-        if wanted.get(key) != got.get(key) and key not in ignore
+        f"{key} {theirs.get(key)!r} (there) and {ours.get(key)!r} ({name})"
+        for key in theirs | ours
+        if theirs.get(key) != ours.get(key) and key not in ignore
     ]
 
 

@@ -83,9 +83,9 @@ def _downloaded(model: ModelConfig, settings: dict) -> Path:
     tags = open_clip.list_pretrained_tags_by_model(model.name) if not model.config else []
     if model.pretrained not in tags:
         close = difflib.get_close_matches(model.pretrained, tags, n=3, cutoff=0.4) or tags[:8]
-        known = f"tags of {model.name} are {', '.join(close)}" if close else f"open_clip has no tag for {model.name}"
+        hint = f"tags of {model.name} are {', '.join(close)}" if close else f"open_clip has no tag for {model.name}"
         raise UserError(
-            f"model.pretrained: no file or folder {model.pretrained!r}, and no such tag: {known}; give one of them, an "
+            f"model.pretrained: no file or folder {model.pretrained!r}, and no such tag: {hint}; give one of them, an "
             "open_clip file, an open_clip or transformers folder, or a run"
         )
     about = open_clip.get_pretrained_cfg(model.name, model.pretrained)

@@ -84,10 +84,10 @@ def _long_retrieval(root: Path) -> Iterator[Benchmark]:
     from dreamlip_train.evaluation.retrieval.long_caption_sets import SETS
 
     folders = {"iiw": "imageinwords", "urban1k": "Urban1k", "sharegpt4v": "share4v"}  # as FLAIR calls them
-    for name, known in SETS.items():
+    for name, spec in SETS.items():
         kind = name.split("-")[0]
         folder = root / folders.get(kind, kind)
-        source = f"{folder.name}/: {known.source}"
+        source = f"{folder.name}/: {spec.source}"
         yield Benchmark(
             name,
             folder.is_dir(),
@@ -102,12 +102,12 @@ def _compositional(root: Path) -> Iterator[Benchmark]:
     from dreamlip_train.evaluation.compositional.sets import SETS
 
     folders = {"sugarcrepe": "sugar-crepe", "aro-relation": "ARO", "aro-attribution": "ARO", "mmvp": "MMVP_VLM"}
-    for name, known in SETS.items():
+    for name, spec in SETS.items():
         folder = root / folders.get(name, name)
         settings = {"set": name, "root": str(folder)}
         if name == "sugarcrepe":
             settings["images"] = str(root / "coco" / "val2017")
-        source = f"{folder.name}/: {known.source}" + (" in coco/val2017/" if name == "sugarcrepe" else "")
+        source = f"{folder.name}/: {spec.source}" + (" in coco/val2017/" if name == "sugarcrepe" else "")
         yield Benchmark(name, folder.is_dir(), source, CompositionalOptions, settings, compositional_job)
 
 

@@ -68,10 +68,10 @@ def long_retrieval_job(options: LongRetrievalOptions) -> tuple[Score, Show]:
     from dreamlip_train.evaluation.retrieval.long_caption_sets import read_long_captions
     from dreamlip_train.evaluation.retrieval.long_captions import evaluate_long_captions, format_long_captions
 
-    captioned = read_long_captions(options.set, options.root)
+    captions = read_long_captions(options.set, options.root)
 
     def score(model: Any, _: Any, device: Any) -> dict[str, Any]:
-        return evaluate_long_captions(model, captioned, device, batch_size=options.batch_size)
+        return evaluate_long_captions(model, captions, device, batch_size=options.batch_size)
 
     return score, format_long_captions
 

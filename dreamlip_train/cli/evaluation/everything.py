@@ -43,24 +43,24 @@ def all_(arguments: list[str], program: str) -> None:
     there = [one for one in selected if one.there]
     missing = [one for one in selected if not one.there]
     say(f"{len(there)} of {len(selected)} benchmarks are below {options.root}; results go to {folder}")
-    failed = _run_all(options, there, folder) if there else {}
+    errors = _run_all(options, there, folder) if there else {}
     _print_tables(folder)
     if missing:
         say(f"\nnot below {options.root}:")
         say("\n".join(f"  {one.name:<24}{one.source}" for one in missing))
-    if failed:
-        reasons = "".join(f"\n  {name}: {why}" for name, why in failed.items())
-        raise UserError(f"--root: {len(failed)} of {len(there)} benchmarks that are there could not be read:{reasons}")
+    if errors:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in errors.items())
+        raise UserError(f"--root: {len(errors)} of {len(there)} benchmarks that are there could not be read:{reasons}")
     if not there:
         raise UserError(f"--root: {options.root!r} has none of the {len(selected)} benchmarks; see the list")
 
 
-def _selected(known: list[Benchmark], only: tuple[str, ...]) -> list[Benchmark]:
-    names = [one.name for one in known]
+def _selected(all_benchmarks: list[Benchmark], only: tuple[str, ...]) -> list[Benchmark]:
+    names = [one.name for one in all_benchmarks]
     for word in only:
         if not any(name.startswith(word) for name in names):
             raise UserError(f"--only: no benchmark is called {word!r}; did you mean {closest(word, names)}?")
-    return [one for one in known if not only or one.name.startswith(only)]
+    return [one for one in all_benchmarks if not only or one.name.startswith(only)]
 
 
 def _results_folder(options: AllOptions) -> Path:
@@ -84,19 +84,21 @@ def _results_folder(options: AllOptions) -> Path:
 
 def _run_all(options: AllOptions, there: list[Benchmark], folder: Path) -> dict[str, str]:
     """Score what is not finished; {benchmark: why it could not be read}."""
-    loaded: list[Any] = []
+    parts: list[Any] = []
 
     def model() -> list[Any]:  # loaded for the first benchmark that needs it
-        if not loaded:
-            loaded.extend(load(options))
-        return loaded
+        if not parts:
+            parts.extend(load(options))
+        return parts
 
-    of, failed = _weights_of(options), {}
+    of, failures = _weights_of(options), {}
     for number, one in enumerate(there, 1):
         common = {"checkpoint": options.checkpoint, "model": options.model, "weights": options.weights}
-        described = json.loads(json.dumps({"command": one.options.command, **common, **one.settings, "weights_of": of}))
+        evaluation = json.loads(
+            json.dumps({"command": one.options.command, **common, **one.settings, "weights_of": of})
+        )
         file = folder / f"{one.name}.json"
-        if _is_finished(file, described):
+        if _is_finished(file, evaluation):
             say(f"[{number}/{len(there)}] {one.name}: kept from before")
             continue
         say(f"[{number}/{len(there)}] {one.name}")
@@ -104,22 +106,22 @@ def _run_all(options: AllOptions, there: list[Benchmark], folder: Path) -> dict[
             score, show = one.job(one.options(**common, batch_size=_batch_size(one, options), **one.settings))
             scores = score(*model())
         except UserError as error:
-            failed[one.name] = str(error)
+            failures[one.name] = str(error)
             say(f"  not read: {error}")
             continue
         say(show(scores))
         errors = [row["error"] for row in scores.values() if isinstance(row, dict) and "error" in row]
         if errors:
-            failed[one.name] = errors[0]
+            failures[one.name] = errors[0]
         else:
             try:
-                write_json(file, {"evaluation": described} | scores)
+                write_json(file, {"evaluation": evaluation} | scores)
             except OSError as error:
                 raise RunError(
                     f"--output: {file} can't be written: {error.strerror}. What is finished is kept; make room and "
                     "give the same command again"
                 ) from error
-    return failed
+    return failures
 
 
 def _batch_size(one: Benchmark, options: AllOptions) -> int:

@@ -30,10 +30,10 @@ def zeroshot(arguments: list[str], program: str) -> None:
     """Accuracy on ImageNet and ten other sets through clip_benchmark: CHECKPOINT --root DIR [--datasets NAME ...]"""
     options = parse(ZeroShotOptions, arguments, program)
     scores = run(options, *zeroshot_job(options))
-    failed = [name for name, row in scores.items() if "error" in row]
-    if failed:
+    errors = [name for name, row in scores.items() if "error" in row]
+    if errors:
         raise UserError(
-            f"--datasets: {len(failed)} of {len(scores)} could not be evaluated: {', '.join(failed)} (see the table)"
+            f"--datasets: {len(errors)} of {len(scores)} could not be evaluated: {', '.join(errors)} (see the table)"
         )
 
 

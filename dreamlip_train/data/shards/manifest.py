@@ -32,19 +32,19 @@ class Counts:
     broken: dict[str, str] = field(default_factory=dict)
 
 
-def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
+def count_samples(shards: list[Shard], counts_file: Path | None = None) -> Counts:
     """The counts of ``shards``, in their order.
 
     Args:
-        known: a JSON file in which what had to be counted is kept, for the next start;
+        counts_file: a JSON file in which what had to be counted is kept, for the next start;
             a local file counts as the same while its size and time are.
     Raises:
         UserError: an index file beside the shards is damaged.
     """
     tables: dict[str, dict[str, int]] = {}
     counts = Counts()
-    kept = _read_known(known)
-    before = dict(kept)
+    counts_by_mark = _read_counts(counts_file)
+    before = dict(counts_by_mark)
     uncounted = []
     for shard in shards:
         folder, name = os.path.dirname(address(shard)), file_name(shard)
@@ -54,7 +54,7 @@ def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
             counts.samples[shard] = tables[folder][name]
         else:
             uncounted.append(shard)
-    missing = [shard for shard in uncounted if _mark(shard) not in kept]
+    missing = [shard for shard in uncounted if _mark(shard) not in counts_by_mark]
     if missing:
         logger.warning(
             "counting the samples of %d shards that no %s or sizes.json lists, such as %s; "
@@ -65,17 +65,17 @@ def count_samples(shards: list[Shard], known: Path | None = None) -> Counts:
         )
     for shard in uncounted:
         mark = _mark(shard)
-        entry = kept[mark] = kept[mark] if mark in kept else _counted(shard)
+        entry = counts_by_mark[mark] = counts_by_mark[mark] if mark in counts_by_mark else _counted(shard)
         if isinstance(entry, int):
             counts.samples[shard] = entry
         else:
             counts.broken[shard] = str(entry)
-    if known is not None and kept != before:
+    if counts_file is not None and counts_by_mark != before:
         try:
-            known.parent.mkdir(parents=True, exist_ok=True)
-            write_json(known, kept)
+            counts_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(counts_file, counts_by_mark)
         except OSError as error:
-            logger.warning("%s can't be written (%s): the next start counts again", known, error.strerror)
+            logger.warning("%s can't be written (%s): the next start counts again", counts_file, error.strerror)
     counts.samples = {shard: counts.samples[shard] for shard in shards if shard in counts.samples}
     return counts
 
@@ -112,9 +112,9 @@ def _mark(shard: Shard) -> str:
     return f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _read_known(known: Path | None) -> dict[str, Any]:
+def _read_counts(counts_file: Path | None) -> dict[str, Any]:
     try:
-        content = read_json(known) if known is not None and known.exists() else {}
+        content = read_json(counts_file) if counts_file is not None and counts_file.exists() else {}
     except (OSError, ValueError):  # a start that was killed; it is counted again
         return {}
     return content if isinstance(content, dict) else {}
@@ -129,8 +129,8 @@ def _index_of(shard: str) -> dict[str, int]:
             continue
         try:
             parsed = parse_json(content)
-            listed = parsed["shards"] if name == MANIFEST else parsed
-            table |= {shard: int(entry["samples"] if name == MANIFEST else entry) for shard, entry in listed.items()}
+            entries = parsed["shards"] if name == MANIFEST else parsed
+            table |= {shard: int(entry["samples"] if name == MANIFEST else entry) for shard, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: is not a shard index ({error}); delete it, or make it again with `dreamlip-train prepare "

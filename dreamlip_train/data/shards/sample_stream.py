@@ -75,9 +75,9 @@ class SampleStream:
 
     def _samples(self, pieces: list[SampleRange], skip: int) -> Iterator[tuple[str, TrainingSample]]:
         for piece in pieces:
-            passed = min(skip, piece.take)
-            skip -= passed
-            yield from self._piece(piece, piece.skip + passed, piece.take - passed)
+            done = min(skip, piece.take)
+            skip -= done
+            yield from self._piece(piece, piece.skip + done, piece.take - done)
 
     def _piece(self, piece: SampleRange, skip: int, take: int) -> Iterator[tuple[str, TrainingSample]]:
         """``take`` usable samples of a stretch after the first ``skip``, which are not decoded.

@@ -30,22 +30,22 @@ def class_folder(folder: str, dataset: str, split: str, transform: Callable[[Any
     if root is None:
         return None
     images = ImageFolder(str(root), transform=transform, loader=_picture, allow_empty=True)
-    known, templates = _known("classnames", dataset), _known("zeroshot_classification_templates", dataset)
-    spelled = [_plain(name) for name in images.classes]
-    places = {_plain(name): place for place, name in enumerate(known or images.classes)}
-    if set(spelled) <= set(places):
-        order = [places[name] for name in spelled]
-    elif len(spelled) == len(known):
-        order = list(range(len(known)))
-    elif not set(spelled) & set(places):
+    names, templates = _of_benchmark("classnames", dataset), _of_benchmark("zeroshot_classification_templates", dataset)
+    folders = [_plain(name) for name in images.classes]
+    places = {_plain(name): place for place, name in enumerate(names or images.classes)}
+    if set(folders) <= set(places):
+        order = [places[name] for name in folders]
+    elif len(folders) == len(names):
+        order = list(range(len(names)))
+    elif not set(folders) & set(places):
         return None  # other folders with images in them, such as several sets under one root
     else:
         raise UserError(
-            f"--root: {str(root)!r} has {len(spelled)} class folders, {dataset} has {len(known)} classes, and "
+            f"--root: {str(root)!r} has {len(folders)} class folders, {dataset} has {len(names)} classes, and "
             f"{next(name for name in images.classes if _plain(name) not in places)!r} is none of their names"
         )
     images.target_transform = order.__getitem__
-    images.classes = known or [name.replace("_", " ") for name in images.classes]
+    images.classes = names or [name.replace("_", " ") for name in images.classes]
     images.templates = templates or ["a photo of a {c}."]
     return images
 
@@ -58,7 +58,7 @@ def _has_classes(path: Path) -> bool:
     )
 
 
-def _known(kind: str, dataset: str) -> list[str]:
+def _of_benchmark(kind: str, dataset: str) -> list[str]:
     content = json.loads((resources.files("clip_benchmark.datasets") / f"en_{kind}.json").read_text(encoding="utf-8"))
     return content.get(dataset.removeprefix("vtab/"), [])
 

@@ -29,9 +29,9 @@ def read_classes(path: str | Path, *, repeated_allowed: bool = False) -> list[st
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes: cannot read {str(path)!r}: {error}") from error
     names = [name for name in names if name]
-    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
-    if not names or (repeated and not repeated_allowed):
-        problem = f"has {repeated[0]!r} twice" if repeated else "has no class"
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if not names or (twice and not repeated_allowed):
+        problem = f"has {twice[0]!r} twice" if twice else "has no class"
         raise UserError(f"--classes: {str(path)!r} {problem}; give one class a line")
     return names
 

@@ -148,19 +148,19 @@ def evaluate_multi_label(
     for row, labels in enumerate(labeled.labels):
         targets[row, labels] = True
     precision = 100 * average_precision(torch.cat(rows), targets)
-    known = targets.any(dim=0)
-    if not bool(known.any()):
+    has_images = targets.any(dim=0)
+    if not bool(has_images.any()):
         raise UserError("--annotations: no image has a label")
     return {
-        "map": float(precision[known].mean()),
-        "chance": 100 * float(targets.double().mean(dim=0)[known].mean()),
+        "map": float(precision[has_images].mean()),
+        "chance": 100 * float(targets.double().mean(dim=0)[has_images].mean()),
         "per_class": {
             name: float(value) if has else None
-            for name, value, has in zip(_distinct(classes), precision, known.tolist(), strict=True)
+            for name, value, has in zip(_distinct(classes), precision, has_images.tolist(), strict=True)
         },
         "images": len(labeled.images),
         "classes": len(classes),
-        "without_images": int((~known).sum()),
+        "without_images": int((~has_images).sum()),
     }
 
 
@@ -171,13 +171,13 @@ def _distinct(classes: Sequence[str]) -> list[str]:
 
 def format_multi_label(scores: dict[str, Any], count: int = 5) -> str:
     """The mean, chance, and the best and worst classes, as text to read."""
-    scored = sorted(((value, name) for name, value in scores["per_class"].items() if value is not None), reverse=True)
+    by_score = sorted(((value, name) for name, value in scores["per_class"].items() if value is not None), reverse=True)
     lines = [
         f"{scores['images']} images, {scores['classes']} classes",
         f"mAP, % (chance)  {scores['map']:.1f} ({scores['chance']:.1f})",
     ]
     if scores["without_images"]:
         lines.append(f"left out of the mean: {scores['without_images']} classes that no image has")
-    lines.append("best   " + ", ".join(f"{name} {value:.0f}" for value, name in scored[:count]))
-    lines.append("worst  " + ", ".join(f"{name} {value:.0f}" for value, name in reversed(scored[-count:])))
+    lines.append("best   " + ", ".join(f"{name} {value:.0f}" for value, name in by_score[:count]))
+    lines.append("worst  " + ", ".join(f"{name} {value:.0f}" for value, name in reversed(by_score[-count:])))
     return "\n".join(lines)

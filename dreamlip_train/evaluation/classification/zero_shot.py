@@ -102,9 +102,9 @@ def evaluate_zero_shot(
             folder = root.format(dataset=plain, dataset_cleaned=plain.replace("/", "-"))
             new = not Path(folder).exists()
             try:
-                opened = _open_in_turn(share, name, folder, split, model.image_size, batch_size, workers)
-                features, labels = _features(model, opened, device, share, should_stop)
-                by_set[name] = _scores(model, opened, features, labels, device)
+                data_set = _open_in_turn(share, name, folder, split, model.image_size, batch_size, workers)
+                features, labels = _features(model, data_set, device, share, should_stop)
+                by_set[name] = _scores(model, data_set, features, labels, device)
             except UserError as error:
                 by_set[name] = {"error": str(error)}
                 if new and share.rank == 0:
@@ -174,25 +174,25 @@ def _open_in_turn(
 
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     open_one = _open_webdataset if name.startswith("wds/") else _open_images
-    opened, error = None, None
+    data_set, error = None, None
     for now in (first, not first):
         if now:
             try:
                 with _reasons():
                     batches, dataset = open_one(name, folder, split, picture, batch_size, workers, share)
-                    opened = _LabeledImages(batches, dataset.classes, dataset.templates, folder)
+                    data_set = _LabeledImages(batches, dataset.classes, dataset.templates, folder)
             except UserError as raised:
                 error = raised
         errors = [text for text in share.gather(str(error or "")) if text]
         if errors:
             raise error or UserError(errors[0])
-    assert opened is not None
-    return opened
+    assert data_set is not None
+    return data_set
 
 
 def _features(
     model: DreamLIP,
-    opened: _LabeledImages,
+    data_set: _LabeledImages,
     device: torch.device | str,
     share: Share,
     should_stop: Callable[[], bool],
@@ -202,7 +202,7 @@ def _features(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         with _reasons():
-            yield from tqdm(opened, "images", disable=share.rank > 0)
+            yield from tqdm(data_set, "images", disable=share.rank > 0)
 
     def work(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = batch
@@ -212,26 +212,26 @@ def _features(
     everyone = share.gather(share.map(work, batches(), should_stop))
     in_order = [pair for pairs in itertools.zip_longest(*everyone) for pair in pairs if pair is not None]
     if not in_order:
-        raise UserError(f"no images in {opened.folder}")
+        raise UserError(f"no images in {data_set.folder}")
     features, labels = zip(*in_order, strict=True)
     return torch.cat(features), torch.cat(labels)
 
 
 def _scores(
-    model: DreamLIP, opened: _LabeledImages, features: Tensor, labels: Tensor, device: torch.device | str
+    model: DreamLIP, data_set: _LabeledImages, features: Tensor, labels: Tensor, device: torch.device | str
 ) -> dict[str, Any]:
     """clip_benchmark's metrics, in percent, with its prompts."""
     from clip_benchmark.metrics import zeroshot_classification
 
     loader = DataLoader(TensorDataset(features, labels), batch_size=4096)
-    loader.dataset.classes = opened.classes  # pyright: ignore[reportAttributeAccessIssue]  # clip_benchmark looks there
+    loader.dataset.classes = data_set.classes  # pyright: ignore[reportAttributeAccessIssue]  # clip_benchmark looks there
     towers = ClipAdapter(model)
     with _reasons():
         metrics = zeroshot_classification.evaluate(  # it shows its own progress
-            towers, loader, model.tokenize, opened.classes, opened.templates, str(device), amp=False
+            towers, loader, model.tokenize, data_set.classes, data_set.templates, str(device), amp=False
         )
-    known = {metric: 100 * float(value) for metric, value in metrics.items() if not math.isnan(value)}  # acc5 of 3
-    return known | {"images": len(labels), "classes": len(opened.classes)}
+    percent = {metric: 100 * float(value) for metric, value in metrics.items() if not math.isnan(value)}  # acc5 of 3
+    return percent | {"images": len(labels), "classes": len(data_set.classes)}
 
 
 def _open_webdataset(

@@ -46,19 +46,19 @@ def evaluate_cases(
         UserError: a picture is damaged or its box is empty (it is named), or features are not finite.
     """
     similarities = _similarities(model, cases, device, batch_size)
-    right = [_judged(one) for one in similarities]
+    right = [_judgment(one) for one in similarities]
     kinds: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(case.kind for case in cases):
-        own = [judged for judged, case in zip(right, cases, strict=True) if case.kind == kind]
-        kinds[kind] = {score: _percent([judged[score] for judged in own]) for score in own[0]} | {"cases": len(own)}
+        own = [judgment for judgment, case in zip(right, cases, strict=True) if case.kind == kind]
+        kinds[kind] = {score: _percent([judgment[score] for judgment in own]) for score in own[0]} | {"cases": len(own)}
     if SETS[name].scoring == "pairs":
-        scores = {score: _percent([judged[score] for judged in right]) for score in ("text", "image", "group")}
+        scores = {score: _percent([judgment[score] for judgment in right]) for score in ("text", "image", "group")}
         chance = {"text": 25.0, "image": 25.0, "group": 100 / 6}
     else:
-        counted = [row["accuracy"] for kind, row in kinds.items() if _counts(SETS[name].scoring, kind, row["cases"])]
+        means = [row["accuracy"] for kind, row in kinds.items() if _counts(SETS[name].scoring, kind, row["cases"])]
         scores = {
-            "accuracy": sum(counted) / len(counted) if counted else None,
-            "accuracy_of_all": _percent([judged["accuracy"] for judged in right]),
+            "accuracy": sum(means) / len(means) if means else None,
+            "accuracy_of_all": _percent([judgment["accuracy"] for judgment in right]),
         }
         chance = {"accuracy": 50.0, "accuracy_of_all": 50.0}
     return {"set": name, **scores, "chance": chance, "kinds": kinds, "cases": len(cases)}
@@ -71,7 +71,7 @@ def _counts(scoring: str, kind: str, cases: int) -> bool:
     return cases >= _FEWEST if scoring == "attributes" else True
 
 
-def _judged(s: Tensor) -> dict[str, bool]:
+def _judgment(s: Tensor) -> dict[str, bool]:
     if len(s) == 1:
         return {"accuracy": bool(s[0, 0] > s[0, 1])}
     text = bool(s[0, 0] > s[0, 1]) and bool(s[1, 1] > s[1, 0])

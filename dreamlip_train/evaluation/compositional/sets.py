@@ -53,14 +53,14 @@ def read_cases(name: str, root: str | Path, images: str | Path = "") -> list[Cas
         UserError: a file that is missing or of another layout (it is named, with what was expected and where to get
             it), an empty set, or pictures that are missing.
     """
-    root, known = Path(root), SETS[name]
+    root, spec = Path(root), SETS[name]
     if not root.is_dir():
-        raise UserError(f"--root: no folder {str(root)!r}. {known.source}")
-    cases = known.read(root, Path(images) if images else root / "val2017", known.source)
+        raise UserError(f"--root: no folder {str(root)!r}. {spec.source}")
+    cases = spec.read(root, Path(images) if images else root / "val2017", spec.source)
     if not cases:
-        raise UserError(f"--root: {str(root)!r} has no case of {name}. {known.source}")
+        raise UserError(f"--root: {str(root)!r} has no case of {name}. {spec.source}")
     files = dict.fromkeys(one.source for case in cases for one in case.pictures if isinstance(one.source, Path))
-    require_files(list(files), name, known.source)
+    require_files(list(files), name, spec.source)
     return cases
 
 
@@ -175,7 +175,7 @@ def _mmvp(root: Path, _: Path, source: str) -> list[Case]:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _SetSpec:
     """One set: how it is read, where it comes from, and how its cases are scored (scoring.py)."""
 
     read: Callable[[Path, Path, str], list[Case]]
@@ -188,27 +188,27 @@ _ARO = (
     "github.com/mertyg/vision-language-models-are-bows"
 )
 SETS = {
-    "sugarcrepe": _Known(
+    "sugarcrepe": _SetSpec(
         _sugarcrepe,
         "SugarCrepe is data/*.json of github.com/RAIVNLab/sugar-crepe, with COCO's val2017 pictures (--images)",
         "choice",
     ),
-    "winoground": _Known(
+    "winoground": _SetSpec(
         _winoground,
         "Winoground is facebook/winoground on Hugging Face: data/*.parquet, or examples.jsonl with images/",
         "pairs",
     ),
-    "aro-relation": _Known(
+    "aro-relation": _SetSpec(
         _aro("visual_genome_relation.json", lambda row: str(row["relation_name"])),
         _ARO,
         "relations",
     ),
-    "aro-attribution": _Known(
+    "aro-attribution": _SetSpec(
         _aro("visual_genome_attribution.json", lambda row: f"{row['attributes'][0]}_{row['attributes'][1]}"),
         _ARO,
         "attributes",
     ),
-    "mmvp": _Known(
+    "mmvp": _SetSpec(
         _mmvp,
         "MMVP-VLM is MMVP/MMVP_VLM on Hugging Face: Questions.csv and MLLM_VLM Images/PATTERN/ID.jpg",
         "pairs",

@@ -45,14 +45,14 @@ def read_long_captions(name: str, root: str | Path) -> LongCaptionSet:
     """
     if name not in SETS:
         raise UserError(f"--set: got {name!r}; the sets are {', '.join(SETS)}")
-    root, known = Path(root), SETS[name]
+    root, spec = Path(root), SETS[name]
     if not root.is_dir():
-        raise UserError(f"--root: no folder {str(root)!r}. {known.source}")
-    items = known.read(root, known)
+        raise UserError(f"--root: no folder {str(root)!r}. {spec.source}")
+    items = spec.read(root, spec)
     if not any(item.captions for item in items):
-        raise UserError(f"--root: {str(root)!r} has no image of {name} with a text. {known.source}")
-    require_files([Path(item.name) for item in items], name, known.source)
-    return LongCaptionSet(items, known.fine_grained, known.rejoined)
+        raise UserError(f"--root: {str(root)!r} has no image of {name} with a text. {spec.source}")
+    require_files([Path(item.name) for item in items], name, spec.source)
+    return LongCaptionSet(items, spec.fine_grained, spec.rejoined)
 
 
 def rejoin(caption: str) -> str:
@@ -70,20 +70,20 @@ def flair_sentences(caption: str) -> list[str]:
     return [piece for piece in split_sub_captions(caption, "official") if len(piece) > 1]
 
 
-def _docci(root: Path, known: _Known) -> list[RetrievalItem]:
-    listed = root / "annotations" / "test_annotations.json"
-    if known.fine_grained and listed.is_file():
-        return _annotations(listed, root / "images", known)
+def _docci(root: Path, spec: _SetSpec) -> list[RetrievalItem]:
+    flair_file = root / "annotations" / "test_annotations.json"
+    if spec.fine_grained and flair_file.is_file():
+        return _annotations(flair_file, root / "images", spec)
     path = first_file(
-        known.source, root / "docci_descriptions.jsonlines", root / "annotations/docci_descriptions.jsonlines"
+        spec.source, root / "docci_descriptions.jsonlines", root / "annotations/docci_descriptions.jsonlines"
     )
     items = []
-    for number, row in set_json_lines(path, known.source):
-        if text_field(row, "split", path, number, known.source) == "test":
-            caption = text_field(row, "description", path, number, known.source)
-            texts = flair_sentences(caption) if known.fine_grained else [caption]
+    for number, row in set_json_lines(path, spec.source):
+        if text_field(row, "split", path, number, spec.source) == "test":
+            caption = text_field(row, "description", path, number, spec.source)
+            texts = flair_sentences(caption) if spec.fine_grained else [caption]
             items.append(
-                RetrievalItem(str(root / "images" / text_field(row, "image_file", path, number, known.source)), texts)
+                RetrievalItem(str(root / "images" / text_field(row, "image_file", path, number, spec.source)), texts)
             )
     return items
 
@@ -95,79 +95,77 @@ _IIW_PARTS = (
 )
 
 
-def _iiw(root: Path, known: _Known) -> list[RetrievalItem]:
-    for listed in (root / "test_annotations.json", root / "finegrained_annotations.json"):
-        if known.fine_grained and listed.is_file():
-            return _annotations(listed, root, known)
+def _iiw(root: Path, spec: _SetSpec) -> list[RetrievalItem]:
+    for flair_file in (root / "test_annotations.json", root / "finegrained_annotations.json"):
+        if spec.fine_grained and flair_file.is_file():
+            return _annotations(flair_file, root, spec)
     items = []
     for part, folders in _IIW_PARTS:
-        path = first_file(known.source, root / part / "data.jsonl", root / "datasets" / part / "data.jsonl")
+        path = first_file(spec.source, root / part / "data.jsonl", root / "datasets" / part / "data.jsonl")
         folder = next((root / name for name in folders if (root / name).is_dir()), root / folders[0])
-        for number, row in set_json_lines(path, known.source):
-            image = text_field(row, "image" if "image" in row else "image/key", path, number, known.source)
-            caption = text_field(row, "IIW", path, number, known.source)
-            texts = flair_sentences(caption) if known.fine_grained else [caption]
+        for number, row in set_json_lines(path, spec.source):
+            image = text_field(row, "image" if "image" in row else "image/key", path, number, spec.source)
+            caption = text_field(row, "IIW", path, number, spec.source)
+            texts = flair_sentences(caption) if spec.fine_grained else [caption]
             items.append(RetrievalItem(str(folder / (image if image.endswith(".jpg") else image + ".jpg")), texts))
     return items
 
 
-def _dci(root: Path, known: _Known) -> list[RetrievalItem]:
+def _dci(root: Path, spec: _SetSpec) -> list[RetrievalItem]:
     """All 7,805 images, of whatever split, as LoTLIP and FLAIR evaluate."""
     base = root / "densely_captioned_images" if (root / "densely_captioned_images").is_dir() else root
-    splits = set_json(first_file(known.source, base / "splits.json"), known.source)
+    splits = set_json(first_file(spec.source, base / "splits.json"), spec.source)
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
-        raise other_layout(base / "splits.json", "lists of file names by split", known.source)
+        raise other_layout(base / "splits.json", "lists of file names by split", spec.source)
     items = []
     for name in (name for names in splits.values() for name in names):
-        path = first_file(known.source, base / "annotations" / str(name))
-        row = set_json(path, known.source)
-        caption = "\n".join(text_field(row, key, path, 0, known.source) for key in ("short_caption", "extra_caption"))
-        items.append(RetrievalItem(str(base / "photos" / text_field(row, "image", path, 0, known.source)), [caption]))
+        path = first_file(spec.source, base / "annotations" / str(name))
+        row = set_json(path, spec.source)
+        caption = "\n".join(text_field(row, key, path, 0, spec.source) for key in ("short_caption", "extra_caption"))
+        items.append(RetrievalItem(str(base / "photos" / text_field(row, "image", path, 0, spec.source)), [caption]))
     return items
 
 
-def _urban1k(root: Path, known: _Known) -> list[RetrievalItem]:
+def _urban1k(root: Path, spec: _SetSpec) -> list[RetrievalItem]:
     """Published as image/N.jpg and caption/N.txt, of which Long-CLIP reads the first line."""
     if (root / "annotations" / "annotations.json").is_file():
-        return _annotations(root / "annotations" / "annotations.json", root / "images", known)
+        return _annotations(root / "annotations" / "annotations.json", root / "images", spec)
     if not (root / "caption").is_dir():
-        raise UserError(f"--root: no folder {str(root / 'caption')!r}. {known.source}")
+        raise UserError(f"--root: no folder {str(root / 'caption')!r}. {spec.source}")
     items = []
     for path in sorted((root / "caption").glob("*.txt"), key=lambda path: (len(path.name), path.name)):
-        lines = set_text(path, known.source).splitlines()
+        lines = set_text(path, spec.source).splitlines()
         if not lines or not lines[0].strip():
             raise UserError(f"--root: {path} has no caption in its first line; fetch it again")
         items.append(RetrievalItem(str(root / "image" / f"{path.stem}.jpg"), [lines[0]]))
     return items
 
 
-def _sharegpt4v(root: Path, known: _Known) -> list[RetrievalItem]:
+def _sharegpt4v(root: Path, spec: _SetSpec) -> list[RetrievalItem]:
     """The first 1,000 or 10,000 records of ShareGPT4V's json, or of the list of 10,000 that LoTLIP and FLAIR keep."""
-    path = first_file(
-        known.source, root / "share4v_sam_10k.json", root / "share-captioner_coco_lcs_sam_1246k_1107.json"
-    )
+    path = first_file(spec.source, root / "share4v_sam_10k.json", root / "share-captioner_coco_lcs_sam_1246k_1107.json")
     items = []
-    for number, row in enumerate(first_records(path, known.first, known.source), 1):
-        image = text_field(row, "image", path, number, known.source)
+    for number, row in enumerate(first_records(path, spec.first, spec.source), 1):
+        image = text_field(row, "image", path, number, spec.source)
         # SA-1B's archives unpack to sa_000000/images/ or, as FLAIR and ShareGPT4V's own tree have it, without images/.
         places = [root / image, root / image.replace("/images", "", 1)]
         turns = row.get("conversations")
         if not isinstance(turns, list) or len(turns) < 2:
-            raise other_layout(path, f'"conversations" of two turns in record {number}', known.source)
-        caption = text_field(turns[1], "value", path, number, known.source)
+            raise other_layout(path, f'"conversations" of two turns in record {number}', spec.source)
+        caption = text_field(turns[1], "value", path, number, spec.source)
         items.append(RetrievalItem(str(next((place for place in places if place.is_file()), places[0])), [caption]))
     return items
 
 
-def _annotations(path: Path, images: Path, known: _Known) -> list[RetrievalItem]:
+def _annotations(path: Path, images: Path, spec: _SetSpec) -> list[RetrievalItem]:
     """FLAIR's lists: {"annotations": [{"image_id", "image", "caption"}]}, texts of one image_id belong to one image."""
-    content = set_json(path, known.source)
+    content = set_json(path, spec.source)
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
-        raise other_layout(path, '"annotations", a list', known.source)
+        raise other_layout(path, '"annotations", a list', spec.source)
     files: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
     for number, row in enumerate(content["annotations"], 1):
-        caption, image = (text_field(row, key, path, number, known.source) for key in ("caption", "image"))
+        caption, image = (text_field(row, key, path, number, spec.source) for key in ("caption", "image"))
         identity = str(row.get("image_id", image))
         files.setdefault(identity, image)
         texts.setdefault(identity, []).append(caption)
@@ -175,10 +173,10 @@ def _annotations(path: Path, images: Path, known: _Known) -> list[RetrievalItem]
 
 
 @dataclass(frozen=True)
-class _Known:
+class _SetSpec:
     """One set: how it is read, and where it comes from."""
 
-    read: Callable[[Path, _Known], list[RetrievalItem]]
+    read: Callable[[Path, _SetSpec], list[RetrievalItem]]
     source: str
     fine_grained: bool = False
     rejoined: bool = False
@@ -205,13 +203,13 @@ _SHARE = (
     "ShareGPT4V is share-captioner_coco_lcs_sam_1246k_1107.json of Lin-Chen/ShareGPT4V on Hugging Face (or FLAIR's "
     "share4v_sam_10k.json) with SA-1B's images below the folder, where the json's paths point"
 )
-SETS: dict[str, _Known] = {
-    "docci": _Known(_docci, _DOCCI),
-    "docci-fine": _Known(_docci, _DOCCI + ", or FLAIR's annotations/test_annotations.json", fine_grained=True),
-    "iiw": _Known(_iiw, _IIW, rejoined=True),
-    "iiw-fine": _Known(_iiw, _IIW + ", or FLAIR's test_annotations.json", fine_grained=True),
-    "dci": _Known(_dci, _DCI, rejoined=True),
-    "urban1k": _Known(_urban1k, _URBAN),
-    "sharegpt4v-1k": _Known(_sharegpt4v, _SHARE, rejoined=True, first=1000),
-    "sharegpt4v-10k": _Known(_sharegpt4v, _SHARE, rejoined=True, first=10000),
+SETS: dict[str, _SetSpec] = {
+    "docci": _SetSpec(_docci, _DOCCI),
+    "docci-fine": _SetSpec(_docci, _DOCCI + ", or FLAIR's annotations/test_annotations.json", fine_grained=True),
+    "iiw": _SetSpec(_iiw, _IIW, rejoined=True),
+    "iiw-fine": _SetSpec(_iiw, _IIW + ", or FLAIR's test_annotations.json", fine_grained=True),
+    "dci": _SetSpec(_dci, _DCI, rejoined=True),
+    "urban1k": _SetSpec(_urban1k, _URBAN),
+    "sharegpt4v-1k": _SetSpec(_sharegpt4v, _SHARE, rejoined=True, first=1000),
+    "sharegpt4v-10k": _SetSpec(_sharegpt4v, _SHARE, rejoined=True, first=10000),
 }

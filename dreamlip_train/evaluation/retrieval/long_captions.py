@@ -23,7 +23,7 @@ _LABELS = {
 
 
 def evaluate_long_captions(
-    model: DreamLIP, captioned: LongCaptionSet, device: torch.device | str, *, batch_size: int = defaults.BATCH_SIZE
+    model: DreamLIP, caption_set: LongCaptionSet, device: torch.device | str, *, batch_size: int = defaults.BATCH_SIZE
 ) -> dict[str, Any]:
     """Recall at 1, 5 and 10 both ways, for each reading of the captions.
 
@@ -37,10 +37,10 @@ def evaluate_long_captions(
     Raises:
         UserError: an image is damaged (it is named), or features are not finite.
     """
-    readings = {"sentence": _Texts()} if captioned.fine_grained else {"whole": _Texts(), "sentence_mean": _Texts()}
+    readings = {"sentence": _Texts()} if caption_set.fine_grained else {"whole": _Texts(), "sentence_mean": _Texts()}
     images: list[Tensor] = []
     owner: list[int] = []
-    items = captioned.items
+    items = caption_set.items
     with eval_mode(model), torch.no_grad(), Progress("long captions", len(items), "images") as progress:
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
@@ -52,7 +52,7 @@ def evaluate_long_captions(
                 if reading == "sentence_mean":
                     texts.add(model, [split_sub_captions(caption) or [caption] for caption in captions], batch_size)
                 else:
-                    whole = [rejoin(caption) or caption for caption in captions] if captioned.rejoined else captions
+                    whole = [rejoin(caption) or caption for caption in captions] if caption_set.rejoined else captions
                     texts.add(model, [[text] for text in whole], batch_size)
             progress.advance(len(batch), f"{len(owner):,} captions")
     image_ND, owner_M = torch.cat(images), torch.tensor(owner)

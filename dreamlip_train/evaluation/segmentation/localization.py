@@ -90,16 +90,16 @@ def _random_iou(selected: Tensor, regions: Tensor) -> Tensor:
     """
     patches = selected.shape[1]
     sizes, row_of = torch.unique(torch.stack([selected.sum(dim=1), regions.sum(dim=1)]), dim=1, return_inverse=True)
-    chosen, region = sizes[:, :, None].double()  # [unique, 1] each
+    size, region = sizes[:, :, None].double()  # [unique, 1] each
     overlap = torch.arange(patches + 1, device=selected.device, dtype=torch.float64)[None]
-    possible = (overlap <= region) & (overlap <= chosen) & (chosen - overlap <= patches - region)
+    possible = (overlap <= region) & (overlap <= size) & (size - overlap <= patches - region)
 
     def log_choose(n: Tensor | float, r: Tensor) -> Tensor:
         n = torch.as_tensor(n, dtype=torch.float64, device=r.device)
         return torch.lgamma(n + 1) - torch.lgamma(r + 1) - torch.lgamma(n - r + 1)
 
-    log_p = log_choose(region, overlap) + log_choose(patches - region, chosen - overlap) - log_choose(patches, chosen)
-    iou = overlap / (chosen + region - overlap)
+    log_p = log_choose(region, overlap) + log_choose(patches - region, size - overlap) - log_choose(patches, size)
+    iou = overlap / (size + region - overlap)
     return torch.where(possible, log_p.exp() * iou, 0.0).sum(dim=1)[row_of]
 
 

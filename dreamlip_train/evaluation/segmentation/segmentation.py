@@ -72,27 +72,27 @@ def predict(similarity: Tensor, size: tuple[int, int], background_threshold: flo
     Some classes at a time: 847 of them at the size of a photograph are gigabytes.
     """
     best = torch.full(size, -torch.inf, device=similarity.device)
-    chosen = torch.zeros(size, dtype=torch.long, device=similarity.device)
+    class_of = torch.zeros(size, dtype=torch.long, device=similarity.device)
     total = torch.full_like(best, -torch.inf)
     step = max(1, _HELD_ELEMENTS // best.numel())
     for start in range(0, len(similarity), step):
         part = similarity[start : start + step]
         resized = F.interpolate(part[None], size=size, mode="bilinear", align_corners=False)[0]
         value, place = resized.max(dim=0)
-        chosen = torch.where(value > best, start + place, chosen)
+        class_of = torch.where(value > best, start + place, class_of)
         best = torch.maximum(best, value)
         if background_threshold is not None:
             total = torch.logaddexp(total, (_LOGIT_SCALE * resized).logsumexp(dim=0))
     if background_threshold is not None:
         confident = (_LOGIT_SCALE * best - total).exp() >= background_threshold
-        chosen = torch.where(confident, chosen, len(similarity))
-    return chosen
+        class_of = torch.where(confident, class_of, len(similarity))
+    return class_of
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     """[classes, classes] int64 counts, row the label, column the prediction, without pixels labeled ``IGNORED``."""
-    scored = labels != IGNORED
-    return torch.bincount(labels[scored] * classes + predicted[scored], minlength=classes**2).view(classes, classes)
+    labeled = labels != IGNORED
+    return torch.bincount(labels[labeled] * classes + predicted[labeled], minlength=classes**2).view(classes, classes)
 
 
 def intersection_over_union(counts: Tensor) -> Tensor:
@@ -189,13 +189,13 @@ def _mean(values: Tensor) -> float:
 
 def format_segmentation(result: dict[str, Any]) -> str:
     """mIoU, accuracy and every class, as text to read."""
-    scored = sorted(((value, name) for name, value in result["per_class"].items() if value is not None), reverse=True)
+    by_score = sorted(((value, name) for name, value in result["per_class"].items() if value is not None), reverse=True)
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if value is not None)
     lines = [
         f"{result['images']} images ({settings})",
         f"mIoU {result['miou']:.1f} % ({result['miou_labeled']:.1f} % over the classes that are labeled), "
         f"pixel accuracy {result['pixel_accuracy']:.1f} %",
     ]
-    cells = [f"{name} {value:.1f}" for value, name in scored]
+    cells = [f"{name} {value:.1f}" for value, name in by_score]
     lines += ["  " + ", ".join(cells[start : start + 8]) for start in range(0, len(cells), 8)]
     return "\n".join(lines)

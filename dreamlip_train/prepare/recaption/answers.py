@@ -62,10 +62,10 @@ class AnswerFile:
             self.file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
-        asked = self.counts["captioned"] + self.counts["failed"]
-        if failure and asked >= _JUDGED_AFTER and self.counts["failed"] > self.max_bad_fraction * asked:
+        total = self.counts["captioned"] + self.counts["failed"]
+        if failure and total >= _JUDGED_AFTER and self.counts["failed"] > self.max_bad_fraction * total:
             raise RunError(
-                f"--max-bad-fraction: {self.counts['failed']} of {asked} pictures could not be captioned, "
+                f"--max-bad-fraction: {self.counts['failed']} of {total} pictures could not be captioned, "
                 f"the last because of {failure}. The reasons are in {self.path}; "
                 "finished captions are kept, and the same command resumes"
             )

@@ -131,10 +131,10 @@ class LocalModel:
         )
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, max_new_tokens=prompt.max_tokens, do_sample=False)
-        asked = inputs["input_ids"]
+        question = inputs["input_ids"]
         # Decoder-only models repeat the question.
-        if tokens.shape[1] >= asked.shape[1] and bool((tokens[:, : asked.shape[1]] == asked).all()):
-            tokens = tokens[:, asked.shape[1] :]
+        if tokens.shape[1] >= question.shape[1] and bool((tokens[:, : question.shape[1]] == question).all()):
+            tokens = tokens[:, question.shape[1] :]
         ends = self.model.generation_config.eos_token_id
         ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=tokens.device)
         cut = ~torch.isin(tokens, ends).any(dim=1) & (tokens.shape[1] >= prompt.max_tokens)

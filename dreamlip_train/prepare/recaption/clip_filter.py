@@ -41,29 +41,29 @@ class ClipFilter:
         """
         import torch
 
-        filtered: list[Answer] = list(answers)
-        captioned = {place: answer for place, answer in enumerate(answers) if isinstance(answer, dict)}
-        if not captioned:
-            return filtered
+        results: list[Answer] = list(answers)
+        by_place = {place: answer for place, answer in enumerate(answers) if isinstance(answer, dict)}
+        if not by_place:
+            return results
         size = self.model.image_size
-        pictures = torch.stack([resize_center_crop(decode_image(images[place]), size) for place in captioned])
+        pictures = torch.stack([resize_center_crop(decode_image(images[place]), size) for place in by_place])
         with torch.inference_mode():
             features, _ = self.model.encode_images(pictures.to(self.device))
-            for feature, (place, answer) in zip(features, captioned.items(), strict=True):
-                filtered[place] = self._filtered(feature, answer)
-        return filtered
+            for feature, (place, answer) in zip(features, by_place.items(), strict=True):
+                results[place] = self._filtered(feature, answer)
+        return results
 
     def _filtered(self, image: Any, answer: Mapping[str, str]) -> dict[str, Any]:
         """One picture's captions; ``image`` [D] is its unit feature."""
-        kept: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for column, caption in answer.items():
             sentences = split_sub_captions([caption] if is_whole(column) else caption)
             texts = self.model.encode_texts(self.model.tokenize(sentences).to(self.device))
             scores = (texts @ image).tolist()
             pairs = zip(sentences, scores, strict=True)
-            kept[column] = " ".join(text for text, score in pairs if score >= self.keep_above)
-            kept[scores_column(column)] = [round(score, 4) for score in scores]
-        return kept
+            result[column] = " ".join(text for text, score in pairs if score >= self.keep_above)
+            result[scores_column(column)] = [round(score, 4) for score in scores]
+        return result
 
 
 def _folder_config(folder: Path) -> ModelConfig:

@@ -29,9 +29,9 @@ _SAID = 300  # characters that are kept of what a server says
 class ServerError(Exception):
     """An answer that is no success: its status, what it says, and the seconds to wait."""
 
-    def __init__(self, status: int, said: str, wanted: float) -> None:
-        super().__init__(f"status {status}: {said[:_SAID]}")
-        self.status, self.wanted = status, wanted
+    def __init__(self, status: int, message: str, retry_after: float) -> None:
+        super().__init__(f"status {status}: {message[:_SAID]}")
+        self.status, self.retry_after = status, retry_after
 
 
 class Endpoint:
@@ -109,33 +109,33 @@ class Endpoint:
     async def _patiently(self, picture: str, prompt: Prompt) -> dict[str, str]:
         pause = _FIRST_PAUSE
         for attempt in range(self.retries + 1):
-            wanted = 0.0
+            retry_after = 0.0
             try:
                 return prompt.captions(*await asyncio.wait_for(self._ask(picture, prompt), self.timeout))
             except ServerError as error:
                 if attempt == self.retries or (error.status < 500 and error.status not in (408, 409, 429)):
                     raise
-                wanted = error.wanted
+                retry_after = error.retry_after
             except (self.openai.OpenAIError, ValueError):
                 if attempt == self.retries:
                     raise
             except TimeoutError as error:
                 if attempt == self.retries:
                     raise TimeoutError(f"no whole answer within {self.timeout:g} seconds") from error
-            await asyncio.sleep(max(pause * random.uniform(0.5, 1.0), wanted))
+            await asyncio.sleep(max(pause * random.uniform(0.5, 1.0), retry_after))
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("unreachable")
 
     async def _ask(self, picture: str, prompt: Prompt) -> tuple[Any, bool]:
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt.text}]
-        asked = self.client.chat.completions.with_streaming_response.create(
+        request = self.client.chat.completions.with_streaming_response.create(
             model=self.model,
             messages=[{"role": "user", "content": content}],
             max_tokens=prompt.max_tokens,
             temperature=0.0,
         )
         try:
-            async with asked as reply:
+            async with request as reply:
                 return _answer(await _read(reply.iter_bytes()))
         except self.openai.APIConnectionError as error:
             if isinstance(error.__cause__, ServerError):
@@ -154,8 +154,8 @@ async def _refuse(response: Any) -> None:
             break
     await response.aclose()
     location = response.headers.get("location", "")
-    said = f"it redirects to {location}" if location else _message(bytes(body))
-    raise ServerError(response.status_code, said, _retry_after(response.headers))
+    message = f"it redirects to {location}" if location else _message(bytes(body))
+    raise ServerError(response.status_code, message, _retry_after(response.headers))
 
 
 def _message(body: bytes) -> str:

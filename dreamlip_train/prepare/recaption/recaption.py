@@ -64,11 +64,11 @@ def _prompts(options: RecaptionOptions) -> tuple[Prompt, ...]:
     long, short = f"long{options.name}_captions", f"short{options.name}_captions"
     if options.summary_prompt:
         return (Prompt(long, options.summary_prompt, options.max_tokens, summary_column=short),)
-    asked = (
+    prompts = (
         Prompt(long, options.long_prompt, options.max_tokens),
         Prompt(short, options.short_prompt, max(1, options.max_tokens // 4)),
     )
-    return tuple(prompt for prompt in asked if prompt.text)
+    return tuple(prompt for prompt in prompts if prompt.text)
 
 
 def _settings(options: RecaptionOptions) -> RecaptionSettings:
@@ -130,10 +130,10 @@ def _caption_here(
     task = ShardTask(settings, on_batch)
     for shard in shards:
         counts = task(shard)
-        asked = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_batch has counted
+        new = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_batch has counted
         total.update(counts)
         if samples:
-            progress.skip(max(0, samples.get(shard, 0) - asked))
+            progress.skip(max(0, samples.get(shard, 0) - new))
         elif counts["shards done"]:
             progress.advance()
         else:
@@ -146,26 +146,26 @@ def _caption_on_ray(
 ) -> Counter[str]:
     """The same with a task a shard; how far the tasks are is read from the files that they write their answers to."""
     total: Counter[str] = Counter()
-    answered: Counter[Path] = Counter()
+    counted: Counter[Path] = Counter()
     elsewhere = AnswersElsewhere(map(settings.answers, shards))
 
     def on_wait() -> None:
         new = elsewhere.count()
-        answered.update(new)
+        counted.update(new)
         progress.advance(new.total() if samples else 0, _told(total))
 
     task = ShardTask(settings)
-    ended = map_tasks(
+    results = map_tasks(
         lambda shard: (shard, task(shard)),
         shards,
         ray_address=address,
         gpus_if_any=0 if settings.endpoint else 1,
         on_wait=on_wait,
     )
-    for shard, counts in ended:
+    for shard, counts in results:
         total.update(counts)
         if samples:
-            progress.skip(max(0, samples.get(shard, 0) - answered[settings.answers(shard)]))
+            progress.skip(max(0, samples.get(shard, 0) - counted[settings.answers(shard)]))
         else:
             progress.advance()
     return total

@@ -90,10 +90,10 @@ class ShardTask:
                 captioner, images = _captioner(settings), [image for _, image in batch]
                 claims.renew(name)
                 before = answers.counts.copy()
-                answered = captioner.answer(images)
+                new = captioner.answer(images)
                 if settings.keep_above is not None:
-                    answered = _clip_filter(settings).apply(images, answered)
-                answers.add([key for key, _ in batch], answered)
+                    new = _clip_filter(settings).apply(images, new)
+                answers.add([key for key, _ in batch], new)
                 claims.renew(name)
                 self.on_batch(answers.counts - before)
         return answers

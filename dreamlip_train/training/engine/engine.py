@@ -52,13 +52,13 @@ def build_engine(model: DreamLIP, config: Config, device: torch.device, *, resiz
         fused=optim.fused,
     )
     try:
-        built = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
     except (ValueError, TypeError) as error:  # pydantic's errors about keys inside a section are ValueErrors
         raise UserError(f"deepspeed.config: DeepSpeed refuses the config: {error}") from error
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].zero_()
-    return built
+    return engine
 
 
 @contextlib.contextmanager

@@ -123,8 +123,8 @@ def planted(monkeypatch):
     monkeypatch.setattr(
         held_out,
         "val_samples",
-        lambda data, *, image_size, max_samples, wanted: iter(
-            {"position": i, **sample} for i, sample in enumerate(samples[: max_samples or None]) if wanted(i)
+        lambda data, *, image_size, max_samples, is_ours: iter(
+            {"position": i, **sample} for i, sample in enumerate(samples[: max_samples or None]) if is_ours(i)
         ),
     )
     return samples

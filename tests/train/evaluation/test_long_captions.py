@@ -116,8 +116,8 @@ WRITERS = {
 @pytest.fixture(autouse=True)
 def few_records(monkeypatch):
     """Sets of 12 images instead of 1,000."""
-    known = SETS["sharegpt4v-1k"]
-    monkeypatch.setitem(SETS, "sharegpt4v-1k", long_caption_sets._Known(known.read, known.source, False, True, COUNT))
+    spec = SETS["sharegpt4v-1k"]
+    monkeypatch.setitem(SETS, "sharegpt4v-1k", long_caption_sets._SetSpec(spec.read, spec.source, False, True, COUNT))
 
 
 @pytest.fixture(scope="module")

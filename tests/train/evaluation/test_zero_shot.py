@@ -121,7 +121,7 @@ def test_without_clip_benchmark_it_says_what_to_install(monkeypatch):
 def test_a_folder_of_images_by_class_works_for_every_set(weights, tmp_path, monkeypatch, names):
     """By the classes' names in any order, or by folders that sort as the list does."""
     monkeypatch.setattr(
-        "dreamlip_train.evaluation.classification.class_folders._known",
+        "dreamlip_train.evaluation.classification.class_folders._of_benchmark",
         lambda kind, _: CLASSES if "names" in kind else [],
     )
     write_class_folders(tmp_path / "sets" / "made", names, COUNT)
@@ -141,7 +141,7 @@ def test_the_papers_tables_are_shipped():
 
 def test_other_folders_of_images_are_not_taken_for_classes(tmp_path, monkeypatch):
     """Several sets may lie under one root; one folder that is no class among those that are is an error."""
-    monkeypatch.setattr("dreamlip_train.evaluation.classification.class_folders._known", lambda *_: CLASSES)
+    monkeypatch.setattr("dreamlip_train.evaluation.classification.class_folders._of_benchmark", lambda *_: CLASSES)
     for name in ("screenshots", "notes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").write_bytes(jpeg(1))
