@@ -45,11 +45,11 @@ def write_inputs(folder: Path, rows: int) -> None:
     rng.shuffle(order)
     (folder / "shards").mkdir()
     for part in range(0, rows, 100_000):
-        chosen = order[part : part + 100_000]
+        part_rows = order[part : part + 100_000]
         table = {
-            "shard": pyarrow.array([(part + i) // 1000 for i in range(len(chosen))], pyarrow.int32()),
-            "position": pyarrow.array([(part + i) % 1000 for i in range(len(chosen))], pyarrow.int64()),
-            "value": pyarrow.array([f"img{row % 97}.example.com/photos/{row:09d}.jpg" for row in chosen]),
+            "shard": pyarrow.array([(part + i) // 1000 for i in range(len(part_rows))], pyarrow.int32()),
+            "position": pyarrow.array([(part + i) % 1000 for i in range(len(part_rows))], pyarrow.int64()),
+            "value": pyarrow.array([f"img{row % 97}.example.com/photos/{row:09d}.jpg" for row in part_rows]),
         }
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "shards" / f"{part:09d}.parquet")
 

@@ -30,7 +30,7 @@ MODELS = ["ViT-B-32", "ViT-B-16"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def trained(request):
+def dreamlip(request):
     pytest.importorskip("open_clip", reason="the train extra is not installed")
     from dreamlip_train.config.schema import ModelConfig
     from dreamlip_train.model.build import build_model
@@ -43,10 +43,10 @@ def batch():
     return {"images": images, "text": captions(BATCH * K, HUMAN).view(BATCH, K, 77)}
 
 
-def moved(given, pack=True):
+def to_device(host_batch, pack=True):
     from dreamlip_train.training.step import move_batch
 
-    return move_batch(given, torch.device(DEVICE), pack)
+    return move_batch(host_batch, torch.device(DEVICE), pack)
 
 
 def autocast(other=False):
@@ -54,39 +54,40 @@ def autocast(other=False):
 
 
 @pytest.mark.parametrize("captions_as", ["padded", "cropped", "packed"])
-def test_text_tower(run, trained, captions_as):
-    if trained.grid != (7, 7):
+def test_text_tower(run, dreamlip, captions_as):
+    if dreamlip.grid != (7, 7):
         pytest.skip("the text tower of ViT-B/32 once more")
-    given = batch()
-    text = (given if captions_as == "padded" else moved(given, captions_as == "packed"))["text"].to(DEVICE)
+    host_batch = batch()
+    tokens = host_batch if captions_as == "padded" else to_device(host_batch, captions_as == "packed")
+    text = tokens["text"].to(DEVICE)
 
     def step():
         with autocast():
             features = (
-                trained._text_features(text.flatten(0, 1))
+                dreamlip._text_features(text.flatten(0, 1))
                 if isinstance(text, torch.Tensor)
-                else trained._packed_text_features(text.tokens, text.positions, text.captions, text.ends)
+                else dreamlip._packed_text_features(text.tokens, text.positions, text.captions, text.ends)
             )
         features.square().sum().backward()
-        trained.zero_grad()
+        dreamlip.zero_grad()
 
     run(step, rounds=3, images=BATCH)
 
 
 @pytest.mark.parametrize("loop", ["today", "ours"])
-def test_train_step(run, trained, loop):
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=loop == "ours" or None)
-    given = batch()
+def test_train_step(run, dreamlip, loop):
+    optimizer = torch.optim.AdamW(dreamlip.parameters(), lr=1e-5, fused=loop == "ours" or None)
+    host_batch = batch()
     clip_loss, dreamlip_loss = pytest.importorskip("open_clip").loss.ClipLoss(), DreamLIPLoss()
     from dreamlip_train.model.packing import RowAttention
 
-    for block in trained.clip.transformer.resblocks:  # open_clip's own attention for today's loop
+    for block in dreamlip.clip.transformer.resblocks:  # open_clip's own attention for today's loop
         block.attn.__class__ = torch.nn.MultiheadAttention if loop == "today" else RowAttention
 
     def today():
-        images, text = given["images"].to(DEVICE), given["text"].to(DEVICE)
+        images, text = host_batch["images"].to(DEVICE), host_batch["text"].to(DEVICE)
         with autocast():  # the losses too, as in open_clip's loop
-            features = trained(images, text)
+            features = dreamlip(images, text)
             image, texts = features["image_features"], features["text_features"]
             loss = sum(clip_loss(image, texts[:, k], features["logit_scale"]) for k in range(K)) / K
             return loss + reference.subcaption_grouping_loss(
@@ -94,9 +95,9 @@ def test_train_step(run, trained, loop):
             )
 
     def ours():
-        ready = moved(given)
+        ready = to_device(host_batch)
         with autocast():
-            features = trained(ready["images"], ready["text"])
+            features = dreamlip(ready["images"], ready["text"])
         return dreamlip_loss(**features)
 
     def step():
@@ -114,19 +115,19 @@ def test_setting(run, model, setting):
     from dreamlip_train.config.schema import ModelConfig
     from dreamlip_train.model.build import build_model
 
-    changed = SETTINGS[setting]
-    trained = build_model(ModelConfig(name=model), seed=0).to(DEVICE)
-    if "grad_checkpointing" in changed:
-        trained.clip.set_grad_checkpointing()
-    if "compile" in changed:
-        trained.compile_towers()
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=True)
-    given, loss_fn = batch(), DreamLIPLoss()
+    options = SETTINGS[setting]
+    dreamlip = build_model(ModelConfig(name=model), seed=0).to(DEVICE)
+    if "grad_checkpointing" in options:
+        dreamlip.clip.set_grad_checkpointing()
+    if "compile" in options:
+        dreamlip.compile_towers()
+    optimizer = torch.optim.AdamW(dreamlip.parameters(), lr=1e-5, fused=True)
+    host_batch, loss_fn = batch(), DreamLIPLoss()
 
     def step():
-        ready = moved(given, changed.get("pack_captions", True))
-        with autocast(changed.get("other_precision", False)):
-            features = trained(ready["images"], ready["text"])
+        ready = to_device(host_batch, options.get("pack_captions", True))
+        with autocast(options.get("other_precision", False)):
+            features = dreamlip(ready["images"], ready["text"])
         loss_fn(**features).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -158,34 +159,34 @@ def test_gradient_caching(run, model, chunks):
         ),
     )
     engine = build_engine(build_model(config.model, seed=0), config, init_distributed())
-    given, loss_fn = batch() | {"text_mask": torch.ones(BATCH, K, dtype=torch.bool)}, DreamLIPLoss()
+    host_batch, loss_fn = batch() | {"text_mask": torch.ones(BATCH, K, dtype=torch.bool)}, DreamLIPLoss()
 
     def step():
         if chunks > 1:
-            cached_train_step(engine, loss_fn, [moved(chunk) for chunk in split_batch(given, chunks)], lr=1e-5)
+            cached_train_step(engine, loss_fn, [to_device(chunk) for chunk in split_batch(host_batch, chunks)], lr=1e-5)
         else:
-            train_step(engine, loss_fn, moved(given), lr=1e-5)
+            train_step(engine, loss_fn, to_device(host_batch), lr=1e-5)
 
     run(step, rounds=3, images=BATCH, warmup=1)
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_optimizer_step(run, trained, fused):
+def test_optimizer_step(run, dreamlip, fused):
     """optim.fused, by itself: in a whole step it is a few per cent."""
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5, fused=fused)
-    for parameter in trained.parameters():
+    optimizer = torch.optim.AdamW(dreamlip.parameters(), lr=1e-5, fused=fused)
+    for parameter in dreamlip.parameters():
         parameter.grad = torch.randn_like(parameter)
     run(optimizer.step)
-    trained.zero_grad()
+    dreamlip.zero_grad()
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_patch_embedding(run, trained, layout):
+def test_patch_embedding(run, dreamlip, layout):
     """train.channels_last, by itself: pixels as the loader has them, normalized, through the first layer,
     forward and backward.
     """
     images = batch()["images"].contiguous(memory_format=torch.channels_last).to(DEVICE)
-    conv = trained.clip.visual.conv1
+    conv = dreamlip.clip.visual.conv1
 
     def step():
         with autocast():

@@ -62,9 +62,9 @@ def spills(kernel: triton.runtime.JITFunction) -> int:
 
     The exact one, which runs when a flag says so, apart.
     """
-    (compiled, *_) = kernel.device_caches[torch.cuda.current_device()]
-    always_run = [built for built in compiled.values() if not built.src.constants.get(_exact_place(kernel))]
-    return max((built.n_spills or 0 for built in always_run), default=0)
+    (variants, *_) = kernel.device_caches[torch.cuda.current_device()]
+    always_run = [variant for variant in variants.values() if not variant.src.constants.get(_exact_place(kernel))]
+    return max((variant.n_spills or 0 for variant in always_run), default=0)
 
 
 def _exact_place(kernel: triton.runtime.JITFunction) -> tuple[int] | None:
@@ -132,7 +132,7 @@ def compile_one(job: tuple[str, Blocks, int, torch.dtype]) -> None:
 def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width: int) -> None:
     """Time every candidate of kernel ``name`` in ``step`` and print them, fastest first."""
     module = sums_kernels if name == "exp_sums" else gradient_kernels
-    kept, kernel, times = logsumexp_tiles.TABLE[key], getattr(module, name), []
+    entry_before, kernel, times = logsumexp_tiles.TABLE[key], getattr(module, name), []
     for blocks in candidates(key[1]):
         logsumexp_tiles.TABLE[key] = {width: blocks}
         kernel.device_caches.clear()
@@ -145,7 +145,7 @@ def tune(name: str, step: Callable[[], object], key: tuple[str, int, int], width
             times.append((milliseconds(step), blocks))
         except Exception as error:  # too much shared memory, or nothing the compiler can make
             print(f"{name} {tuple(blocks)}: {str(error).splitlines()[0][:100]}", flush=True)
-    logsumexp_tiles.TABLE[key] = kept
+    logsumexp_tiles.TABLE[key] = entry_before
     for ms, blocks in sorted(times)[:10]:
         print(f"{name:14} {tuple(blocks)!s:26} {ms:8.3f} ms   {2 * N * N * K * width / ms / 1e9:6.0f} TFLOP/s")
     if times:
@@ -164,13 +164,13 @@ def main() -> None:
         default="float16",
         help="float32 is tuned as three TF32 products",
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "tune_contrastive: needs a CUDA device\n")
-    dtype = getattr(torch, given.dtype)
-    compile_all(given.width, dtype)
-    for name, (step, key) in steps(given.width, dtype).items():
-        tune(name, step, key, given.width)
+    dtype = getattr(torch, options.dtype)
+    compile_all(options.width, dtype)
+    for name, (step, key) in steps(options.width, dtype).items():
+        tune(name, step, key, options.width)
 
 
 if __name__ == "__main__":

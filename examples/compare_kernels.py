@@ -47,8 +47,8 @@ def main() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         milliseconds = (time.perf_counter() - begin) / 5 * 1e3
-        listed = "  ".join(f"{error:.0e}" for error in errors)
-        print(f"{name:18} errors of loss, d_image, d_text, d_scale: {listed}   {milliseconds:7.1f} ms")
+        digits = "  ".join(f"{error:.0e}" for error in errors)
+        print(f"{name:18} errors of loss, d_image, d_text, d_scale: {digits}   {milliseconds:7.1f} ms")
 
 
 if __name__ == "__main__":

@@ -203,12 +203,12 @@ def scores(model: DreamLIP, words: _Words, folder: Path, held_out: Split) -> dic
             labels = resize_center_crop(labels, model.image_size, nearest=True)[0]
             region_KP = mask_to_regions(labels, len(text_KD), model.grid)
             similarity_KP = text_KD @ F.normalize(patch_PD, dim=-1).T
-            kept = region_KP.any(1)
+            in_view = region_KP.any(1)
             inside = (similarity_KP * region_KP).sum(1) / region_KP.sum(1)
             outside = (similarity_KP * ~region_KP).sum(1) / (~region_KP).sum(1)
-            weights.append(dk.patch_weights(patch_PD[None], text_KD[None], threshold=threshold)[0, kept])
-            regions.append(region_KP[kept])
-            inverted.append((inside < outside)[kept])
+            weights.append(dk.patch_weights(patch_PD[None], text_KD[None], threshold=threshold)[0, in_view])
+            regions.append(region_KP[in_view])
+            inverted.append((inside < outside)[in_view])
             long.append(F.normalize(text_KD.mean(0), dim=0))
     where = localization(torch.cat(weights), torch.cat(regions))
     recall = retrieval(image_ND, torch.stack(long), torch.arange(len(names)), ks=(1,))

@@ -115,17 +115,17 @@ def collage(rng: np.random.Generator) -> tuple[Image.Image, Image.Image, list[st
     """Crops of several regions on a blurred photograph, its mask, and what is where."""
     scene = compose_scene(rng, SIDE)  # its places and sizes; colors and shapes are the photographs'
     names = list(_regions())
-    chosen = [names[i] for i in rng.permutation(len(names))[: len(scene.objects)]]
+    labels = [names[i] for i in rng.permutation(len(names))[: len(scene.objects)]]
     picture = _photograph(str(rng.choice(list(REGIONS)))).resize((SIDE, SIDE))
     picture = ImageEnhance.Color(picture.filter(ImageFilter.GaussianBlur(6))).enhance(0.6)
     mask = Image.new("L", (SIDE, SIDE))
-    for value, (label, thing) in enumerate(zip(chosen, scene.objects, strict=True), start=1):
+    for value, (label, thing) in enumerate(zip(labels, scene.objects, strict=True), start=1):
         side = round(2 * thing.radius * 0.95)
         corner = tuple(round(middle - side / 2) for middle in thing.center)
         outline = _outline(side, rng)
         picture.paste(_crop(label, side, rng), corner, outline)
         mask.paste(value, (*corner, corner[0] + side, corner[1] + side), outline.point(lambda v: 255 * (v >= 128)))
-    return picture, mask, chosen, [thing.place for thing in scene.objects]
+    return picture, mask, labels, [thing.place for thing in scene.objects]
 
 
 def cut(rng: np.random.Generator) -> tuple[Image.Image, Image.Image, list[str], list[str]]:

@@ -121,11 +121,11 @@ def memeff(image, text, scale):
     return sum(slots) / len(slots) + 0 * scale  # it has no gradient for the scale
 
 
-def named_by(places: list[str], taken: tuple[str, ...]) -> dict[str, Callable]:
+def named_by(places: list[str], names_in_use: tuple[str, ...]) -> dict[str, Callable]:
     """The functions of ``--peer FILE.py:NAME ..``, by name."""
     names = [place.rpartition(":")[2] for place in places]
     for name in names:
-        if name in taken or names.count(name) > 1:
+        if name in names_in_use or names.count(name) > 1:
             raise pytest.UsageError(f"--peer: there is a provider {name!r} already; give your function another name")
     return dict(zip(names, map(load, places), strict=True))
 

@@ -22,8 +22,8 @@ def results(x, y, scale=14.3, backend="torch", needs=(True, True), **masks):
     outs = dk.bidirectional_logsumexp(*inputs, scale, backend=backend, **masks)
     gen = torch.Generator().manual_seed(3)
     upstream = [torch.rand(o.shape, generator=gen).to(o) for o in outs]
-    wanted = [v for v in inputs if v.requires_grad]
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, wanted, upstream)]
+    of_inputs = [v for v in inputs if v.requires_grad]
+    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, of_inputs, upstream)]
 
 
 def gold(x, y, scale=14.3, **masks):
@@ -66,10 +66,10 @@ def nothing_behind_a_mask_has_an_effect(backend, device):
     gen = torch.Generator().manual_seed(1)
     masks = dict(x_mask=torch.rand(40, generator=gen) > 0.3, y_mask=torch.rand(3, 45, generator=gen) > 0.3)
     masks = {name: mask.to(device) for name, mask in masks.items()}
-    for dtype, held in ((torch.float32, torch.nan), (torch.float32, torch.inf), (torch.float16, torch.nan)):
+    for dtype, junk in ((torch.float32, torch.nan), (torch.float32, torch.inf), (torch.float16, torch.nan)):
         x, y = features(device, dtype)
         expected = gold(x, y, **masks)
-        x, y = (v.masked_fill(~mask[..., None], held) for v, mask in zip((x, y), masks.values(), strict=True))
+        x, y = (v.masked_fill(~mask[..., None], junk) for v, mask in zip((x, y), masks.values(), strict=True))
         got = results(x, y, backend=backend, **masks)
         assert_close(got, expected)
         for grad, mask in zip(got[2:], masks.values(), strict=True):
@@ -81,8 +81,8 @@ def nothing_in_bfloat16_behind_a_mask(backend, device):
     x, y = features(device, torch.bfloat16)
     y_mask = (torch.rand(3, 45, generator=torch.Generator().manual_seed(1)) > 0.3).to(device)
     expected = gold(x, y, y_mask=y_mask)
-    for held in (1e36, torch.nan):
-        got = results(x, y.masked_fill(~y_mask[..., None], held), backend=backend, y_mask=y_mask)
+    for junk in (1e36, torch.nan):
+        got = results(x, y.masked_fill(~y_mask[..., None], junk), backend=backend, y_mask=y_mask)
         assert_close(got, expected, rounding=2e-2)
 
 

@@ -38,11 +38,11 @@ def within(kind, got, gold, terms, d=0):
     logits += 3 * d / 8 * 2**-25 if kind == "tf32x3" else 0
     exponents = logits * max(v[torch.isfinite(v)].abs().max().item() for v in gold[:2])
     bounds = dict(row=logits, col=logits, dx=gradients + exponents, dy=gradients + exponents, dscale=scales + exponents)
-    for (name, bound), value, wanted in zip(bounds.items(), got, gold, strict=True):
-        value, finite = value.detach().double(), torch.isfinite(wanted)
-        assert torch.equal(value[~finite], wanted[~finite].double()), f"{name}: infinities differ"
-        largest = terms if name == "dscale" else wanted[finite].abs().max().item()
-        error = (value - wanted)[finite].abs().max().item()
+    for (name, bound), value, expected in zip(bounds.items(), got, gold, strict=True):
+        value, finite = value.detach().double(), torch.isfinite(expected)
+        assert torch.equal(value[~finite], expected[~finite].double()), f"{name}: infinities differ"
+        largest = terms if name == "dscale" else expected[finite].abs().max().item()
+        error = (value - expected)[finite].abs().max().item()
         assert error <= bound * largest, f"{name}: error {error:.2e} exceeds {bound * largest:.2e} ({largest:.2e})"
 
 

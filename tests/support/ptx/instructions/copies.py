@@ -47,15 +47,15 @@ class ThreadCopies:
         """All but the latest ``left`` groups of these threads."""
         waiting = np.zeros(self.wave.lanes, bool)
         waiting[lanes] = True
-        kept = []
+        rest = []
         for copies in self.pending:
             now = waiting[copies.lanes] & (copies.group < self.committed[copies.lanes] - left)
             if now.any():
                 self._land(copies.some(now))
                 copies = copies.some(~now)
             if len(copies.lanes):
-                kept.append(copies)
-        self.pending = kept
+                rest.append(copies)
+        self.pending = rest
 
     def _land(self, copies: _Copies) -> None:
         size = copies.size

@@ -35,13 +35,13 @@ def shuffle(threads, operands, form, name):
     segment, clamp, offset = c >> 8 & 31, c & 31, b & 31
     most = (lane & segment) | (clamp & ~segment)
     least = lane & segment
-    chosen, inside = {
+    source_lane, inside = {
         "up": lambda: (lane - offset, lane - offset >= most),
         "down": lambda: (lane + offset, lane + offset <= most),
         "bfly": lambda: (lane ^ offset, (lane ^ offset) <= most),
         "idx": lambda: (least | (offset & ~segment), (least | (offset & ~segment)) <= most),
     }[form["mode"]]()
-    from_lane = np.where(inside, threads.lanes - lane + chosen, threads.lanes)
+    from_lane = np.where(inside, threads.lanes - lane + source_lane, threads.lanes)
     if not np.isin(from_lane, threads.lanes).all():
         raise Divergence("a lane that is elsewhere is read")
     full = np.empty(threads.wave.lanes, np.uint32)

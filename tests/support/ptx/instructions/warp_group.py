@@ -152,15 +152,15 @@ class Products:
         """All but the latest ``left`` groups of these warps, in order."""
         waiting = np.zeros(len(self.committed), bool)
         waiting[lanes // WARP] = True
-        done, kept = [], []
+        done, rest = [], []
         for product in self.pending:
             now = waiting[product.warps] & (product.group < self.committed[product.warps] - left)
             if now.any():
                 done.append(_part(product, now))
                 self._make(done[-1])
             if not now.all():
-                kept.append(_part(product, ~now))
-        self.pending = kept
+                rest.append(_part(product, ~now))
+        self.pending = rest
         self.fenced[np.nonzero(waiting)[0]] = False
         for slots, product in {tuple(r.slot for r in p.targets): p for p in done}.items():
             over = product.warps[~self.busy(slots, product.warps)]
@@ -188,15 +188,15 @@ class Products:
 def _part(product: _Product, mask: np.ndarray) -> _Product:
     if mask.all():
         return product
-    chosen = np.nonzero(mask)[0]
+    numbers = np.nonzero(mask)[0]
     return _Product(
         product.warps[mask],
         product.targets,
         product.kind,
         product.keep[mask],
         product.group[mask],
-        [product.a[i] for i in chosen],
-        [product.b[i] for i in chosen],
+        [product.a[i] for i in numbers],
+        [product.b[i] for i in numbers],
         product.sign,
     )
 
