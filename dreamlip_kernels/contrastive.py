@@ -91,16 +91,16 @@ def multi_positive_contrastive_loss(
     rows = n * rank_and_size(group)[1]
     op_backend = dispatch.select("bidirectional_logsumexp", image_features, backend, M=rows, C=n, K=k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
-    scale, agreed = check_agreement(fn, sizes, scale, group, backend=op_backend)
-    op_backend = agreed if backend == "auto" else op_backend
+    scale, common_backend = check_agreement(fn, sizes, scale, group, backend=op_backend)
+    op_backend = common_backend if backend == "auto" else op_backend
 
     text_KND = text_features.transpose(0, 1)
     text_mask = of_present_images(image_mask, text_mask, k)
     mask_KN = None if text_mask is None else text_mask.T.contiguous()  # once, and not in each op that reads it
     images = gathered_images(image_ids, group)
-    left_out = images.world if images is not None and same_image == "ignore" else None
+    images_to_ignore = images.world if images is not None and same_image == "ignore" else None
     row, col, pos, everyone, everyone_mask = gathered_logsumexp(
-        image_features, text_KND, scale, image_mask, mask_KN, op_backend, group, left_out
+        image_features, text_KND, scale, image_mask, mask_KN, op_backend, group, images_to_ignore
     )  # [K, n] each of the first three
     row_target, col_target = pos, pos
     if negatives == "all":
@@ -114,9 +114,9 @@ def multi_positive_contrastive_loss(
         how.update(over_slots=negatives == "all", group=group)
         row_target, col_target = soft_targets(slots, scale, pos, row_target, **how)
     if positives == "logsum":
-        captioned = None if mask_KN is None else mask_KN.any(0)
-        row_term, col_term = _where(captioned, row[0] - row_target[0]), _where(mask_KN, col - col_target)
-        return (reduced(row_term, captioned, reduction, group) + reduced(col_term, mask_KN, reduction, group)) / 2
+        has_caption = None if mask_KN is None else mask_KN.any(0)
+        row_term, col_term = _where(has_caption, row[0] - row_target[0]), _where(mask_KN, col - col_target)
+        return (reduced(row_term, has_caption, reduction, group) + reduced(col_term, mask_KN, reduction, group)) / 2
     pair = _where(mask_KN, (row - row_target) + (col - col_target)) / 2
     return reduced(pair.T, text_mask, reduction, group)
 

@@ -172,8 +172,8 @@ def subcaption_grouping_loss(
         pairs = dict(M=n * k * rank_and_size(group)[1], C=n * k, K=1, D=d)
         op_backend = dispatch.select("bidirectional_logsumexp", scale, of_contrast, **pairs)
     sizes = agreement_sizes(text_features, image_mask, text_mask)
-    scale, agreed = check_agreement(fn, sizes, scale, group, backend=op_backend)
-    op_backend = agreed if of_contrast == "auto" else op_backend
+    scale, common_backend = check_agreement(fn, sizes, scale, group, backend=op_backend)
+    op_backend = common_backend if of_contrast == "auto" else op_backend
     text_mask = of_present_images(image_mask, text_mask, k)
     patch_mask = of_present_images(image_mask, patch_mask, patch_features.shape[1])
     if text_mask is not None:  # whatever a missing sub-caption holds, a NaN too, has no part in anything
@@ -213,8 +213,8 @@ def _within_image(pooled: Tensor, text: Tensor, scale: Tensor, mask: Tensor | No
 
 def _pooled_for_the_block(patches: Tensor, queries: Tensor, candidates: int, options: dict[str, Any]) -> Tensor:
     # K sub-captions a call: fused kernels take no K * candidates.
-    asked = _of_the_block(queries, candidates).split(queries.shape[1], dim=1)
-    return torch.cat([group_patches(patches, part, **options) for part in asked], dim=1)
+    parts = _of_the_block(queries, candidates).split(queries.shape[1], dim=1)
+    return torch.cat([group_patches(patches, part, **options) for part in parts], dim=1)
 
 
 def _of_the_block(text: Tensor, candidates: int) -> Tensor:

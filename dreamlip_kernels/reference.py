@@ -74,9 +74,9 @@ def multi_positive_contrastive_loss(
         col_target = (1 - label_smoothing) * col_target + label_smoothing * _mean_over(z, candidate, 0)
     col_term = torch.where(valid, col - col_target, 0)
     if positives == "logsum":
-        captioned = valid.any(1)
-        row_term = torch.where(captioned, row[:, 0] - row_target[:, 0], 0)
-        return _reduced(row_term, captioned, reduction) / 2 + _reduced(col_term, valid, reduction) / 2
+        has_caption = valid.any(1)
+        row_term = torch.where(has_caption, row[:, 0] - row_target[:, 0], 0)
+        return _reduced(row_term, has_caption, reduction) / 2 + _reduced(col_term, valid, reduction) / 2
     return _reduced((torch.where(valid, row - row_target, 0) + col_term) / 2, valid, reduction)
 
 
@@ -103,13 +103,13 @@ def multi_positive_sigmoid_loss(
     valid = torch.ones(n, k, dtype=torch.bool, device=text_features.device) if text_mask is None else text_mask
     z = logit_scale * torch.einsum("md,nkd->mnk", image_features, text_features) + logit_bias
     own, same = _own_and_same_image(z, image_ids)
-    counted = valid if image_mask is None else valid & image_mask[:, None, None]
+    candidate = valid if image_mask is None else valid & image_mask[:, None, None]
     if same_image == "ignore":
-        counted = counted & (own | ~same)
+        candidate = candidate & (own | ~same)
     label = (same if same_image == "positive" else own).to(z.dtype)
     label = (1 - label_smoothing) * label + label_smoothing / 2
     pair = -label * torch.nn.functional.logsigmoid(z) - (1 - label) * torch.nn.functional.logsigmoid(-z)
-    return _reduced(torch.where(counted, pair, 0).sum(0), valid, reduction)
+    return _reduced(torch.where(candidate, pair, 0).sum(0), valid, reduction)
 
 
 def patch_weights(

@@ -102,8 +102,8 @@ def multi_positive_sigmoid_loss(
         backend = "torch"
     op_backend = dispatch.select("sigmoid_pairs", image_features, backend, M=world * n, C=n * k, D=d)
     sizes = agreement_sizes(text_features, image_mask, text_mask, image_ids, label_smoothing, same_image)
-    scale, agreed = check_agreement(fn, sizes, scale, group, backend=op_backend)
-    op_backend = agreed if backend == "auto" else op_backend
+    scale, common_backend = check_agreement(fn, sizes, scale, group, backend=op_backend)
+    op_backend = common_backend if backend == "auto" else op_backend
     x_mask = None if image_mask is None else all_gather_rows(image_mask, group)
     images = gathered_images(image_ids, group)
     everyone = all_gather_rows(image_features, group)

@@ -63,14 +63,14 @@ def read(name: str) -> tuple[Any, str] | None:
 
 def write(name: str, content: Any) -> str:
     """Store ``content`` where the first folder takes it, and return the path, or "memory" where none does."""
-    refused = []
+    reasons = []
     for folder in folders():
         try:
             return str(_replace(folder, name, content))
         except OSError as error:
-            refused.append(f"{folder}: {error.strerror or error}")
-    refused = refused or ["there is neither a home nor a folder for temporary files"]
-    _warn_once(f"nothing can be stored on disk ({'; '.join(refused)}): kept in memory, for this process alone")
+            reasons.append(f"{folder}: {error.strerror or error}")
+    reasons = reasons or ["there is neither a home nor a folder for temporary files"]
+    _warn_once(f"nothing can be stored on disk ({'; '.join(reasons)}): kept in memory, for this process alone")
     _memory[name] = content
     return "memory"
 
@@ -101,7 +101,7 @@ def lock(name: str) -> Iterator[None]:
     """One process at a time, as far as the system can lock files in the cache folder; a log line says that it waits.
     The lock ends with the process that holds it.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as files:
         for folder in folders():
             try:
                 import fcntl
@@ -109,7 +109,7 @@ def lock(name: str) -> Iterator[None]:
                 make(folder)
                 if not is_own(folder):
                     continue
-                file = held.enter_context((folder / f"{name}.lock").open("a"))
+                file = files.enter_context((folder / f"{name}.lock").open("a"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -133,9 +133,9 @@ def requested(fn: str, op: str, own: str | None, shorthand: str) -> Any:
         if own not in ("auto", *_BACKENDS[op]):
             raise ValueError(f"{fn}: {op} has no backend {own!r}; choose from {['auto', *_BACKENDS[op]]}")
         return own
-    known = {name for checks in _BACKENDS.values() for name in checks}
-    if shorthand not in {"auto", *known}:
-        raise ValueError(f"{fn}: unknown backend={shorthand!r}; choose from {['auto', *sorted(known)]}")
+    names = {name for checks in _BACKENDS.values() for name in checks}
+    if shorthand not in {"auto", *names}:
+        raise ValueError(f"{fn}: unknown backend={shorthand!r}; choose from {['auto', *sorted(names)]}")
     return shorthand if shorthand in _BACKENDS[op] else "auto"
 
 
@@ -244,9 +244,9 @@ def why(op: str, x: Tensor, requested: str = "auto", **sizes: int) -> str:
     names, reason = _order(op, case)
     skipped = []
     for backend in names:
-        if (refused := _BACKENDS[op][backend](case)) is None:
+        if (problem := _BACKENDS[op][backend](case)) is None:
             break
-        skipped.append(f"{backend}: {refused}")
+        skipped.append(f"{backend}: {problem}")
     return "; ".join(["auto", *filter(None, [reason]), *skipped]) if reason or skipped else "auto, the first in order"
 
 

@@ -64,9 +64,9 @@ def why_not_on(device: torch.device) -> str | None:
 
 def why_not_pool(device: torch.device, p: int, k: int, d: int, element_bytes: int) -> str | None:
     """Why the CUDA kernels of group_patches cannot hold an image of P patches, K sub-captions and width D, or None."""
-    needed, (_, limit) = patch_pool_shared_bytes(p, k, d, element_bytes), _device_limits(device.index)
-    if needed > limit:
-        return f"P={p}, K={k}, D={d} needs {needed} of {limit} bytes of shared memory a block"
+    bytes_of_block, (_, limit) = patch_pool_shared_bytes(p, k, d, element_bytes), _device_limits(device.index)
+    if bytes_of_block > limit:
+        return f"P={p}, K={k}, D={d} needs {bytes_of_block} of {limit} bytes of shared memory a block"
     return None
 
 

@@ -130,7 +130,7 @@ def _loaded(name: str, folder: Path, stem: str) -> ModuleType | None:
 
 def _writable() -> Path:
     """The first of the folders that takes files."""
-    refused = []
+    reasons = []
     for folder in folders():
         try:
             cache.make(folder)
@@ -140,8 +140,8 @@ def _writable() -> Path:
                 file.write(b"0" * 4096)
             return folder
         except OSError as error:
-            refused.append(f"{folder}: {error.strerror or error}")
-    raise OSError(f"no folder takes what is built ({'; '.join(refused)}); set DREAMLIP_CACHE_DIR")
+            reasons.append(f"{folder}: {error.strerror or error}")
+    raise OSError(f"no folder takes what is built ({'; '.join(reasons)}); set DREAMLIP_CACHE_DIR")
 
 
 def _compile(words: list[Any], lock: int | None, patience: float) -> None:
@@ -151,13 +151,13 @@ def _compile(words: list[Any], lock: int | None, patience: float) -> None:
     environment = child_process.environment()
     beside = sysconfig.get_path("scripts")  # where pip puts ninja, also in an environment that nobody activated
     environment["PATH"] = os.pathsep.join([beside, environment.get("PATH", os.defpath)])
-    with tempfile.TemporaryFile() as said:  # a pipe would stay open as long as a compiler that outlives its builder
+    with tempfile.TemporaryFile() as log:  # a pipe would stay open as long as a compiler that outlives its builder
         process = subprocess.Popen(
             [*child_process.PYTHON, "-c", _BUILDER, json.dumps(words)],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
             pass_fds=[] if lock is None else [lock],
         )
@@ -168,8 +168,8 @@ def _compile(words: list[Any], lock: int | None, patience: float) -> None:
             raise TimeoutError(f"the compiler has not come to its end in {patience:.0f} s") from None
         finally:
             _end(process)
-        said.seek(0)
-        output = said.read().decode(errors="replace")
+        log.seek(0)
+        output = log.read().decode(errors="replace")
     if status < 0:
         raise RuntimeError(f"the process that compiles was killed ({signal.Signals(-status).name})")
     if status:
@@ -206,7 +206,7 @@ def _locked(file: Any, patience: float) -> bool:
     """Whether this process has the lock, sooner or later; False where the file system has no locks: builds are private,
     so that the last one's result stays.
     """
-    deadline, told = time.monotonic() + patience, False
+    deadline, has_said = time.monotonic() + patience, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,9 +221,9 @@ def _locked(file: Any, patience: float) -> bool:
                 f"process {builder} has been building {file.name.removesuffix('.lock')} for {patience:.0f} s; end it, "
                 "and start again"
             )
-        if not told:
+        if not has_said:
             logger.warning("waiting for process %s, which is building the C++ kernels", builder)
-        told = True
+        has_said = True
         time.sleep(_POLL)
 
 

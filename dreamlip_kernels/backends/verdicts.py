@@ -179,8 +179,8 @@ def store(device: torch.device, new: Record) -> Record:
     device = indexed(device)
     path = cache.write(identity.file_name(device), new.to_json())
     _plans.clear()
-    stored = _records[device] = dataclasses.replace(new, path=path)
-    return stored
+    stored_record = _records[device] = dataclasses.replace(new, path=path)
+    return stored_record
 
 
 def forget() -> None:
@@ -247,10 +247,10 @@ def order(plan: Plan, width: int, similarities: int) -> tuple[str, ...]:
 
 def _stored(device: torch.device) -> Record | None:
     name = identity.file_name(device)
-    stored = cache.read(name)
-    if stored is None:
+    file = cache.read(name)
+    if file is None:
         return None
-    content, path = stored
+    content, path = file
     try:
         entry = Record.from_json(content, path)
     except ValueError as error:

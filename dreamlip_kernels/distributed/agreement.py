@@ -43,14 +43,14 @@ _LEAVING = datetime.timedelta(seconds=10)  # for ranks that have yet to read the
 
 
 @dataclass
-class _Known:
+class _Memory:
     """What a rank remembers of one process group."""
 
     calls: int = 0
-    agreed: dict[str, str] = field(default_factory=dict)  # what was asked, as text -> the backend that all take
+    backends: dict[str, str] = field(default_factory=dict)  # what was asked, as text -> the backend that all take
 
 
-_known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Known] = weakref.WeakKeyDictionary()
+_memory: weakref.WeakKeyDictionary[dist.ProcessGroup, _Memory] = weakref.WeakKeyDictionary()
 
 
 def agreement_sizes(
@@ -62,8 +62,8 @@ def agreement_sizes(
     same_image: str = "ignore",
 ) -> dict[str, int]:
     """What all ranks must agree on before their first collective, as integers."""
-    passed = (int(v is not None) for v in (image_mask, text_mask, image_ids))
-    values = (*text_features.shape, *passed, round(label_smoothing * 1e6), int(same_image == "positive"))
+    is_given = (int(v is not None) for v in (image_mask, text_mask, image_ids))
+    values = (*text_features.shape, *is_given, round(label_smoothing * 1e6), int(same_image == "positive"))
     return dict(zip(SIZES, values, strict=True))
 
 
@@ -90,16 +90,18 @@ def _agreed(fn: str, sizes: dict[str, int], device: torch.device, group: Group, 
     mode = os.environ.get("DREAMLIP_CHECK", "shapes")
     if mode not in MODES:
         raise ValueError(f"DREAMLIP_CHECK must be one of {MODES}, got {mode!r}")
-    known = _known.setdefault(process_group(group), _Known())
-    known.calls += 1
-    asked = json.dumps([fn, sizes, backend])
+    memory = _memory.setdefault(process_group(group), _Memory())
+    memory.calls += 1
+    request = json.dumps([fn, sizes, backend])
     if mode == "never" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return known.agreed.get(asked, backend)
+        return memory.backends.get(request, backend)
     if mode == "always":
-        known.agreed[asked] = _compared(fn, sizes, _by_collective(sizes, backend, device, group), group, backend)
-    elif asked not in known.agreed:
-        known.agreed[asked] = _compared(fn, sizes, _by_store(fn, sizes, backend, known.calls, group), group, backend)
-    return known.agreed[asked]
+        memory.backends[request] = _compared(fn, sizes, _by_collective(sizes, backend, device, group), group, backend)
+    elif request not in memory.backends:
+        memory.backends[request] = _compared(
+            fn, sizes, _by_store(fn, sizes, backend, memory.calls, group), group, backend
+        )
+    return memory.backends[request]
 
 
 @torch.library.custom_op("dreamlip_kernels::agreement", mutates_args=())

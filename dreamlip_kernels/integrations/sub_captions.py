@@ -61,11 +61,11 @@ class SubCaptionTokenizer:
     def __call__(self, captions: str | Sequence[str] | Sequence[Sequence[str]], *args, **options) -> Tensor:
         """Integer tokens [n, K, L] of n captions; one string is n = 1. Further arguments are the tokenizer's."""
         captions = [captions] if isinstance(captions, str) else captions
-        drawn = [draw(self.split(c) if isinstance(c, str) else list(c), self.num_sub_captions) for c in captions]
-        flat = [sentence for sentences in drawn for sentence in sentences]
+        sub_captions = [draw(self.split(c) if isinstance(c, str) else list(c), self.num_sub_captions) for c in captions]
+        flat = [sentence for sentences in sub_captions for sentence in sentences]
         rows = self.tokenizer(flat or [""], *args, **options)
-        tokens = rows.new_zeros(len(drawn), self.num_sub_captions, rows.shape[-1])
-        counts = torch.tensor([len(sentences) for sentences in drawn], dtype=torch.long)
+        tokens = rows.new_zeros(len(sub_captions), self.num_sub_captions, rows.shape[-1])
+        counts = torch.tensor([len(sentences) for sentences in sub_captions], dtype=torch.long)
         if flat:
             tokens[torch.arange(self.num_sub_captions) < counts[:, None]] = rows
         return tokens

@@ -39,9 +39,9 @@ class SubCaptionCollator:
         n, k = len(rows), self.num_sub_captions
         pixels = self.processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
         captions = [self.split(row["text"]) if isinstance(row["text"], str) else list(row["text"]) for row in rows]
-        drawn = [draw(caption, k) for caption in captions]
-        mask = torch.tensor([[slot < len(texts) for slot in range(k)] for texts in drawn], dtype=torch.bool)
-        texts = [text for caption in drawn for text in caption + [""] * (k - len(caption))]
+        sub_captions = [draw(caption, k) for caption in captions]
+        mask = torch.tensor([[slot < len(texts) for slot in range(k)] for texts in sub_captions], dtype=torch.bool)
+        texts = [text for caption in sub_captions for text in caption + [""] * (k - len(caption))]
         tokens = self.processor(text=texts, padding=True, truncation=True, return_tensors="pt")
         ids, attention = (tokens[name].view(n, k, -1) for name in ("input_ids", "attention_mask"))
         return {"pixel_values": pixels, "input_ids": ids, "attention_mask": attention, "text_mask": mask}

@@ -64,8 +64,8 @@ def _three_times(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
 def _captured(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
     """The values by a CUDA graph that was captured on other inputs and replayed on these."""
     static = tuple(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in inputs)
-    for held, v in zip(static, case.draw(99), strict=True):
-        held.copy_(v)
+    for buffer, v in zip(static, case.draw(99), strict=True):
+        buffer.copy_(v)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -74,8 +74,8 @@ def _captured(case: Case, inputs: Outputs, upstream: Outputs) -> Outputs:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = case.values(case.op, static, upstream)
-    for held, v in zip(static, inputs, strict=True):
-        held.copy_(v)
+    for buffer, v in zip(static, inputs, strict=True):
+        buffer.copy_(v)
     graph.replay()
     return tuple(v.clone() for v in outs)
 

@@ -19,8 +19,8 @@ class Journal:
 
     def __init__(self, name: str):
         self.name = f"{name}.unfinished"
-        stored = cache.read(self.name)
-        content = stored[0] if stored is not None and isinstance(stored[0], dict) else {}
+        file = cache.read(self.name)
+        content = file[0] if file is not None and isinstance(file[0], dict) else {}
         answers = content.get("answers") if content.get("format") == FORMAT else None
         self.answers: dict[str, Any] = answers if isinstance(answers, dict) else {}
         self._lock = threading.Lock()

@@ -69,9 +69,9 @@ def qualify(
     if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
         raise ValueError(f"qualify: widths must be positive integers, got {widths!r}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    known = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    if device not in known and (device != torch.device("cuda") or len(known) == 1):
-        raise RuntimeError(f"qualify: device={str(device)!r} cannot be used; torch sees {', '.join(map(str, known))}")
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    if device not in devices and (device != torch.device("cuda") or len(devices) == 1):
+        raise RuntimeError(f"qualify: device={str(device)!r} cannot be used; torch sees {', '.join(map(str, devices))}")
     device = verdicts.indexed(device)
     with cache.lock(identity.file_name(device)):
         verdicts.forget()
@@ -93,10 +93,12 @@ def _measure(device: torch.device, widths: tuple[int, ...], tune: bool, journal:
         raise RuntimeError(f"qualify: {device} cannot be used: {probe['why']}\n{probe['report']}")
     parts = journal.run(checks, at_once, limit_s, logger.info)
     answers = _joined(checks, parts)
-    tested = {_key(job): job for job in checks}
-    right = [job for key, job in tested.items() if "why" not in answers[key] and not job["interpreted"]]
+    job_by_key = {_key(job): job for job in checks}
+    right = [job for key, job in job_by_key.items() if "why" not in answers[key] and not job["interpreted"]]
     rates, timings, untimed = _speeds(device, widths, right, journal)
-    results = [_verdict(job, answers[key], timings.get(key, ()), untimed.get(key, {})) for key, job in tested.items()]
+    results = [
+        _verdict(job, answers[key], timings.get(key, ()), untimed.get(key, {})) for key, job in job_by_key.items()
+    ]
     return Record(
         identity=identity.identity(device),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -152,12 +154,12 @@ def _check_jobs(device: torch.device, widths: tuple[int, ...]) -> list[dict[str,
                     continue
                 about = {"op": subject.OP, "backend": backend, "dtype": dtype, "interpreted": interpreted}
                 environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
-                tried = INTERPRETED_WIDTHS if interpreted else widths
+                case_widths = INTERPRETED_WIDTHS if interpreted else widths
                 parts = PARTS if device.type == "cuda" else 1
                 for part in range(parts):
                     # What is timed later, one call after another, is compiled now, beside the other workers.
                     how = {"part": part, "parts": parts, "warm": part == parts - 1 and not interpreted}
-                    jobs.append(_job("check", device, tried, environment=environment, **how, **about))
+                    jobs.append(_job("check", device, case_widths, environment=environment, **how, **about))
     return jobs
 
 
@@ -183,11 +185,11 @@ def _speeds(device: torch.device, widths: tuple[int, ...], right: list[dict[str,
     timings, failures = {}, {}
     for job in right:
         mine, base = times[_key(job)], times[job["op"], "torch", job["dtype"].split()[0]]
-        failed = next((answer for answer in (mine, base) if "why" in answer), None)
-        if failed is None:
+        failure = next((answer for answer in (mine, base) if "why" in answer), None)
+        if failure is None:
             timings[_key(job)] = _against(mine["timings"], base, rates)
         else:
-            failures[_key(job)] = failed
+            failures[_key(job)] = failure
     return rates, timings, failures
 
 
@@ -209,7 +211,7 @@ def _against(mine: list[dict[str, Any]], base: dict[str, Any], rates: dict[str, 
     torch code had no time left.
     """
     torch_ms = {(t["shape"], t["width"]): round(t["ms"], 4) for t in base["timings"]}
-    left_out = {tuple(about) for about in base["left_out"]}
+    untimed_shapes = {tuple(about) for about in base["left_out"]}
     return tuple(
         Timing(
             shape=t["shape"],
@@ -220,16 +222,18 @@ def _against(mine: list[dict[str, Any]], base: dict[str, Any], rates: dict[str, 
             floor_ms=round(1e3 * max(t["flops"] / rates["flops"], t["moved"] / rates["bytes"]), 4),
         )
         for t in mine
-        if (t["shape"], t["width"]) not in left_out
+        if (t["shape"], t["width"]) not in untimed_shapes
     )
 
 
 def _verdict(job, answer, timings: tuple[Timing, ...], slow: dict[str, Any]) -> Verdict:
-    failed = answer if "why" in answer else slow
+    failure = answer if "why" in answer else slow
     about = {"op": job["op"], "backend": job["backend"], "dtype": job["dtype"]}
-    if failed:
-        report = [f"dreamlip_kernels {job['op']}, backend={job['backend']!r}, {job['dtype']} features: {failed['why']}"]
-        return Verdict(**about, why=failed["why"], report="\n".join([*report, *filter(None, [failed["report"]])]))
+    if failure:
+        report = [
+            f"dreamlip_kernels {job['op']}, backend={job['backend']!r}, {job['dtype']} features: {failure['why']}"
+        ]
+        return Verdict(**about, why=failure["why"], report="\n".join([*report, *filter(None, [failure["report"]])]))
     numbers = {"error": round(answer["error"], 4), "cases": answer["cases"]}
     return Verdict(
         **about, **numbers, timings=timings, timed="run by Triton's interpreter" if job["interpreted"] else ""

@@ -61,8 +61,8 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):  # its output ends before it does
                 process.wait(timeout=self.limit_s)
             self.end()
-            ended = {"why": f"{_ending(process.returncode or 0)}, in: {trying}", "report": self._last_words()}
-            return ended | {"unheard": True} if trying == _STARTING else ended
+            failure = {"why": f"{_ending(process.returncode or 0)}, in: {trying}", "report": self._last_words()}
+            return failure | {"unheard": True} if trying == _STARTING else failure
 
     def _start(self) -> subprocess.Popen[str]:
         # It lives as long as the process.

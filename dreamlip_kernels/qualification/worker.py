@@ -100,19 +100,19 @@ def _check(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
 def _time(job: dict[str, Any], device: torch.device, trying) -> dict[str, Any]:
     """The times of each shape, smallest first, as far as the job's seconds go; the first of each width in any case."""
     subject, begin = SUBJECTS[job["op"]], time.monotonic()
-    timings, left_out = [], []
+    timings, untimed = [], []
     per_unit: dict[int, float] = {}  # by width: seconds that a similarity took at the size before
     for speed in subject.speeds(job["backend"], _multiply_as(job["dtype"]), device, tuple(job["widths"])):
         expected = WARM_UPS * per_unit.get(speed.width, 0.0) * speed.similarities
         if speed.width in per_unit and time.monotonic() - begin + expected > job["budget_s"]:
-            left_out.append([speed.shape, speed.width])
+            untimed.append([speed.shape, speed.width])
             continue
         trying(f"{speed.shape} D={speed.width}")
         for ms in _where_it_fits(speed, device):
             per_unit[speed.width] = ms / 1e3 / speed.similarities
             about = {"shape": speed.shape, "width": speed.width, "similarities": speed.similarities, "ms": ms}
             timings.append(about | {"flops": speed.flops, "moved": speed.moved})
-    return {"timings": timings, "left_out": left_out}
+    return {"timings": timings, "left_out": untimed}
 
 
 def _where_it_fits(speed, device: torch.device) -> Iterator[float]:
