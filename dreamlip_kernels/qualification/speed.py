@@ -20,8 +20,8 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     if once > SLOW_S:
         return 1e3 * once
     repeats = max(LEAST, min(MOST, int(BUDGET_S / once)))
-    measured = _by_events(step, repeats, device) if device.type == "cuda" else _by_clock(step, repeats)
-    return statistics.median(measured)
+    times = _by_events(step, repeats, device) if device.type == "cuda" else _by_clock(step, repeats)
+    return statistics.median(times)
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -36,13 +36,13 @@ def rates(device: torch.device) -> dict[str, float]:
     """{"flops": operations a second of a large matrix product, "bytes": bytes a second of a copy,
     reads and writes both counted}.
     """
-    size, dtype, copied = (8192, torch.bfloat16, 2**30) if device.type == "cuda" else (1024, torch.float32, 2**27)
+    size, dtype, count = (8192, torch.bfloat16, 2**30) if device.type == "cuda" else (1024, torch.float32, 2**27)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     product = milliseconds(lambda: a @ b, device)
     copy = milliseconds(lambda: target.copy_(source), device)
-    return {"flops": 2 * size**3 / product * 1e3, "bytes": 2 * copied / copy * 1e3}
+    return {"flops": 2 * size**3 / product * 1e3, "bytes": 2 * count / copy * 1e3}
 
 
 def _by_events(step: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -57,9 +57,9 @@ def _by_events(step: Callable[[], object], repeats: int, device: torch.device) -
 
 
 def _by_clock(step: Callable[[], object], repeats: int) -> list[float]:
-    spent = []
+    times = []
     for _ in range(repeats):
         begin = time.perf_counter()
         step()
-        spent.append((time.perf_counter() - begin) * 1e3)
-    return spent
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times

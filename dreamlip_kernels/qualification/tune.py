@@ -55,15 +55,15 @@ def tune(device: torch.device, widths: tuple[int, ...], workers: int, limit_s: f
         for width in widths
         for tile in tiles
     ]
-    named = [job | {"name": f"{job['kernel']} {job['bytes']} {tuple(job['tile'])}"} for job in jobs]
+    tile_jobs = [job | {"name": f"{job['kernel']} {job['bytes']} {tuple(job['tile'])}"} for job in jobs]
     # Width is no part of the compiled code.
-    first = [job | {"kind": "compile_tile"} for job in named if job["width"] == widths[0]]
-    compiled = journal.run(first, workers, limit_s, logger.info)
-    unfit = {job["name"] for job, answer in zip(first, compiled, strict=True) if "why" in answer}
-    jobs = [job | {"kind": "time_tile"} for job in named if job["name"] not in unfit]
-    timed = journal.run(jobs, 1, limit_s, logger.info)
+    first = [job | {"kind": "compile_tile"} for job in tile_jobs if job["width"] == widths[0]]
+    compilations = journal.run(first, workers, limit_s, logger.info)
+    unfit = {job["name"] for job, answer in zip(first, compilations, strict=True) if "why" in answer}
+    jobs = [job | {"kind": "time_tile"} for job in tile_jobs if job["name"] not in unfit]
+    timings = journal.run(jobs, 1, limit_s, logger.info)
     best: dict[tuple[str, int], tuple[float, list[int]]] = {}
-    for job, answer in zip(jobs, timed, strict=True):
+    for job, answer in zip(jobs, timings, strict=True):
         place = (f"{job['kernel']} {job['bytes']}", job["width"])
         if "ms" in answer and answer["ms"] < best.get(place, (float("inf"), []))[0]:
             best[place] = (answer["ms"], job["tile"])

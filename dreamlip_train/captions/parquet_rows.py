@@ -49,8 +49,8 @@ def parquet_rows(
                     done += 1
                     yield done, *as_row(record, rename)
         except Exception as error:  # pyarrow's decoders raise all kinds for damaged pages
-            lost = max(begin + rows - done, 1)
-            yield done + 1, None, f"row group {group}: {lost} rows are damaged: {_first_line(error)}"
+            rows_lost = max(begin + rows - done, 1)
+            yield done + 1, None, f"row group {group}: {rows_lost} rows are damaged: {_first_line(error)}"
         done = max(begin + rows, done)
 
 

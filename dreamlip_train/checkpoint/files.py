@@ -198,11 +198,11 @@ def commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     (partial / MANIFEST_DIGEST).write_text(hashlib.sha256(content).hexdigest() + "\n", encoding="ascii")
     for path in (partial / MANIFEST, partial / MANIFEST_DIGEST, partial):
         _to_disk(path)
-    replaced = final.with_name(final.name + ".replaced")
+    old = final.with_name(final.name + ".replaced")
     if final.exists():
-        os.rename(final, replaced)
+        os.rename(final, old)
     os.rename(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     with atomic_write(final.with_name("latest")) as latest:
         latest.write_text(final.name, encoding="utf-8")
     _to_disk(final.parent)

@@ -133,9 +133,9 @@ def _errors_kept(engine: Any, errors: list[str]) -> Iterator[None]:
     """
 
     def careful(write: Callable[..., Any]) -> Callable[..., None]:
-        def wrapper(*arguments: Any, **named: Any) -> None:
+        def wrapper(*arguments: Any, **options: Any) -> None:
             try:
-                write(*arguments, **named)
+                write(*arguments, **options)
             except (OSError, RuntimeError) as error:
                 errors.append(describe_error(error))
 

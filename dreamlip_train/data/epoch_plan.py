@@ -128,11 +128,11 @@ def _deal(pieces: list[SampleRange], shares: list[int]) -> list[list[SampleRange
             piece = queue.popleft()
             take = min(share, piece.take)
             share -= take
-            untouched = piece.skip == 0 and piece.take == piece.stop - piece.start
-            middle = piece.start + take if untouched else piece.stop
+            is_whole = piece.skip == 0 and piece.take == piece.stop - piece.start
+            middle = piece.start + take if is_whole else piece.stop
             own.append(SampleRange(piece.start, middle, piece.skip, take, piece.set_epoch))
             if take < piece.take:
-                start, skip = (middle, 0) if untouched else (piece.start, piece.skip + take)
+                start, skip = (middle, 0) if is_whole else (piece.start, piece.skip + take)
                 queue.appendleft(SampleRange(start, piece.stop, skip, piece.take - take, piece.set_epoch))
         dealt.append(own)
     return [*dealt, list(queue)]
@@ -142,8 +142,8 @@ def _after(pieces: list[SampleRange], read: int) -> list[SampleRange]:
     """What a reader has left of its pieces after ``read`` samples."""
     left, position = [], 0
     for piece in pieces:
-        gone = min(max(read - position, 0), piece.take)
+        done = min(max(read - position, 0), piece.take)
         position += piece.take
-        if gone < piece.take:
-            left.append(SampleRange(piece.start, piece.stop, piece.skip + gone, piece.take - gone, piece.set_epoch))
+        if done < piece.take:
+            left.append(SampleRange(piece.start, piece.stop, piece.skip + done, piece.take - done, piece.set_epoch))
     return left

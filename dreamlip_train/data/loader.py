@@ -121,14 +121,14 @@ class TrainLoader:
     @property
     def fingerprint(self) -> str:
         """Tells data sets apart: the sets' names, the shards' names and sample counts, wherever they lie."""
-        listed = [
+        entries = [
             (*([of.name] if of.name else []), file_name(shard), count)
             for of in self.sets
             for shard, count in zip(of.shards, of.counts, strict=True)
         ]
-        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
         sizes = ", ".join(f"{of.name} {of.size}" for of in self.sets if of.name)
-        return f"{len(listed)} shards, {self.mixture.total} samples{sizes and f' ({sizes})'}, {digest}"
+        return f"{len(entries)} shards, {self.mixture.total} samples{sizes and f' ({sizes})'}, {digest}"
 
     def drawn(self, epoch: int, steps: int) -> dict[str, dict[str, float]]:
         """Draws of each set, and how often that is the whole set, after ``steps`` steps of ``epoch``; {} without a

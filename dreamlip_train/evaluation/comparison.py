@@ -171,11 +171,11 @@ def _ablations(results: Results) -> list[Comparison]:
     for title, name, labels in tables:
         one = _table(f"{title}, ViT-B/16 on CC3M", "VOC-20 is of a trained SAN.", name, labels, [["this run", *row]])
         if name == "table6_components_vitb16":  # its labels are "y" where a component is on
-            named = [
+            others = [
                 [" + ".join(label.replace("_", " ") for label in labels if line[label]) or "CLIP", *cells[1:]]
                 for line, cells in zip(paper_table(name), one.others, strict=True)
             ]
-            one = Comparison(one.title, one.note, one.columns, one.ours, named)
+            one = Comparison(one.title, one.note, one.columns, one.ours, others)
         rows.append(one)
     return rows
 

@@ -53,8 +53,8 @@ class Share:
             everyone = self.gather((should_stop(), str(error or ""), busy))
             if error is not None:
                 raise error
-            if failed := [text for _, text, _ in everyone if text]:
-                raise UserError(failed[0])
+            if errors := [text for _, text, _ in everyone if text]:
+                raise UserError(errors[0])
             if any(stop for stop, _, _ in everyone):
                 raise StoppedError
             if not any(busy for _, _, busy in everyone):

@@ -60,14 +60,14 @@ def _interrupt_afterwards() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    missed: list[Any] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: missed.append(arguments))
+    interrupts: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
-    if missed and callable(handler):
-        handler(*missed[0])
+    if interrupts and callable(handler):
+        handler(*interrupts[0])
 
 
 def _first_result(waiting: deque[tuple[Any, Future[Any]]], processes: int) -> Any:

@@ -72,12 +72,12 @@ def train(
         device = init_distributed()
         images_per_rank(config, dist.get_world_size())  # refuses a world that can't share the batch
         check_backends(config.loss, device)
-        qualified = qualify_device(config.train.qualify, device)
+        qualification = qualify_device(config.train.qualify, device)
         with contextlib.ExitStack() as stack:
             lock = FolderLock(Path(run_dir), "run.lock", "--run-dir")
             on_first_rank(lambda: _enter(stack, lock))
             stack.callback(release_backends)
-            return _train(config, Path(run_dir), start, accept_changes, device, stop, qualified, early)
+            return _train(config, Path(run_dir), start, accept_changes, device, stop, qualification, early)
 
 
 def _enter(stack: contextlib.ExitStack, lock: FolderLock) -> list[str]:
@@ -92,7 +92,7 @@ def _train(
     accept_changes: bool,
     device: torch.device,
     stop: StopRequest,
-    qualified: str,
+    qualification: str,
     early: EarlyLines,
 ) -> dict[str, Any] | None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -101,7 +101,7 @@ def _train(
         resume.restore_quarantine(start_from, run_dir)
     model = _model(config, start_from)
     loader = _loader(config, run_dir, model)
-    changed = resume.check_fits(start_from, config, loader.fingerprint, accept_changes) if start_from else {}
+    changes = resume.check_fits(start_from, config, loader.fingerprint, accept_changes) if start_from else {}
     backends_before = files.read_manifest(start_from).get("backends", {}) if start_from else {}
     choice = choose_backends(config, model, device, images_per_rank(config, ranks), backends_before)
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
@@ -109,7 +109,7 @@ def _train(
     try:
         early.hand_over(log)
         log.message(_header(config, run_dir, device, total_steps, loader, choice.reasons))
-        for line in filter(None, [qualified, *choice.changes]):
+        for line in filter(None, [qualification, *choice.changes]):
             log.message(line)
         _warn_of_warmup(config, total_steps, log)
         metrics = _metrics(config, model, log, device, total_steps)
@@ -123,7 +123,7 @@ def _train(
             (run_dir / "config.toml").write_text(format_config(config), encoding="utf-8")
         if start_from:
             log.message(_resumed(start_from, state, loader, written_by, ranks))
-        for name, (old, new) in changed.items():
+        for name, (old, new) in changes.items():
             log.message(f"{name} was {old!r} until this checkpoint and is {new!r} now")
         log.begin(state.step)
         with Watchdog(rank, log.message, loader.heartbeats.silent) as watchdog:

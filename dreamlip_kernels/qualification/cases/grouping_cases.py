@@ -25,14 +25,14 @@ RAGGED_WIDTH = 40
 def cases(backend: Any, dtype: str, device: torch.device, widths: tuple[int, ...]) -> Iterator[Case]:
     """Every normalization and mask at every width, and one at a width that no tile divides."""
     interpreted = device.type == "cpu" and backend == "triton"
-    tried: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
+    variants: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
         ((2, 49, 8) if interpreted else (4, 196, 8), {}),
         ((2, 50, 5) if interpreted else (3, 197, 5), {"masked": True}),
         ((2, 49, 3), {"normalization": "softmax", "threshold": 0.0, "masked": True}),
         ((2, 49, 13), {"normalization": "none"}),
     )
     for d in (*widths, RAGGED_WIDTH):
-        for shape, options in tried:
+        for shape, options in variants:
             if _fits(backend, dtype, device, (*shape, d)):
                 yield _case(backend, dtype, device, (*shape, d), **options)
 

@@ -42,21 +42,21 @@ def _with_files(annotations: list[Any], images: Any) -> list[Any]:
 
 def _grouped(records: list[Any]) -> list[Any]:
     """Records of one "image" that have one "caption" each, together."""
-    grouped: list[Any] = []
+    groups: list[Any] = []
     first: dict[Any, int] = {}
     for record in records:
         image = record.get("image") if isinstance(record, Mapping) else None
         if not _is_name(image) or not isinstance(record.get("caption"), str):
-            grouped.append(record)
+            groups.append(record)
         elif image in first:
-            together = grouped[first[image]]
+            together = groups[first[image]]
             if isinstance(together["caption"], str):
                 together["caption"] = [together["caption"]]
             together["caption"].append(record["caption"])
         else:
-            first[image] = len(grouped)
-            grouped.append({name: value for name, value in record.items() if name != "caption_id"})
-    return grouped
+            first[image] = len(groups)
+            groups.append({name: value for name, value in record.items() if name != "caption_id"})
+    return groups
 
 
 def _has_records(value: Any) -> bool:

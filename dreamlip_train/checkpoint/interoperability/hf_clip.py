@@ -111,12 +111,12 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: a weight has no place there.
     """
-    translated: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, value in state.items():
         block = _BLOCK.fullmatch(name)
         if block:
             tower = "vision_model" if block[1] else "text_model"
-            translated |= _block_weights(f"{tower}.encoder.layers.{block[2]}.", block[3], value)
+            weights |= _block_weights(f"{tower}.encoder.layers.{block[2]}.", block[3], value)
             continue
         stem = next(
             (
@@ -128,8 +128,8 @@ def clip_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         if stem is None:
             raise UserError(f"--to hf-dir: transformers' CLIP has no place for {name!r}; use open_clip-dir")
-        translated[_NAMES[stem] + name[len(stem) :]] = value.T if name in ("visual.proj", "text_projection") else value
-    return {name: value.contiguous() for name, value in translated.items()}
+        weights[_NAMES[stem] + name[len(stem) :]] = value.T if name in ("visual.proj", "text_projection") else value
+    return {name: value.contiguous() for name, value in weights.items()}
 
 
 def _block_weights(prefix: str, name: str, value: Tensor) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
         UserError: a weight is missing or has no place there.
     """
     weights = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
-    translated, used = {}, set()
+    result, used = {}, set()
     for name, like in expected.items():
         parts = list(clip_state_dict({name: like}))
         missing = [part for part in parts if part not in weights]
@@ -216,14 +216,14 @@ def open_clip_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
             raise UserError(f"WEIGHTS: model.safetensors has no {missing[0]!r}; give a whole CLIPModel folder")
         used |= set(parts)
         value = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
-        translated[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
+        result[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
     unknown = sorted(weights.keys() - used)
     if unknown:
         raise UserError(
             f"WEIGHTS: open_clip's CLIP has no place for {unknown[0]!r}"
             + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
         )
-    return translated
+    return result
 
 
 def processor_config(image_size: int) -> dict[str, Any]:

@@ -88,10 +88,10 @@ def multilabel_job(options: MultiLabelOptions) -> tuple[Score, Show]:
     )
 
     classes, templates = read_classes(options.classes, repeated_allowed=True), read_templates(options.templates)
-    labeled = read_labels(options.annotations, classes, options.images)
+    label_set = read_labels(options.annotations, classes, options.images)
 
     def score(model: Any, _: Any, device: Any) -> dict[str, Any]:
-        return evaluate_multi_label(model, labeled, classes, templates, device, options.batch_size)
+        return evaluate_multi_label(model, label_set, classes, templates, device, options.batch_size)
 
     return score, format_multi_label
 

@@ -70,9 +70,9 @@ def list_shards(pattern: str, *, allow_pipe: bool = False, field: str = "data.sh
         shard = _decided(name, allow_pipe, field)
         shards += _matches(shard, field) if shard.scheme == "file" else [shard]
     places = Counter(os.path.abspath(shard) if shard.scheme == "file" else shard for shard in shards)
-    repeated = [place for place, times in places.items() if times > 1]
-    if repeated:
-        raise UserError(f"{field}: {repeated[0]!r} is named more than once by {pattern!r}; name each shard once")
+    duplicates = [place for place, times in places.items() if times > 1]
+    if duplicates:
+        raise UserError(f"{field}: {duplicates[0]!r} is named more than once by {pattern!r}; name each shard once")
     return shards
 
 

@@ -119,7 +119,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 def evaluate_multi_label(
     model: DreamLIP,
-    labeled: Labeled,
+    label_set: Labeled,
     classes: Sequence[str],
     templates: Sequence[str],
     device: torch.device | str,
@@ -135,17 +135,17 @@ def evaluate_multi_label(
         UserError: an image is damaged, or no class has an image.
     """
     rows = []
-    with eval_mode(model), torch.no_grad(), Progress("multilabel", len(labeled.images), "images") as progress:
+    with eval_mode(model), torch.no_grad(), Progress("multilabel", len(label_set.images), "images") as progress:
         text_CD = class_features(model, classes, templates, device)
-        for start in range(0, len(labeled.images), batch_size):
-            files = labeled.images[start : start + batch_size]
+        for start in range(0, len(label_set.images), batch_size):
+            files = label_set.images[start : start + batch_size]
             image_nD, _ = model.encode_images(
                 torch.stack([model_picture(file, model.image_size, "--images") for file in files]).to(device)
             )
             rows.append((image_nD.float() @ text_CD.T).cpu())
             progress.advance(len(files))
-    targets = torch.zeros(len(labeled.images), len(classes), dtype=torch.bool)
-    for row, labels in enumerate(labeled.labels):
+    targets = torch.zeros(len(label_set.images), len(classes), dtype=torch.bool)
+    for row, labels in enumerate(label_set.labels):
         targets[row, labels] = True
     precision = 100 * average_precision(torch.cat(rows), targets)
     has_images = targets.any(dim=0)
@@ -158,7 +158,7 @@ def evaluate_multi_label(
             name: float(value) if has else None
             for name, value, has in zip(_distinct(classes), precision, has_images.tolist(), strict=True)
         },
-        "images": len(labeled.images),
+        "images": len(label_set.images),
         "classes": len(classes),
         "without_images": int((~has_images).sum()),
     }

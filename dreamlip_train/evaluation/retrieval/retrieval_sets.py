@@ -77,7 +77,7 @@ def read_set(annotations: str | Path, images: str | Path = "", split: str = defa
             f"--annotations: {str(path)!r} is neither Karpathy's json "
             f'("images" with "sentences") nor COCO\'s ("images" and "annotations"): {error!r}'
         ) from error
-    missing = [pictured.name for pictured in items if not Path(pictured.name).is_file()]
+    missing = [item.name for item in items if not Path(item.name).is_file()]
     require_all(missing, "--images", f"{len(items)} images")
     return iter(items)
 
@@ -140,7 +140,7 @@ def _webdataset(folder: Path, split: str) -> Iterator[RetrievalItem]:
 
 def evaluate_retrieval(
     model: DreamLIP,
-    pictured: Iterator[RetrievalItem],
+    items: Iterator[RetrievalItem],
     device: torch.device | str,
     *,
     captions_per_image: int = defaults.CAPTIONS_PER_IMAGE,
@@ -159,9 +159,9 @@ def evaluate_retrieval(
     images: list[Tensor] = []
     texts: list[Tensor] = []
     owner: list[int] = []
-    total = length_hint(pictured) or None  # a folder of tars is as long as it is
+    total = length_hint(items) or None  # a folder of tars is as long as it is
     with eval_mode(model), torch.no_grad(), Progress("retrieval", total, "images") as progress:
-        while batch := list(islice(pictured, batch_size)):
+        while batch := list(islice(items, batch_size)):
             captions = [one.captions[: captions_per_image or None] for one in batch]
             first = sum(map(len, images))
             owner += [first + row for row, texts in enumerate(captions) for _ in texts]

@@ -105,16 +105,16 @@ def _match_all(
     bad, sources, lines = Statistics(), Counter(), 0
     stage = partial(stage_table, state=state / "tables", on=on, column=column, columns=columns)
     with Progress("read tables", len(tables), "tables") as progress:
-        staged = map_tasks(stage, list(enumerate(tables)), ray_address=ray_address)
-        for note in staged:
+        notes = map_tasks(stage, list(enumerate(tables)), ray_address=ray_address)
+        for note in notes:
             bad.merge(Statistics(note["counts"]))
             sources.update(note["sources"])
             lines += note["lines"] or 0
             progress.advance()
     index = partial(index_shard, state=state / "shards", on=on)
     with Progress("read shards", len(shards), "shards") as progress:
-        indexed = map_tasks(index, list(enumerate(shards)), ray_address=ray_address)
-        for note in indexed:
+        notes = map_tasks(index, list(enumerate(shards)), ray_address=ray_address)
+        for note in notes:
             bad.merge(Statistics(note["counts"]))
             progress.advance()
     with Progress("match"):
@@ -135,7 +135,7 @@ def _write_all(shards: Sequence[str], output: Path, state: Path, matched_only: b
     manifest = Manifest()
     work = partial(
         rewrite_shard,
-        joined=state / "joined.parquet",
+        matches=state / "joined.parquet",
         output=output,
         state=state / "written",
         matched_only=matched_only,

@@ -64,14 +64,14 @@ def _value(sample: dict[str, Any], on: str) -> str:
 
 
 def rewrite_shard(
-    task: tuple[int, str], *, joined: Path, output: Path, state: Path, matched_only: bool
+    task: tuple[int, str], *, matches: Path, output: Path, state: Path, matched_only: bool
 ) -> tuple[str, dict[str, Any]]:
     """Write the shard's copy, the captions in its json, unless that is done; returns (name, what it holds)."""
     number, shard = task
     name = file_name(shard)
 
     def write() -> dict[str, Any]:
-        tables = _captions_of(joined, number)
+        tables = _captions_of(matches, number)
 
         def captions_of(position: int, _: dict[str, Any]) -> dict[str, Any] | None:
             if matched_only and position not in tables:
@@ -86,7 +86,7 @@ def rewrite_shard(
     return name, make_once(output / name, state / f"{name}.json", write)
 
 
-def _captions_of(joined: Path, shard: int) -> dict[int, list[dict[str, Any]]]:
+def _captions_of(matches: Path, shard: int) -> dict[int, list[dict[str, Any]]]:
     """{position: the captions of each table} of one shard, from the few row groups of the sorted file that can hold
     it.
     """
@@ -94,7 +94,7 @@ def _captions_of(joined: Path, shard: int) -> dict[int, list[dict[str, Any]]]:
     import pyarrow.parquet
 
     by_position: dict[int, list[dict[str, Any]]] = {}
-    with pyarrow.parquet.ParquetFile(joined) as file:
+    with pyarrow.parquet.ParquetFile(matches) as file:
         column = file.schema_arrow.get_field_index("shard")
         for group in range(file.metadata.num_row_groups):
             bounds = file.metadata.row_group(group).column(column).statistics

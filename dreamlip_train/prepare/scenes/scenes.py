@@ -58,7 +58,7 @@ def prepare_scenes(
     """
     if num_train < 0 or num_val < 0:
         raise UserError(f"prepare scenes: num_train and num_val must be >= 0, got {num_train} and {num_val}")
-    started = time.monotonic()
+    began = time.monotonic()
     summary = {}
     counts: dict[Split, int] = {"train": num_train, "val": num_val}
     for split, count in counts.items():
@@ -81,7 +81,7 @@ def prepare_scenes(
             | {"captions": str(folder / "captions.csv")}
         )
     done = f"prepare scenes: {num_train} training and {num_val} held-out scenes in {output}"
-    print(plain(f"{done} ({time.monotonic() - started:.0f} s)"))
+    print(plain(f"{done} ({time.monotonic() - began:.0f} s)"))
     return summary
 
 
