@@ -3,6 +3,7 @@
 Without a CUDA device Triton's interpreter runs the kernels; it must be on before triton is first imported.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -37,8 +38,11 @@ multiprocessing.set_forkserver_preload(
         "deepspeed.ops.op_builder.all_ops",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch.utils.tensorboard",
+        "clip_benchmark.metrics.zeroshot_classification",
+        "dreamlip_train.cli",
         "dreamlip_train.prepare.join.join",
         "dreamlip_train.prepare.recaption.recaption",
+        "tests.support.processes.preloaded",  # last
     ]
 )
 
@@ -80,6 +84,14 @@ _LONG = (
     "test_engine",
     "test_grad_cache",
 )
+
+
+def pytest_collection_finish():
+    """What the tests' imports left is there until the end: no later collection of garbage walks through it, nor copies
+    it in a forked process.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -22,6 +22,12 @@ _NO_CHARACTER = re.compile(r"&#[0-9]{4000,};?")
 _MOST_CHARACTERS = 64  # read of a text for each token of the context; the rest could not be seen
 
 
+@functools.cache
+def _tables() -> dict[str, Any]:
+    """open_clip's vocabulary and merges, which take a tenth of a second to read."""
+    return vars(open_clip.SimpleTokenizer())
+
+
 class CaptionTokenizer(open_clip.SimpleTokenizer):
     """open_clip's SimpleTokenizer, several times faster: each word's ids are looked up once, and printable ASCII
     without entities is not repaired.
@@ -30,7 +36,8 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
     """
 
     def __init__(self, context_length: int) -> None:
-        super().__init__(context_length=context_length)
+        tables = _tables()
+        vars(self).update(tables | {"context_length": context_length, "cache": dict(tables["cache"])})
         self.words: dict[str, list[int]] = {}
         self.bytes = bytes_to_unicode()
 

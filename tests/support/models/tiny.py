@@ -46,6 +46,7 @@ WORDS = [
     "three",
 ]
 GLOBAL_BATCH, K, STEPS = 8, 3, 12
+RESUMED_STEPS = 7  # where a run stops that goes on after step 3
 
 
 def tiny_model(**changes) -> ModelConfig:

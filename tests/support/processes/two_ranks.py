@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from forked import python_module
-from tiny import GLOBAL_BATCH, STEPS, batch, held_out_config, run_steps, tiny_config, tiny_engine
+from tiny import GLOBAL_BATCH, RESUMED_STEPS, STEPS, batch, held_out_config, run_steps, tiny_config, tiny_engine
 
 from dreamlip_kernels import DreamLIPLoss
 from dreamlip_train.checkpoint import loading
@@ -85,12 +85,12 @@ def a_full_disk_on_one_rank(engine, config, folder: Path) -> str:
 
 
 def resumed(folder: Path, stage: int, precision: str) -> list[float]:
-    """Losses after the checkpoint that one process wrote."""
+    """Losses of four steps after the checkpoint that one process wrote."""
     config = tiny_config(stage, precision)
     device = init_distributed()
     engine = build_engine(build_model(config.model, 7), config, device, resized=True)
     progress = load(engine, folder / "step-00000003")
-    return global_losses(engine, config, progress.step, STEPS)
+    return global_losses(engine, config, progress.step, RESUMED_STEPS)
 
 
 def in_chunks(stage: int, chunk: int) -> list[float]:

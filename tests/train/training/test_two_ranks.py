@@ -11,7 +11,7 @@ import torch
 from class_sets import write_class_folders, write_class_shard
 from forked import python_module
 from shard_files import write_shards
-from tiny import STEPS, held_out_config, run_steps, tiny_config
+from tiny import RESUMED_STEPS, held_out_config, run_steps, tiny_config
 from warm import two_ranks
 
 from dreamlip_train.checkpoint import loading
@@ -35,7 +35,7 @@ def one_process(tmp_path_factory) -> tuple[Path, dict[str, list[float]]]:
         engine = build_engine(build_model(config.model, 0), config, init_distributed())
         run_steps(engine, config, 0, 3)
         save(engine, folder / f"one-{stage}-{precision}", config, TrainState(step=3))
-        losses[f"{stage} {precision}"] = run_steps(engine, config, 3, STEPS)
+        losses[f"{stage} {precision}"] = run_steps(engine, config, 3, RESUMED_STEPS)
     write_shards(folder / "val", [9, 8, 6])
     write_class_folders(folder / "sets" / "cifar10", ["airplane", "cat", "dog"], 9)
     write_class_shard(folder / "sets" / "made", ["red star", "blue moon", "dog"], 9)
@@ -106,7 +106,7 @@ def test_one_process_goes_on_from_two_ranks(facts, one_process, stage, monkeypat
     config = tiny_config(stage)
     engine = build_engine(build_model(config.model, 7), config, init_distributed(), resized=True)
     progress = load(engine, folder / f"two-{stage}" / "step-00000003")
-    assert run_steps(engine, config, progress.step, STEPS) == pytest.approx(
-        facts["losses"][str(stage)][3:], rel=1e-6, abs=0
+    assert run_steps(engine, config, progress.step, RESUMED_STEPS) == pytest.approx(
+        facts["losses"][str(stage)][3:RESUMED_STEPS], rel=1e-6, abs=0
     )
     assert not list((folder / f"two-{stage}").glob("*universal*"))

@@ -1,0 +1,9 @@
+"""The last import of the server that forks the tests' processes: what they would read, and collect, again."""
+
+import gc
+
+from dreamlip_train.model.tokenizer import CaptionTokenizer
+
+CaptionTokenizer(77)
+gc.collect()
+gc.freeze()  # no collection of garbage walks through the server's modules, nor copies them in a forked process
