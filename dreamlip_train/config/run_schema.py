@@ -14,8 +14,10 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """"muon": the matrices of the towers' blocks move by orthogonalized updates as large as AdamW's, all else by AdamW.
-    It wants a higher rate, and learns more from few steps. Needs ZeRO 0 and fp32 weights.
+    It learns more from few steps. Needs ZeRO 0 and fp32 weights.
     """
+    muon_lr_scale: float = 1.0
+    """What Muon moves learns at this multiple of lr; it bears a higher rate than AdamW."""
     lr: float = 5e-4
     """Peak learning rate."""
     beta1: float = 0.9

@@ -164,6 +164,8 @@ def _check_optimizer(optim: OptimConfig) -> None:
         refuse("optim.layer_decay", optim.layer_decay, "give a factor in (0, 1]; 1 trains all layers alike")
     if optim.vision_lr_scale == optim.text_lr_scale == 0:
         refuse("optim.vision_lr_scale", 0, "both towers are frozen: nothing would be trained")
+    if not optim.muon_lr_scale > 0:
+        refuse("optim.muon_lr_scale", optim.muon_lr_scale, "give a factor > 0; 1 is AdamW's rate")
     if optim.cooldown_steps and optim.schedule in ("cosine", "linear"):
         refuse("optim.cooldown_steps", optim.cooldown_steps, 'only optim.schedule="constant" and "wsd" cool down')
     if optim.schedule == "wsd" and not optim.cooldown_steps:

@@ -37,10 +37,11 @@ def parameter_groups(model: DreamLIP, optim: OptimConfig) -> list[dict[str, Any]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith("bias") or name in LOGIT_SCALARS
-            matrices = 0
+            matrices, scale = 0, _scale(name, model, optim)
             if optim.optimizer == "muon" and parameter.ndim == 2 and _BLOCK.search(name):
                 matrices = 3 if name.endswith(_QUERIES_KEYS_VALUES) else 1
-            key = (matrices, _scale(name, model, optim), 0.0 if plain else optim.weight_decay)
+                scale *= optim.muon_lr_scale
+            key = (matrices, scale, 0.0 if plain else optim.weight_decay)
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": groups[key], "lr_scale": key[1], "weight_decay": key[2]} | ({"matrices": key[0]} if key[0] else {})

@@ -15,6 +15,7 @@ embed_dim = 32
 vision_cfg = {image_size = 32, patch_size = 8, width = 32, layers = 2, head_width = 16}
 text_cfg = {width = 32, heads = 2, layers = 2}
 [optim]
+optimizer = "adamw"
 warmup_steps = 2
 [train]
 global_batch_size = 8

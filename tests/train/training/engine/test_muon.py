@@ -14,7 +14,7 @@ from dreamlip_train.training.engine.optimizer import learning_rate, parameter_gr
 
 def muon_config(**changes):
     config = tiny_config(0, **changes)
-    config.optim.optimizer, config.optim.lr = "muon", 5e-3
+    config.optim.optimizer, config.optim.muon_lr_scale = "muon", 3.0
     return config
 
 
@@ -85,10 +85,18 @@ def test_the_engine_follows_a_plain_loop():
                 m.copy_(0.95 * m + 0.05 * p.grad)
                 parts = (0.05 * p.grad + 0.95 * m).split(p.shape[1] if p.shape[0] == 3 * p.shape[1] else len(p))
                 update = torch.cat([orthogonal(part) * 0.2 * max(part.shape) ** 0.5 for part in parts])
-                p -= lr * (update + config.optim.weight_decay * p)
+                p -= 3 * lr * (update + config.optim.weight_decay * p)
         losses.append(loss.item())
     assert run_steps(tiny_engine(config), config, 0, STEPS) == pytest.approx(losses, rel=2e-6, abs=0)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_rate_that_moves_nothing_is_refused(scale):
+    config = muon_config()
+    config.optim.muon_lr_scale = scale
+    with pytest.raises(UserError, match=r"optim\.muon_lr_scale: got"):
+        validate(config)
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (0, "bf16")])
