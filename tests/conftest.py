@@ -9,6 +9,7 @@ import os
 import signal
 import tempfile
 
+import fork_server
 import pytest
 import torch
 
@@ -22,29 +23,15 @@ os.environ["DREAMLIP_CACHE_DIR"] = _cache.name
 if "DREAMLIP_TEST_RUN" not in os.environ:  # shared by all processes of this run (once.py)
     _run = tempfile.TemporaryDirectory(prefix="dreamlip-run-")
     os.environ["DREAMLIP_TEST_RUN"] = _run.name
-# One server forks the fresh processes of all tests; it imports what they need once, of what is installed.
-multiprocessing.set_forkserver_preload(
-    [
-        "torch.distributed",
-        "open_clip",
-        "transformers.models.clip.image_processing_clip",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.clip.tokenization_clip",
-        "dreamlip_train.training.run",
-        "dreamlip_train.reporting.curves",
-        "dreamlip_train.reporting.grouping_figure",
-        # What training imports only once it begins.
-        "deepspeed",
-        "deepspeed.ops.op_builder.all_ops",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "torch.utils.tensorboard",
-        "clip_benchmark.metrics.zeroshot_classification",
-        "dreamlip_train.cli",
-        "dreamlip_train.prepare.join.join",
-        "dreamlip_train.prepare.recaption.recaption",
-        "tests.support.processes.preloaded",  # last
-    ]
-)
+
+
+def pytest_configure(config):
+    """The processes of ``pytest -n`` share one server that forks their tests' processes."""
+    multiprocessing.set_forkserver_preload(fork_server.PRELOADED)
+    if hasattr(config, "workerinput"):
+        fork_server.join()
+    elif config.getoption("numprocesses", None):
+        fork_server.start()
 
 
 @pytest.fixture(autouse=True)
