@@ -11,6 +11,7 @@ from pathlib import Path
 import fake_backends
 import pytest
 import torch
+from forked_worker import Popen
 
 import dreamlip_kernels as dk
 from dreamlip_kernels.backends import cache, dispatch, explain, identity, verdicts
@@ -84,10 +85,11 @@ def test_the_opposed_case_leaves_float32s_range():
 
 def test_two_processes_at_once_measure_once(fakes):
     run = [sys.executable, fake_backends.__file__, "qualify"]
-    both = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outs = [process.communicate(timeout=200) for process in both]
-    assert all(process.returncode == 0 for process in both), outs
-    assert outs[0][0] == outs[1][0] and "'qualified'" in outs[0][0], "the one that waited read what the other wrote"
+    with (fakes / "errors").open("a") as errors:
+        both = [Popen(run, stderr=errors, env=dict(os.environ)) for _ in range(2)]
+    outs = [process.stdout.read() for process in both]
+    assert [process.wait(timeout=60) for process in both] == [0, 0], (fakes / "errors").read_text()
+    assert outs[0] == outs[1] and "'qualified'" in outs[0], "the one that waited read what the other wrote"
     assert len(list((fakes / "cache").glob("*.json"))) == 1
 
 

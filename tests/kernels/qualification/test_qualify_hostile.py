@@ -128,6 +128,7 @@ def test_an_interrupt_is_no_answer(fakes, monkeypatch):
     """Workers that the interrupted command killed were answers, "killed by SIGKILL", which the next one went on from;
     and the two threads that ended one worker met in a traceback."""
     monkeypatch.setattr(supervisor, "WORKER", [sys.executable, "-c", WORKING])
+    monkeypatch.setattr(supervisor, "subprocess", subprocess)  # a Python of its own, which imports nothing
     journal = Journal("x.json")
     jobs = [{"name": str(number)} for number in range(4)]
     once = iter([lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)])

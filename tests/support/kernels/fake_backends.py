@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import forked_worker
 import torch
 
 from dreamlip_kernels.backends import dispatch
@@ -110,6 +111,7 @@ def install(monkeypatch=None, backends=BACKENDS, limit_s=12.0):
         (measure, "_workers", lambda device: 3),
         (worker, "SUBJECTS", {"twice": SUBJECT}),
         (supervisor, "WORKER", [sys.executable, __file__]),
+        (supervisor, "subprocess", forked_worker),
         (dispatch, "_BACKENDS", {"twice": checks}),
     ]
     for where, name, value in replacements:

@@ -27,14 +27,20 @@ PRELOADED = [
 _ADDRESS = "DREAMLIP_TEST_SERVER"
 
 
+def address() -> dict[str, str]:
+    """The variable that tells a process of this server, which is started if there is none."""
+    own = forkserver._forkserver
+    own.ensure_running()
+    return {_ADDRESS: json.dumps(own._forkserver_address)}
+
+
 def start() -> None:
     """In the process that starts those that run the tests, before it does: the server of them all."""
-    forkserver.ensure_running()
-    os.environ[_ADDRESS] = json.dumps(forkserver._forkserver._forkserver_address)
+    os.environ.update(address())
 
 
 def join() -> None:
-    """Use the server of the process that started this one."""
+    """Use the server of the environment's ``address``."""
     own = forkserver._forkserver
     own._forkserver_address = json.loads(os.environ[_ADDRESS])
     own._forkserver_alive_fd = os.pipe()[1]  # what it forks takes one; the server lives with who started it
