@@ -31,42 +31,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+NODE = "start --disable-usage-stats --num-cpus 1 --object-store-memory 100000000 --include-log-monitor false".split()
+HEAD = "--head --include-dashboard false --no-monitor --node-ip-address 127.0.0.1".split()
+ENVIRONMENT = {
+    "RAY_ENABLE_MULTI_TENANCY": "1",
+    "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",  # 15 by default: beside other programs its workers hardly run
+    "RAY_prestart_worker_first_driver": "0",  # workers that nobody asked for
+    "RAY_enable_worker_prestart": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """The address of a head and a second node, started as on two machines, here both on this one."""
     temporary = tmp_path_factory.mktemp("r")
-    command = [
-        str(Path(sys.executable).with_name("ray")),
-        "start",
-        "--disable-usage-stats",
-        "--num-cpus",
-        "1",
-        "--object-store-memory",
-        "100000000",
-        "--include-log-monitor",
-        "false",
-    ]
+    command = [str(Path(sys.executable).with_name("ray")), *NODE]
     address = f"127.0.0.1:{free_port()}"
-    environment = clean_environment() | {
-        "RAY_ENABLE_MULTI_TENANCY": "1",
-        "OMP_NUM_THREADS": "1",
-        "RAY_worker_niceness": "0",  # 15 by default: beside other programs its workers hardly run
-        "RAY_prestart_worker_first_driver": "0",  # workers that nobody asked for
-        "RAY_enable_worker_prestart": "0",
-        "RAY_enable_metrics_collection": "0",
-    }
-    head = [
-        "--head",
-        "--port",
-        address.split(":")[1],
-        "--temp-dir",
-        str(temporary),
-        "--include-dashboard",
-        "false",
-        "--no-monitor",
-        "--node-ip-address",
-        "127.0.0.1",
-    ]
+    environment = clean_environment() | ENVIRONMENT
+    head = [*HEAD, "--port", address.split(":")[1], "--temp-dir", str(temporary)]
     nodes = []
     for words in (head, ["--address", address]):
         nodes.append(
