@@ -113,7 +113,13 @@ def _explorer(options: ExploreOptions, files: list[tuple[str, bytes]]) -> Any:
 
 
 def _load(options: ShowOptions | ExploreOptions) -> tuple[Any, Config, dict[str, Any]]:
-    """The model on its device, its config, and how it selects patches."""
+    """The model on its device, its config, and how it selects patches.
+
+    Raises:
+        UserError: the threshold is none, or there is no such model.
+    """
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise UserError(f"--threshold: got {options.threshold}; give a number from 0 to 1")
     import torch
 
     from dreamlip_train.checkpoint.weights import load_for_eval

@@ -60,6 +60,10 @@ def validate(config: Config) -> None:
     for name in _FRACTIONS:
         if not 0 <= value_of(config, name) <= 1:
             refuse(name, value_of(config, name), "give a fraction in [0, 1]")
+    for name in ("loss.threshold", "eval.threshold"):
+        value = value_of(config, name)
+        if value is not None and not value <= 1:
+            refuse(name, value, "no patch is above 1, and where none is all are taken; give at most 1")
     _check_captions(config.data)
     _check_mixture(config.data)
     _check_preset(config)

@@ -113,7 +113,7 @@ class RecaptionOptions:
     max_tokens: int = 256
     """Length of a long caption; a short one gets a quarter of it."""
     batch_size: int = 16
-    """Images per forward pass, or requests under way at once."""
+    """Images per forward pass, or images that a server is asked about at once."""
     timeout: float = 120.0
     """Seconds a request may take."""
     retries: int = 5

@@ -4,8 +4,9 @@ one run here through transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dreamlip_train.captions.columns import split_sub_captions
@@ -43,6 +44,8 @@ class Prompt:
         return {self.column: " ".join(rest) or summary, self.summary_column: summary}
 
 
+Picture = tuple[str, bytes]
+"""A sample's key and its picture's file."""
 Answer = dict[str, Any] | Exception
 """Captions by column (and scores, of a filter), or why there are none."""
 
@@ -98,6 +101,11 @@ class LocalModel:
             ) from error
         self.model.to(self.device).eval()
         self.processor.tokenizer.padding_side = "left"
+
+    def answers(self, pictures: Iterator[Picture], at_once: int) -> Iterator[list[tuple[Picture, Answer]]]:
+        """The pictures with their captions, ``at_once`` made together."""
+        while batch := list(islice(pictures, at_once)):
+            yield list(zip(batch, self.answer([image for _, image in batch]), strict=True))
 
     def answer(self, images: Sequence[bytes]) -> list[Answer]:
         """Captions for each picture, which are made together."""

@@ -9,15 +9,16 @@ import base64
 import io
 import os
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from typing import Any
 
 from dreamlip_train.data.images import decode_image, media_type
 from dreamlip_train.jobs.atomic_json import parse_json
 from dreamlip_train.jobs.user_error import UserError
-from dreamlip_train.prepare.recaption.captioners import Answer, Prompt
+from dreamlip_train.prepare.recaption.captioners import Answer, Picture, Prompt
 
 _FIRST_PAUSE = 1.0  # seconds before the second attempt; doubling, up to a minute
 _LONGEST_PAUSE = 60.0
@@ -35,7 +36,7 @@ class ServerError(Exception):
 
 
 class Endpoint:
-    """Each picture and prompt is a request of its own, those of ``parallel`` pictures under way.
+    """Each picture and prompt is a request of its own.
 
     An answer that fails, is not whole after ``timeout`` seconds or is garbage is asked for again, ``retries`` times,
     with doubling pauses, or after as long as the server says in Retry-After (a minute at most).
@@ -44,9 +45,7 @@ class Endpoint:
         UserError: openai is not installed, or ``url`` is no URL.
     """
 
-    def __init__(
-        self, url: str, model: str, prompts: Sequence[Prompt], *, parallel: int, timeout: float, retries: int
-    ) -> None:
+    def __init__(self, url: str, model: str, prompts: Sequence[Prompt], *, timeout: float, retries: int) -> None:
         try:
             import openai
         except ImportError as error:
@@ -54,7 +53,7 @@ class Endpoint:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--endpoint: got {url!r}; give a base URL such as http://localhost:8000/v1")
         self.openai, self.url, self.model, self.prompts = openai, url, model, prompts
-        self.parallel, self.timeout, self.retries = parallel, timeout, retries
+        self.timeout, self.retries = timeout, retries
         self.loop = asyncio.new_event_loop()
         # The client's own retries know nothing of garbage.
         self.client = openai.AsyncOpenAI(
@@ -66,27 +65,24 @@ class Endpoint:
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_refuse]}),
         )
 
-    def answer(self, images: Sequence[bytes]) -> list[Answer]:
-        """Captions for each picture.
+    def answers(self, pictures: Iterator[Picture], at_once: int) -> Iterator[list[tuple[Picture, Answer]]]:
+        """The pictures with their captions as they come, those of ``at_once`` pictures under way: none waits for a slow
+        one.
 
         Raises:
             UserError: the server refuses the key, or knows no such model.
         """
-        return self.loop.run_until_complete(self._answer_all(images))
-
-    async def _answer_all(self, images: Sequence[bytes]) -> list[Answer]:
-        room = asyncio.Semaphore(self.parallel)
-
-        async def one(image: bytes) -> Answer:
-            async with room:
-                return await self._answer(image)
-
-        tasks = [asyncio.create_task(one(image)) for image in images]
+        under_way: dict[asyncio.Task[Answer], Picture] = {}
         try:
-            return await asyncio.gather(*tasks)
+            while True:
+                for picture in islice(pictures, at_once - len(under_way)):
+                    under_way[self.loop.create_task(self._answer(picture[1]))] = picture
+                if not under_way:
+                    return
+                ended = asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                yield [(under_way.pop(task), task.result()) for task in self.loop.run_until_complete(ended)[0]]
         finally:
-            for task in tasks:
-                task.cancel()
+            self.loop.run_until_complete(_cancel(under_way))
 
     async def _answer(self, image: bytes) -> Answer:
         try:
@@ -141,6 +137,12 @@ class Endpoint:
             if isinstance(error.__cause__, ServerError):
                 raise error.__cause__ from None
             raise
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _refuse(response: Any) -> None:

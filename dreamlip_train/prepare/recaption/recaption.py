@@ -123,14 +123,14 @@ def _caption_here(
 ) -> Counter[str]:
     total: Counter[str] = Counter()
 
-    def on_batch(counts: Counter[str]) -> None:
+    def on_answers(counts: Counter[str]) -> None:
         total.update(counts)
         progress.advance(counts.total() if samples else 0, _told(total))
 
-    task = ShardTask(settings, on_batch)
+    task = ShardTask(settings, on_answers)
     for shard in shards:
         counts = task(shard)
-        new = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_batch has counted
+        new = counts.pop("captioned", 0) + counts.pop("failed", 0)  # which on_answers has counted
         total.update(counts)
         if samples:
             progress.skip(max(0, samples.get(shard, 0) - new))

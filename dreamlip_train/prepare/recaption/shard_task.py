@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from dreamlip_train.data.shards.shards import ShardError, image_of, read_shard
 from dreamlip_train.jobs.job_folder import finished, make_once
 from dreamlip_train.jobs.work_claims import Claims
 from dreamlip_train.prepare.recaption.answers import AnswerFile
-from dreamlip_train.prepare.recaption.captioners import LocalModel, Prompt
+from dreamlip_train.prepare.recaption.captioners import LocalModel, Picture, Prompt
 from dreamlip_train.prepare.recaption.clip_filter import ClipFilter
 from dreamlip_train.prepare.recaption.endpoint import Endpoint
 from dreamlip_train.prepare.shard_copy import copy_shard
@@ -54,11 +56,13 @@ class ShardTask:
     """Called with a shard, captions it, unless it is done or somebody else's; returns what was done, as counts.
 
     Args:
-        on_batch: called with the counts of each batch of pictures.
+        on_answers: called with the counts of the answers that have come since.
     """
 
-    def __init__(self, settings: RecaptionSettings, on_batch: Callable[[Counter[str]], None] = lambda _: None) -> None:
-        self.settings, self.on_batch = settings, on_batch
+    def __init__(
+        self, settings: RecaptionSettings, on_answers: Callable[[Counter[str]], None] = lambda _: None
+    ) -> None:
+        self.settings, self.on_answers = settings, on_answers
 
     def __call__(self, shard: str) -> Counter[str]:
         settings, name = self.settings, file_name(shard)
@@ -86,34 +90,34 @@ class ShardTask:
         """Captions by key: those kept from before, and new ones."""
         settings, name = self.settings, file_name(shard)
         with AnswerFile(settings.answers(shard), settings.prompts, settings.max_bad_fraction) as answers:
-            for batch in _batches(shard, set(answers.captions), settings.batch_size):
-                captioner, images = _captioner(settings), [image for _, image in batch]
-                claims.renew(name)
-                before = answers.counts.copy()
-                new = captioner.answer(images)
-                if settings.keep_above is not None:
-                    new = _clip_filter(settings).apply(images, new)
-                answers.add([key for key, _ in batch], new)
-                claims.renew(name)
-                self.on_batch(answers.counts - before)
+            pictures = _pictures(shard, set(answers.captions))
+            first = next(pictures, None)
+            if first is None:  # no model is loaded for nothing
+                return answers
+            claims.renew(name)
+            coming = _captioner(settings).answers(chain([first], pictures), settings.batch_size)
+            with closing(coming):
+                for group in coming:
+                    before = answers.counts.copy()
+                    keys, images = zip(*(picture for picture, _ in group), strict=True)
+                    new = [answer for _, answer in group]
+                    if settings.keep_above is not None:
+                        new = _clip_filter(settings).apply(images, new)
+                    answers.add(keys, new)
+                    claims.renew(name)
+                    self.on_answers(answers.counts - before)
         return answers
 
 
-def _batches(shard: str, done: set[str], size: int) -> Iterator[list[tuple[str, bytes]]]:
-    """(key, picture) of the samples that are not done, by the batch, up to the end of the shard or its damage."""
-    batch = []
+def _pictures(shard: str, done: set[str]) -> Iterator[Picture]:
+    """Those of the samples that are not done, up to the end of the shard or its damage."""
     try:
         for sample in read_shard(shard):
             image = image_of(sample)
             if image is not None and sample["key"] not in done:
-                batch.append((sample["key"], image))
-            if len(batch) == size:
-                yield batch
-                batch = []
+                yield sample["key"], image
     except ShardError:
         pass  # the copy's counts say so
-    if batch:
-        yield batch
 
 
 _captioners: dict[RecaptionSettings, Any] = {}
@@ -128,7 +132,6 @@ def _captioner(settings: RecaptionSettings) -> Any:
                 settings.endpoint,
                 settings.model,
                 settings.prompts,
-                parallel=settings.batch_size,
                 timeout=settings.timeout,
                 retries=settings.retries,
             )

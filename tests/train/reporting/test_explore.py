@@ -199,6 +199,7 @@ def test_show_draws_a_picture_and_refuses_what_is_none(tmp_path, monkeypatch, ca
         ([str(tmp_path / "a.png")], "CAPTIONS"),
         ([str(tmp_path / "a.png"), " "], "CAPTIONS"),
         ([str(tmp_path / "a.png"), "red", "--output", str(tmp_path / "no" / "x.png")], "--output"),
+        ([str(tmp_path / "a.png"), "red", "--threshold", "1.5"], "--threshold: got 1.5"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["show", "run", *words])
