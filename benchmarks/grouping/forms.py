@@ -32,6 +32,8 @@ from dreamlip_train.evaluation.segmentation.localization import localization, ma
 from dreamlip_train.model.build import build_model
 from dreamlip_train.model.dreamlip import DreamLIP
 from dreamlip_train.model.packing import pack_captions
+from dreamlip_train.training.engine.muon import Muon
+from dreamlip_train.training.engine.optimizer import parameter_groups
 
 LONG, MARGIN = "longIB_captions", 4  # pixels that a training crop may move
 
@@ -57,6 +59,8 @@ class Options:
     """Steps in which the weight grows from 0."""
     towers: Literal["small", "demo"] = "small"
     """"small" is the demo's towers two thirds as wide, with half the MLP."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """optim.optimizer, at the demo's rates."""
     steps: int = 500
     batch: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -79,15 +83,13 @@ def train(options: Options, config: Config, training: Split, held_out: Split, se
     model = build_model(config.model, seed)
     images, pools, _ = training
     words = _Words(model, [part.text for pool in pools + held_out[1] for part in pool])
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, 0.98), fused=True)
+    kind = Muon if options.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(parameter_groups(model, config.optim), betas=(0.9, 0.98), fused=True)
     rng, warm_up = random.Random(seed), config.optim.warmup_steps
     for step in range(1, options.steps + 1):
         rate = min(1, step / warm_up) * (1 + math.cos(math.pi * max(0, step - warm_up) / (options.steps - warm_up))) / 2
         for group in optimizer.param_groups:
-            group["lr"] = config.optim.lr * rate
+            group["lr"] = config.optim.lr * rate * group["lr_scale"]
         batch = _batch(model, words, images, pools, config.data, options.batch, rng)
         losses = _losses(model, options, *batch)
         share = min(1.0, step / options.warm_up) if options.warm_up else 1.0
@@ -104,7 +106,7 @@ def train(options: Options, config: Config, training: Split, held_out: Split, se
 
 def _recipe(options: Options) -> Config:
     config = demo()
-    config.model.own_value_blocks = options.own_values
+    config.model.own_value_blocks, config.optim.optimizer = options.own_values, options.optimizer
     config.model.config["vision_cfg"]["layers"] = options.layers
     if options.towers == "small":
         config.model.config["vision_cfg"] |= {"width": 64, "head_width": 32, "mlp_ratio": 2.0}
