@@ -94,7 +94,8 @@ class Endpoint:
         except ServerError as error:
             if error.status in (401, 403, 404):
                 raise UserError(
-                    f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY and --model {self.model!r}"
+                    f"--endpoint: {self.url} refuses: {error}; check OPENAI_API_KEY, --model {self.model!r} "
+                    "and the address, which ends in /v1 at most servers"
                 ) from error
             if 300 <= error.status < 400:
                 raise UserError(f"--endpoint: {self.url} is elsewhere ({error}); give that address") from error
