@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from inspect import getmembers
 from typing import Any
 
 from triton import language
@@ -16,7 +17,10 @@ def remember() -> None:
     if hasattr(interpreter, "_LangPatchScope") and interpreter._patch_lang.__module__ != __name__:
         interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
         interpreter._get_np_dtype = _of_elements(interpreter._get_np_dtype)
+        interpreter._patch_builtin = _patch_builtin
         core._type_for_tuple_values = _of_integers(core._type_for_tuple_values)
+        core.block_type.__init__ = _of_block_types(core.block_type.__init__)
+        core.tensor.__init__ = _of_tensors(core.tensor.__init__)
 
 
 def _once_a_launch(patch: Callable) -> Callable:
@@ -60,3 +64,44 @@ def _of_integers(type_of: Callable) -> Callable:
         return type_of(values, fields)
 
     return type_for_tuple_values
+
+
+def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+    """Which names of a package are Triton's built-in functions was asked of all its members at every launch."""
+    names = _BUILTINS.get(package) or [name for name, member in getmembers(package) if core.is_builtin(member)]
+    _BUILTINS[package] = names
+    for name in names:
+        if core.is_builtin(member := getattr(package, name)):
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+
+_BUILTINS: dict[Any, list[str]] = {}
+
+
+def _of_block_types(initialize: Callable) -> Callable:
+    """A type of blocks is that of all blocks of its elements and shape."""
+    known: dict[tuple, dict[str, Any]] = {}
+
+    def __init__(self, element_ty: core.dtype, shape: Any) -> None:
+        numbers = tuple(n.value if type(n) is core.constexpr else n for n in shape)
+        key = type(element_ty), element_ty.name, getattr(element_ty, "address_space", None), numbers
+        if key not in known:
+            initialize(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        vars(self).update(known[key])
+
+    return __init__
+
+
+def _of_tensors(initialize: Callable) -> Callable:
+    """All tensors of a block type have its shape."""
+    known: dict[tuple, dict[str, Any]] = {}
+
+    def __init__(self, handle: Any, type: core.dtype) -> None:
+        key = tuple(type.shape.values) if type.is_block() else ()
+        if key not in known:
+            initialize(self, handle, type)
+            known[key] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(known[key], handle=handle, type=type, dtype=type.scalar)
+
+    return __init__
