@@ -38,7 +38,8 @@ def launch_on(monkeypatch):
     return launch_on
 
 
-@pytest.mark.parametrize("kind", ["bf16", pytest.param("tf32x3", marks=ALL)], indirect=True)
+@ALL
+@pytest.mark.parametrize("kind", ["bf16", "tf32x3"], indirect=True)
 def test_every_kernel(launch_on, kind):
     """Two slots of less than a tile, one box deep, forward and backward; float32 takes nvcc 20 seconds."""
     launch_on(80)
