@@ -83,14 +83,14 @@ def read_weights(path: Path, weights: Weights = "") -> tuple[dict[str, torch.Ten
 
 def _state_dict(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     """The model's whole fp32 weights. DeepSpeed's files are pickles: load only checkpoints of your own runs."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     state = {}
     if (
         zero_stage < 3
     ):  # every rank has the whole module, as the forward pass saw it; parameters that are not trained are nowhere else
         state = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     if zero_stage > 0:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state |= get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return state
