@@ -129,8 +129,8 @@ CLAIMS = (
 
 
 def config_of(variant: Variant, *, train: str, val: str, seed: int, steps: int, batch_size: int) -> Config:
-    """The whole config of one run: the demo's towers and rates, and AdamW; sub-captions drawn uniformly; room for a
-    long caption as one text.
+    """The whole config of one run: the demo's towers, and AdamW; sub-captions drawn uniformly; room for a long caption
+    as one text.
     """
     config = demo()
     config.data = dataclasses.replace(
@@ -147,7 +147,7 @@ def config_of(variant: Variant, *, train: str, val: str, seed: int, steps: int, 
     # at the weight that it bears without a class token.
     config.loss = LossConfig(grouping_weight=0.05, threshold=0.5)
     config.model.config["vision_cfg"]["pool_type"] = "avg"
-    config.optim.optimizer = "adamw"
+    config.optim.optimizer, config.optim.lr = "adamw", 3e-3
     config.optim.warmup_steps = min(config.optim.warmup_steps, steps // 10)
     config.train = dataclasses.replace(config.train, seed=seed, steps=steps, global_batch_size=batch_size)
     config.checkpoint = dataclasses.replace(config.checkpoint, every_steps=steps, keep_last=1)

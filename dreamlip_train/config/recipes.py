@@ -71,7 +71,7 @@ def demo() -> Config:
         ),
         # Torch code pools: a run of minutes must not begin by compiling C++ for one.
         loss=LossConfig(contrast="conditioned", direction="t2v", grouping_backend="torch"),
-        optim=OptimConfig(optimizer="muon", muon_lr_scale=3.0, lr=3e-3, warmup_steps=40, weight_decay=0.05),
+        optim=OptimConfig(optimizer="muon", muon_lr_scale=10.0, lr=1e-3, warmup_steps=40, weight_decay=0.05),
         train=TrainConfig(global_batch_size=64, steps=400, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
         logging=LoggingConfig(every_steps=20),
