@@ -1,19 +1,21 @@
 """prepare join where something fails: kills, full disks, other jobs' folders, inputs that can't be joined."""
 
 import json
+import multiprocessing
 import os
+import resource
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
+import forked
 import pytest
 from caption_tables import COLUMNS, digests, rows, write_csv
 from shard_files import records
-from tiny import clean_environment
 from warm import Command
 
 from dreamlip_train import cli
+from dreamlip_train.jobs.job_folder import job_folder
 from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.prepare.join.join import join_captions
 
@@ -86,6 +88,23 @@ def test_a_memory_limit_that_is_none_or_too_small_is_named(tmp_path, shards, lim
         join_captions(str(table), str(shards), tmp_path / "out", memory_limit=limit)
 
 
+def on_a_full_disk(words: list[str], size: int) -> tuple[int, str]:
+    """The command's exit code and what it says, in a process that may write no file of more bytes."""
+    reader, writer = os.pipe()
+
+    def fill() -> None:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(writer)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    process = forked.start(words, Path(os.devnull), fill)
+    os.close(writer)
+    with os.fdopen(reader) as printed:
+        said = printed.read()
+    return forked.ended(process), said
+
+
 def test_a_disk_that_fills_up_in_the_join_itself_says_what_to_do(tmp_path, shards):
     """DuckDB's errors are not OSErrors."""
     table = write_csv(tmp_path / "c.csv", rows(range(30)))
@@ -93,12 +112,8 @@ def test_a_disk_that_fills_up_in_the_join_itself_says_what_to_do(tmp_path, shard
     for name in ("joined.parquet", "report.json"):
         (tmp_path / "out" / ".join" / name).unlink()
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    code = "import resource; from dreamlip_train import cli; "
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); cli.main({words!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 2 and "make room and give the same command again" in done.stderr, done.stderr[-2000:]
+    code, said = on_a_full_disk(words, 100)
+    assert code == 2 and "make room and give the same command again" in said, said[-2000:]
     cli.main(words)
 
 
@@ -112,12 +127,8 @@ def test_a_full_disk_names_what_to_do_and_keeps_what_is_done(tmp_path, shards):
     """In a process of its own, which may write no file over 60 kB: the tables fit, a shard does not."""
     table = write_csv(tmp_path / "c.csv", rows(range(30)))
     words = ["prepare", "join", "--captions", str(table), "--shards", str(shards), "--output", str(tmp_path / "out")]
-    code = "import resource; from dreamlip_train import cli; "
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)); cli.main({words!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 2 and "make room and give the same command again" in done.stderr, done.stderr[-2000:]
+    code, said = on_a_full_disk(words, 15000)
+    assert code == 2 and "make room and give the same command again" in said, said[-2000:]
     assert not list((tmp_path / "out").glob("*.tar*"))
     cli.main(words)
     assert len(records(tmp_path / "out")) == 30
@@ -134,14 +145,21 @@ def test_a_wrong_column_claims_nothing(tmp_path, shards):
 
 def test_two_joins_do_not_write_one_folder(tmp_path, shards):
     table = write_csv(tmp_path / "c.csv", rows(range(10)))
-    code = "import sys, time; from pathlib import Path; from dreamlip_train.jobs.job_folder import job_folder\n"
-    code += f"with job_folder(Path({str(tmp_path / 'out')!r}), '.join', {{}}, ''):\n"
-    code += "    print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], env=clean_environment(), stdout=subprocess.PIPE) as other:
-        try:
-            other.stdout.readline()
-            with pytest.raises(UserError, match="--output: .* is in use by process"):
-                join_captions(str(table), str(shards), tmp_path / "out")
-        finally:
-            other.kill()
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+
+    def hold():
+        with job_folder(tmp_path / "out", ".join", {}, ""):
+            held.set()
+            time.sleep(60)
+
+    other = fork.Process(target=hold)
+    other.start()
+    try:
+        assert held.wait(60)
+        with pytest.raises(UserError, match="--output: .* is in use by process"):
+            join_captions(str(table), str(shards), tmp_path / "out")
+    finally:
+        other.kill()
+        other.join()
     assert join_captions(str(table), str(shards), tmp_path / "out")["samples"] == 10
