@@ -2,6 +2,7 @@
 
 import pytest
 
+from dreamlip_train.model.tokenizer import count_tokens
 from dreamlip_train.training.engine import deepspeed_config
 
 
@@ -13,6 +14,12 @@ def small_buckets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deepspeed_config, "BUCKET_ELEMENTS", 2_000_000)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizer_is_there():
+    """Each of the many forked workers of prepare would build it: a tenth of a second."""
+    count_tokens("")
 
 
 @pytest.fixture

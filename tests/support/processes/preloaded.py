@@ -2,8 +2,8 @@
 
 import gc
 
-from dreamlip_train.model.tokenizer import CaptionTokenizer
+from dreamlip_train.model.tokenizer import count_tokens
 
-CaptionTokenizer(77)
+count_tokens("")
 gc.collect()
 gc.freeze()  # no collection of garbage walks through the server's modules, nor copies them in a forked process

@@ -5,12 +5,11 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from tiny import STEPS, TOWERS, clean_environment, run_steps, tiny_config, tiny_engine
+from tiny import STEPS, TOWERS, run_steps, tiny_config, tiny_engine
+from warm import Command
 
 from dreamlip_train.checkpoint.files import complete_checkpoints, describe, find_checkpoint, newest
 from dreamlip_train.checkpoint.loading import load
@@ -106,14 +105,10 @@ saving.save(engine, Path(sys.argv[1]), config, TrainState(step=4))
 )
 def test_killed_while_saving_the_previous_checkpoint_is_used(tmp_path, moment):
     """From DeepSpeed's files to the final name, the manifest in between."""
-    done = subprocess.run(
-        [sys.executable, "-c", CRASH, str(tmp_path), moment],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    script = tmp_path / "crash.py"
+    script.write_text(CRASH)
+    process = Command([script, tmp_path, moment], tmp_path / "printed")
+    assert process.wait() == -signal.SIGKILL, process.text()[-2000:]
     assert (tmp_path / "step-00000004.partial").is_dir()
     assert newest(tmp_path).name == "step-00000002"
     config = tiny_config()
