@@ -16,6 +16,7 @@ vision_cfg = {image_size = 32, patch_size = 8, width = 32, layers = 2, head_widt
 text_cfg = {width = 32, heads = 2, layers = 2}
 [optim]
 optimizer = "adamw"
+lr = 3e-3
 warmup_steps = 2
 [train]
 global_batch_size = 8
