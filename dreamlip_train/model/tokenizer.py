@@ -37,7 +37,7 @@ class CaptionTokenizer(open_clip.SimpleTokenizer):
 
     def __init__(self, context_length: int) -> None:
         tables = _tables()
-        vars(self).update(tables | {"context_length": context_length, "cache": dict(tables["cache"])})
+        self.__dict__.update(tables | {"context_length": context_length, "cache": dict(tables["cache"])})
         self.words: dict[str, list[int]] = {}
         self.bytes = bytes_to_unicode()
 

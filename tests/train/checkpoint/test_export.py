@@ -99,10 +99,11 @@ def test_transformers_gets_the_same_features_patches_and_pooling(run, tmp_path):
     ("name", "activation"),
     [
         ("ViT-S-32-alt", "gelu"),
-        pytest.param("ViT-B-32", "gelu", marks=pytest.mark.slow),
-        pytest.param("ViT-B-32-quickgelu", "quick_gelu", marks=pytest.mark.slow),
+        ("ViT-B-32", "gelu"),
+        ("ViT-B-32-quickgelu", "quick_gelu"),
     ],
 )
+@pytest.mark.slow
 def test_a_model_of_full_size_in_every_format(tmp_path, name, activation):
     original = perturbed(name)
     torch.save(

@@ -42,6 +42,8 @@ ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
 }
 
+pytestmark = pytest.mark.slow  # Ray's own processes take 20 CPU seconds
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):

@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("after", [0.1, 0.5])
+@pytest.mark.parametrize("after", [0.1, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_ctrl_c_is_no_traceback_and_the_same_command_goes_on(root, name, after):
     """Each worker of the pool once printed a traceback of its own."""
 
