@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,19 +79,32 @@ class ExploreOptions:
 def explore(arguments: list[str], program: str) -> None:
     """A page on this machine: type a sentence, choose a picture, see its patches: RUN"""
     options = tyro.cli(ExploreOptions, args=arguments, prog=program)
-    if not 0 <= options.port < 2**16:
-        raise UserError(f"--port: got {options.port}; give 0 to 65535")
+    _require_port(options.port)
     files = [(path, _read(path, "--images")) for path in options.images]
     from dreamlip_train.reporting.explore import explorer_server
 
     explorer = _explorer(options, files)
     try:
         server = explorer_server(explorer, options.port)
-    except OSError as error:
-        raise UserError(f"--port: {options.port} can't be used ({error.strerror}); give another, or 0") from error
+    except OSError as error:  # taken while the model was loaded
+        raise _unusable(options.port, error) from error
     say(f"http://127.0.0.1:{server.server_address[1]}  ({len(explorer.pictures)} pictures; Ctrl-C ends it)")
     with server:
         server.serve_forever()
+
+
+def _require_port(port: int) -> None:
+    """Before a model is loaded for it."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port: got {port}; give 0 to 65535")
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise _unusable(port, error) from error
+
+
+def _unusable(port: int, error: OSError) -> UserError:
+    return UserError(f"--port: {port} can't be used ({error.strerror}); give another, or 0")
 
 
 def _explorer(options: ExploreOptions, files: list[tuple[str, bytes]]) -> Any:

@@ -206,6 +206,12 @@ def test_show_draws_a_picture_and_refuses_what_is_none(tmp_path, monkeypatch, ca
         assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_named_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SystemExit):
+        cli.main(["explore", "nowhere", "--port", str(other.getsockname()[1])])
+    assert "--port: " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_page_in_a_browser():
     if not browser.available():
