@@ -43,8 +43,8 @@ class AnswerFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.file.close()
 
-    def add(self, keys: Sequence[str], answers: Sequence[Answer]) -> None:
-        """Write down a batch of answers.
+    def add(self, keys: Sequence[str], answers: Sequence[Answer], under_way: int = 0) -> None:
+        """Write down answers that have come; ``under_way`` pictures of those that were taken up have none yet.
 
         Raises:
             RunError: too many of the pictures could not be captioned.
@@ -63,7 +63,9 @@ class AnswerFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         total = self.counts["captioned"] + self.counts["failed"]
-        if failure and total >= _JUDGED_AFTER and self.counts["failed"] > self.max_bad_fraction * total:
+        # What fails comes first: pictures that nobody can decode, requests that are refused.
+        bound = self.max_bad_fraction * (total + under_way)
+        if failure and total >= _JUDGED_AFTER and self.counts["failed"] > bound:
             raise RunError(
                 f"--max-bad-fraction: {self.counts['failed']} of {total} pictures could not be captioned, "
                 f"the last because of {failure}. The reasons are in {self.path}; "

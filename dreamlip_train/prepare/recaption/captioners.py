@@ -102,10 +102,10 @@ class LocalModel:
         self.model.to(self.device).eval()
         self.processor.tokenizer.padding_side = "left"
 
-    def answers(self, pictures: Iterator[Picture], at_once: int) -> Iterator[list[tuple[Picture, Answer]]]:
-        """The pictures with their captions, ``at_once`` made together."""
+    def answers(self, pictures: Iterator[Picture], at_once: int) -> Iterator[tuple[list[tuple[Picture, Answer]], int]]:
+        """The pictures with their captions, ``at_once`` made together; with each group, that none is under way."""
         while batch := list(islice(pictures, at_once)):
-            yield list(zip(batch, self.answer([image for _, image in batch]), strict=True))
+            yield list(zip(batch, self.answer([image for _, image in batch]), strict=True)), 0
 
     def answer(self, images: Sequence[bytes]) -> list[Answer]:
         """Captions for each picture, which are made together."""

@@ -65,9 +65,9 @@ class Endpoint:
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_refuse]}),
         )
 
-    def answers(self, pictures: Iterator[Picture], at_once: int) -> Iterator[list[tuple[Picture, Answer]]]:
+    def answers(self, pictures: Iterator[Picture], at_once: int) -> Iterator[tuple[list[tuple[Picture, Answer]], int]]:
         """The pictures with their captions as they come, those of ``at_once`` pictures under way: none waits for a slow
-        one.
+        one. With each group, how many are still under way.
 
         Raises:
             UserError: the server refuses the key, or knows no such model.
@@ -79,8 +79,12 @@ class Endpoint:
                     under_way[self.loop.create_task(self._answer(picture[1]))] = picture
                 if not under_way:
                     return
-                ended = asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                yield [(under_way.pop(task), task.result()) for task in self.loop.run_until_complete(ended)[0]]
+                waiting = asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                ended = [(under_way.pop(task), task) for task in self.loop.run_until_complete(waiting)[0]]
+                if whole := [(picture, task.result()) for picture, task in ended if task.exception() is None]:
+                    yield whole, len(under_way)
+                for _, task in ended:
+                    task.result()  # raises what ends the run, once the others are written down
         finally:
             self.loop.run_until_complete(_cancel(under_way))
 

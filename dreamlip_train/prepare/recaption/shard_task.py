@@ -97,13 +97,13 @@ class ShardTask:
             claims.renew(name)
             coming = _captioner(settings).answers(chain([first], pictures), settings.batch_size)
             with closing(coming):
-                for group in coming:
+                for group, under_way in coming:
                     before = answers.counts.copy()
                     keys, images = zip(*(picture for picture, _ in group), strict=True)
                     new = [answer for _, answer in group]
                     if settings.keep_above is not None:
                         new = _clip_filter(settings).apply(images, new)
-                    answers.add(keys, new)
+                    answers.add(keys, new, under_way)
                     claims.renew(name)
                     self.on_answers(answers.counts - before)
         return answers

@@ -11,12 +11,22 @@ from chat_server import PER_SHARD, ChatServer, number, through
 from shard_files import jpeg, records, write_tar
 
 from dreamlip_train import cli
-from dreamlip_train.jobs.user_error import UserError
+from dreamlip_train.jobs.user_error import RunError, UserError
 from dreamlip_train.prepare.options import RecaptionOptions
 from dreamlip_train.prepare.recaption import endpoint
+from dreamlip_train.prepare.recaption.answers import AnswerFile
 from dreamlip_train.prepare.recaption.captioners import caption_text
 from dreamlip_train.prepare.recaption.endpoint import ServerError
 from dreamlip_train.prepare.recaption.recaption import recaption_shards
+
+
+def test_failures_that_come_before_the_first_answer_are_a_share_of_all_that_was_asked(tmp_path):
+    """Of a window of 256 pictures the fifth that is broken fails at once: 52 of 52 ended the run."""
+    with AnswerFile(tmp_path / "a.jsonl", (), max_bad_fraction=0.3) as answers:
+        for i in range(52):
+            answers.add([str(i)], [ValueError("no picture")], under_way=256)
+        with pytest.raises(RunError, match="53 of 53"):
+            answers.add(["52"], [ValueError("no picture")], under_way=0)
 
 
 def test_a_served_model_captions_every_picture_with_the_papers_prompts(tmp_path, shards):
