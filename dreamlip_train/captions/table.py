@@ -41,12 +41,20 @@ class Table:
     Args:
         columns: {our column: the table's}, as the user says; {} goes by the names (formats/layouts.py).
         check: raises UserError for columns that are not accepted. None wants the image column and a caption column.
+        same: a column, under the table's name, in which rows of one picture must agree to become one.
     Raises:
         UserError: no such file, or of another kind; while iterating, before any row: an empty one, or one without the
             expected columns.
     """
 
-    def __init__(self, path: Path, columns: Mapping[str, str] | None = None, check: Check | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        columns: Mapping[str, str] | None = None,
+        check: Check | None = None,
+        same: str = IMAGE_COLUMN,
+    ) -> None:
+        self.same = same
         self.path, self.columns, self.check = path, dict(columns or {}), check or check_columns
         self.kind = require_kind(path)
         self.layout = ""
@@ -69,7 +77,7 @@ class Table:
             rows = self._csv_rows("\t" if self.kind == "tsv" else ",")
         number = 0
         try:
-            for number, row, wrong in rows if self.kind == "parquet" else together(rows):
+            for number, row, wrong in rows if self.kind == "parquet" else together(rows, self._same):
                 yield number, row, wrong
         except (OSError, EOFError) as error:
             if not is_compressed(self.path):
@@ -77,6 +85,9 @@ class Table:
             if not self.names:
                 raise UserError(f"--captions: {str(self.path)!r} is not readable: {error}") from error
             yield number + 1, None, f"the file is damaged from here on: {error}"
+
+    def _same(self) -> str:
+        return self.rename.get(self.same, self.same)
 
     def _know(self, names: list[str], form: str = "") -> dict[str, str]:
         """What the columns are called here; once they are checked."""

@@ -150,8 +150,9 @@ def _by_shard(rows: Iterable[Row], shard_size: int, by_name: bool) -> Iterator[t
                 seen.add(image)
             yield number, row, wrong
 
-    for shard, group in groupby(checked(), key=lambda item: (item[0] - 1) // shard_size):
-        yield f"{shard:05d}.tar", list(group)
+    # By place, not by number: of a row per caption, several lines are one row.
+    for shard, group in groupby(enumerate(checked()), key=lambda item: item[0] // shard_size):
+        yield f"{shard:05d}.tar", [row for _, row in group]
 
 
 class _RowWriter:

@@ -18,7 +18,7 @@ def records_of(content: Any) -> tuple[list[Any] | None, str]:
         content = _with_files(content["annotations"], content.get("images"))
     if isinstance(content, Mapping) and len(lists := [value for value in content.values() if _has_records(value)]) == 1:
         content = lists[0]  # Karpathy's "images", TextCaps' "data"
-    elif isinstance(content, Mapping) and isinstance(next(iter(content.values()), None), Mapping):
+    elif isinstance(content, Mapping) and 2 * sum(isinstance(v, Mapping) for v in content.values()) > len(content):
         content = [{"key": key, **value} if isinstance(value, Mapping) else value for key, value in content.items()]
     return _grouped(content) if isinstance(content, list) else None, form
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dreamlip_train.captions.columns import is_caption_column, is_whole
@@ -11,15 +11,15 @@ from dreamlip_train.captions.formats.layouts import IMAGE_COLUMN
 Row = tuple[int, dict[str, Any] | None, str]
 
 
-def together(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows (``table.Row``); those that name the picture of the row before, and have other captions in the same
-    columns, as one row with lists of captions.
+def together(rows: Iterable[Row], same: Callable[[], str]) -> Iterator[Row]:
+    """The rows (``table.Row``); those that name the picture of the row before, have its value in the column ``same()``
+    (asked once the columns are known) and other captions in the same columns, as one row with lists of captions.
 
     Only raw and short captions: a long one in a list would count as split already.
     """
     number, whole, note = 0, None, ""
     for begin, row, wrong in rows:
-        if whole is not None and row is not None and _is_another_caption(whole, row):
+        if whole is not None and row is not None and _is_another_caption(whole, row, same()):
             whole = whole | {
                 name: [*_texts(whole[name]), *_texts(row[name])] for name in filter(is_caption_column, row)
             }
@@ -32,12 +32,13 @@ def together(rows: Iterable[Row]) -> Iterator[Row]:
         yield number, whole, note
 
 
-def _is_another_caption(row: dict[str, Any], following: dict[str, Any]) -> bool:
+def _is_another_caption(row: dict[str, Any], following: dict[str, Any], same: str) -> bool:
     columns = set(filter(is_caption_column, row))
     return (
         bool(columns)
         and row.get(IMAGE_COLUMN) not in (None, "")
         and row[IMAGE_COLUMN] == following.get(IMAGE_COLUMN)
+        and row.get(same) == following.get(same)
         and columns == set(filter(is_caption_column, following))
         and all(map(is_whole, columns))
         and any(row[name] != following[name] for name in columns)

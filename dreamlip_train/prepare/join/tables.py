@@ -88,7 +88,7 @@ def _stage(file: Path, number: int, path: Path, on: str, column: str, columns: d
             ("captions", pyarrow.string()),
         ]
     )
-    table, normal = Table(path, columns, _check(column)), NORMAL.get(on, str.strip)
+    table, normal = Table(path, columns, _check(column), same=column), NORMAL.get(on, str.strip)
     rows: list[tuple[int, int, str, str]] = []
     with atomic_write(file) as partial, pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
         for row_number, row, wrong in _with_replacements(table, path, bad):

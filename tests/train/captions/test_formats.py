@@ -193,7 +193,8 @@ def test_a_row_per_caption_is_one_picture_where_no_caption_is_long(tmp_path, cap
         (images / f"{i}.jpg").write_bytes(jpeg(i))
     rows = [(0, "A child."), (0, "A girl."), (1, "A dog."), (1, "A dog."), (2, "A cat."), (0, "A boy.")]
     (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,{text}\n" for i, text in rows))
-    manifest = prepare_folder(tmp_path / "t.csv", images, tmp_path / "raw")
+    manifest = prepare_folder(tmp_path / "t.csv", images, tmp_path / "raw", shard_size=2)
+    assert manifest["shards"]["00000.tar"]["samples"] == 2, "shards are cut by pictures, not by lines"
     captions = [record["raw_caption"] for _, record in pictures(tmp_path / "raw")]
     assert captions == [["A child.", "A girl."], "A dog.", "A cat."]
     assert manifest["bad"]["duplicate image"]["count"] == 2

@@ -262,3 +262,9 @@ def test_a_line_longer_than_any_cell_costs_itself(tmp_path):
     )
     rows = list(Table(path))
     assert rows[0][1] is None and rows[1][1][IMAGE_COLUMN] == "http://x.org/2.jpg"
+
+
+def test_a_broken_record_of_a_json_object_by_key_costs_itself(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps({"0": None, "1": {"image": "1.jpg", "caption": "A dog."}, "2": {}}))
+    rows = [row for _, row, _ in Table(tmp_path / "t.json")]
+    assert rows[0] is None and rows[1][IMAGE_COLUMN] == "1.jpg"

@@ -110,6 +110,14 @@ def test_of_a_picture_named_twice_the_first_row_counts(tmp_path, shards):
     assert joined["000000002"]["raw_caption"] == "raw first"
 
 
+def test_rows_of_one_url_with_keys_of_their_own_stay_apart(tmp_path, shards):
+    rows = [(url(1), f"00000000{i}", f"raw {i}") for i in (1, 2)]
+    table = write_csv(tmp_path / "c.csv", rows, header=(IMAGE_COLUMN, "key", "raw_caption"))
+    assert join_captions(str(table), str(shards), tmp_path / "out", on="key")["join"]["samples_matched"] == 2
+    joined = records(tmp_path / "out")
+    assert [joined[key]["raw_caption"] for _, key, _ in rows] == ["raw 1", "raw 2"]
+
+
 def test_several_tables_complete_each_other_and_the_first_wins(tmp_path, shards):
     first = write_csv(
         tmp_path / "a.csv",
