@@ -17,7 +17,7 @@ RAW, SHORT, LONG = "raw_caption", "shortIB_captions", "longIB_captions"
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: the demo's recipe with ``changes`` ({"section.field": value})."""
+    """One row of the table: the demo's towers, by AdamW with ``changes`` ({"section.field": value})."""
 
     name: str
     table: str

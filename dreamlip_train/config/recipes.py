@@ -38,7 +38,7 @@ def demo() -> Config:
     """A small ViT on the built-in scenes: minutes on two CPU cores."""
     # Measured on the scenes: two layers learn faster than four, a width of 96 faster than 128 (and at a higher rate), a
     # fixed sine-cosine position embedding much faster than a learned one (which starts too weak to say where a color
-    # is), twice as many steps of 64 images as of 128 better at the same cost, Muon more in 400 steps than AdamW in 900.
+    # is), twice as many steps of 64 images as of 128 better at the same cost, Muon's 400 steps better than AdamW's 900.
     # A class token, because the mean of the patches as the image's embedding is as well served by patches that tell of
     # everything but themselves: colors then light the complement of their object. Patches keep to themselves in both
     # blocks: what they may exchange they use to tell of the picture instead of their place. The grouping asks which

@@ -168,7 +168,7 @@ def _check_optimizer(optim: OptimConfig) -> None:
         refuse("optim.layer_decay", optim.layer_decay, "give a factor in (0, 1]; 1 trains all layers alike")
     if optim.vision_lr_scale == optim.text_lr_scale == 0:
         refuse("optim.vision_lr_scale", 0, "both towers are frozen: nothing would be trained")
-    if not optim.muon_lr_scale > 0:
+    if not 0 < optim.muon_lr_scale < math.inf:
         refuse("optim.muon_lr_scale", optim.muon_lr_scale, "give a factor > 0; 1 is AdamW's rate")
     if optim.cooldown_steps and optim.schedule in ("cosine", "linear"):
         refuse("optim.cooldown_steps", optim.cooldown_steps, 'only optim.schedule="constant" and "wsd" cool down')
@@ -192,7 +192,10 @@ def _check_training(config: Config) -> None:
         refuse("eval.weights", "ema", "there is no average; give train.ema_decay, such as 0.999")
     if config.optim.optimizer == "muon" and (config.deepspeed.zero_stage > 0 or train.precision == "bf16"):
         # Elsewhere DeepSpeed gives the optimizer pieces of one long vector.
-        what_to_do = 'it moves whole matrices; give deepspeed.zero_stage=0 and train.precision="fp32" or "amp_bf16"'
+        what_to_do = (
+            'it moves whole matrices; give deepspeed.zero_stage=0 and train.precision="fp32" or "amp_bf16", or '
+            'optim.optimizer="adamw" with a rate of its own'
+        )
         refuse("optim.optimizer", "muon", what_to_do)
     if train.compile and config.deepspeed.zero_stage == 3:
         refuse("train.compile", True, "does not run with deepspeed.zero_stage=3; use stage 0, 1 or 2")

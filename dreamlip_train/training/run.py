@@ -258,11 +258,12 @@ def _header(
     chunks = chunks_per_rank(config, ranks)
     share = f"{batch // ranks} per rank" + (f" in {chunks} chunks" if chunks > 1 else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    muon = f" ({config.optim.lr * config.optim.muon_lr_scale:g} for Muon)" if config.optim.optimizer == "muon" else ""
     captions = batch * data.num_sub_captions
     return (
         f"{ranks} x {name}, ZeRO-{config.deepspeed.zero_stage}, {config.train.precision}; backends {used}; "
-        f"{batch} images per step ({share}), learning rate {config.optim.lr:g}, {data.num_sub_captions} sub-captions "
-        "each, up to "
+        f"{batch} images per step ({share}), learning rate {config.optim.lr:g}{muon}, "
+        f"{data.num_sub_captions} sub-captions each, up to "
         f"{captions * config.model.context_length:,} tokens; {total_steps} steps of {loader.steps_per_epoch} per "
         f"epoch ({loader.fingerprint}); "
         f"checkpoints in {run_dir / 'checkpoints'}"

@@ -106,10 +106,12 @@ def _data(config: Config, summary: dict[str, Any]) -> str:
 def _recipe(config: Config, summary: dict[str, Any]) -> list[tuple[str, str]]:
     if not config.data.shards:
         return []
+    muon = config.optim.optimizer == "muon"
     parts = {
         "steps": summary.get("steps", config.train.steps or f"{config.train.epochs} epochs"),
         "batch size": config.train.global_batch_size,
         "precision": config.train.precision,
+        "optimizer": f"Muon at {config.optim.muon_lr_scale:g} times the rate, and AdamW" if muon else "AdamW",
         "learning rate": f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} steps of warm-up",
         "weight decay": f"{config.optim.weight_decay:g}",
         "contrast": f"{config.loss.mpcl_weight:g} x {config.loss.pairs}, negatives {config.loss.negatives}",

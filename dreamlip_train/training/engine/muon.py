@@ -25,14 +25,19 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. The gradients that Muon has used are gone after it: AdamW passes over what has none."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"] if "matrices" in group else ():
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group)
                     parameter.grad = None
-        super().step(closure)
+        super().step()
+        return loss
 
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dreamlip_train.config.run_schema import OptimConfig
+from dreamlip_train.jobs.user_error import UserError
 from dreamlip_train.model.dreamlip import LOGIT_SCALARS, DreamLIP
 
 _EMBEDDINGS = (
@@ -32,21 +33,34 @@ def parameter_groups(model: DreamLIP, optim: OptimConfig) -> list[dict[str, Any]
 
     There is one of each for every ``lr_scale``, the group's multiple of the step's rate. With "muon" the matrices of
     the towers' blocks have groups of their own, which say of how many ``matrices`` a weight is made.
+
+    Raises:
+        UserError: "muon" has nothing to move.
     """
     groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith("bias") or name in LOGIT_SCALARS
             matrices, scale = 0, _scale(name, model, optim)
-            if optim.optimizer == "muon" and parameter.ndim == 2 and _BLOCK.search(name):
+            if optim.optimizer == "muon" and _is_blocks_matrix(name, parameter):
                 matrices = 3 if name.endswith(_QUERIES_KEYS_VALUES) else 1
                 scale *= optim.muon_lr_scale
             key = (matrices, scale, 0.0 if plain else optim.weight_decay)
             groups.setdefault(key, []).append(parameter)
+    if optim.optimizer == "muon" and not any(matrices for matrices, *_ in groups):
+        raise UserError(
+            "optim.optimizer: got 'muon'; no tower that learns has blocks as open_clip and timm name them, whose "
+            'matrices it would move; use "adamw"'
+        )
     return [
         {"params": groups[key], "lr_scale": key[1], "weight_decay": key[2]} | ({"matrices": key[0]} if key[0] else {})
         for key in sorted(groups, key=lambda key: (key[0], -key[2], -key[1]))
     ]
+
+
+def _is_blocks_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Tables of positions and the like are none."""
+    return parameter.ndim == 2 and name.endswith("weight") and _BLOCK.search(name) is not None
 
 
 def _scale(name: str, model: DreamLIP, optim: OptimConfig) -> float:

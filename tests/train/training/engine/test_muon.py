@@ -91,7 +91,15 @@ def test_the_engine_follows_a_plain_loop():
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_towers_without_blocks_have_nothing_to_move():
+    config = muon_config()
+    model = build_model(config.model, 0)
+    model.clip.visual.transformer, model.clip.transformer = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"optim\.optimizer: got 'muon'; no tower"):
+        parameter_groups(model, config.optim)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_rate_that_moves_nothing_is_refused(scale):
     config = muon_config()
     config.optim.muon_lr_scale = scale
