@@ -89,6 +89,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """So that what is left can be collected: DuckDB reports what lives longer than the interpreter."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
