@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import clean_environment
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -22,7 +23,7 @@ NEEDS = {
 
 def losses(words: list[str], tmp_path: Path, *before: str) -> list[float]:
     """Run an example in an empty folder, with these folders before others on the path; the losses it prints."""
-    environment = os.environ | {
+    environment = clean_environment() | {
         "PYTHONPATH": os.pathsep.join([*before, str(ROOT)]),
         "EXAMPLE_FOLDER": str(tmp_path / "data"),
         "OMP_NUM_THREADS": "1",

@@ -1,6 +1,5 @@
 """The trainer reads shards with the oldest webdataset that it promises too, which open_clip's training extra pins."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny import clean_environment
 
 ROOT = Path(__file__).parents[3]
 TESTS = ("tests/train/data/test_shards.py", "tests/train/data/test_loader.py", "tests/security/test_shard_names.py")
@@ -25,7 +25,7 @@ def test_shards_are_read_with_the_oldest_webdataset(tmp_path):
     installed = subprocess.run([*pip, f"webdataset=={oldest()}"], capture_output=True, text=True)
     if installed.returncode != 0:
         pytest.skip(f"no webdataset {oldest()} to be had: {installed.stderr.strip()[-200:]}")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment = clean_environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     taken = [sys.executable, "-c", "import importlib.metadata as m; print(m.version('webdataset'))"]
     version = subprocess.run(taken, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert version.stdout.strip() == oldest()
