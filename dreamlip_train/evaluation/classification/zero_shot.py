@@ -224,7 +224,8 @@ def _scores(
     from clip_benchmark.metrics import zeroshot_classification
 
     loader = DataLoader(TensorDataset(features, labels), batch_size=4096)
-    loader.dataset.classes = data_set.classes  # pyright: ignore[reportAttributeAccessIssue]  # clip_benchmark looks there
+    # clip_benchmark looks there.
+    loader.dataset.classes = data_set.classes  # pyright: ignore[reportAttributeAccessIssue]
     towers = ClipAdapter(model)
     with _reasons():
         metrics = zeroshot_classification.evaluate(  # it shows its own progress

@@ -136,7 +136,8 @@ async function addFile(event) {
   if (!file) return;
   try {
     const headers = { "Content-Type": "application/octet-stream" };
-    const { picture } = await ask(`picture?name=${encodeURIComponent(file.name)}`, { method: "POST", headers, body: file });
+    const path = `picture?name=${encodeURIComponent(file.name)}`;
+    const { picture } = await ask(path, { method: "POST", headers, body: file });
     await addNewPictures();
     say("");
     choose(picture);
